@@ -1,0 +1,37 @@
+"""One paper, one file, one pure function. Importing this package registers every file in it.
+
+To add an algorithm, write one file with one function under ``@pruner`` or ``@decomposer``: it appears in the command
+line, the recipe's schema, the docs, the benchmarks and the contract tests.
+"""
+
+from importlib import import_module
+from pkgutil import iter_modules
+
+from sparlow.algorithms._registry import (
+    Algorithm,
+    Decomposition,
+    Option,
+    Pruner,
+    algorithms,
+    decomposer,
+    find,
+    pruner,
+)
+from sparlow.algorithms._solve import check_budget, decompose, solve
+
+for _module in iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")
+
+__all__ = [
+    "Algorithm",
+    "Decomposition",
+    "Option",
+    "Pruner",
+    "algorithms",
+    "check_budget",
+    "decompose",
+    "decomposer",
+    "find",
+    "pruner",
+    "solve",
+]

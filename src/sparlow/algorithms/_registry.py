@@ -1,0 +1,183 @@
+"""What an algorithm is, and where to find one by name. The signature of the function is its configuration."""
+
+import difflib
+import inspect
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+from torch import Tensor
+
+from sparlow.errors import InputError
+from sparlow.linalg.gram import Gram
+from sparlow.linalg.patterns import Pattern
+
+Stats = Mapping[str, float | int | str | bool]
+Pruner = Callable[[Tensor, Gram, Pattern], Tensor]
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True, slots=True)
+class Decomposition:
+    """W ≈ S + U V.
+
+    Attributes:
+        S: The sparse part (out, in), on its pattern.
+        U: Left factor of the low-rank part (out, rank).
+        V: Right factor of the low-rank part (rank, in).
+        stats: What the solver has to say: ``iterations``, ``relative_error``, ``damping``, ….
+    """
+
+    S: Tensor
+    U: Tensor
+    V: Tensor
+    stats: Stats = field(default_factory=dict)
+
+    def dense(self) -> Tensor:
+        """S + U V (out, in)."""
+        return self.S + self.U @ self.V
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One keyword-only parameter of an algorithm's function."""
+
+    name: str
+    default: Any
+    annotation: Any
+
+    @property
+    def shown_default(self) -> str:
+        """The default as a user would type it."""
+        return _name_of(self.default) if callable(self.default) else str(self.default)
+
+    @property
+    def choices(self) -> str:
+        """What may be given: a type's name, or the words of a Literal."""
+        if typing.get_origin(self.annotation) is Literal:
+            return " | ".join(str(word) for word in typing.get_args(self.annotation))
+        if self.annotation is Pruner:
+            return "the name of a pruner"
+        return str(getattr(self.annotation, "__name__", self.annotation))
+
+    def parse(self, value: object) -> Any:  # noqa: ANN401 - options have many types
+        """Turn a value typed by a user or read from TOML into what the function expects; InputError if it is not."""
+        wrong = InputError(f"Option {self.name}={value!r} is not usable: expected {self.choices}.")
+        if self.annotation is Pruner:
+            algorithm, _ = find(str(value))
+            if algorithm.kind != "pruner":
+                raise wrong
+            return algorithm.function
+        if typing.get_origin(self.annotation) is Literal:
+            words = {str(word): word for word in typing.get_args(self.annotation)}
+            if str(value) not in words:
+                raise wrong
+            return words[str(value)]
+        if self.annotation is bool:
+            spelled = {"true": True, "false": False}
+            if str(value).lower() not in spelled:
+                raise wrong
+            return spelled[str(value).lower()]
+        try:
+            parsed = self.annotation(value)
+        except (TypeError, ValueError):
+            raise wrong from None
+        if isinstance(value, float) and parsed != value:
+            raise wrong
+        return parsed
+
+
+@dataclass(frozen=True, slots=True)
+class Algorithm:
+    """A registered function with all that the command line, the docs and the tests need to know of it."""
+
+    name: str
+    kind: Literal["pruner", "decomposer"]
+    function: Callable[..., Any]
+    aliases: Mapping[str, Mapping[str, object]]
+
+    @property
+    def summary(self) -> str:
+        """The first sentence of the function's docstring."""
+        return (inspect.getdoc(self.function) or "").split("\n", 1)[0]
+
+    @property
+    def options(self) -> dict[str, Option]:
+        """The keyword-only parameters of the function, in order."""
+        hints = typing.get_type_hints(self.function)
+        parameters = inspect.signature(self.function).parameters.values()
+        return {
+            p.name: Option(p.name, p.default, hints[p.name]) for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY
+        }
+
+    def parse_options(self, given: Mapping[str, object]) -> dict[str, Any]:
+        """Check option names and values against the signature; InputError names what is wrong and what there is."""
+        known = self.options
+        for name in given:
+            if name not in known:
+                raise InputError(f"{self.name} has no option {name!r}{_suggest(name, known)}.")
+        return {name: known[name].parse(value) for name, value in given.items()}
+
+
+_ALGORITHMS: dict[str, Algorithm] = {}
+
+
+def pruner(name: str, *, aliases: Mapping[str, Mapping[str, object]] = types.MappingProxyType({})) -> Callable[[F], F]:
+    """Register a function ``(W, gram, pattern, *, options) -> S`` under ``name``.
+
+    Args:
+        name: As typed on the command line.
+        aliases: Further names, each with the options it stands for.
+    """
+    return _registrar(name, "pruner", aliases)
+
+
+def decomposer(
+    name: str, *, aliases: Mapping[str, Mapping[str, object]] = types.MappingProxyType({})
+) -> Callable[[F], F]:
+    """Register a function ``(W, gram, pattern, rank, *, options) -> Decomposition``; see ``pruner``."""
+    return _registrar(name, "decomposer", aliases)
+
+
+def algorithms() -> tuple[Algorithm, ...]:
+    """All registered algorithms, pruners first, by name."""
+    return tuple(sorted(_ALGORITHMS.values(), key=lambda a: (a.kind != "pruner", a.name)))
+
+
+def find(name: str) -> tuple[Algorithm, dict[str, object]]:
+    """Look up a name or an alias; return the algorithm and the options that an alias stands for.
+
+    Raises InputError with the nearest name and the whole list if there is none.
+    """
+    if name in _ALGORITHMS:
+        return _ALGORITHMS[name], {}
+    for algorithm in _ALGORITHMS.values():
+        if name in algorithm.aliases:
+            return algorithm, dict(algorithm.aliases[name])
+    names = [n for a in _ALGORITHMS.values() for n in (a.name, *a.aliases)]
+    raise InputError(f"There is no algorithm {name!r}{_suggest(name, names)}.")
+
+
+def _registrar(name: str, kind: Literal["pruner", "decomposer"], aliases: Mapping[str, Mapping[str, object]]) -> Callable[[F], F]:
+    def register(function: F) -> F:
+        taken = {n for a in _ALGORITHMS.values() for n in (a.name, *a.aliases)}
+        for new in (name, *aliases):
+            if new in taken:
+                raise ValueError(f"two algorithms are called {new!r}")
+        _ALGORITHMS[name] = Algorithm(name, kind, function, aliases)
+        return function
+
+    return register
+
+
+def _name_of(function: object) -> str:
+    return next((a.name for a in _ALGORITHMS.values() if a.function is function), str(function))
+
+
+def _suggest(word: str, known: typing.Iterable[str]) -> str:
+    known = sorted(known)
+    near = difflib.get_close_matches(word, known, n=1)
+    meant = f"; did you mean {near[0]!r}?" if near else ";"
+    return f"{meant} There is: {', '.join(known)}" if known else " (it takes none)"

@@ -1,0 +1,126 @@
+"""Progress on disk. The output directory is the journal: finished shards, and ``sparlow.json`` that vouches for them.
+
+``sparlow.json`` is written anew (beside, then renamed) after every shard. A block counts as finished when its record
+stands there; a shard without a record is written again. ``finished`` becomes true last.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from sparlow.errors import InputError, RunError
+from sparlow.model.shards import ShardRecord, read_json, replacing, sha256
+from sparlow.report import LayerRecord
+
+NAME = "sparlow.json"
+FORMAT = 1
+
+
+class Journal:
+    """The record of one run in one directory.
+
+    Args:
+        folder: The output directory; it comes into being with the first record.
+        fingerprint: What decides the result: recipe, model, calibration windows, version.
+        overwrite: Forget what the directory holds, and remove it when the first record is written.
+
+    Raises:
+        InputError: The directory holds a run with another fingerprint.
+    """
+
+    def __init__(self, folder: Path, fingerprint: Mapping[str, Any], *, overwrite: bool = False) -> None:
+        self.folder = folder
+        self._clear = overwrite and folder.exists()
+        self.state: dict[str, Any] = {
+            "format": FORMAT,
+            "finished": False,
+            "fingerprint": dict(fingerprint),
+            "dense": {},
+            "shards": {},
+            "blocks": [],
+        }
+        if (folder / NAME).exists() and not overwrite:
+            found = read_json(folder / NAME)
+            _refuse_another(folder, found.get("fingerprint", {}), self.state["fingerprint"])
+            self.state = found
+
+    @property
+    def blocks_done(self) -> int:
+        """Blocks whose shard and records are on disk."""
+        return len(self.state["blocks"])
+
+    @property
+    def dense(self) -> dict[str, float]:
+        """Perplexities of the dense model measured so far."""
+        return dict(self.state["dense"])
+
+    @property
+    def layers(self) -> list[LayerRecord]:
+        """Records of the finished blocks."""
+        return [LayerRecord.from_dict(row) for block in self.state["blocks"] for row in block]
+
+    def check_shard(self, file: str) -> None:
+        """Raise RunError unless the shard is the one that was recorded."""
+        record, path = self.state["shards"][file], self.folder / file
+        if not path.exists() or path.stat().st_size != record["bytes"] or sha256(path) != record["sha256"]:
+            raise RunError(f"{path} is missing or damaged since it was written: start again with --overwrite.")
+
+    def note_dense(self, perplexities: Mapping[str, float]) -> None:
+        """Record the dense model's perplexities; the first write of a run."""
+        self.state["dense"] = dict(perplexities)
+        self._write()
+
+    def note_block(self, shard: ShardRecord, layers: Sequence[LayerRecord]) -> None:
+        """Record a finished block: its shard is on disk already."""
+        self.state["shards"][shard.file] = {"bytes": shard.bytes, "sha256": shard.sha256}
+        self.state["blocks"].append([asdict(layer) for layer in layers])
+        self._write()
+
+    def finish(self, rest: ShardRecord) -> None:
+        """Record the last shard and declare the result whole."""
+        self.state["shards"][rest.file] = {"bytes": rest.bytes, "sha256": rest.sha256}
+        self.state["finished"] = True
+        self._write()
+
+    def _write(self) -> None:
+        if self._clear:
+            shutil.rmtree(self.folder)
+            self._clear = False
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with replacing(self.folder / NAME) as partial:
+            partial.write_text(json.dumps(self.state, indent=1) + "\n", encoding="utf-8")
+
+
+def check_folder(folder: Path, *, overwrite: bool) -> None:
+    """See that ``folder`` may be written to: new, empty, an unfinished run, or (``overwrite``) any run of sparlow.
+
+    Raises:
+        InputError: It holds a finished result and ``overwrite`` is not set, or something that is not sparlow's.
+    """
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise InputError(f"{folder} is a file: give a directory with --out.")
+    if not any(folder.iterdir()):
+        return
+    if not (folder / NAME).exists():
+        raise InputError(f"{folder} is not empty and holds no run of sparlow: give another --out.")
+    if not overwrite and read_json(folder / NAME).get("finished"):
+        raise InputError(f"{folder} holds a finished result: give another --out, or --overwrite to replace it.")
+
+
+def _refuse_another(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    different = [name for name in wanted if found.get(name) != wanted[name]]
+    if not different:
+        return
+    old, new = found.get("recipe", {}), wanted.get("recipe", {})
+    if different == ["recipe"] and isinstance(old, Mapping) and isinstance(new, Mapping):
+        names = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
+        different = [f"{name} ({old.get(name)} there, {new.get(name)} now)" for name in names]
+    raise InputError(
+        f"{folder} holds an unfinished run that differs in {', '.join(different)}: "
+        "repeat its command to resume it, give another --out, or --overwrite to start again."
+    )

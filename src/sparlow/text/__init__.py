@@ -1,0 +1,33 @@
+"""Named corpora, seeded: text becomes windows of token ids.
+
+A *corpus* is named by one string:
+
+* `builtin`, `c4`, `wikitext2` or `ptb` (`CORPORA` says what each is);
+* the path of a local file: `.jsonl` (one object a line, its field `text`), `.parquet` (its column `text`), or any other
+  ending for UTF-8 plain text. A plain text file is one document, a record of the others is one document each. The same
+  text serves calibration and evaluation: give two files where that matters. A file called `c4` is reached as `./c4`;
+* a data set on the hub: `owner/name`, or `owner/name:config`. Its column `text` is read, of the split `train` for
+  calibration and of `test`, else `validation`, for evaluation (the first 10,000 documents).
+
+Calibration (`calibration_windows`) follows one rule for every corpus:
+
+1. Documents are visited in seeded order (streamed ones through a seeded shuffle buffer) until `samples` of them had at
+   least `seqlen` tokens; each of these gives one window, at a seeded offset. C4 is read no further than this.
+2. Where the long documents run out, the rest comes, in seeded order, from what was visited: the further windows of the
+   long documents, which lie end to end with their first, and windows cut from the pack. The pack is all that is left,
+   short documents and the ends of long ones, joined in visiting order by the tokenizer's end-of-text token, if any.
+
+No two windows overlap, and any text of at least `samples · seqlen` tokens is enough. After 200 visits a sample the
+search for long documents ends as soon as what was visited suffices. Tokens are the text's own: no window has a
+beginning-of-text token, for windows from the middle of a document have none either.
+
+Evaluation (`evaluation_windows`) joins the documents, tokenises the text as it stands with the tokenizer's default
+special tokens, and cuts windows of `seqlen` tokens without overlap; the rest is dropped. `wikitext2` is the test split
+joined by two line breaks, `ptb` the test split joined by spaces, `c4` the first 1100 documents of the first validation
+file joined by spaces and cut to 256 windows; everything else is joined by two line breaks.
+"""
+
+from sparlow.text.corpora import CORPORA
+from sparlow.text.windows import calibration_windows, evaluation_windows, fingerprint
+
+__all__ = ["CORPORA", "calibration_windows", "evaluation_windows", "fingerprint"]

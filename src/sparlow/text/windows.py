@@ -1,0 +1,136 @@
+"""Documents into windows of token ids; the package's docstring states the rules."""
+
+import hashlib
+import random
+from collections.abc import Iterable
+from itertools import islice
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor
+
+from sparlow.errors import InputError
+from sparlow.text.corpora import find_corpus
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_PATIENCE = 200  # documents a sample: C4 has one of 2048 tokens in some forty
+
+
+def calibration_windows(
+    corpus: str, tokenizer: "PreTrainedTokenizerBase", *, samples: int, seqlen: int, seed: int
+) -> Tensor:
+    """Draw `samples` windows of `seqlen` tokens for calibration, the same for the same seed.
+
+    Args:
+        corpus: a name of `CORPORA`, the path of a file, or a hub data set.
+        tokenizer: the model's; special tokens are not added, but for its end-of-text token between packed pieces.
+        samples: how many windows, at least 1.
+        seqlen: tokens in a window, at least 1.
+        seed: 0 or more; decides the order of documents and the offsets of windows.
+
+    Returns:
+        Token ids (samples, seqlen), int64; no two windows overlap.
+
+    Raises:
+        InputError: the corpus does not exist, cannot be read or has too little text, or a number is out of range.
+    """
+    _require_at_least("samples", samples, 1)
+    _require_at_least("seqlen", seqlen, 1)
+    _require_at_least("seed", seed, 0)
+    needed = samples * seqlen
+    rng = random.Random(seed)  # noqa: S311 - a reproducible choice, not a secret
+    chosen: list[Tensor] = []
+    spare: list[Tensor] = []
+    pieces: list[Tensor] = []
+    tokens = 0
+    # Documents of one token at least would suffice at this bound: it ends a stream of empty ones.
+    documents = islice(find_corpus(corpus).calibration_documents(seed), max(needed, _PATIENCE * samples))
+    for visited, text in enumerate(documents, start=1):
+        ids = torch.tensor(_token_ids(tokenizer, text, special=False), dtype=torch.int64)
+        tokens += len(ids)
+        windows, ends = _cut(ids, seqlen, rng)
+        chosen += windows[:1]
+        spare += windows[1:]
+        pieces += ends
+        if len(chosen) == samples or (visited >= _PATIENCE * samples and tokens >= needed):
+            break
+    if len(chosen) < samples:
+        spare += _pack(pieces, tokenizer.eos_token_id, seqlen)
+        rng.shuffle(spare)
+        chosen += spare[: samples - len(chosen)]
+    if len(chosen) < samples:
+        raise InputError(
+            f"{corpus} holds {tokens:,} tokens; {samples} samples of {seqlen} need at least {needed:,}: "
+            "lower --samples or --seqlen, or give more text."
+        )
+    return torch.stack(chosen)
+
+
+def evaluation_windows(
+    corpus: str, tokenizer: "PreTrainedTokenizerBase", *, seqlen: int, limit: int | None = None
+) -> Tensor:
+    """Cut the evaluation text of a corpus into windows of `seqlen` tokens, in order.
+
+    Args:
+        corpus: a name of `CORPORA`, the path of a file, or a hub data set.
+        tokenizer: the model's, called with its default special tokens, once for the whole text.
+        seqlen: tokens in a window, at least 2: the first is predicted from nothing.
+        limit: keep the first so many windows.
+
+    Returns:
+        Token ids (windows, seqlen), int64.
+
+    Raises:
+        InputError: the corpus does not exist, cannot be read or fills no window, or a number is out of range.
+    """
+    _require_at_least("seqlen", seqlen, 2)
+    if limit is not None:
+        _require_at_least("limit", limit, 1)
+    found = find_corpus(corpus)
+    ids = _token_ids(tokenizer, found.evaluation_text(), special=True)
+    if len(ids) < seqlen:
+        raise InputError(
+            f"{corpus} holds {len(ids):,} tokens, one window needs {seqlen:,}: lower --seqlen, or give more text."
+        )
+    count = min(bound for bound in (len(ids) // seqlen, found.first_windows, limit) if bound is not None)
+    return torch.tensor(ids[: count * seqlen], dtype=torch.int64).view(count, seqlen)
+
+
+def fingerprint(windows: Tensor) -> str:
+    """Sha256, in hex, of the shape and the ids of windows (n, seqlen): equal exactly if the windows are."""
+    digest = hashlib.sha256(str(tuple(windows.shape)).encode())
+    digest.update(windows.to("cpu", torch.int64).numpy().astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+def _token_ids(tokenizer: "PreTrainedTokenizerBase", text: str, *, special: bool) -> list[int]:
+    # Not verbose, or it would warn that the text is longer than the model's context, which is why we cut it.
+    encoding = tokenizer(text, add_special_tokens=special, return_attention_mask=False, verbose=False)
+    return cast("list[int]", encoding["input_ids"])
+
+
+def _cut(ids: Tensor, seqlen: int, rng: random.Random) -> tuple[list[Tensor], list[Tensor]]:
+    """Cut one document into windows end to end, the randomly placed one first, and the ends that fill none."""
+    if len(ids) < seqlen:
+        return [], [ids]
+    start = rng.randrange(len(ids) - seqlen + 1)
+    phase = start % seqlen
+    end = len(ids) - (len(ids) - phase) % seqlen
+    windows = list(ids[phase:end].view(-1, seqlen))
+    windows.insert(0, windows.pop(start // seqlen))
+    return windows, [ids[:phase], ids[end:]]
+
+
+def _pack(pieces: Iterable[Tensor], separator: int | None, seqlen: int) -> list[Tensor]:
+    """Join pieces of text by a token, if there is one, and cut the whole into windows."""
+    between = torch.tensor([] if separator is None else [separator], dtype=torch.int64)
+    parts = [part for piece in pieces if len(piece) for part in (between, piece)][1:]
+    joined = torch.cat(parts or [between[:0]])
+    return list(joined[: len(joined) // seqlen * seqlen].view(-1, seqlen))
+
+
+def _require_at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise InputError(f"{name} must be at least {least}, not {value}.")

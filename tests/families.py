@@ -1,0 +1,91 @@
+"""Tiny random models of many families, and a tokenizer that fits them all."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+VOCABULARY = 128
+WINDOW = 8  # of sliding attention, shorter than the sequences of the tests
+
+_SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": None,
+}
+_GEMMA = {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": WINDOW, "num_hidden_layers": 4}
+_FALCON = {"attention_dropout": 0.0, "hidden_dropout": 0.0}
+_MODELS: dict[str, tuple[str, dict[str, Any]]] = {  # name: model type of transformers, what differs from _SIZES
+    "llama": ("llama", {}),
+    "opt": ("opt", {"ffn_dim": 48, "word_embed_proj_dim": 32, "pad_token_id": 1}),
+    "mistral": ("mistral", {"sliding_window": WINDOW}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {"head_dim": 8}),
+    "gemma2": ("gemma2", _GEMMA),
+    "gemma3_text": ("gemma3_text", _GEMMA | {"layer_types": ["sliding_attention", "full_attention"] * 2}),
+    "phi3": ("phi3", {"sliding_window": WINDOW}),
+    "gpt_neox": ("gpt_neox", {}),
+    "falcon": ("falcon", _FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2, "alibi": False}),
+    "falcon_alibi": (
+        "falcon",
+        _FALCON | {"new_decoder_architecture": False, "multi_query": True, "alibi": True, "parallel_attn": True},
+    ),
+    "bloom": ("bloom", {"n_head": 4, "n_layer": 3}),
+    "olmo2": ("olmo2", {}),
+    "granite": ("granite", {"attention_multiplier": 0.35, "residual_multiplier": 0.5}),
+    "stablelm": ("stablelm", {}),
+    "starcoder2": ("starcoder2", {"sliding_window": WINDOW}),
+}
+_EXTRAS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt2": ("gpt2", {"n_inner": 48}),
+    "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+}
+
+FAMILIES = tuple(_MODELS)
+EXTRAS = tuple(_EXTRAS)  # models of which some or all layers are no nn.Linear
+
+
+def tiny(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
+    """A random model of a family in eval mode: 3 or 4 blocks, 32 features, 128 tokens."""
+    model_type, changes = (_MODELS | _EXTRAS)[name]
+    config = AutoConfig.for_model(model_type, **(_SIZES | changes))
+    auto: Any = AutoModelForCausalLM
+    with torch.random.fork_rng():  # transformers draws weights of its own first
+        model = auto.from_config(config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            # norms near one, everything else large enough for every block to change what passes through it
+            p.normal_(1.0 if p.ndim == 1 and bool((p == 1).all()) else 0.0, 0.2, generator=generator)
+    result: PreTrainedModel = model.to(dtype).eval()
+    return result
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Two special tokens, then one token for each printable ASCII character; any other character is lost."""
+    characters = ["\n", *map(chr, range(32, 127))]
+    vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", *characters])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    untyped: Any = PreTrainedTokenizerFast
+    special = {"bos_token": "<s>", "eos_token": "</s>"}
+    result: PreTrainedTokenizerFast = untyped(tokenizer_object=tokenizer, **special)
+    return result
+
+
+def save_tiny(name: str, folder: Path, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
+    """Write a tiny model and its tokenizer as an ordinary directory of transformers; return the model."""
+    model = tiny(name, dtype=dtype, seed=seed)
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return model
