@@ -81,7 +81,8 @@ def weighted_low_rank(M: Tensor, H: Tensor, rank: int) -> Tensor:
     eigenvalues, Q = torch.linalg.eigh(H.double())
     root = eigenvalues.clamp_min(1e-12 * eigenvalues[-1]).sqrt()
     P, sigma, Vt = torch.linalg.svd(M.double() @ (Q * root), full_matrices=False)
-    return (P[:, :rank] * sigma[:rank]) @ Vt[:rank] / root @ Q.T
+    L: Tensor = (P[:, :rank] * sigma[:rank]) @ Vt[:rank] / root @ Q.T
+    return L
 
 
 def least_squares(target: Tensor, H: Tensor, mask: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Compress pretrained language models in one shot into sparse plus low-rank form: every linear weight W becomes S + U V.
+"""Compress pretrained language models in one shot into sparse plus low-rank form: every linear W becomes S + U V.
 
     import sparlow
     report = sparlow.compress("meta-llama/Llama-3.2-1B", sparlow.Recipe(pattern="2:4", rank=64), out="llama-2to4")
@@ -10,12 +10,13 @@ Importing the package teaches transformers to open the directories it writes.
 from importlib.metadata import version
 
 from sparlow.algorithms import Decomposition, decompose, decomposer, pruner
+from sparlow.compression import compress
 from sparlow.errors import InputError, RunError
 from sparlow.evaluation import evaluate
 from sparlow.linalg.patterns import NM, Unstructured
 from sparlow.model.checkpoint import load
 from sparlow.model.layers import SparseLowRankLinear
-from sparlow.pipeline import Progress, compress
+from sparlow.progress import Progress
 from sparlow.recipe import Recipe
 from sparlow.report import Report
 

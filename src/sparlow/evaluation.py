@@ -1,8 +1,8 @@
 """Perplexity by one pinned protocol.
 
-The text becomes windows of ``seqlen`` tokens without overlap (``text.evaluation_windows``); the negative log-likelihood is
-averaged over the seqlen − 1 predictions of a window, then over windows; perplexity is its exponential. Papers differ in
-exactly these choices, so figures compare only at the same text and seqlen.
+The text becomes windows of ``seqlen`` tokens without overlap (``text.evaluation_windows``); the negative log-likelihood
+is averaged over the seqlen − 1 predictions of a window, then over windows; perplexity is its exponential. Papers differ
+in exactly these choices, so figures compare only at the same text and seqlen.
 """
 
 import math

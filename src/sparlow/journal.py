@@ -25,19 +25,23 @@ class Journal:
     Args:
         folder: The output directory; it comes into being with the first record.
         fingerprint: What decides the result: recipe, model, calibration windows, version.
+        blocks_name: Name of the list of decoder blocks in the model.
         overwrite: Forget what the directory holds, and remove it when the first record is written.
 
     Raises:
         InputError: The directory holds a run with another fingerprint.
     """
 
-    def __init__(self, folder: Path, fingerprint: Mapping[str, Any], *, overwrite: bool = False) -> None:
+    def __init__(
+        self, folder: Path, fingerprint: Mapping[str, Any], blocks_name: str, *, overwrite: bool = False
+    ) -> None:
         self.folder = folder
         self._clear = overwrite and folder.exists()
         self.state: dict[str, Any] = {
             "format": FORMAT,
             "finished": False,
             "fingerprint": dict(fingerprint),
+            "blocks_name": blocks_name,
             "dense": {},
             "shards": {},
             "blocks": [],
@@ -57,30 +61,32 @@ class Journal:
         """Perplexities of the dense model measured so far."""
         return dict(self.state["dense"])
 
-    @property
-    def layers(self) -> list[LayerRecord]:
-        """Records of the finished blocks."""
-        return [LayerRecord.from_dict(row) for block in self.state["blocks"] for row in block]
+    def layers(self, block: int) -> list[LayerRecord]:
+        """Records of a finished block."""
+        return [LayerRecord.from_dict(row) for row in self.state["blocks"][block]["layers"]]
 
-    def check_shard(self, file: str) -> None:
-        """Raise RunError unless the shard is the one that was recorded."""
+    def check_shard(self, block: int) -> None:
+        """Raise RunError unless the shard of a finished block is the one that was recorded."""
+        file = self.state["blocks"][block]["file"]
         record, path = self.state["shards"][file], self.folder / file
         if not path.exists() or path.stat().st_size != record["bytes"] or sha256(path) != record["sha256"]:
             raise RunError(f"{path} is missing or damaged since it was written: start again with --overwrite.")
 
-    def note_dense(self, perplexities: Mapping[str, float]) -> None:
-        """Record the dense model's perplexities; the first write of a run."""
-        self.state["dense"] = dict(perplexities)
+    def begin(self, dense: Mapping[str, float]) -> None:
+        """Make the directory and record the dense model's perplexities."""
+        self.state["dense"] |= dense
         self._write()
 
     def note_block(self, shard: ShardRecord, layers: Sequence[LayerRecord]) -> None:
         """Record a finished block: its shard is on disk already."""
         self.state["shards"][shard.file] = {"bytes": shard.bytes, "sha256": shard.sha256}
-        self.state["blocks"].append([asdict(layer) for layer in layers])
+        self.state["blocks"].append({"file": shard.file, "layers": [asdict(layer) for layer in layers]})
         self._write()
 
-    def finish(self, rest: ShardRecord) -> None:
-        """Record the last shard and declare the result whole."""
+    def finish(self, rest: ShardRecord, recipe: str) -> None:
+        """Record the last shard and the recipe (TOML), and declare the result whole."""
+        with replacing(self.folder / "recipe.toml") as partial:
+            partial.write_text(recipe, encoding="utf-8")
         self.state["shards"][rest.file] = {"bytes": rest.bytes, "sha256": rest.sha256}
         self.state["finished"] = True
         self._write()
@@ -110,6 +116,16 @@ def check_folder(folder: Path, *, overwrite: bool) -> None:
         raise InputError(f"{folder} is not empty and holds no run of sparlow: give another --out.")
     if not overwrite and read_json(folder / NAME).get("finished"):
         raise InputError(f"{folder} holds a finished result: give another --out, or --overwrite to replace it.")
+
+
+def read_records(folder: Path) -> dict[str, LayerRecord]:
+    """The records of a directory's layers by their full names; InputError if ``sparlow.json`` cannot be read."""
+    state = read_json(folder / NAME)
+    try:
+        layers = [LayerRecord.from_dict(row) for block in state["blocks"] for row in block["layers"]]
+        return {f"{state['blocks_name']}.{layer.block}.{layer.name}": layer for layer in layers}
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{folder / NAME} is not a record of sparlow: {error!r} is wrong or missing.") from None
 
 
 def _refuse_another(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

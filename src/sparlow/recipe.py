@@ -91,14 +91,15 @@ class Recipe:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Recipe":
         """Check names and types, and build the recipe; InputError says what is wrong."""
-        known = {f.name: f for f in fields(cls)}
+        known = [f.name for f in fields(cls)]
         for name, value in data.items():
             if name not in known:
                 raise InputError(f"A recipe has no field {name!r}; there is: {', '.join(known)}.")
             expected = _TYPES[name]
             if not isinstance(value, expected) or isinstance(value, bool):
                 raise InputError(f"Field {name} of a recipe must be {_spoken(expected)}, not {value!r}.")
-        return cls(**{name: float(value) if known[name].type is float else value for name, value in data.items()})
+        values: dict[str, Any] = {n: float(v) if float in _TYPES[n] else v for n, v in data.items()}
+        return cls(**values)
 
     @classmethod
     def from_toml(cls, text: str) -> "Recipe":

@@ -53,13 +53,25 @@ class LayerRecord:
         return cls(**{**data, "shape": (rows, columns), "warnings": tuple(data["warnings"])})
 
 
+def versions() -> dict[str, str]:
+    """Versions of what computed the result."""
+    packages = {name: version(name) for name in ("sparlow", "torch", "transformers", "safetensors")}
+    return {**packages, "python": platform.python_version()}
+
+
+def machine() -> dict[str, Any]:
+    """What it was computed on."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"system": platform.platform(), "threads": torch.get_num_threads(), "accelerator": device}
+
+
 @dataclass
 class Report:
     """A whole run; the fields are the keys of ``report.json``."""
 
     recipe: dict[str, Any]
-    versions: dict[str, str] = field(default_factory=lambda: versions())
-    machine: dict[str, Any] = field(default_factory=lambda: machine())
+    versions: dict[str, str] = field(default_factory=versions)
+    machine: dict[str, Any] = field(default_factory=machine)
     model: str = ""
     dense: dict[str, dict[str, float]] = field(default_factory=lambda: {"perplexity": {}})
     compressed: dict[str, dict[str, float]] = field(default_factory=lambda: {"perplexity": {}})
@@ -94,18 +106,6 @@ class Report:
             if isinstance(error, InputError):
                 raise
             raise InputError(f"{path} is not a report of sparlow: {error}.") from None
-
-
-def versions() -> dict[str, str]:
-    """Versions of what computed the result."""
-    packages = {name: version(name) for name in ("sparlow", "torch", "transformers", "safetensors")}
-    return {**packages, "python": platform.python_version()}
-
-
-def machine() -> dict[str, Any]:
-    """What it was computed on."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"system": platform.platform(), "threads": torch.get_num_threads(), "accelerator": device}
 
 
 def peak_memory() -> dict[str, int]:

@@ -109,7 +109,9 @@ class Algorithm:
         hints = typing.get_type_hints(self.function)
         parameters = inspect.signature(self.function).parameters.values()
         return {
-            p.name: Option(p.name, p.default, hints[p.name]) for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY
+            p.name: Option(p.name, p.default, hints[p.name])
+            for p in parameters
+            if p.kind is inspect.Parameter.KEYWORD_ONLY
         }
 
     def parse_options(self, given: Mapping[str, object]) -> dict[str, Any]:
@@ -160,7 +162,9 @@ def find(name: str) -> tuple[Algorithm, dict[str, object]]:
     raise InputError(f"There is no algorithm {name!r}{_suggest(name, names)}.")
 
 
-def _registrar(name: str, kind: Literal["pruner", "decomposer"], aliases: Mapping[str, Mapping[str, object]]) -> Callable[[F], F]:
+def _registrar(
+    name: str, kind: Literal["pruner", "decomposer"], aliases: Mapping[str, Mapping[str, object]]
+) -> Callable[[F], F]:
     def register(function: F) -> F:
         taken = {n for a in _ALGORITHMS.values() for n in (a.name, *a.aliases)}
         for new in (name, *aliases):

@@ -2,8 +2,8 @@
 
     keep the largest |W_ij| · ‖X_j‖ = |W_ij| · √H_jj
 
-Compared within each row for unstructured sparsity (the paper's equation 1 and its section 3), within each group for N:M.
-The norms come from the damped H, as for every method here.
+Compared within each row for unstructured sparsity (the paper's section 3), within each group for N:M. The norms come
+from the damped H, as for every method here.
 """
 
 from torch import Tensor

@@ -98,7 +98,7 @@ class Gram:
         return torch.cholesky_inverse(factor).mul_(rho)
 
     def objective(self, residual: Tensor) -> Tensor:
-        """f = tr(R H Rᵀ) of a ``residual`` R (out, in), a scalar tensor: the layer-wise reconstruction error."""
+        """Return tr(R H Rᵀ) of a ``residual`` R (out, in), a scalar tensor: the layer-wise reconstruction error."""
         return ((residual @ self.H) * residual).sum()
 
     def relative_error(self, W: Tensor, residual: Tensor) -> float:

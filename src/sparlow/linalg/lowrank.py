@@ -54,4 +54,5 @@ def orthonormal(Y: Tensor) -> Tensor:
     C = Y.T @ Y
     C.diagonal().add_(4 * torch.finfo(Y.dtype).eps * max(Y.shape[1], 8))
     factor, _ = torch.linalg.cholesky_ex(C)  # _ex: no wait for the device to report failure
-    return torch.linalg.solve_triangular(factor, Y.T, upper=False).T
+    Q: Tensor = torch.linalg.solve_triangular(factor, Y.T, upper=False)
+    return Q.T

@@ -53,6 +53,11 @@ class Unstructured:
         groups = scores if self.per_row else scores.reshape(1, -1)
         return _largest(groups, round(self.density * groups.shape[1])).reshape(scores.shape)
 
+    def violation(self, name: str, S: Tensor) -> str | None:
+        """Say in one sentence how ``S`` (out, in) breaks the pattern, or return None."""
+        kept, allowed = int((S != 0).sum()), self.kept((S.shape[0], S.shape[1]))
+        return f"{name} keeps {kept} values where {self} allows {allowed}" if kept > allowed else None
+
     def tracker(self) -> Tracker:
         """Return a cheaper ``mask`` for the iterates of a solver, exact only in the limit of small changes.
 
@@ -105,6 +110,11 @@ class NM:
             losses[j] += first_wins
             losses[i] += ~first_wins
         return torch.stack([lost < self.n for lost in losses], dim=1).reshape(scores.shape)
+
+    def violation(self, name: str, S: Tensor) -> str | None:
+        """Say in one sentence how ``S`` (out, in) breaks the pattern, or return None."""
+        groups = int(((S != 0).reshape(-1, self.m).sum(1) > self.n).sum())
+        return f"{name} keeps more than {self.n} of {self.m} in {groups} groups" if groups else None
 
     def tracker(self) -> Tracker:
         """Return ``mask`` itself: choosing within small groups is cheap."""

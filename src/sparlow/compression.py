@@ -1,0 +1,252 @@
+"""The whole job: open, check, measure, walk, write, measure again, report."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sparlow.errors import InputError
+from sparlow.evaluation import perplexity, require_tokenizer
+from sparlow.journal import Journal, check_folder
+from sparlow.model.blocks import decoder_blocks, linears, not_compressed, run_block
+from sparlow.model.checkpoint import CheckpointWriter, read_block
+from sparlow.model.layers import SparseLowRankLinear, compressed_layers
+from sparlow.model.quantizer import attach
+from sparlow.model.recording import record
+from sparlow.model.source import OpenedModel, fingerprint, open_model
+from sparlow.page import write_reports
+from sparlow.pipeline import check_layers, compress_block, name_what_is_not_finite
+from sparlow.progress import Clock, Notify, Progress
+from sparlow.recipe import Recipe
+from sparlow.report import LayerRecord, Report, peak_memory
+from sparlow.text import calibration_windows, evaluation_windows
+from sparlow.text import fingerprint as text_fingerprint
+
+MICRO_BATCH_TOKENS = 4096  # tokens that pass through a block at a time
+
+
+def compress(
+    model: str | Path | PreTrainedModel,
+    recipe: Recipe | None = None,
+    *,
+    calibration: str | Path | Tensor | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    out: str | Path | None = None,
+    evaluate: Sequence[str] = ("builtin",),
+    device: str = "auto",
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    notify: Notify = lambda _: None,
+) -> Report:
+    """Compress every linear layer of every decoder block of a causal language model.
+
+    Args:
+        model: Hub id, directory, .gguf file, or a transformers model, which is then compressed in place.
+        recipe: What to do; the defaults of ``Recipe`` if left out.
+        calibration: Corpus, file, or token windows (n, seqlen) int64; instead of the recipe's.
+        tokenizer: Needed with a transformers model if text is used.
+        out: Directory to write as the run proceeds; an unfinished one is resumed. Without it nothing is written.
+        evaluate: Corpora or files on which perplexity is measured, dense first and compressed at the end.
+        device: "auto" (an accelerator if there is one), or torch's name of a device. A model object stays where it is.
+        overwrite: Replace a result of sparlow in ``out``.
+        trust_remote_code: Let a model bring Python code of its own.
+        notify: Called after every step.
+
+    Returns:
+        The report, which is also written to ``out`` as ``report.json`` and ``report.html``.
+
+    Raises:
+        InputError: Something given cannot be used; what it is.
+        RunError: The run could not go on; with ``out``, the same call resumes it.
+    """
+    recipe = _with_calibration(recipe or Recipe(), calibration)
+    if out is not None:
+        check_folder(Path(out), overwrite=overwrite)
+    if isinstance(model, PreTrainedModel):
+        opened = OpenedModel(
+            model.eval(), tokenizer, model.config.name_or_path or type(model).__name__, fingerprint(model)
+        )
+    else:
+        opened = open_model(
+            str(model), dtype=recipe.dtype, device=pick_device(device), trust_remote_code=trust_remote_code
+        )
+        opened = replace(opened, tokenizer=tokenizer or opened.tokenizer)
+    windows = _windows(calibration, opened, recipe)
+    # cut before the run, so that a missing file is noticed at once
+    evaluation = {name: _evaluation_windows(name, opened, recipe.seqlen) for name in evaluate}
+    run = _Run(opened, recipe, windows, notify)
+    if out is not None:
+        run.write_to(Path(out), overwrite=overwrite)
+    return run.go(evaluation)
+
+
+def pick_device(name: str) -> str:
+    """Resolve "auto": an accelerator if there is one, else the CPU."""
+    if name != "auto":
+        return name
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return "cpu" if accelerator is None else accelerator.type
+
+
+def _with_calibration(recipe: Recipe, calibration: str | Path | Tensor | None) -> Recipe:
+    if calibration is None:
+        return recipe
+    if not isinstance(calibration, Tensor):
+        return recipe.changed(calibration=str(calibration))
+    if calibration.ndim != 2 or calibration.dtype != torch.int64 or calibration.numel() == 0:  # noqa: PLR2004 - a matrix
+        raise InputError("Calibration windows must be a tensor (windows, seqlen) of int64 token ids.")
+    return recipe.changed(calibration=None, samples=calibration.shape[0], seqlen=calibration.shape[1])
+
+
+def _windows(calibration: str | Path | Tensor | None, opened: OpenedModel, recipe: Recipe) -> Tensor:
+    """Return the calibration windows (samples, seqlen) int64."""
+    if isinstance(calibration, Tensor):
+        vocabulary = opened.model.config.get_text_config().vocab_size
+        if calibration.min() < 0 or calibration.max() >= vocabulary:
+            raise InputError(f"Calibration windows hold token ids outside of the vocabulary of {vocabulary}.")
+        return calibration.cpu()
+    if recipe.calibration is None:
+        raise InputError("There is no calibration text: name a corpus or a file, or give token windows.")
+    tokenizer = require_tokenizer(opened.tokenizer, opened.name)
+    sizes = {"samples": recipe.samples, "seqlen": recipe.seqlen, "seed": recipe.seed}
+    return calibration_windows(recipe.calibration, tokenizer, **sizes)
+
+
+def _evaluation_windows(corpus: str, opened: OpenedModel, seqlen: int) -> Tensor:
+    return evaluation_windows(corpus, require_tokenizer(opened.tokenizer, opened.name), seqlen=max(seqlen, 2))
+
+
+class _Run:
+    """One compression from the checks to the report; writes only after ``write_to``."""
+
+    def __init__(self, opened: OpenedModel, recipe: Recipe, windows: Tensor, notify: Notify) -> None:
+        self.opened, self.recipe, self.windows, self.notify = opened, recipe, windows, notify
+        self.model = opened.model
+        self.blocks_name, self.blocks = decoder_blocks(self.model)
+        check_layers(self.blocks_name, self.blocks, recipe)
+        self.clock = Clock()
+        self.report = Report(recipe=recipe.to_dict(), model=opened.name)
+        self.report.bytes = {"dense": _bytes(self.model), "linears_dense": 0, "linears_compressed": 0}
+        self.journal: Journal | None = None
+        self.writer: CheckpointWriter | None = None
+
+    def write_to(self, folder: Path, *, overwrite: bool) -> None:
+        """Write shards and records to ``folder`` as the run proceeds, going on from what is there."""
+        decides = {
+            "recipe": self.recipe.to_dict(),
+            "model": self.opened.fingerprint,
+            "calibration": text_fingerprint(self.windows),
+            "version": version("sparlow"),
+        }
+        self.journal = Journal(folder, decides, self.blocks_name, overwrite=overwrite)
+
+    def go(self, evaluation: dict[str, Tensor]) -> Report:
+        with self.clock("total"):
+            self.measure_dense(evaluation)
+            self.walk()
+            attach(self.model)
+            self.finish_files()
+            for name, windows in evaluation.items():
+                value = self.perplexity("compressed perplexity", windows)
+                self.report.compressed["perplexity"][name] = value
+        self.complete_report()
+        if self.journal:
+            write_reports(self.report, self.journal.folder)
+        return self.report
+
+    def measure_dense(self, evaluation: dict[str, Tensor]) -> None:
+        """The sanity gate: a number for the model as it came, before any number for what becomes of it."""
+        known = self.journal.dense if self.journal else {}
+        for name, windows in evaluation.items():
+            value = known.get(name) or self.perplexity("dense perplexity", windows)
+            if value != value:  # noqa: PLR0124 - NaN
+                recording = record(self.model, windows[:1], micro_batch=1)
+                name_what_is_not_finite(self.blocks_name, self.blocks, recording.calls, recording.hidden)
+                raise InputError("The dense model's perplexity is not a number: its head or embedding is damaged.")
+            if value > self.model.config.get_text_config().vocab_size:
+                self.report.warnings.append(
+                    f"the dense model is no better than chance on {name}: perplexity {value:.0f}"
+                )
+            self.report.dense["perplexity"][name] = value
+
+    def perplexity(self, stage: str, windows: Tensor) -> float:
+        done = 0
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            self.notify(Progress(stage, done, len(windows)))
+
+        with self.clock("evaluate"):
+            return perplexity(self.model, windows, advance)
+
+    @torch.no_grad()
+    def walk(self) -> None:
+        """Compress block after block, each fed by the compressed ones before it."""
+        with self.clock("walk"):
+            micro_batch = max(MICRO_BATCH_TOKENS // self.windows.shape[1], 1)
+            recording = record(self.model, self.windows, micro_batch=micro_batch)
+        hidden = recording.hidden
+        if self.journal:
+            self.journal.begin(self.report.dense["perplexity"])
+            self.writer = CheckpointWriter(self.journal.folder, self.model, self.blocks_name, len(self.blocks))
+        for i, block in enumerate(self.blocks):
+            self.report.bytes["linears_dense"] += sum(map(_bytes, linears(block).values()))
+            self.report.layers += self.restored(i, block) or self.compressed(i, block, recording.calls[i], hidden)
+            self.report.bytes["linears_compressed"] += sum(map(_packed_bytes, compressed_layers(block).values()))
+            with self.clock("walk"):
+                hidden = [run_block(block, x, recording.calls[i][len(x)]).to(x.device) for x in hidden]
+            self.notify(Progress("blocks", i + 1, len(self.blocks)))
+
+    def restored(self, i: int, block: nn.Module) -> list[LayerRecord]:
+        """Take a block that an earlier run finished from its shard; return its records, none if there is no such."""
+        if self.journal is None or i >= self.journal.blocks_done:
+            return []
+        self.journal.check_shard(i)
+        read_block(self.journal.folder, i, block)
+        return self.journal.layers(i)
+
+    def compressed(self, i: int, block: nn.Module, calls: Any, hidden: list[Tensor]) -> list[LayerRecord]:  # noqa: ANN401 - see Recording
+        """Compress a block and, if there is a directory, write it."""
+
+        def on_layer(layer: LayerRecord) -> None:
+            self.notify(Progress("blocks", i, len(self.blocks), layer))
+
+        layers = compress_block(block, (self.blocks_name, i), calls, hidden, self.recipe, self.clock, on_layer)
+        if self.journal and self.writer:
+            with self.clock("save"):
+                self.journal.note_block(self.writer.write_block(i, block), layers)
+        return layers
+
+    def finish_files(self) -> None:
+        """Write what lies outside of the blocks and the files that make the directory a model."""
+        if self.journal and self.writer:
+            with self.clock("save"):
+                rest = self.writer.write_rest(self.model)
+                self.writer.finish(self.model, self.opened.tokenizer)
+                self.journal.finish(rest, self.recipe.to_toml())
+
+    def complete_report(self) -> None:
+        report, sizes = self.report, self.report.bytes
+        sizes["compressed"] = sizes["dense"] - sizes["linears_dense"] + sizes["linears_compressed"]
+        weights = sum(layer.shape[0] * layer.shape[1] for layer in report.layers)
+        report.bits_per_weight = 8 * sizes["linears_compressed"] / weights
+        report.seconds, report.peak_memory = self.clock.seconds, peak_memory()
+        names = {layer: f"{self.blocks_name}.{layer.block}.{layer.name}" for layer in report.layers}
+        report.warnings += [f"{names[layer]}: {warning}" for layer in report.layers for warning in layer.warnings]
+        report.not_compressed = [asdict(row) for row in not_compressed(self.model, names.values())]
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in module.parameters())
+
+
+def _packed_bytes(layer: SparseLowRankLinear) -> int:
+    """Bytes on disk: kept values, one bit a weight (whole bytes a row), U, V and the bias."""
+    size, (rows, columns) = layer.S.element_size(), layer.S.shape
+    return _bytes(layer) + size * (int((layer.S != 0).sum()) - layer.S.numel()) + rows * ((columns + 7) // 8)

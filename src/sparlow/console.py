@@ -1,0 +1,107 @@
+"""What the command line shows: progress bars or plain lines, and tables. Prints; decides nothing."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+
+from sparlow.algorithms import Algorithm
+from sparlow.model.inspection import LayerInfo
+from sparlow.page import megabytes, summary_rows
+from sparlow.progress import Notify, Progress
+from sparlow.report import Report
+
+out = Console(soft_wrap=True)
+err = Console(stderr=True, soft_wrap=True)
+
+
+@contextmanager
+def progress() -> Iterator[Notify]:
+    """Show a run as it goes: bars on a terminal, otherwise a line a block."""
+    if not err.is_terminal:
+        yield _plain_line
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Bars(*columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=err) as bars:
+        tasks = {}
+
+        def show(step: Progress) -> None:
+            if step.stage not in tasks:
+                tasks[step.stage] = bars.add_task(step.stage, total=step.total, note="")
+            note = f"{step.layer.name}: relative error {step.layer.relative_error:.5f}" if step.layer else ""
+            bars.update(tasks[step.stage], completed=step.done, note=note)
+
+        yield show
+
+
+def _plain_line(step: Progress) -> None:
+    if step.layer is not None:
+        return
+    if step.stage == "blocks" or step.done == step.total:
+        err.print(f"{step.stage}: {step.done} of {step.total}", highlight=False)
+
+
+def show_report(report: Report) -> None:
+    """The summary of a run: perplexities and sizes, dense beside compressed, time, memory, warnings."""
+    out.print(_table(("", "dense", "compressed"), summary_rows(report)))
+    seconds = report.seconds
+    blocks = 1 + max(layer.block for layer in report.layers)
+    out.print(
+        f"{seconds['total']:.0f} s: {seconds['solve']:.0f} s solving ({seconds['solve'] / blocks:.1f} s a block), "
+        f"{seconds['statistics'] + seconds['walk']:.0f} s walking, {seconds['evaluate']:.0f} s evaluating; "
+        f"peak memory {megabytes(report.peak_memory['rss'])}",
+        highlight=False,
+    )
+    kept = sum(row["parameters"] for row in report.not_compressed)
+    out.print(f"{kept:,} parameters in {len(report.not_compressed)} modules stay as they are", highlight=False)
+    for warning in report.warnings[:10]:
+        out.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False)
+    if len(report.warnings) > 10:  # noqa: PLR2004 - a screenful
+        out.print(f"and {len(report.warnings) - 10} more warnings in report.json", highlight=False)
+
+
+def show_perplexities(found: Mapping[str, float], seqlen: int) -> None:
+    """The result of ``sparlow evaluate``."""
+    rows = ((name, f"{value:.4f}") for name, value in found.items())
+    out.print(_table(("corpus", f"perplexity (seqlen {seqlen})"), rows))
+
+
+def show_layers(layers: Sequence[LayerInfo], patterns: Mapping[str, str]) -> None:
+    """The result of ``sparlow inspect``."""
+    rows = [
+        (
+            layer.name,
+            f"{layer.shape[0]} × {layer.shape[1]}",
+            patterns.get(layer.name, "–"),
+            f"{layer.density:.4f}",
+            str(layer.rank),
+            f"{layer.bytes:,}",
+        )
+        for layer in layers
+    ]
+    out.print(_table(("layer", "shape", "pattern", "density", "rank", "bytes"), rows))
+
+
+def show_algorithms(algorithms: Iterable[Algorithm]) -> None:
+    """Names, one line each, their options and defaults."""
+    for algorithm in algorithms:
+        names = ", ".join((algorithm.name, *algorithm.aliases))
+        out.print(f"[bold]{escape(names)}[/] ({algorithm.kind}): {escape(algorithm.summary)}", highlight=False)
+        for option in algorithm.options.values():
+            out.print(
+                f"    --option {option.name}={escape(option.shown_default)}  ({escape(option.choices)})",
+                highlight=False,
+            )
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for i, title in enumerate(head):
+        table.add_column(title, justify="right" if i else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    return table

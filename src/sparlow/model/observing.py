@@ -1,0 +1,130 @@
+"""Run a dense block once for both its outputs and the statistics of what its linear layers read."""
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from sparlow.errors import InputError
+from sparlow.model.blocks import Call, linears, run_block
+
+
+class Statistic(Protocol):
+    """Anything that accumulates inputs of a linear layer."""
+
+    def add(self, x: Tensor, /) -> None:
+        """Take in one input of shape (..., in)."""
+
+
+Kind = TypeVar("Kind", bound=Statistic)
+
+
+@dataclass(frozen=True)
+class Observation(Generic[Kind]):
+    """What one pass of a block shows.
+
+    Attributes:
+        outputs: (b, seqlen, d) for each micro-batch, where its input lies.
+        statistics: one for each distinct input, under the name of the first linear that reads it.
+        owner: for each linear the name its statistic has; a linear that is never called has none.
+    """
+
+    outputs: list[Tensor]
+    statistics: dict[str, Kind]
+    owner: dict[str, str]
+
+
+@torch.no_grad()
+def observe(
+    block: nn.Module,
+    calls: Mapping[int, Call],
+    hidden: Iterable[Tensor],
+    new_statistic: Callable[[int, torch.device], Kind],
+    *,
+    label: str = "block",
+) -> Observation[Kind]:
+    """Run a block once over all micro-batches for both its outputs and the statistics of its linears' inputs.
+
+    Linears that read the very same tensors (query, key and value; gate and up) share one statistic.
+
+    Args:
+        calls: the block's calls by number of windows, from ``record``.
+        hidden: the block's inputs, (b, seqlen, d) each.
+        new_statistic: makes an empty statistic of inputs (..., in) from ``in`` and their device.
+        label: how errors call the block.
+
+    Raises:
+        InputError: an output is not finite; the message names the first layer concerned.
+    """
+    device = next(block.parameters()).device
+    calls = {size: call.to(device) for size, call in calls.items()}
+    seen: Observation[Kind] = Observation([], {}, {})
+    for x in hidden:
+        with _inputs_noted(block, label) as inputs:
+            y = run_block(block, x, calls[len(x)])
+        if not y.isfinite().all():
+            raise InputError(
+                f"{label}: {_not_finite(block, inputs)} is not finite (NaN or inf); "
+                "use --dtype float32 or check the model's weights"
+            )
+        seen.outputs.append(y.to(x.device))
+        _add(seen, inputs, new_statistic)
+    return seen
+
+
+@contextmanager
+def _inputs_noted(block: nn.Module, label: str) -> Iterator[dict[str, list[Tensor]]]:
+    """Collect what each linear reads, in the order of the calls; kept alive, so that identities stay distinct."""
+    inputs: dict[str, list[Tensor]] = {}
+    versions: list[tuple[str, Tensor, int]] = []
+
+    def hook(name: str) -> Callable[..., None]:
+        def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else kwargs["input"]
+            inputs.setdefault(name, []).append(x)
+            versions.append((name, x, x._version))  # noqa: SLF001 - how torch counts changes in place
+
+        return note
+
+    with ExitStack() as stack:
+        for name, linear in linears(block).items():
+            stack.enter_context(linear.register_forward_pre_hook(hook(name), with_kwargs=True))
+        yield inputs
+    for name, x, version in versions:  # statistics are taken now, after the forward
+        if x._version != version:  # noqa: SLF001 - see above
+            raise InputError(f"{label} changes the input of {name} in place, so it cannot be observed")
+
+
+def _add(
+    seen: Observation[Kind], inputs: Mapping[str, list[Tensor]], new_statistic: Callable[[int, torch.device], Kind]
+) -> None:
+    """Add one forward's inputs; who shared a statistic so far but now reads something else goes on with a copy."""
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for name in dict.fromkeys([*seen.owner, *inputs]):
+        key = (seen.owner.get(name), *map(id, inputs.get(name, ())))
+        groups.setdefault(key, []).append(name)
+    for (before, *_), names in groups.items():
+        if before is None:
+            x = inputs[names[0]][0]
+            seen.statistics[names[0]] = new_statistic(x.shape[-1], x.device)
+        elif names[0] != before:
+            seen.statistics[names[0]] = copy.deepcopy(seen.statistics[before])
+        seen.owner.update(dict.fromkeys(names, names[0]))
+    for names in groups.values():
+        for x in inputs.get(names[0], ()):
+            seen.statistics[names[0]].add(x)
+
+
+def _not_finite(block: nn.Module, inputs: Mapping[str, list[Tensor]]) -> str:
+    """Name the first thing that is not finite, in the order of the calls."""
+    layers = linears(block)
+    for name, tensors in inputs.items():
+        if not all(x.isfinite().all() for x in tensors):
+            return f"the input of {name}"
+        if not all(p.isfinite().all() for p in layers[name].parameters()):
+            return f"a weight of {name}"
+    return "the output"

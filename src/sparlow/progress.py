@@ -1,0 +1,46 @@
+"""What a run tells while it goes on: steps for whoever shows them, and seconds by kind of work."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from sparlow.report import LayerRecord
+
+KINDS = ("total", "walk", "statistics", "solve", "matching", "save", "evaluate")  # keys of report.json
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One step of a run.
+
+    Attributes:
+        stage: What is going on: "dense perplexity", "blocks", "compressed perplexity".
+        done: Steps finished.
+        total: Steps in all.
+        layer: The layer that was just compressed, if that is the step.
+    """
+
+    stage: str
+    done: int
+    total: int
+    layer: LayerRecord | None = None
+
+
+Notify = Callable[[Progress], None]
+
+
+class Clock:
+    """Adds up seconds by kind of work."""
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(KINDS, 0.0)
+
+    @contextmanager
+    def __call__(self, kind: str) -> Iterator[None]:
+        """Count the time spent inside."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[kind] += time.perf_counter() - start

@@ -1,0 +1,208 @@
+import pytest
+import torch
+
+import oracles
+from sparlow.errors import InputError, RunError
+from sparlow.linalg.gram import Gram, GramAccumulator, cholesky
+
+CPU = torch.device("cpu")
+
+
+def inputs(tokens, features, seed=0):
+    return torch.randn(tokens, features, generator=torch.Generator().manual_seed(seed))
+
+
+def moments(X):
+    return 2 / oracles.SEQUENCES * X.double().T @ X.double()
+
+
+# --- damping ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("absolute", "relative"), [(0.005, 0.005), (0.1, 0), (0, 0.1), (0, 0)])
+def test_damping_is_the_documented_formula(absolute, relative):
+    H = moments(inputs(64, 12) * torch.logspace(-1, 1, 12))
+    gram = Gram.damped(H, absolute=absolute, relative=relative)
+    torch.testing.assert_close(gram.H.double(), oracles.damp(H, absolute, relative), rtol=1e-6, atol=0)
+    assert not gram.dead.any()
+
+
+def test_the_default_damping_is_half_a_percent_of_each_kind():
+    H = moments(inputs(64, 12))
+    assert torch.equal(Gram.damped(H).H, Gram.damped(H, absolute=0.005, relative=0.005).H)
+
+
+def test_damping_leaves_the_given_matrix_alone():
+    H = moments(inputs(64, 12)).float()
+    before = H.clone()
+    Gram.damped(H)
+    assert torch.equal(H, before)
+
+
+def test_a_dead_column_gets_a_one_and_is_remembered():
+    X = inputs(64, 12)
+    X[:, [3, 7]] = 0
+    gram = Gram.damped(moments(X))
+    assert gram.dead.nonzero().flatten().tolist() == [3, 7]
+    assert gram.H[gram.dead].sum(1).tolist() == [1, 1]  # nothing beside the diagonal
+    torch.testing.assert_close(gram.H[0, 0].double(), oracles.damp(moments(X))[0, 0], rtol=1e-6, atol=0)
+    assert torch.isfinite(gram.ridge(0.1)).all()
+
+
+def test_identity_is_the_identity():
+    gram = Gram.identity(5)
+    assert torch.equal(gram.H, torch.eye(5))
+    assert not gram.dead.any()
+
+
+@pytest.mark.parametrize(
+    "H",
+    [
+        torch.eye(3)[:2],
+        torch.ones(3),
+        torch.ones(2, 3, 3),
+        torch.eye(3) * float("nan"),
+        torch.eye(3) * float("inf"),
+        torch.diag(torch.tensor([1.0, -1.0])),
+    ],
+    ids=["not square", "a vector", "a stack", "NaN", "infinity", "a negative diagonal"],
+)
+def test_refuses_what_is_no_second_moment(H):
+    with pytest.raises(InputError, match="H "):
+        Gram.damped(H)
+
+
+@pytest.mark.parametrize("name", ["absolute", "relative"])
+def test_refuses_negative_damping(name):
+    with pytest.raises(InputError, match="negative"):
+        Gram.damped(torch.eye(3), **{name: -1e-9})
+
+
+# --- factorisations --------------------------------------------------------------------------------------------------
+
+
+def test_correlation_and_scale_make_up_the_gram():
+    gram = Gram.damped(moments(inputs(64, 12) * torch.logspace(-3, 3, 12)))
+    torch.testing.assert_close(gram.correlation.diagonal(), torch.ones(12))
+    torch.testing.assert_close(gram.correlation * gram.scale * gram.scale[:, None], gram.H)
+
+
+def test_cholesky_is_a_root_of_the_correlation_and_adds_nothing_if_it_need_not():
+    gram = Gram.damped(moments(inputs(64, 12)))
+    R, extra = gram.cholesky
+    torch.testing.assert_close(R @ R.T, gram.correlation)
+    assert torch.equal(R, R.tril())
+    assert extra == gram.extra_damping == 0
+
+
+def test_extra_damping_of_a_singular_matrix_is_reported():
+    X = inputs(64, 1).expand(64, 12)  # twelve times the same feature
+    gram = Gram.damped(moments(X), absolute=0, relative=0)
+    assert gram.extra_damping == 0  # nothing has been factorised yet
+    R, extra = gram.cholesky
+    assert 0 < extra <= 0.1
+    assert gram.extra_damping == extra
+    torch.testing.assert_close(R @ R.T, gram.correlation + extra * torch.eye(12), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("lowest", [-3e-6, -3e-4, -0.03])
+def test_cholesky_adds_just_the_power_of_ten_that_is_needed(lowest):
+    A = torch.diag(torch.tensor([lowest, 1.0, 2 - lowest]))  # of unit scale: the mean of the diagonal is 1
+    factor, extra = cholesky(A, "A")
+    assert -lowest < extra < -10 * lowest
+    torch.testing.assert_close(factor @ factor.T, A + extra * torch.eye(3))
+
+
+def test_a_matrix_beyond_rescue_is_named():
+    A = torch.diag(torch.tensor([-0.2, 1.2]))
+    with pytest.raises(RunError, match="the inputs of layer 7"):
+        cholesky(A, "the inputs of layer 7")
+
+
+def indefinite():
+    """A Gram whose correlation has an eigenvalue of −0.05: no product of activations, but within the bound."""
+    H = torch.eye(6)
+    H[0, 1] = H[1, 0] = 1.05
+    return Gram.damped(H, absolute=0, relative=0)
+
+
+def test_ridge_equals_the_dense_formula():
+    gram = Gram.damped(moments(inputs(256, 12) * torch.logspace(-1, 1, 12)))
+    G = gram.correlation.double()
+    for rho in (0.003, 0.1, 5.0):
+        expected = rho * torch.linalg.inv(G + rho * torch.eye(12))
+        torch.testing.assert_close(gram.ridge(rho).double(), expected, rtol=1e-3, atol=1e-5)
+
+
+def test_ridge_leaves_the_correlation_alone():
+    gram = Gram.damped(moments(inputs(64, 12)))
+    before = gram.correlation.clone()
+    gram.ridge(0.1)
+    assert torch.equal(gram.correlation, before)
+
+
+@pytest.mark.xfail(strict=True, reason="ridge drops the damping that its factorisation had to add")
+def test_extra_damping_of_ridge_is_reported():
+    gram = indefinite()
+    gram.ridge(0.003)
+    assert gram.extra_damping > 0
+
+
+# --- objective -------------------------------------------------------------------------------------------------------
+
+
+def test_the_objective_is_the_error_of_the_layers_output():
+    X, residual = inputs(64, 12), inputs(5, 12, seed=1)
+    gram = Gram.damped(X.T @ X, absolute=0, relative=0)
+    torch.testing.assert_close(gram.objective(residual), (X @ residual.T).square().sum())
+    assert gram.objective(residual).item() == pytest.approx(oracles.objective(residual, gram.H), rel=1e-5)
+
+
+def test_relative_error_runs_from_nothing_lost_to_everything():
+    gram, W = Gram.damped(moments(inputs(64, 12))), inputs(5, 12, seed=1)
+    assert gram.relative_error(W, torch.zeros_like(W)) == 0
+    assert gram.relative_error(W, W) == 1
+    assert gram.relative_error(W, W / 2) == pytest.approx(0.25)
+    assert gram.relative_error(torch.zeros_like(W), torch.zeros_like(W)) == 0
+
+
+# --- accumulator -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_accumulates_in_float32_whatever_the_activations_are(dtype):
+    batches = [(inputs(300, 12, seed) + 3).to(dtype) for seed in range(8)]  # sums far beyond 8 or 11 bits
+    stats = GramAccumulator(12, CPU)
+    for x in batches:
+        stats.add(x)
+    X = torch.cat(batches).double()
+    assert stats.sum.dtype == torch.float32
+    assert stats.tokens == 2400
+    torch.testing.assert_close(stats.second_moment(16).double(), 2 / 16 * X.T @ X, rtol=1e-5, atol=0)
+
+
+def test_accumulates_in_float64_on_request():
+    X = (inputs(300, 12) + 1000).double()
+    stats = GramAccumulator(12, CPU, torch.float64)
+    stats.add(X)
+    torch.testing.assert_close(stats.sum, X.T @ X, rtol=1e-13, atol=0)
+    assert stats.second_moment(1).dtype == torch.float32
+
+
+def test_windows_may_come_in_any_shape():
+    X = inputs(24, 12)
+    whole, batched = GramAccumulator(12, CPU), GramAccumulator(12, CPU)
+    whole.add(X)
+    batched.add(X.reshape(2, 3, 4, 12))
+    assert batched.tokens == 24
+    torch.testing.assert_close(batched.sum, whole.sum)
+
+
+def test_reading_the_moment_does_not_end_the_accumulation():
+    stats = GramAccumulator(12, CPU)
+    stats.add(inputs(24, 12))
+    first = stats.second_moment(1)
+    before = first.clone()
+    stats.add(inputs(24, 12))
+    assert torch.equal(first, before)
+    torch.testing.assert_close(stats.second_moment(1), 2 * before)
