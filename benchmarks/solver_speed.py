@@ -38,10 +38,9 @@ def plain_three_basil(W: Tensor, H: Tensor, pattern: Pattern, rank: int) -> Deco
     """3BASiL as its paper states it: every product of an iteration is formed, in the paper's order.
 
     One eigendecomposition G = Q diag(λ) Qᵀ gives both (G + ρI)⁻¹ for every ρ and a root of G; four dense products
-    with an (in, in) matrix an iteration. What the paper leaves open is set in this version's favour: D starts at W
-    (fewer steps than from its projection) and the randomised SVD has a few columns to spare (without them a step is 4 to
-    10 % quicker and the result 1 to 6 % worse). On the reference problems at rank 16 it ends within 3 % of the figures
-    of the paper's public implementation, on the average within 1 %.
+    with an (in, in) matrix an iteration. D starts at W: from its projection it takes as long and ends as low. The
+    randomised SVD has a few columns to spare: without them a step is up to 10 % quicker, the result up to 6 % worse.
+    On the reference problems (rank 16) this ends within 4 % of the paper's public implementation, 1 % on average.
 
     Args:
         W: Weight (out, in).

@@ -1,6 +1,5 @@
 """Laws that every registered algorithm obeys; one that is added is tested from the moment its file is there."""
 
-import math
 from functools import cache
 from operator import attrgetter
 
@@ -178,7 +177,7 @@ def test_an_undamped_singular_gram_is_solved_or_refused(algorithm, pattern, toke
         return
     assert finite(found)
     assert fits(found.S, pattern)
-    assert math.isfinite(found.stats["relative_error"])
+    assert found.stats["relative_error"] < 1  # comparisons with NaN are false
 
 
 @both_kinds
@@ -306,6 +305,12 @@ def test_an_answer_too_large_for_the_type_of_the_weight_is_no_answer():
 def test_an_answer_whose_error_overflows_is_no_answer():
     with pytest.raises(RunError):
         through_the_shell(lambda W, *_: only(W * 1e25))
+
+
+@pytest.mark.xfail(strict=True, reason="torch's LinAlgError, of an SVD of NaN for one, passes through as it is")
+def test_a_decomposition_that_fails_is_no_answer():
+    with pytest.raises(RunError):
+        through_the_shell(lambda W, *_: only(torch.linalg.svd(W * float("nan")).U))
 
 
 @pytest.mark.xfail(strict=True, reason="+ 0.0 comes before the cast, in which a small negative number becomes -0.0")

@@ -17,9 +17,9 @@ PATTERNS = ("2:4", "2:8", "0.5", "0.7")
 PROBLEMS = {"wide": (96, 160, 3), "tall": (160, 96, 4)}  # out, in, seed
 RANK = 8
 
-# Relative objective at default effort; the tests allow 3 % more. Each is the highest of five solves whose weights differ
-# by one part in a million, because the rounding of another machine differs as much. Printed, after a change that is
-# meant to move them, by
+# Relative objective at default effort; the tests allow 3 % more. Each is the highest of five solves whose weights
+# differ by one part in a million, because the rounding of another machine differs as much. Printed, after a change
+# that is meant to move them, by
 #     PYTHONPATH=src:tests:tests/algorithms python -c "import test_three_basil as t; t.print_goldens()"
 GOLDENS = {
     "wide": {"2:4": 0.0004858, "2:8": 0.002507, "0.5": 0.000182, "0.7": 0.001068},
@@ -110,8 +110,8 @@ def test_finds_again_what_a_weight_was_made_of(pattern):
 @pytest.mark.parametrize("pattern", ["2:4", "0.5"])
 def test_survives_massive_activations(pattern, absolute, schedule):
     W, H = oracles.problem(64, 96, 7, massive=3)
+    assert H.diagonal().max() > 1e8 * H.diagonal().median()
     gram = Gram.damped(H, absolute=absolute)
-    assert gram.scale.max() > 1e4 * gram.scale.median()
     found = run(W, gram, pattern, schedule=schedule)
     wanda = solve(find("wanda")[0], W, gram, parse_pattern(pattern), 0, {})
     assert found.stats["relative_error"] < 0.5 * wanda.stats["relative_error"]
@@ -129,7 +129,7 @@ def in_float64(W, gram):
     return W.double() * gram.scale, gram
 
 
-@pytest.mark.parametrize("steps", [1, 10, 40])
+@pytest.mark.parametrize("steps", [10, 40, 90])
 def test_without_low_rank_part_the_iterates_are_the_papers(steps):
     W, gram = layer(24, 40, 0)
     pattern = NM(2, 4)

@@ -58,14 +58,14 @@ class Option:
         """What may be given: a type's name, or the words of a Literal."""
         if typing.get_origin(self.annotation) is Literal:
             return " | ".join(str(word) for word in typing.get_args(self.annotation))
-        if self.annotation is Pruner:
+        if self.annotation == Pruner:  # get_type_hints rebuilds it, so it is equal and not the same
             return "the name of a pruner"
         return str(getattr(self.annotation, "__name__", self.annotation))
 
     def parse(self, value: object) -> Any:  # noqa: ANN401 - options have many types
         """Turn a value typed by a user or read from TOML into what the function expects; InputError if it is not."""
         wrong = InputError(f"Option {self.name}={value!r} is not usable: expected {self.choices}.")
-        if self.annotation is Pruner:
+        if self.annotation == Pruner:
             algorithm, _ = find(str(value))
             if algorithm.kind != "pruner":
                 raise wrong

@@ -75,19 +75,22 @@ class _Loop:
         self.mask = self.keep(target.abs())  # (out, in) bool
         self.seen = self.mask
         self.kept = max(pattern.kept((target.shape[0], target.shape[1])), 1)
-        self.X = target  # S + Y (out, in)
+        self.X = torch.empty_like(target)  # S + Y (out, in)
         self.Y = torch.zeros_like(target)  # scaled multiplier (out, in), zero on the support
         self.Z = target * self.mask  # D − Y (out, in)
-        self.S = target
+        self.S = torch.empty_like(target)
+        self.R = torch.empty_like(target)  # T − L (out, in)
+        self.work = torch.empty_like(target)  # every step writes into these six: new memory costs more than the sums
         self.U = target.new_zeros(target.shape[0], rank)
         start = torch.randn(rank, target.shape[1], generator=torch.Generator().manual_seed(0))
         self.V = start.to(target)  # (r, in); drawn on the CPU, so that every device starts alike
+        self.zero = target.new_zeros(())
         self.M = gram.ridge(rho)
 
     def fit_jointly(self) -> None:
         """L for the S that will follow: best fit of T − Z in the metric I − M."""
         if self.V.shape[0]:
-            Q = self.T - self.Z
+            Q = torch.sub(self.T, self.Z, out=self.work)
             self.U = orthonormal(Q @ (self.V - self.V @ self.M).T)
             self.V = self.U.T @ Q
 
@@ -98,12 +101,12 @@ class _Loop:
 
     def update(self) -> None:
         """Ridge step for S, projection to D, ascent of Y."""
-        R = torch.addmm(self.T, self.U, self.V, alpha=-1)
-        self.S = torch.addmm(R, self.Z - R, self.M)
-        self.X = self.S + self.Y
-        self.mask = self.keep(self.X.abs())
-        self.Y = self.X.masked_fill(self.mask, 0)
-        self.Z = torch.where(self.mask, self.X, -self.X)
+        torch.addmm(self.T, self.U, self.V, alpha=-1, out=self.R)
+        torch.addmm(self.R, torch.sub(self.Z, self.R, out=self.work), self.M, out=self.S)
+        torch.add(self.S, self.Y, out=self.X)
+        self.mask = self.keep(torch.abs(self.X, out=self.work))
+        torch.where(self.mask, self.zero, self.X, out=self.Y)
+        torch.sub(self.X, self.Y, alpha=2, out=self.Z)
 
     def support_change(self) -> float:
         """Share of the kept entries that changed since the last look."""
