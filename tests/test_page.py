@@ -37,7 +37,12 @@ def report(**changes):
         model="tiny",
         dense={"perplexity": {"builtin": 20.0}},
         compressed={"perplexity": {"builtin": 21.5}},
-        bytes={"dense": 4_000_000, "compressed": 2_500_000, "linears_dense": 3_000_000, "linears_compressed": 1_500_000},
+        bytes={
+            "dense": 4_000_000,
+            "compressed": 2_500_000,
+            "linears_dense": 3_000_000,
+            "linears_compressed": 1_500_000,
+        },
         bits_per_weight=8.0,
         seconds={"total": 12.0, "solve": 9.5},
         peak_memory={"rss": 10**9, "device": 0},
@@ -103,7 +108,17 @@ def test_the_page_is_whole_and_needs_nothing_else():
 
 def test_the_page_shows_the_run():
     shown = "|".join(Page(html(report(warnings=["take care", "and more"]))).text)
-    for fact in ("tiny: 3basil, 2:4", "20.00", "21.50", "3.0 MB", "1.5 MB", "take care", "and more", "lm_head", "4,096"):
+    for fact in (
+        "tiny: 3basil, 2:4",
+        "20.00",
+        "21.50",
+        "3.0 MB",
+        "1.5 MB",
+        "take care",
+        "and more",
+        "lm_head",
+        "4,096",
+    ):
         assert fact in shown
     assert shown.count("48 × 32") == 6  # a row a layer
     assert "perplexity, builtin" in shown
@@ -176,7 +191,7 @@ def test_reports_that_are_none(change, message, tmp_path):
         Report.from_file(tmp_path / "report.json")
 
 
-@pytest.mark.parametrize("content", ["", "[1, 2]", "{", "\"text\""])
+@pytest.mark.parametrize("content", ["", "[1, 2]", "{", '"text"'])
 def test_files_that_are_no_report(content, tmp_path):
     (tmp_path / "report.json").write_text(content)
     for path in (tmp_path / "report.json", tmp_path / "none.json"):

@@ -19,7 +19,7 @@ from sparlow.evaluation import evaluate as measure
 from sparlow.evaluation import require_tokenizer
 from sparlow.model.inspection import describe
 from sparlow.model.shards import replacing
-from sparlow.model.source import open_model
+from sparlow.model.source import for_computing, open_model
 from sparlow.recipe import Recipe
 from sparlow.verification import recorded_patterns, verify_artefact
 
@@ -136,7 +136,9 @@ def evaluate(
     """Measure MODEL, compressed or not."""
     opened = open_model(model, dtype=dtype, device=pick_device(device), trust_remote_code=trust_remote_code)
     tokenizer = require_tokenizer(opened.tokenizer, model)
-    found = measure(opened.model, tokenizer, perplexity_on=_split(perplexity), seqlen=seqlen, limit=limit)
+    found = measure(
+        for_computing(opened.model), tokenizer, perplexity_on=_split(perplexity), seqlen=seqlen, limit=limit
+    )
     console.show_perplexities(found["perplexity"], seqlen)
     if json_file:
         with replacing(json_file) as partial:

@@ -18,7 +18,7 @@ from sparlow.model.checkpoint import CheckpointWriter, read_block
 from sparlow.model.layers import SparseLowRankLinear, compressed_layers
 from sparlow.model.quantizer import attach
 from sparlow.model.recording import record
-from sparlow.model.source import OpenedModel, fingerprint, open_model
+from sparlow.model.source import OpenedModel, fingerprint, for_computing, open_model
 from sparlow.page import write_reports
 from sparlow.pipeline import check_layers, compress_block, name_what_is_not_finite
 from sparlow.progress import Clock, Notify, Progress
@@ -76,10 +76,13 @@ def compress(
             str(model), dtype=recipe.dtype, device=pick_device(device), trust_remote_code=trust_remote_code
         )
         opened = replace(opened, tokenizer=tokenizer or opened.tokenizer)
+    stored = opened.model.dtype
+    if not isinstance(model, PreTrainedModel):
+        opened = replace(opened, model=for_computing(opened.model))
     windows = _windows(calibration, opened, recipe)
     # cut before the run, so that a missing file is noticed at once
     evaluation = {name: _evaluation_windows(name, opened, recipe.seqlen) for name in evaluate}
-    run = _Run(opened, recipe, windows, notify)
+    run = _Run(opened, stored, recipe, windows, notify)
     if out is not None:
         run.write_to(Path(out), overwrite=overwrite)
     return run.go(evaluation)
@@ -124,14 +127,17 @@ def _evaluation_windows(corpus: str, opened: OpenedModel, seqlen: int) -> Tensor
 class _Run:
     """One compression from the checks to the report; writes only after ``write_to``."""
 
-    def __init__(self, opened: OpenedModel, recipe: Recipe, windows: Tensor, notify: Notify) -> None:
+    def __init__(
+        self, opened: OpenedModel, stored: torch.dtype, recipe: Recipe, windows: Tensor, notify: Notify
+    ) -> None:
         self.opened, self.recipe, self.windows, self.notify = opened, recipe, windows, notify
+        self.stored = stored  # type of the result's weights; the model may compute in another
         self.model = opened.model
         self.blocks_name, self.blocks = decoder_blocks(self.model)
         check_layers(self.blocks_name, self.blocks, recipe)
         self.clock = Clock()
         self.report = Report(recipe=recipe.to_dict(), model=opened.name)
-        self.report.bytes = {"dense": _bytes(self.model), "linears_dense": 0, "linears_compressed": 0}
+        self.report.bytes = {"dense": self.bytes_of(self.model), "linears_dense": 0, "linears_compressed": 0}
         self.journal: Journal | None = None
         self.writer: CheckpointWriter | None = None
 
@@ -194,11 +200,13 @@ class _Run:
         hidden = recording.hidden
         if self.journal:
             self.journal.begin(self.report.dense["perplexity"])
-            self.writer = CheckpointWriter(self.journal.folder, self.model, self.blocks_name, len(self.blocks))
+            self.writer = CheckpointWriter(
+                self.journal.folder, self.model, self.blocks_name, len(self.blocks), self.stored
+            )
         for i, block in enumerate(self.blocks):
-            self.report.bytes["linears_dense"] += sum(map(_bytes, linears(block).values()))
+            self.report.bytes["linears_dense"] += sum(map(self.bytes_of, linears(block).values()))
             self.report.layers += self.restored(i, block) or self.compressed(i, block, recording.calls[i], hidden)
-            self.report.bytes["linears_compressed"] += sum(map(_packed_bytes, compressed_layers(block).values()))
+            self.report.bytes["linears_compressed"] += sum(map(self.packed_bytes, compressed_layers(block).values()))
             with self.clock("walk"):
                 hidden = [run_block(block, x, recording.calls[i][len(x)]).to(x.device) for x in hidden]
             self.notify(Progress("blocks", i + 1, len(self.blocks)))
@@ -209,6 +217,7 @@ class _Run:
             return []
         self.journal.check_shard(i)
         read_block(self.journal.folder, i, block)
+        block.to(self.model.dtype)
         return self.journal.layers(i)
 
     def compressed(self, i: int, block: nn.Module, calls: Any, hidden: list[Tensor]) -> list[LayerRecord]:  # noqa: ANN401 - see Recording
@@ -217,7 +226,9 @@ class _Run:
         def on_layer(layer: LayerRecord) -> None:
             self.notify(Progress("blocks", i, len(self.blocks), layer))
 
-        layers = compress_block(block, (self.blocks_name, i), calls, hidden, self.recipe, self.clock, on_layer)
+        layers = compress_block(
+            block, (self.blocks_name, i), calls, hidden, self.recipe, self.stored, self.clock, on_layer
+        )
         if self.journal and self.writer:
             with self.clock("save"):
                 self.journal.note_block(self.writer.write_block(i, block), layers)
@@ -241,12 +252,12 @@ class _Run:
         report.warnings += [f"{names[layer]}: {warning}" for layer in report.layers for warning in layer.warnings]
         report.not_compressed = [asdict(row) for row in not_compressed(self.model, names.values())]
 
+    def bytes_of(self, module: nn.Module) -> int:
+        """Bytes of a module's parameters as stored, tied ones once."""
+        return sum(p.numel() for p in module.parameters()) * self.stored.itemsize
 
-def _bytes(module: nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in module.parameters())
-
-
-def _packed_bytes(layer: SparseLowRankLinear) -> int:
-    """Bytes on disk: kept values, one bit a weight (whole bytes a row), U, V and the bias."""
-    size, (rows, columns) = layer.S.element_size(), layer.S.shape
-    return _bytes(layer) + size * (int((layer.S != 0).sum()) - layer.S.numel()) + rows * ((columns + 7) // 8)
+    def packed_bytes(self, layer: SparseLowRankLinear) -> int:
+        """Bytes as stored: kept values, one bit a weight (whole bytes a row), U, V and the bias."""
+        rows, columns = layer.S.shape
+        pruned = layer.S.numel() - int((layer.S != 0).sum())
+        return self.bytes_of(layer) - pruned * self.stored.itemsize + rows * ((columns + 7) // 8)

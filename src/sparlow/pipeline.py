@@ -53,6 +53,7 @@ def compress_block(
     calls: Mapping[int, Call],
     hidden: Sequence[Tensor],
     recipe: Recipe,
+    stored: torch.dtype,
     clock: Clock,
     on_layer: Callable[[LayerRecord], None],
 ) -> list[LayerRecord]:
@@ -64,6 +65,7 @@ def compress_block(
         calls: How the block is called, by number of windows.
         hidden: Its inputs, (b, seqlen, d) each.
         recipe: What to do.
+        stored: Type that S, U, V are rounded to; the layers themselves compute in the block's.
         clock: Counts "statistics" and "solve".
         on_layer: Called with every finished layer.
 
@@ -83,7 +85,7 @@ def compress_block(
     for layer, linear, gram in _with_grams(block, seen, windows, recipe):
         with clock("solve"):
             try:
-                record, compressed = _compress_layer(index, layer, linear, gram, recipe)
+                record, compressed = _compress_layer(index, layer, linear, gram, recipe, stored)
             except RunError as error:
                 raise RunError(f"{label}.{layer}: {error}") from error
         block.set_submodule(layer, compressed)
@@ -107,9 +109,9 @@ def _with_grams(
 
 
 def _compress_layer(
-    index: int, name: str, linear: nn.Linear, gram: Gram | None, recipe: Recipe
+    index: int, name: str, linear: nn.Linear, gram: Gram | None, recipe: Recipe, stored: torch.dtype
 ) -> tuple[LayerRecord, SparseLowRankLinear]:
-    W, pattern = linear.weight, recipe.parsed_pattern
+    W, pattern = linear.weight.to(stored), recipe.parsed_pattern  # exact: it came in this type
     metric = Gram.identity(linear.in_features, W.device) if gram is None else gram
     found = solve(recipe.found_algorithm, W, metric, pattern, recipe.used_rank, recipe.parsed_options)
     record = LayerRecord(
@@ -126,7 +128,8 @@ def _compress_layer(
         warnings=tuple(_warnings(found.stats, seen_data=gram is not None)),
     )
     bias = None if linear.bias is None else linear.bias.detach()
-    return record, SparseLowRankLinear(found.S, found.U, found.V, bias)
+    S, U, V = (part.to(linear.weight.dtype) for part in (found.S, found.U, found.V))
+    return record, SparseLowRankLinear(S, U, V, bias)
 
 
 def _warnings(stats: Mapping[str, Any], *, seen_data: bool) -> Iterator[str]:

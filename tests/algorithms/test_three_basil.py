@@ -162,6 +162,21 @@ def test_the_joint_step_is_the_minimum_over_both_blocks(rho):
     assert augmented(loop.S, loop.U @ loop.V) <= augmented(S, L) * (1 + 1e-6)
 
 
+@pytest.mark.parametrize("pattern", ["2:4", "0.5"])
+@pytest.mark.parametrize("max_steps", [20, 2000])
+def test_either_part_is_nearly_the_best_for_the_other(pattern, max_steps):
+    W, gram = layer(48, 64, 1)
+    found = run(W, gram, pattern, 4, max_steps=max_steps)
+    L = found.U.double() @ found.V.double()
+    S = oracles.least_squares(W - L, gram.H, found.S != 0)
+    now, other_S, other_L = (
+        oracles.objective(residual, gram.H)
+        for residual in (W - found.S - L, W - S - L, W - found.S - oracles.weighted_low_rank(W - found.S, gram.H, 4))
+    )
+    assert 0.95 * now < other_S <= now * (1 + 1e-4)
+    assert 0.95 * now < other_L <= now * (1 + 1e-4)
+
+
 # --- what it says of itself ------------------------------------------------------------------------------------------
 
 

@@ -10,9 +10,9 @@ flipped.
 Deviations from the paper, all of them measured (docs/performance.md):
 
 * ``schedule="joint"``, the default, takes the best L *together with* S instead of after it. For a given Z, minimising
-  over S in closed form leaves ρ tr((Q − L) (I − M) (Q − L)ᵀ) with Q = T − Z, because G (G + ρI)⁻¹ = I − M: L is the best
-  rank-r fit of Q in the metric I − M. Two blocks of ADMM remain instead of three, at the same cost a step, and the
-  objective ends 25 to 45 % lower in the same number of steps, because L no longer trails S.
+  over S in closed form leaves ρ tr((Q − L) (I − M) (Q − L)ᵀ) with Q = T − Z, because G (G + ρI)⁻¹ = I − M: L is the
+  best rank-r fit of Q in the metric I − M. Two blocks of ADMM remain instead of three, at the same cost a step, and
+  the objective ends far lower in as many steps, because L no longer trails S.
 * L comes from one warm-started subspace step, not from an SVD; ρ starts at 0.003 and rises by a fixed factor, so that
   the result is decided by one dial, ``effort``: the steps spent at each ρ.
 * After the last projection S and L are refitted on the fixed support; the paper stops there.

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import custom_object_save
 
@@ -47,13 +47,17 @@ class CheckpointWriter:
         model: the whole model; its blocks may be on the meta device.
         blocks_name: name of the list of blocks in the model.
         count: number of blocks.
+        dtype: type of the stored weights, where the model computes in another; its own if left out.
 
     Raises:
         InputError: the model shares weights between blocks, or the folder cannot be made.
     """
 
-    def __init__(self, folder: str | Path, model: PreTrainedModel, blocks_name: str, count: int) -> None:
+    def __init__(
+        self, folder: str | Path, model: PreTrainedModel, blocks_name: str, count: int, dtype: torch.dtype | None = None
+    ) -> None:
         self._folder, self._blocks_name, self._count = Path(folder), blocks_name, count
+        self._computed, self._stored = model.dtype, dtype or model.dtype
         self._tied = dict(model.all_tied_weights_keys)
         inside = sorted(k for pair in self._tied.items() for k in pair if k.startswith(f"{blocks_name}."))
         if inside:
@@ -71,7 +75,7 @@ class CheckpointWriter:
         """
         prefix = f"{self._blocks_name}.{i}"
         state = {f"{prefix}.{name}": tensor for name, tensor in packed_state(block).items()}
-        return write_shard(self._path(i), state, {_BLOCK: prefix})
+        return write_shard(self._path(i), self._in_stored_type(state), {_BLOCK: prefix})
 
     def write_rest(self, model: PreTrainedModel) -> ShardRecord:
         """Write every tensor outside of the blocks, tied ones once; the file is either whole or not there.
@@ -83,7 +87,11 @@ class CheckpointWriter:
         for target, source in self._tied.items():
             if target in state and source in state and state[target].data_ptr() == state[source].data_ptr():
                 del state[target]
-        return write_shard(self._path(self._count), state, {})
+        return write_shard(self._path(self._count), self._in_stored_type(state), {})
+
+    def _in_stored_type(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Cast what has the type of the computation; masks, and weights kept in another type on purpose, stay."""
+        return {name: t.to(self._stored) if t.dtype == self._computed else t for name, t in state.items()}
 
     def finish(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         """Write the index, the generation config, the tokenizer and at last ``config.json``.
@@ -116,7 +124,7 @@ class CheckpointWriter:
         config = copy.deepcopy(model.config)
         config.quantization_config = quantization.to_dict()
         config.architectures = [type(model).__name__]
-        config.dtype = model.dtype
+        config.dtype = self._stored
         if model.is_remote_code():
             custom_object_save(model, self._folder, config=config)  # type: ignore[arg-type]  # takes configs too
         with replacing(self._folder / "config.json") as partial:
