@@ -1,7 +1,9 @@
 """What an algorithm is, and where to find one by name. The signature of the function is its configuration."""
 
 import difflib
+import functools
 import inspect
+import math
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -65,11 +67,11 @@ class Option:
     def parse(self, value: object) -> Any:  # noqa: ANN401 - options have many types
         """Turn a value typed by a user or read from TOML into what the function expects; InputError if it is not."""
         wrong = InputError(f"Option {self.name}={value!r} is not usable: expected {self.choices}.")
-        if self.annotation == Pruner:
-            algorithm, _ = find(str(value))
+        if self.annotation == Pruner:  # get_type_hints rebuilds it, so it is equal and not the same
+            algorithm, implied = find(str(value))
             if algorithm.kind != "pruner":
                 raise wrong
-            return algorithm.function
+            return functools.partial(algorithm.function, **implied) if implied else algorithm.function
         if typing.get_origin(self.annotation) is Literal:
             words = {str(word): word for word in typing.get_args(self.annotation)}
             if str(value) not in words:
@@ -80,11 +82,14 @@ class Option:
             if str(value).lower() not in spelled:
                 raise wrong
             return spelled[str(value).lower()]
+        if self.annotation is str:
+            return str(value)
         try:
             parsed = self.annotation(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise wrong from None
-        if isinstance(value, float) and parsed != value:
+        rounded = isinstance(value, float) and parsed != value  # 1.5 for a whole number; NaN for anything
+        if isinstance(value, bool) or rounded or not math.isfinite(parsed):
             raise wrong
         return parsed
 

@@ -1,5 +1,6 @@
 """The thin shell around every algorithm: what is checked before and after, the same for all."""
 
+import math
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -38,23 +39,31 @@ def solve(
     check(algorithm, W, gram, pattern, rank)
     start = time.perf_counter()
     weight = W.float() * ~gram.dead  # an input that is always zero needs no weight
-    if algorithm.kind == "pruner":
-        S = algorithm.function(weight, gram, pattern, **options)
-        found = Decomposition(S, W.new_zeros(W.shape[0], 0), W.new_zeros(0, W.shape[1]))
-    else:
-        found = algorithm.function(weight, gram, pattern, rank, **options)
-    S, U, V = ((part + 0.0).to(W.dtype).contiguous() for part in (found.S, found.U, found.V))  # + 0.0: no negative zero
-    error = gram.relative_error(weight, weight - S.float() - U.float() @ V.float())
-    if not all(torch.isfinite(part).all() for part in (S, U, V)) or error != error:  # noqa: PLR0124 - NaN
+    try:
+        found = _run(algorithm, weight, gram, pattern, rank, options)
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # it is there, and documented
+        raise RunError(f"{algorithm.name} failed in a factorisation: raise the damping ({error}).") from error
+    S, U, V = (part.to(W.dtype).contiguous() + 0.0 for part in (found.S, found.U, found.V))  # + 0.0: no negative zero
+    relative_error = gram.relative_error(weight, weight - S.float() - U.float() @ V.float())
+    if not all(torch.isfinite(part).all() for part in (S, U, V)) or not math.isfinite(relative_error):
         raise RunError(f"{algorithm.name} ended in values that are not finite: raise the damping.")
     shell = {
-        "relative_error": error,
-        "iterations": 1,
+        "relative_error": relative_error,
         "seconds": time.perf_counter() - start,
         "damping": gram.extra_damping,
         "dead_columns": int(gram.dead.sum()),
     }
-    return Decomposition(S, U, V, shell | dict(found.stats))
+    return Decomposition(S, U, V, {"iterations": 1, **found.stats, **shell})
+
+
+def _run(
+    algorithm: Algorithm, W: Tensor, gram: Gram, pattern: Pattern, rank: int, options: Mapping[str, Any]
+) -> Decomposition:
+    if algorithm.kind == "pruner":
+        S = algorithm.function(W, gram, pattern, **options)
+        return Decomposition(S, W.new_zeros(W.shape[0], 0), W.new_zeros(0, W.shape[1]))
+    found: Decomposition = algorithm.function(W, gram, pattern, rank, **options)
+    return found
 
 
 def decompose(

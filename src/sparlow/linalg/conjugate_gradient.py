@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+FLAT = 1e-6  # curvature, relative to that of a unit diagonal, below which rounding decides
+
 
 def fit_on_support(target: Tensor, G: Tensor, S: Tensor, mask: Tensor, steps: int) -> Tensor:
     """Lower tr((T − S) G (T − S)ᵀ) over the entries of S where ``mask`` is True; the rest stays zero.
@@ -12,7 +14,7 @@ def fit_on_support(target: Tensor, G: Tensor, S: Tensor, mask: Tensor, steps: in
 
     Args:
         target: T (out, in).
-        G: Metric (in, in), symmetric positive definite, best of unit diagonal (then no preconditioner is needed).
+        G: Metric (in, in), symmetric positive semi-definite, best of unit diagonal (then no preconditioner is needed).
         S: Where to start (out, in), zero outside the mask.
         mask: The support (out, in), bool.
         steps: Conjugate-gradient steps.
@@ -25,7 +27,9 @@ def fit_on_support(target: Tensor, G: Tensor, S: Tensor, mask: Tensor, steps: in
     p, rs = r, (r * r).sum(1, keepdim=True)  # rs (out, 1)
     for _ in range(steps):
         Gp = (p @ G) * mask
-        step = rs / (p * Gp).sum(1, keepdim=True).clamp_min(tiny)
+        curvature = (p * Gp).sum(1, keepdim=True)
+        flat = curvature <= FLAT * (p * p).sum(1, keepdim=True)  # a direction in which G is singular: stay
+        step = torch.where(flat, 0.0, rs / curvature.clamp_min(tiny))
         S = S + step * p
         r = r - step * Gp
         previous, rs = rs, (r * r).sum(1, keepdim=True)

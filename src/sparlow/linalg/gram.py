@@ -1,6 +1,6 @@
 """Second moments of a layer's inputs, H = (2 / windows) Σ x xᵀ, and the factorisations that solvers share."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -45,6 +45,7 @@ class Gram:
 
     H: Tensor  # (in, in)
     dead: Tensor  # (in,) bool: inputs that were always zero
+    _added: list[float] = field(default_factory=list, repr=False, compare=False)  # damping that factorisations needed
 
     @classmethod
     def damped(cls, H: Tensor, *, absolute: float = 0.005, relative: float = 0.005) -> "Gram":
@@ -55,7 +56,7 @@ class Gram:
         """
         if H.ndim != 2 or H.shape[0] != H.shape[1]:  # noqa: PLR2004 - a matrix has two dimensions
             raise InputError(f"H must be a square matrix (in, in), not of shape {tuple(H.shape)}.")
-        if absolute < 0 or relative < 0:
+        if not (absolute >= 0 and relative >= 0):
             raise InputError("Damping must not be negative.")
         H = H.float()
         diagonal = H.diagonal()
@@ -81,21 +82,26 @@ class Gram:
         return self.H / self.scale / self.scale[:, None]
 
     @cached_property
-    def cholesky(self) -> tuple[Tensor, float]:
-        """R (in, in), lower, with R Rᵀ = H̃ + εI, and ε: 0 unless H̃ could not be factorised as it is."""
-        return cholesky(self.correlation, "the correlation of the inputs")
+    def cholesky(self) -> Tensor:
+        """R (in, in), lower, with R Rᵀ = H̃; damped further if it could not be factorised, see ``extra_damping``."""
+        return self._factorised(self.correlation, "the correlation of the inputs")
 
     @property
     def extra_damping(self) -> float:
-        """Damping (in units of the diagonal) that factorisations had to add; 0 if none had to, or none was made."""
-        return self.cholesky[1] if "cholesky" in self.__dict__ else 0.0
+        """The most damping (in units of the diagonal) that a factorisation had to add so far; 0 if none had to."""
+        return max(self._added, default=0.0)
+
+    def _factorised(self, A: Tensor, what: str) -> Tensor:
+        factor, damping = cholesky(A, what)
+        if damping:
+            self._added.append(damping)
+        return factor
 
     def ridge(self, rho: float) -> Tensor:
         """M_ρ = ρ (H̃ + ρI)⁻¹ (in, in), symmetric."""
         shifted = self.correlation.clone()
         shifted.diagonal().add_(rho)
-        factor, _ = cholesky(shifted, "H̃ + ρI")
-        return torch.cholesky_inverse(factor).mul_(rho)
+        return torch.cholesky_inverse(self._factorised(shifted, "H̃ + ρI")).mul_(rho)
 
     def objective(self, residual: Tensor) -> Tensor:
         """Return tr(R H Rᵀ) of a ``residual`` R (out, in), a scalar tensor: the layer-wise reconstruction error."""

@@ -22,8 +22,7 @@ def weighted_svd(M: Tensor, gram: Gram, rank: int) -> tuple[Tensor, Tensor]:
 
     M (out, in) is in the layer's own coordinates. Costs one SVD of (out, in).
     """
-    R, _ = gram.cholesky
-    P, _, _ = torch.linalg.svd((M * gram.scale) @ R, full_matrices=False)
+    P, _, _ = torch.linalg.svd((M * gram.scale) @ gram.cholesky, full_matrices=False)
     U = P[:, :rank].contiguous()
     return U, U.T @ M
 

@@ -4,6 +4,7 @@ This file alone knows what 2:4 or 50 % mean. Every mask keeps exactly as many en
 the entry that comes first.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -33,7 +34,7 @@ class Unstructured:
             raise InputError(f"A sparsity of {self.sparsity:g} is not possible: give a fraction from 0 up to below 1.")
 
     def __str__(self) -> str:
-        return f"{self.sparsity:g}"
+        return str(self.sparsity)
 
     @property
     def density(self) -> float:
@@ -46,12 +47,17 @@ class Unstructured:
     def kept(self, shape: tuple[int, int]) -> int:
         """Entries kept of a matrix of this shape."""
         rows, columns = shape
-        return rows * round(self.density * columns) if self.per_row else round(self.density * rows * columns)
+        return rows * self._kept_of(columns) if self.per_row else self._kept_of(rows * columns)
+
+    def _kept_of(self, entries: int) -> int:
+        """Rounded down row by row, so that all rows together never keep more than the whole matrix would."""
+        kept = self.density * entries
+        return math.floor(kept + 1e-9) if self.per_row else round(kept)
 
     def mask(self, scores: Tensor) -> Tensor:
         """Mark the largest ``scores`` (out, in), which are not negative; bool (out, in)."""
         groups = scores if self.per_row else scores.reshape(1, -1)
-        return _largest(groups, round(self.density * groups.shape[1])).reshape(scores.shape)
+        return _largest(groups, self._kept_of(groups.shape[1])).reshape(scores.shape)
 
     def violation(self, name: str, S: Tensor) -> str | None:
         """Say in one sentence how ``S`` (out, in) breaks the pattern, or return None."""
@@ -104,7 +110,8 @@ class NM:
         Every pair in a group is compared once, and an entry survives if fewer than n others beat it: no sort.
         """
         members = scores.reshape(-1, self.m).unbind(1)  # m tensors (groups,)
-        losses = [torch.zeros(members[0].shape, dtype=torch.uint8, device=scores.device) for _ in members]
+        counter = torch.uint8 if self.m < 256 else torch.int32  # noqa: PLR2004 - what a byte counts up to
+        losses = [torch.zeros(members[0].shape, dtype=counter, device=scores.device) for _ in members]
         for i, j in combinations(range(self.m), 2):
             first_wins = members[i] >= members[j]  # a tie goes to the first
             losses[j] += first_wins
@@ -165,7 +172,8 @@ def _kth_largest(scores: Tensor, k: int) -> Tensor:
     import numpy as np
 
     # numpy.partition takes 3.6 ms where torch.topk takes 90 (1536 × 576; torch 2.13 on two cores)
-    values = np.partition(scores.detach().float().numpy(), position, axis=1)[:, position : position + 1]
+    exact = scores.detach() if scores.dtype == torch.float64 else scores.detach().float()  # numpy knows no bfloat16
+    values = np.partition(exact.numpy(), position, axis=1)[:, position : position + 1]
     return torch.from_numpy(values).to(scores.dtype)
 
 
@@ -173,21 +181,23 @@ class _ThresholdTracker:
     """Follow the k-th largest score of a slowly moving matrix by its count alone."""
 
     REFRESH = 16  # calls between two exact selections
+    PROBE = 0.02  # relative distance over which the slope of the count is measured
 
     def __init__(self, density: float) -> None:
         self.density = density
         self.calls = 0
 
     def __call__(self, scores: Tensor) -> Tensor:
-        wanted = round(self.density * scores.numel())
+        wanted = max(round(self.density * scores.numel()), 1)
         if self.calls % self.REFRESH == 0:
-            self.threshold = _kth_largest(scores.reshape(1, -1), max(wanted, 1))[0]  # (1,)
-            near = self.threshold * 1.02
-            # entries that drop out when the threshold rises by one unit: the slope of the count
-            self.slope = ((scores >= self.threshold).sum() - (scores >= near).sum()) / (near - self.threshold)
-            self.slope = self.slope.clamp_min(1.0)
+            self.threshold = _kth_largest(scores.reshape(1, -1), wanted)[0]  # (1,)
+            if not self.threshold:  # more entries wanted than are not zero: no threshold tells those apart
+                return _largest(scores.reshape(1, -1), wanted).reshape(scores.shape)
+            above = (scores >= self.threshold * (1 + self.PROBE)).sum()
+            # entries that drop out when the threshold rises by its own size: how the count answers to it
+            self.slope = ((scores >= self.threshold).sum() - above).clamp_min(1) / self.PROBE
         self.calls += 1
         mask = scores >= self.threshold
-        step = (mask.sum() - wanted) / self.slope  # no .item(): nothing is copied to the host
-        self.threshold = (self.threshold + step).clamp(self.threshold * 0.9, self.threshold * 1.1)
+        step = ((mask.sum() - wanted) / self.slope).clamp(-0.1, 0.1)  # no .item(): nothing is copied to the host
+        self.threshold = self.threshold * (1 + step)
         return mask
