@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparlow.errors import InputError
-from sparlow.evaluation import perplexity, require_tokenizer
+from sparlow.evaluation import perplexity, require_context, require_tokenizer
 from sparlow.journal import Journal, check_folder
 from sparlow.model.blocks import decoder_blocks, linears, not_compressed, run_block
 from sparlow.model.checkpoint import CheckpointWriter, read_block
@@ -22,7 +22,7 @@ from sparlow.model.source import OpenedModel, fingerprint, for_computing, open_m
 from sparlow.page import write_reports
 from sparlow.pipeline import check_layers, compress_block, name_what_is_not_finite
 from sparlow.progress import Clock, Notify, Progress
-from sparlow.recipe import Recipe
+from sparlow.recipe import GIVEN_WINDOWS, Recipe
 from sparlow.report import LayerRecord, Report, peak_memory
 from sparlow.text import calibration_windows, evaluation_windows
 from sparlow.text import fingerprint as text_fingerprint
@@ -79,6 +79,7 @@ def compress(
     stored = opened.model.dtype
     if not isinstance(model, PreTrainedModel):
         opened = replace(opened, model=for_computing(opened.model))
+    require_context(opened.model, recipe.seqlen)
     windows = _windows(calibration, opened, recipe)
     # cut before the run, so that a missing file is noticed at once
     evaluation = {name: _evaluation_windows(name, opened, recipe.seqlen) for name in evaluate}
@@ -103,7 +104,7 @@ def _with_calibration(recipe: Recipe, calibration: str | Path | Tensor | None) -
         return recipe.changed(calibration=str(calibration))
     if calibration.ndim != 2 or calibration.dtype != torch.int64 or calibration.numel() == 0:  # noqa: PLR2004 - a matrix
         raise InputError("Calibration windows must be a tensor (windows, seqlen) of int64 token ids.")
-    return recipe.changed(calibration=None, samples=calibration.shape[0], seqlen=calibration.shape[1])
+    return recipe.changed(calibration=GIVEN_WINDOWS, samples=calibration.shape[0], seqlen=calibration.shape[1])
 
 
 def _windows(calibration: str | Path | Tensor | None, opened: OpenedModel, recipe: Recipe) -> Tensor:
@@ -113,8 +114,8 @@ def _windows(calibration: str | Path | Tensor | None, opened: OpenedModel, recip
         if calibration.min() < 0 or calibration.max() >= vocabulary:
             raise InputError(f"Calibration windows hold token ids outside of the vocabulary of {vocabulary}.")
         return calibration.cpu()
-    if recipe.calibration is None:
-        raise InputError("There is no calibration text: name a corpus or a file, or give token windows.")
+    if recipe.calibration == GIVEN_WINDOWS:
+        raise InputError("The recipe was made for token windows given directly: give them, or name a corpus or a file.")
     tokenizer = require_tokenizer(opened.tokenizer, opened.name)
     sizes = {"samples": recipe.samples, "seqlen": recipe.seqlen, "seed": recipe.seed}
     return calibration_windows(recipe.calibration, tokenizer, **sizes)
@@ -163,6 +164,7 @@ class _Run:
         self.complete_report()
         if self.journal:
             write_reports(self.report, self.journal.folder)
+            self.journal.finish()
         return self.report
 
     def measure_dense(self, evaluation: dict[str, Tensor]) -> None:
@@ -216,7 +218,7 @@ class _Run:
         if self.journal is None or i >= self.journal.blocks_done:
             return []
         self.journal.check_shard(i)
-        read_block(self.journal.folder, i, block)
+        read_block(self.journal.folder, self.blocks_name, i, block)
         block.to(self.model.dtype)
         return self.journal.layers(i)
 
@@ -240,7 +242,7 @@ class _Run:
             with self.clock("save"):
                 rest = self.writer.write_rest(self.model)
                 self.writer.finish(self.model, self.opened.tokenizer)
-                self.journal.finish(rest, self.recipe.to_toml())
+                self.journal.note_rest(rest, self.recipe.to_toml())
 
     def complete_report(self) -> None:
         report, sizes = self.report, self.report.bytes

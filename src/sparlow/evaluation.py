@@ -64,11 +64,19 @@ def evaluate(
     Returns:
         ``{"perplexity": {corpus: value}}``.
     """
+    require_context(model, seqlen)
     found = {
         name: perplexity(model, evaluation_windows(name, tokenizer, seqlen=seqlen, limit=limit))
         for name in perplexity_on
     }
     return {"perplexity": found}
+
+
+def require_context(model: PreTrainedModel, seqlen: int) -> None:
+    """Raise InputError if windows of ``seqlen`` tokens are longer than the model was made for."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and seqlen > context:
+        raise InputError(f"The model reads at most {context} tokens, and seqlen is {seqlen}: lower --seqlen.")
 
 
 def require_tokenizer(tokenizer: PreTrainedTokenizerBase | None, name: str) -> PreTrainedTokenizerBase:

@@ -17,6 +17,7 @@ from sparlow.report import LayerRecord
 
 NAME = "sparlow.json"
 FORMAT = 1
+_KEYS = {"format", "finished", "fingerprint", "blocks_name", "dense", "shards", "blocks"}
 
 
 class Journal:
@@ -83,11 +84,15 @@ class Journal:
         self.state["blocks"].append({"file": shard.file, "layers": [asdict(layer) for layer in layers]})
         self._write()
 
-    def finish(self, rest: ShardRecord, recipe: str) -> None:
-        """Record the last shard and the recipe (TOML), and declare the result whole."""
+    def note_rest(self, rest: ShardRecord, recipe: str) -> None:
+        """Record the last shard, and the recipe (TOML) in a file of its own."""
         with replacing(self.folder / "recipe.toml") as partial:
             partial.write_text(recipe, encoding="utf-8")
         self.state["shards"][rest.file] = {"bytes": rest.bytes, "sha256": rest.sha256}
+        self._write()
+
+    def finish(self) -> None:
+        """Declare the result whole; the last write of a run."""
         self.state["finished"] = True
         self._write()
 
@@ -112,9 +117,10 @@ def check_folder(folder: Path, *, overwrite: bool) -> None:
         raise InputError(f"{folder} is a file: give a directory with --out.")
     if not any(folder.iterdir()):
         return
-    if not (folder / NAME).exists():
+    found = read_json(folder / NAME) if (folder / NAME).exists() else {}
+    if not found.keys() >= _KEYS:
         raise InputError(f"{folder} is not empty and holds no run of sparlow: give another --out.")
-    if not overwrite and read_json(folder / NAME).get("finished"):
+    if not overwrite and found["finished"]:
         raise InputError(f"{folder} holds a finished result: give another --out, or --overwrite to replace it.")
 
 
@@ -132,10 +138,12 @@ def _refuse_another(folder: Path, found: Mapping[str, Any], wanted: Mapping[str,
     different = [name for name in wanted if found.get(name) != wanted[name]]
     if not different:
         return
-    old, new = found.get("recipe", {}), wanted.get("recipe", {})
-    if different == ["recipe"] and isinstance(old, Mapping) and isinstance(new, Mapping):
+    old, new = found.get("recipe"), wanted["recipe"]
+    if "recipe" in different and isinstance(old, Mapping):
         names = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
-        different = [f"{name} ({old.get(name)} there, {new.get(name)} now)" for name in names]
+        fields = [f"{name} ({old.get(name)} there, {new.get(name)} now)" for name in names]
+        # another recipe explains other windows, and a model opened in another type
+        different = fields + [name for name in different if name == "version"]
     raise InputError(
         f"{folder} holds an unfinished run that differs in {', '.join(different)}: "
         "repeat its command to resume it, give another --out, or --overwrite to start again."

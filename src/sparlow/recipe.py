@@ -1,6 +1,7 @@
 """A recipe: everything that decides the result of a compression, as one frozen record and one TOML file."""
 
 import dataclasses
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -13,6 +14,7 @@ from sparlow.algorithms import Algorithm, find
 from sparlow.errors import InputError
 from sparlow.linalg.patterns import Pattern, parse_pattern
 
+GIVEN_WINDOWS = "windows"  # what a recipe calls a calibration by token windows given directly
 DEFAULT_RANK = 64  # of methods with a low-rank part: 2.4 % of the linear weights of an 8B Llama
 
 
@@ -25,7 +27,7 @@ class Recipe:
         options: The algorithm's own options; names and values are checked against its signature.
         pattern: ``"2:4"`` (N:M) or ``"0.5"`` (the fraction removed).
         rank: Rank of the low-rank part; None stands for 64, or 0 if the algorithm only prunes.
-        calibration: Name of a corpus, a file or a hub data set; None if token windows are given directly.
+        calibration: Name of a corpus, a file or a hub data set; "windows" stands for token windows given directly.
         samples: Calibration windows.
         seqlen: Tokens in a window.
         seed: Of the choice of windows.
@@ -38,7 +40,7 @@ class Recipe:
     options: Mapping[str, Any] = field(default_factory=dict)
     pattern: str = "2:4"
     rank: int | None = None
-    calibration: str | None = "c4"
+    calibration: str = "c4"
     samples: int = 128
     seqlen: int = 2048
     seed: int = 0
@@ -54,8 +56,8 @@ class Recipe:
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, not {getattr(self, name)}.")
         for name in ("damping", "relative_damping"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name} must not be negative.")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"{name} must be a number that is not negative, not {getattr(self, name)}.")
 
     @property
     def found_algorithm(self) -> Algorithm:

@@ -1,6 +1,7 @@
 """What a run has to say for itself: one record a layer, and ``report.json`` (version 1)."""
 
 import json
+import math
 import platform
 import sys
 from collections.abc import Mapping
@@ -92,7 +93,7 @@ class Report:
 
     def to_json(self) -> str:
         """The text of ``report.json``."""
-        return json.dumps(asdict(self), indent=2) + "\n"
+        return json.dumps(_finite(asdict(self)), indent=2, allow_nan=False) + "\n"
 
     @classmethod
     def from_file(cls, path: Path) -> "Report":
@@ -106,6 +107,15 @@ class Report:
             if isinstance(error, InputError):
                 raise
             raise InputError(f"{path} is not a report of sparlow: {error}.") from None
+
+
+def _finite(value: Any) -> Any:  # noqa: ANN401 - anything JSON holds
+    """Write what is not finite, such as the perplexity of a ruined model, as text: JSON has no number for it."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {name: _finite(item) for name, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def peak_memory() -> dict[str, int]:

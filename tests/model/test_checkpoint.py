@@ -174,7 +174,7 @@ def test_two_of_four_costs_nine_bits_a_weight(model, folder):
 
 def test_tensors_in_the_same_memory_are_written_twice_if_the_model_would_not_tie_them(tmp_path):
     one = torch.arange(4.0)
-    shards.write_shard(tmp_path / "a.safetensors", {"x": one, "y": one, "z": one[1:3]}, {})
+    shards.write_shard(tmp_path / "a.safetensors", {"x": one, "y": one, "z": one[1:3]})
     read = load_file(tmp_path / "a.safetensors")
     assert torch.equal(read["x"], one)
     assert torch.equal(read["y"], one)
@@ -223,23 +223,23 @@ def test_shared_blocks_are_refused(model, tmp_path):
 def test_a_block_comes_back_into_a_dense_one(model, folder, device):
     (folder / "config.json").unlink()  # unfinished
     block = tiny("llama", seed=5).model.layers[1].to(device)
-    read_block(folder, 1, block)
+    read_block(folder, "model.layers", 1, block)
     assert_same_bits(block, model.model.layers[1])
     assert all(p.requires_grad and p.device.type == "cpu" for p in block.parameters())
 
 
 def test_a_block_that_does_not_fit_is_refused(folder):
     with pytest.raises(InputError, match="found 0"):
-        read_block(folder, 9, tiny("llama").model.layers[0])
+        read_block(folder, "model.layers", 9, tiny("llama").model.layers[0])
     with pytest.raises(InputError, match="no linear layer"):
-        read_block(folder, 1, tiny("opt").model.decoder.layers[0])
+        read_block(folder, "model.layers", 1, tiny("opt").model.decoder.layers[0])
     with pytest.raises(InputError, match=r"does not fit block 1.*pre_feedforward_layernorm"):
-        read_block(folder, 1, tiny("gemma2").model.layers[0])
+        read_block(folder, "model.layers", 1, tiny("gemma2").model.layers[0])
     larger = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, intermediate_size=56))
     with pytest.raises(InputError, match="should have the shape"):
-        read_block(folder, 1, larger.model.layers[1])
+        read_block(folder, "model.layers", 1, larger.model.layers[1])
     with pytest.raises(InputError, match="does not fit block 3"):
-        read_block(folder, 3, tiny("llama").model.layers[0])  # the shard of all the rest
+        read_block(folder, "model.layers", 3, tiny("llama").model.layers[0])  # the shard of all the rest
 
 
 # Use by other libraries

@@ -9,8 +9,10 @@ from pkgutil import iter_modules
 
 from sparlow.algorithms._registry import (
     Algorithm,
+    Count,
     Decomposition,
     Option,
+    Positive,
     Pruner,
     algorithms,
     decomposer,
@@ -24,8 +26,10 @@ for _module in iter_modules(__path__):
 
 __all__ = [
     "Algorithm",
+    "Count",
     "Decomposition",
     "Option",
+    "Positive",
     "Pruner",
     "algorithms",
     "check_budget",

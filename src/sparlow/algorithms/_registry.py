@@ -8,7 +8,7 @@ import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from torch import Tensor
 
@@ -18,6 +18,9 @@ from sparlow.linalg.patterns import Pattern
 
 Stats = Mapping[str, float | int | str | bool]
 Pruner = Callable[[Tensor, Gram, Pattern], Tensor]
+Positive = Annotated[float, "above 0"]  # annotations for options; plain float, int, bool, str and Literal do as well
+Count = Annotated[int, "at least 1"]
+_BOUNDS: dict[str, Callable[[float], bool]] = {"above 0": lambda v: v > 0, "at least 1": lambda v: v >= 1}
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -57,41 +60,50 @@ class Option:
 
     @property
     def choices(self) -> str:
-        """What may be given: a type's name, or the words of a Literal."""
+        """What may be given: a type's name and bound, or the words of a Literal."""
         if typing.get_origin(self.annotation) is Literal:
             return " | ".join(str(word) for word in typing.get_args(self.annotation))
         if self.annotation == Pruner:  # get_type_hints rebuilds it, so it is equal and not the same
             return "the name of a pruner"
+        if typing.get_origin(self.annotation) is Annotated:
+            kind, bound = typing.get_args(self.annotation)
+            return f"{kind.__name__} {bound}"
         return str(getattr(self.annotation, "__name__", self.annotation))
 
     def parse(self, value: object) -> Any:  # noqa: ANN401 - options have many types
         """Turn a value typed by a user or read from TOML into what the function expects; InputError if it is not."""
-        wrong = InputError(f"Option {self.name}={value!r} is not usable: expected {self.choices}.")
-        if self.annotation == Pruner:  # get_type_hints rebuilds it, so it is equal and not the same
-            algorithm, implied = find(str(value))
-            if algorithm.kind != "pruner":
-                raise wrong
-            return functools.partial(algorithm.function, **implied) if implied else algorithm.function
-        if typing.get_origin(self.annotation) is Literal:
-            words = {str(word): word for word in typing.get_args(self.annotation)}
-            if str(value) not in words:
-                raise wrong
-            return words[str(value)]
-        if self.annotation is bool:
-            spelled = {"true": True, "false": False}
-            if str(value).lower() not in spelled:
-                raise wrong
-            return spelled[str(value).lower()]
-        if self.annotation is str:
-            return str(value)
         try:
-            parsed = self.annotation(value)
-        except (TypeError, ValueError, OverflowError):
-            raise wrong from None
-        rounded = isinstance(value, float) and parsed != value  # 1.5 for a whole number; NaN for anything
-        if isinstance(value, bool) or rounded or not math.isfinite(parsed):
-            raise wrong
-        return parsed
+            return _parse(self.annotation, value)
+        except (TypeError, ValueError, OverflowError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"Option {self.name}={value!r} is not usable: expected {self.choices}.") from None
+
+
+def _parse(annotation: Any, value: object) -> Any:  # noqa: ANN401 - options have many types
+    if annotation == Pruner:
+        algorithm, implied = find(str(value))
+        if algorithm.kind != "pruner":
+            raise ValueError
+        return functools.partial(algorithm.function, **implied) if implied else algorithm.function
+    if typing.get_origin(annotation) is Literal:
+        return {str(word): word for word in typing.get_args(annotation)}[_one_of(value, typing.get_args(annotation))]
+    if annotation is bool:
+        return _one_of(str(value).lower(), ("true", "false")) == "true"
+    if annotation is str:
+        return str(value)
+    kind, bound = typing.get_args(annotation) if typing.get_origin(annotation) is Annotated else (annotation, None)
+    parsed = kind(value)
+    rounded = isinstance(value, float) and parsed != value  # 1.5 for a whole number; NaN for anything
+    if isinstance(value, bool) or rounded or not math.isfinite(parsed) or not (bound is None or _BOUNDS[bound](parsed)):
+        raise ValueError
+    return parsed
+
+
+def _one_of(value: object, words: typing.Iterable[object]) -> str:
+    if str(value) not in map(str, words):
+        raise ValueError
+    return str(value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +123,7 @@ class Algorithm:
     @property
     def options(self) -> dict[str, Option]:
         """The keyword-only parameters of the function, in order."""
-        hints = typing.get_type_hints(self.function)
+        hints = typing.get_type_hints(self.function, include_extras=True)
         parameters = inspect.signature(self.function).parameters.values()
         return {
             p.name: Option(p.name, p.default, hints[p.name])

@@ -26,8 +26,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sparlow.algorithms._registry import Decomposition, decomposer
-from sparlow.errors import InputError
+from sparlow.algorithms._registry import Count, Decomposition, Positive, decomposer
 from sparlow.linalg.conjugate_gradient import fit_on_support
 from sparlow.linalg.gram import Gram
 from sparlow.linalg.lowrank import orthonormal, subspace_step
@@ -45,9 +44,9 @@ def three_basil(
     pattern: Pattern,
     rank: int,
     *,
-    effort: float = 1.0,
+    effort: Positive = 1.0,
     schedule: Literal["joint", "paper"] = "joint",
-    max_steps: int = 2000,
+    max_steps: Count = 2000,
 ) -> Decomposition:
     """Find S and U V together by ADMM, then refit them on the support found.
 
@@ -56,8 +55,6 @@ def three_basil(
         schedule: "joint" (two blocks, ρ rising evenly) or "paper" (three blocks, ρ following the support).
         max_steps: Bound on the number of iterations.
     """
-    if effort <= 0 or max_steps < 1:
-        raise InputError("effort must be positive and max_steps at least 1.")
     loop = _Loop(W * gram.scale, gram, pattern, rank, rho=0.1 if schedule == "paper" else 0.003)
     run = _paper if schedule == "paper" else _joint
     steps, change = run(loop, effort, max_steps)

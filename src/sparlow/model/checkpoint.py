@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
@@ -35,8 +34,6 @@ from sparlow.model.shards import (
     replacing,
     write_shard,
 )
-
-_BLOCK = "sparlow.block"  # in a shard's metadata: the name of the block that it holds
 
 
 class CheckpointWriter:
@@ -75,7 +72,7 @@ class CheckpointWriter:
         """
         prefix = f"{self._blocks_name}.{i}"
         state = {f"{prefix}.{name}": tensor for name, tensor in packed_state(block).items()}
-        return write_shard(self._path(i), self._in_stored_type(state), {_BLOCK: prefix})
+        return write_shard(self._path(i), self._in_stored_type(state))
 
     def write_rest(self, model: PreTrainedModel) -> ShardRecord:
         """Write every tensor outside of the blocks, tied ones once; the file is either whole or not there.
@@ -87,7 +84,7 @@ class CheckpointWriter:
         for target, source in self._tied.items():
             if target in state and source in state and state[target].data_ptr() == state[source].data_ptr():
                 del state[target]
-        return write_shard(self._path(self._count), self._in_stored_type(state), {})
+        return write_shard(self._path(self._count), self._in_stored_type(state))
 
     def _in_stored_type(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Cast what has the type of the computation; masks, and weights kept in another type on purpose, stay."""
@@ -134,7 +131,7 @@ class CheckpointWriter:
         return self._folder / f"model-{i + 1:05d}-of-{self._count + 1:05d}.safetensors"
 
 
-def read_block(folder: str | Path, i: int, block: nn.Module) -> None:
+def read_block(folder: str | Path, blocks_name: str, i: int, block: nn.Module) -> None:
     """Load block i of a directory, finished or not, into a dense block; its linear layers become compressed ones.
 
     The tensors arrive on the block's device, or on the CPU if that is the meta device, in the dtype of the file.
@@ -146,8 +143,7 @@ def read_block(folder: str | Path, i: int, block: nn.Module) -> None:
     if len(paths) != 1:
         raise InputError(f"expected one shard of block {i} in {folder}, found {len(paths)}")
     headers = read_headers(paths)
-    with safe_open(paths[0], framework="pt") as shard:
-        prefix = (shard.metadata() or {}).get(_BLOCK, "") + "."
+    prefix = f"{blocks_name}.{i}."
     device = next((p.device for p in block.parameters() if not p.is_meta), torch.device("cpu"))
     parts = by_layer({name.removeprefix(prefix): header for name, header in headers.items()})
     for stored, record in layer_records(headers).items():
