@@ -180,11 +180,14 @@ def algorithms() -> None:
 
 
 @app.command()
-def demo(out: Annotated[Path, typer.Option(help="Directory to write.")] = Path("demo")) -> None:
+def demo(
+    out: Annotated[Path, typer.Option(help="Directory to write.")] = Path("demo"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a finished result in --out.")] = False,
+) -> None:
     """Run the main job on a small embedded model: compress, evaluate, generate."""
     from sparlow.demo import run
 
-    run(out)
+    run(out, overwrite=overwrite)
 
 
 def _split(names: str) -> list[str]:

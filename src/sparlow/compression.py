@@ -38,6 +38,7 @@ def compress(
     tokenizer: PreTrainedTokenizerBase | None = None,
     out: str | Path | None = None,
     evaluate: Sequence[str] = ("builtin",),
+    limit: int | None = None,
     device: str = "auto",
     overwrite: bool = False,
     trust_remote_code: bool = False,
@@ -52,6 +53,7 @@ def compress(
         tokenizer: Needed with a transformers model if text is used.
         out: Directory to write as the run proceeds; an unfinished one is resumed. Without it nothing is written.
         evaluate: Corpora or files on which perplexity is measured, dense first and compressed at the end.
+        limit: At most so many windows of each of these; all if left out.
         device: "auto" (an accelerator if there is one), or torch's name of a device. A model object stays where it is.
         overwrite: Replace a result of sparlow in ``out``.
         trust_remote_code: Let a model bring Python code of its own.
@@ -82,7 +84,7 @@ def compress(
     require_context(opened.model, recipe.seqlen)
     windows = _windows(calibration, opened, recipe)
     # cut before the run, so that a missing file is noticed at once
-    evaluation = {name: _evaluation_windows(name, opened, recipe.seqlen) for name in evaluate}
+    evaluation = {name: _evaluation_windows(name, opened, recipe.seqlen, limit) for name in evaluate}
     run = _Run(opened, stored, recipe, windows, notify)
     if out is not None:
         run.write_to(Path(out), overwrite=overwrite)
@@ -121,8 +123,9 @@ def _windows(calibration: str | Path | Tensor | None, opened: OpenedModel, recip
     return calibration_windows(recipe.calibration, tokenizer, **sizes)
 
 
-def _evaluation_windows(corpus: str, opened: OpenedModel, seqlen: int) -> Tensor:
-    return evaluation_windows(corpus, require_tokenizer(opened.tokenizer, opened.name), seqlen=max(seqlen, 2))
+def _evaluation_windows(corpus: str, opened: OpenedModel, seqlen: int, limit: int | None) -> Tensor:
+    tokenizer = require_tokenizer(opened.tokenizer, opened.name)
+    return evaluation_windows(corpus, tokenizer, seqlen=max(seqlen, 2), limit=limit)
 
 
 class _Run:
@@ -139,6 +142,7 @@ class _Run:
         self.clock = Clock()
         self.report = Report(recipe=recipe.to_dict(), model=opened.name)
         self.report.bytes = {"dense": self.bytes_of(self.model), "linears_dense": 0, "linears_compressed": 0}
+        self.known_dense: dict[str, float] = {}  # perplexity by fingerprint of the windows
         self.journal: Journal | None = None
         self.writer: CheckpointWriter | None = None
 
@@ -151,6 +155,7 @@ class _Run:
             "version": version("sparlow"),
         }
         self.journal = Journal(folder, decides, self.blocks_name, overwrite=overwrite)
+        self.known_dense = self.journal.dense
 
     def go(self, evaluation: dict[str, Tensor]) -> Report:
         with self.clock("total"):
@@ -169,9 +174,10 @@ class _Run:
 
     def measure_dense(self, evaluation: dict[str, Tensor]) -> None:
         """The sanity gate: a number for the model as it came, before any number for what becomes of it."""
-        known = self.journal.dense if self.journal else {}
         for name, windows in evaluation.items():
-            value = known.get(name) or self.perplexity("dense perplexity", windows)
+            text = text_fingerprint(windows)
+            value = self.known_dense.get(text) or self.perplexity("dense perplexity", windows)
+            self.known_dense[text] = value
             if value != value:  # noqa: PLR0124 - NaN
                 recording = record(self.model, windows[:1], micro_batch=1)
                 name_what_is_not_finite(self.blocks_name, self.blocks, recording.calls, recording.hidden)
@@ -201,7 +207,7 @@ class _Run:
             recording = record(self.model, self.windows, micro_batch=micro_batch)
         hidden = recording.hidden
         if self.journal:
-            self.journal.begin(self.report.dense["perplexity"])
+            self.journal.begin(self.known_dense)
             self.writer = CheckpointWriter(
                 self.journal.folder, self.model, self.blocks_name, len(self.blocks), self.stored
             )

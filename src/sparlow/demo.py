@@ -12,11 +12,12 @@ from sparlow.errors import InputError
 from sparlow.model.source import find_embedded_gguf, for_computing, open_model
 from sparlow.recipe import Recipe
 
+WINDOWS = 16  # of held-out text, so that measuring takes less than a minute
 PROMPT = "The capital of France is"
-QUICK = Recipe(pattern="2:4", rank=16, calibration="builtin", samples=16, seqlen=512, options={"effort": 0.25})
+QUICK = Recipe(pattern="2:4", rank=16, calibration="builtin", samples=16, seqlen=512, options={"effort": 0.5})
 
 
-def run(out: Path) -> None:
+def run(out: Path, *, overwrite: bool = False) -> None:
     """Compress the embedded SmolLM2-135M at low effort into ``out`` and show what came of it."""
     source = find_embedded_gguf()
     if source is None:
@@ -30,7 +31,7 @@ def run(out: Path) -> None:
     console.out.print(f"model: {source.name}, 2:4 + rank {QUICK.rank}, low effort; a few minutes", highlight=False)
     sentence = _continue(for_computing(dense.model), dense.tokenizer)
     with console.progress() as notify:
-        report = compress(str(source), QUICK, out=out, evaluate=("builtin",), notify=notify)
+        report = compress(str(source), QUICK, out=out, limit=WINDOWS, overwrite=overwrite, notify=notify)
     console.show_report(report)
     console.out.print(f"dense:      {sentence}", markup=False, highlight=False)
     compressed = for_computing(open_model(str(out)).model)

@@ -59,7 +59,7 @@ class Journal:
 
     @property
     def dense(self) -> dict[str, float]:
-        """Perplexities of the dense model measured so far."""
+        """Perplexities of the dense model measured so far, by fingerprint of the text."""
         return dict(self.state["dense"])
 
     def layers(self, block: int) -> list[LayerRecord]:

@@ -120,9 +120,9 @@ class _Loop:
 
 
 def _joint(loop: _Loop, effort: float, max_steps: int) -> tuple[int, float]:
-    """Raise ρ by a fifth every ``10·effort`` steps; below effort 1 by more, for each rise costs an inverse."""
-    every = max(round(10 * effort), 10)
-    factor = 1.2 ** (every / (10 * effort))
+    """Raise ρ by 1.44 every ``10·effort`` steps; at low effort by more, for each rise costs an inverse."""
+    every = max(round(10 * effort), 5)
+    factor = 1.44 ** (every / (10 * effort))
 
     def step() -> None:
         loop.fit_jointly()
