@@ -2,7 +2,8 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -51,9 +52,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         console.err.print(f"[red]error:[/] {escape(str(error))}", highlight=False)
         sys.exit(2 if isinstance(error, InputError) else 1)
-    except KeyboardInterrupt:
-        console.err.print("stopped; the same command resumes a run that has an --out")
-        sys.exit(130)
 
 
 def _quiet_libraries() -> None:
@@ -107,7 +105,7 @@ def compress(
     if option or (algorithm and algorithm != base.algorithm):
         kept = {} if algorithm and algorithm != base.algorithm else base.options
         changes["options"] = {**kept, **_parse_pairs(option or [])}
-    with console.progress() as notify:
+    with _resumable(), console.progress() as notify:
         report = run_compression(
             model,
             base.changed(**changes),
@@ -119,7 +117,7 @@ def compress(
             notify=notify,
         )
     console.show_report(report)
-    console.out.print(f"written to {out}: open {out / 'report.html'}", highlight=False)
+    console.out.print(f"written to {out}: open {out / 'report.html'}", markup=False, highlight=False)
 
 
 @app.command()
@@ -152,8 +150,13 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Show what is in DIRECTORY: pattern, density, rank and bytes of every layer."""
-    layers, patterns = describe(directory), recorded_patterns(directory)
     problems = verify_artefact(directory) if verify else []
+    try:
+        layers, patterns = describe(directory), recorded_patterns(directory)
+    except InputError as error:
+        if problems:
+            raise RunError("; ".join(problems)) from error
+        raise
     weights = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
     linear = sum(layer.bytes for layer in layers)
     bits = 8 * linear / max(sum(layer.shape[0] * layer.shape[1] for layer in layers), 1)
@@ -188,6 +191,16 @@ def demo(
     from sparlow.demo import run
 
     run(out, overwrite=overwrite)
+
+
+@contextmanager
+def _resumable() -> Iterator[None]:
+    """Say how to go on after Ctrl-C, which typer then turns into the exit code 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.err.print("stopped: the same command resumes the run from its last finished block")
+        raise
 
 
 def _split(names: str) -> list[str]:

@@ -1,7 +1,7 @@
 """The whole job: open, check, measure, walk, write, measure again, report."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -78,14 +78,14 @@ def compress(
             str(model), dtype=recipe.dtype, device=pick_device(device), trust_remote_code=trust_remote_code
         )
         opened = replace(opened, tokenizer=tokenizer or opened.tokenizer)
-    stored = opened.model.dtype
+    storage = Storage.of(opened.model)
     if not isinstance(model, PreTrainedModel):
         opened = replace(opened, model=for_computing(opened.model))
     require_context(opened.model, recipe.seqlen)
     windows = _windows(calibration, opened, recipe)
     # cut before the run, so that a missing file is noticed at once
     evaluation = {name: _evaluation_windows(name, opened, recipe.seqlen, limit) for name in evaluate}
-    run = _Run(opened, stored, recipe, windows, notify)
+    run = _Run(opened, storage, recipe, windows, notify)
     if out is not None:
         run.write_to(Path(out), overwrite=overwrite)
     return run.go(evaluation)
@@ -128,14 +128,31 @@ def _evaluation_windows(corpus: str, opened: OpenedModel, seqlen: int, limit: in
     return evaluation_windows(corpus, tokenizer, seqlen=max(seqlen, 2), limit=limit)
 
 
+@dataclass(frozen=True)
+class Storage:
+    """The types of the result's weights, which are those of the model as it came; it may compute in another.
+
+    Attributes:
+        dtype: Of nearly all.
+        exceptions: Names of the parameters and buffers that have a type of their own, such as a router's bias in float32.
+    """
+
+    dtype: torch.dtype
+    exceptions: frozenset[str]
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> "Storage":
+        """Look at a model before it changes its type for computing."""
+        state = model.state_dict().items()
+        return cls(model.dtype, frozenset(name for name, tensor in state if tensor.dtype != model.dtype))
+
+
 class _Run:
     """One compression from the checks to the report; writes only after ``write_to``."""
 
-    def __init__(
-        self, opened: OpenedModel, stored: torch.dtype, recipe: Recipe, windows: Tensor, notify: Notify
-    ) -> None:
+    def __init__(self, opened: OpenedModel, storage: Storage, recipe: Recipe, windows: Tensor, notify: Notify) -> None:
         self.opened, self.recipe, self.windows, self.notify = opened, recipe, windows, notify
-        self.stored = stored  # type of the result's weights; the model may compute in another
+        self.storage = storage
         self.model = opened.model
         self.blocks_name, self.blocks = decoder_blocks(self.model)
         check_layers(self.blocks_name, self.blocks, recipe)
@@ -209,7 +226,12 @@ class _Run:
         if self.journal:
             self.journal.begin(self.known_dense)
             self.writer = CheckpointWriter(
-                self.journal.folder, self.model, self.blocks_name, len(self.blocks), self.stored
+                self.journal.folder,
+                self.model,
+                self.blocks_name,
+                len(self.blocks),
+                dtype=self.storage.dtype,
+                kept=self.storage.exceptions,
             )
         for i, block in enumerate(self.blocks):
             self.report.bytes["linears_dense"] += sum(map(self.bytes_of, linears(block).values()))
@@ -235,7 +257,7 @@ class _Run:
             self.notify(Progress("blocks", i, len(self.blocks), layer))
 
         layers = compress_block(
-            block, (self.blocks_name, i), calls, hidden, self.recipe, self.stored, self.clock, on_layer
+            block, (self.blocks_name, i), calls, hidden, self.recipe, self.storage.dtype, self.clock, on_layer
         )
         if self.journal and self.writer:
             with self.clock("save"):
@@ -262,10 +284,10 @@ class _Run:
 
     def bytes_of(self, module: nn.Module) -> int:
         """Bytes of a module's parameters as stored, tied ones once."""
-        return sum(p.numel() for p in module.parameters()) * self.stored.itemsize
+        return sum(p.numel() for p in module.parameters()) * self.storage.dtype.itemsize
 
     def packed_bytes(self, layer: SparseLowRankLinear) -> int:
         """Bytes as stored: kept values, one bit a weight (whole bytes a row), U, V and the bias."""
         rows, columns = layer.S.shape
         pruned = layer.S.numel() - int((layer.S != 0).sum())
-        return self.bytes_of(layer) - pruned * self.stored.itemsize + rows * ((columns + 7) // 8)
+        return self.bytes_of(layer) - pruned * self.storage.dtype.itemsize + rows * ((columns + 7) // 8)

@@ -1,5 +1,6 @@
 """What the command line shows: progress bars or plain lines, and tables. Prints; decides nothing."""
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -15,7 +16,8 @@ from sparlow.page import megabytes, summary_rows
 from sparlow.progress import Notify, Progress
 from sparlow.report import Report
 
-out = Console(soft_wrap=True)
+WIDE = 200  # columns where nobody looks, as in a pipe: no name is cut
+out = Console(soft_wrap=True, width=None if sys.stdout.isatty() else WIDE)
 err = Console(stderr=True, soft_wrap=True)
 
 

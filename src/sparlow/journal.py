@@ -5,6 +5,7 @@ stands there; a shard without a record is written again. ``finished`` becomes tr
 """
 
 import json
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -13,7 +14,7 @@ from typing import Any
 
 from sparlow.errors import InputError, RunError
 from sparlow.model.shards import ShardRecord, read_json, replacing, sha256
-from sparlow.report import LayerRecord
+from sparlow.report import LayerRecord, plain
 
 NAME = "sparlow.json"
 FORMAT = 1
@@ -27,7 +28,7 @@ class Journal:
         folder: The output directory; it comes into being with the first record.
         fingerprint: What decides the result: recipe, model, calibration windows, version.
         blocks_name: Name of the list of decoder blocks in the model.
-        overwrite: Forget what the directory holds, and remove it when the first record is written.
+        overwrite: Forget a finished result or another run, and remove it when the first record is written.
 
     Raises:
         InputError: The directory holds a run with another fingerprint.
@@ -37,7 +38,7 @@ class Journal:
         self, folder: Path, fingerprint: Mapping[str, Any], blocks_name: str, *, overwrite: bool = False
     ) -> None:
         self.folder = folder
-        self._clear = overwrite and folder.exists()
+        self._clear = False
         self.state: dict[str, Any] = {
             "format": FORMAT,
             "finished": False,
@@ -47,8 +48,11 @@ class Journal:
             "shards": {},
             "blocks": [],
         }
-        if (folder / NAME).exists() and not overwrite:
+        if (folder / NAME).exists():
             found = read_json(folder / NAME)
+            if overwrite and not self._goes_on(found):
+                self._clear = True
+                return
             _refuse_another(folder, found.get("fingerprint", {}), self.state["fingerprint"])
             self.state = found
 
@@ -60,17 +64,30 @@ class Journal:
     @property
     def dense(self) -> dict[str, float]:
         """Perplexities of the dense model measured so far, by fingerprint of the text."""
-        return dict(self.state["dense"])
+        return {text: float(value) for text, value in self.state["dense"].items()}
 
     def layers(self, block: int) -> list[LayerRecord]:
         """Records of a finished block."""
         return [LayerRecord.from_dict(row) for row in self.state["blocks"][block]["layers"]]
 
+    def _goes_on(self, found: Mapping[str, Any]) -> bool:
+        """Whether a directory holds an unfinished and undamaged part of this very run."""
+        same = found.get("fingerprint") == self.state["fingerprint"]
+        return (
+            same
+            and not found.get("finished")
+            and all(self._sound(file, record) for file, record in found["shards"].items())
+        )
+
+    def _sound(self, file: str, record: Mapping[str, Any]) -> bool:
+        path = self.folder / file
+        return path.exists() and path.stat().st_size == record["bytes"] and sha256(path) == record["sha256"]
+
     def check_shard(self, block: int) -> None:
         """Raise RunError unless the shard of a finished block is the one that was recorded."""
         file = self.state["blocks"][block]["file"]
-        record, path = self.state["shards"][file], self.folder / file
-        if not path.exists() or path.stat().st_size != record["bytes"] or sha256(path) != record["sha256"]:
+        if not self._sound(file, self.state["shards"][file]):
+            path = self.folder / file
             raise RunError(f"{path} is missing or damaged since it was written: start again with --overwrite.")
 
     def begin(self, dense: Mapping[str, float]) -> None:
@@ -102,7 +119,7 @@ class Journal:
             self._clear = False
         self.folder.mkdir(parents=True, exist_ok=True)
         with replacing(self.folder / NAME) as partial:
-            partial.write_text(json.dumps(self.state, indent=1) + "\n", encoding="utf-8")
+            partial.write_text(json.dumps(plain(self.state), indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def check_folder(folder: Path, *, overwrite: bool) -> None:
@@ -112,6 +129,9 @@ def check_folder(folder: Path, *, overwrite: bool) -> None:
         InputError: It holds a finished result and ``overwrite`` is not set, or something that is not sparlow's.
     """
     if not folder.exists():
+        parent = next(parent for parent in folder.absolute().parents if parent.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            raise InputError(f"{folder} cannot be made, because of {parent}: give another --out.")
         return
     if not folder.is_dir():
         raise InputError(f"{folder} is a file: give a directory with --out.")

@@ -49,8 +49,11 @@ class Recipe:
     dtype: str = "auto"
 
     def __post_init__(self) -> None:
+        for f in fields(self):
+            _check_type(f.name, getattr(self, f.name))
         algorithm, implied = find(self.algorithm)
         algorithm.parse_options({**implied, **self.options})
+        object.__setattr__(self, "options", algorithm.plain_options(self.options))
         parse_pattern(self.pattern)
         for name in ("samples", "seqlen"):
             if getattr(self, name) < 1:
@@ -97,9 +100,7 @@ class Recipe:
         for name, value in data.items():
             if name not in known:
                 raise InputError(f"A recipe has no field {name!r}; there is: {', '.join(known)}.")
-            expected = _TYPES[name]
-            if not isinstance(value, expected) or isinstance(value, bool):
-                raise InputError(f"Field {name} of a recipe must be {_spoken(expected)}, not {value!r}.")
+            _check_type(name, value)
         values: dict[str, Any] = {n: float(v) if float in _TYPES[n] else v for n, v in data.items()}
         return cls(**values)
 
@@ -137,6 +138,13 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "relative_damping": (float, int),
     "dtype": (str,),
 }
+
+
+def _check_type(name: str, value: object) -> None:
+    expected = _TYPES[name]
+    absent = name == "rank" and value is None
+    if not absent and (not isinstance(value, expected) or isinstance(value, bool)):
+        raise InputError(f"Field {name} of a recipe must be {_spoken(expected)}, not {value!r}.")
 
 
 def _plain(value: Any) -> Any:  # noqa: ANN401 - fields have many types

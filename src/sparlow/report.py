@@ -93,7 +93,7 @@ class Report:
 
     def to_json(self) -> str:
         """The text of ``report.json``."""
-        return json.dumps(_finite(asdict(self)), indent=2, allow_nan=False) + "\n"
+        return json.dumps(plain(asdict(self)), indent=2, allow_nan=False) + "\n"
 
     @classmethod
     def from_file(cls, path: Path) -> "Report":
@@ -102,20 +102,23 @@ class Report:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
             if data["version"] != VERSION:
                 raise InputError(f"{path} has version {data['version']}; this sparlow reads version {VERSION}.")
+            for which in ("dense", "compressed"):
+                perplexities = data[which]["perplexity"]
+                data[which]["perplexity"] = {name: float(value) for name, value in perplexities.items()}
             return cls(**{**data, "layers": [LayerRecord.from_dict(row) for row in data["layers"]]})
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, InputError):
                 raise
             raise InputError(f"{path} is not a report of sparlow: {error}.") from None
 
 
-def _finite(value: Any) -> Any:  # noqa: ANN401 - anything JSON holds
-    """Write what is not finite, such as the perplexity of a ruined model, as text: JSON has no number for it."""
+def plain(value: Any) -> Any:  # noqa: ANN401 - anything JSON holds
+    """Return ``value`` for JSON, with text for what is not finite, such as the perplexity of a ruined model."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, Mapping):
-        return {name: _finite(item) for name, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+        return {name: plain(item) for name, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def peak_memory() -> dict[str, int]:

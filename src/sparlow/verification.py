@@ -7,6 +7,7 @@ from torch import Tensor
 from sparlow.errors import InputError
 from sparlow.journal import NAME, read_records
 from sparlow.linalg.patterns import parse_pattern
+from sparlow.model.checkpoint import read_layers
 from sparlow.model.inspection import verify
 
 
@@ -26,17 +27,19 @@ def verify_artefact(directory: Path) -> list[str]:
     if not (directory / NAME).exists():
         raise InputError(f"{directory} has no {NAME}, so there is nothing to verify it against.")
     records = read_records(directory)
-    seen: set[str] = set()
 
     def check(name: str, S: Tensor) -> str | None:
-        seen.add(name)
         record = records.get(name)
         if record is None:
             return f"{name} is compressed, but not recorded in {NAME}"
         density = (S != 0).float().mean().item()
         if abs(density - record.density) > 1e-6:  # noqa: PLR2004 - rounding of a mean in float32
             return f"{name} has density {density:.6f}, recorded is {record.density:.6f}"
-        return parse_pattern(record.pattern).violation(name, S)
+        try:
+            return parse_pattern(record.pattern).violation(name, S)
+        except InputError as error:
+            return f"{name}: {error}"
 
     problems = verify(directory, check)
-    return problems + [f"{name} is recorded in {NAME}, but not in the shards" for name in records if name not in seen]
+    stored = read_layers(directory)
+    return problems + [f"{name} is recorded in {NAME}, but not in the shards" for name in records if name not in stored]

@@ -131,6 +131,11 @@ class Algorithm:
             if p.kind is inspect.Parameter.KEYWORD_ONLY
         }
 
+    def plain_options(self, given: Mapping[str, object]) -> dict[str, Any]:
+        """The options as a file holds them: numbers as numbers, pruners by name; checked as by ``parse_options``."""
+        parsed = self.parse_options(given)
+        return {name: str(given[name]) if callable(value) else value for name, value in parsed.items()}
+
     def parse_options(self, given: Mapping[str, object]) -> dict[str, Any]:
         """Check option names and values against the signature; InputError names what is wrong and what there is."""
         known = self.options

@@ -10,6 +10,7 @@ from sparlow.errors import InputError, RunError
 
 ESCALATION = 10.0  # factor by which damping is raised when a factorisation fails
 ESCALATIONS = 6  # how often, before the layer is given up
+RIDGES_KEPT = 2**28  # bytes of ridge inverses that a Gram remembers
 
 
 class GramAccumulator:
@@ -46,6 +47,7 @@ class Gram:
     H: Tensor  # (in, in)
     dead: Tensor  # (in,) bool: inputs that were always zero
     _added: list[float] = field(default_factory=list, repr=False, compare=False)  # damping that factorisations needed
+    _ridges: dict[float, Tensor] = field(default_factory=dict, repr=False, compare=False)  # by ρ
 
     @classmethod
     def damped(cls, H: Tensor, *, absolute: float = 0.005, relative: float = 0.005) -> "Gram":
@@ -86,6 +88,18 @@ class Gram:
         """R (in, in), lower, with R Rᵀ = H̃; damped further if it could not be factorised, see ``extra_damping``."""
         return self._factorised(self.correlation, "the correlation of the inputs")
 
+    @cached_property
+    def inverse_cholesky(self) -> Tensor:
+        """A (in, in), upper, with Aᵀ A = H̃⁻¹; damped further if need be, see ``extra_damping``.
+
+        H̃ read from its last row and column to its first has the factor B; read back, B is the upper triangular root of
+        H̃, and A its inverse. H̃⁻¹ itself, whose rounding could break a factorisation, is never formed.
+        """
+        B = self._factorised(self.correlation.flip(0, 1), "the correlation of the inputs, read backwards")
+        eye = torch.eye(B.shape[0], device=B.device, dtype=B.dtype)
+        A: Tensor = torch.linalg.solve_triangular(B.flip(0, 1), eye, upper=True)
+        return A
+
     @property
     def extra_damping(self) -> float:
         """The most damping (in units of the diagonal) that a factorisation had to add so far; 0 if none had to."""
@@ -98,10 +112,19 @@ class Gram:
         return factor
 
     def ridge(self, rho: float) -> Tensor:
-        """M_ρ = ρ (H̃ + ρI)⁻¹ (in, in), symmetric."""
+        """M_ρ = ρ (H̃ + ρI)⁻¹ (in, in), symmetric; remembered, so not to be written into.
+
+        The first that fit into ``RIDGES_KEPT`` stay: a solve that is repeated begins with the same ρ every time, and to
+        forget the oldest instead would mean to have none when it starts again.
+        """
+        if rho in self._ridges:
+            return self._ridges[rho]
         shifted = self.correlation.clone()
         shifted.diagonal().add_(rho)
-        return torch.cholesky_inverse(self._factorised(shifted, "H̃ + ρI")).mul_(rho)
+        M = torch.cholesky_inverse(self._factorised(shifted, "H̃ + ρI")).mul_(rho)
+        if (len(self._ridges) + 1) * M.nbytes <= RIDGES_KEPT:
+            self._ridges[rho] = M
+        return M
 
     def objective(self, residual: Tensor) -> Tensor:
         """Return tr(R H Rᵀ) of a ``residual`` R (out, in), a scalar tensor: the layer-wise reconstruction error."""

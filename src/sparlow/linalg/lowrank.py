@@ -42,6 +42,23 @@ def subspace_step(M: Tensor, G: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
     return U, U.T @ M
 
 
+def subspace_iteration(M: Tensor, V: Tensor, steps: int, G: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Take ``steps`` steps as ``subspace_step`` does, in the norm of G (in, in) or, without one, in the plain norm."""
+    for _ in range(steps):
+        U = orthonormal(M @ (V.T if G is None else G @ V.T))
+        V = U.T @ M
+    return U, V
+
+
+def random_factor(rank: int, like: Tensor) -> Tensor:
+    """V (rank, in) to start a subspace iteration from, for a matrix ``like`` (out, in).
+
+    Drawn on the CPU from a seed of its own: the same on every device, and the global generator stays as it is.
+    """
+    V = torch.randn(rank, like.shape[1], generator=torch.Generator().manual_seed(0))
+    return V.to(like)
+
+
 def orthonormal(Y: Tensor) -> Tensor:
     """Orthonormalise the columns of Y (n, r) by Cholesky QR, four times as fast as Householder QR here.
 

@@ -59,6 +59,17 @@ class Unstructured:
         groups = scores if self.per_row else scores.reshape(1, -1)
         return _largest(groups, self._kept_of(groups.shape[1])).reshape(scores.shape)
 
+    def mask_of_columns(self, scores: Tensor, first: int, columns: int) -> Tensor:
+        """Mark the largest ``scores`` (out, width) of the columns from ``first`` on, in a matrix that has ``columns``.
+
+        Every stretch of columns has its share; together they keep exactly as many as ``mask`` keeps of the whole.
+        """
+        groups = scores if self.per_row else scores.reshape(1, -1)
+        width = scores.shape[1]
+        whole = self._kept_of(groups.shape[1] // width * columns)
+        before, after = (whole * column // columns for column in (first, first + width))
+        return _largest(groups, after - before).reshape(scores.shape)
+
     def violation(self, name: str, S: Tensor) -> str | None:
         """Say in one sentence how ``S`` (out, in) breaks the pattern, or return None."""
         kept, allowed = int((S != 0).sum()), self.kept((S.shape[0], S.shape[1]))
@@ -117,6 +128,11 @@ class NM:
             losses[j] += first_wins
             losses[i] += ~first_wins
         return torch.stack([lost < self.n for lost in losses], dim=1).reshape(scores.shape)
+
+    def mask_of_columns(self, scores: Tensor, first: int, columns: int) -> Tensor:
+        """Mark the largest of whole groups ``scores`` (out, width): ``mask``, for a group knows of no other columns."""
+        del first, columns
+        return self.mask(scores)
 
     def violation(self, name: str, S: Tensor) -> str | None:
         """Say in one sentence how ``S`` (out, in) breaks the pattern, or return None."""

@@ -8,6 +8,7 @@ transformers: ``AutoModelForCausalLM.from_pretrained(folder)`` is enough to open
 import copy
 import json
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
 
@@ -45,16 +46,24 @@ class CheckpointWriter:
         blocks_name: name of the list of blocks in the model.
         count: number of blocks.
         dtype: type of the stored weights, where the model computes in another; its own if left out.
+        kept: names of the weights that keep their type all the same.
 
     Raises:
         InputError: the model shares weights between blocks, or the folder cannot be made.
     """
 
     def __init__(
-        self, folder: str | Path, model: PreTrainedModel, blocks_name: str, count: int, dtype: torch.dtype | None = None
+        self,
+        folder: str | Path,
+        model: PreTrainedModel,
+        blocks_name: str,
+        count: int,
+        *,
+        dtype: torch.dtype | None = None,
+        kept: AbstractSet[str] = frozenset(),
     ) -> None:
         self._folder, self._blocks_name, self._count = Path(folder), blocks_name, count
-        self._computed, self._stored = model.dtype, dtype or model.dtype
+        self._computed, self._stored, self._kept = model.dtype, dtype or model.dtype, kept
         self._tied = dict(model.all_tied_weights_keys)
         inside = sorted(k for pair in self._tied.items() for k in pair if k.startswith(f"{blocks_name}."))
         if inside:
@@ -87,8 +96,9 @@ class CheckpointWriter:
         return write_shard(self._path(self._count), self._in_stored_type(state))
 
     def _in_stored_type(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Cast what has the type of the computation; masks, and weights kept in another type on purpose, stay."""
-        return {name: t.to(self._stored) if t.dtype == self._computed else t for name, t in state.items()}
+        """Cast what has the type of the computation; masks, and weights that keep their type, stay."""
+        cast = {name for name, t in state.items() if t.dtype == self._computed} - self._kept
+        return {name: t.to(self._stored) if name in cast else t for name, t in state.items()}
 
     def finish(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         """Write the index, the generation config, the tokenizer and at last ``config.json``.

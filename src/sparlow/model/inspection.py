@@ -81,8 +81,11 @@ def verify(folder: Path, check_pattern: Callable[[str, Tensor], str | None] | No
 
 
 def _checksum_problems(folder: Path) -> list[str]:
-    recorded = read_json(folder / "sparlow.json").get("shards", {}) if (folder / "sparlow.json").exists() else {}
-    problems = []
+    if not (folder / "sparlow.json").exists():
+        return []
+    recorded = read_json(folder / "sparlow.json").get("shards", {})
+    present = {file.name for file in folder.glob("*.safetensors")}
+    problems = [f"the shard {name} is not recorded in sparlow.json" for name in sorted(present - recorded.keys())]
     for name, record in recorded.items():
         file = folder / plain_name(name)
         if not file.exists():
