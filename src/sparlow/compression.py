@@ -134,7 +134,7 @@ class Storage:
 
     Attributes:
         dtype: Of nearly all.
-        exceptions: Names of the parameters and buffers that have a type of their own, such as a router's bias in float32.
+        exceptions: Names of the tensors that have a type of their own, such as a router's bias in float32.
     """
 
     dtype: torch.dtype
