@@ -14,7 +14,7 @@ from sparlow.recipe import Recipe
 
 WINDOWS = 16  # of held-out text, so that measuring takes less than a minute
 PROMPT = "The capital of France is"
-QUICK = Recipe(pattern="2:4", rank=16, calibration="builtin", samples=16, seqlen=512, options={"effort": 0.5})
+QUICK = Recipe(pattern="2:4", rank=16, calibration="builtin", samples=16, seqlen=512, options={"effort": 0.25})
 
 
 def run(out: Path, *, overwrite: bool = False) -> None:
