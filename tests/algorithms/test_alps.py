@@ -1,0 +1,126 @@
+"""What ALPS promises beyond the contract: its iterates are the paper's, and its values the best on their support."""
+
+import math
+
+import pytest
+import torch
+
+import oracles
+import oracles_methods
+from sparlow.algorithms import find, solve
+from sparlow.algorithms.alps import _admm, alps
+from sparlow.linalg import gram as gram_module
+from sparlow.linalg.gram import Gram
+from sparlow.linalg.patterns import NM, parse_pattern
+
+# Relative objective on a layer of its own, as the first version of the method found it, which on the reference
+# problems ends within 0.5 % of the public implementation.
+GOLDENS = {"2:4": 0.005866, "2:8": 0.01974, "0.5": 0.002481, "0.7": 0.009422}
+
+every_pattern = pytest.mark.parametrize("pattern", GOLDENS)
+
+
+def layer(out=24, inp=40, seed=0, **changes):
+    W, H = oracles.problem(out, inp, seed, **changes)
+    return W, Gram.damped(H)
+
+
+def in_float64(W, gram):
+    """The same layer, in which rounding decides between no two scores."""
+    return W.double(), Gram(gram.H.double(), gram.dead)
+
+
+def error(W, gram, pattern, name="alps", **options):
+    return solve(find(name)[0], W, gram, parse_pattern(pattern), 0, options).stats["relative_error"]
+
+
+@every_pattern
+def test_ends_no_higher_than_it_used_to(pattern):
+    assert error(*layer(96, 160, 3), pattern) <= 1.02 * GOLDENS[pattern]
+
+
+# --- the paper's iteration -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("max_steps", [1, 6, 300])
+@pytest.mark.parametrize("pattern", [NM(2, 4), NM(3, 8)], ids=str)
+def test_the_iterates_are_the_papers(pattern, max_steps):
+    W, gram = in_float64(*layer())
+    X = _admm(W * gram.scale, gram, pattern, max_steps)
+    plain, mask, rho = oracles_methods.alps_admm(W, gram.H, pattern.mask, max_steps=max_steps)
+    torch.testing.assert_close(X, plain, rtol=0, atol=1e-8 * plain.abs().max().item())
+    assert torch.equal(pattern.mask(X.abs()), mask)
+    assert max(gram._ridges) == pytest.approx(rho)
+
+
+@every_pattern
+def test_ends_where_the_papers_method_does(pattern):
+    choose, ratios = parse_pattern(pattern).mask, []
+    for size in ((24, 40, 0), (32, 48, 2), (40, 32, 3)):
+        W, gram = layer(*size)
+        plain = oracles.objective(W - oracles_methods.alps(W, gram.H, choose), gram.H) / oracles.objective(W, gram.H)
+        ratios.append(error(W, gram, pattern) / plain)
+    assert math.prod(ratios) ** (1 / len(ratios)) < 1.02
+    assert max(ratios) < 1.05  # the threshold of an unstructured pattern is followed, and may end in another support
+
+
+def test_rests_at_once_on_a_weight_that_fits_already():
+    W, gram = layer()
+    W = W * NM(2, 4).mask(W.abs())
+    torch.testing.assert_close(alps(W, gram, NM(2, 4)), W, rtol=1e-4, atol=1e-6)
+    assert list(gram._ridges) == [0.1]  # three iterations, none of which moved the support
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "0.5"])
+def test_the_bound_on_the_iterations_is_kept(pattern):
+    W, gram = layer()
+    assert error(W, gram, pattern, max_steps=4) > 0
+    assert len(gram._ridges) == 2  # ρ rose once, after the third
+
+
+# --- the values on the support ---------------------------------------------------------------------------------------
+
+
+@every_pattern
+def test_the_values_are_nearly_the_best_on_their_support(pattern):
+    W, gram = layer(48, 64, 1)
+    S = alps(W, gram, parse_pattern(pattern))
+    best = oracles.objective(W - oracles.least_squares(W, gram.H, S != 0), gram.H)
+    assert oracles.objective(W - S, gram.H) < 1.02 * best
+
+
+@every_pattern
+def test_the_refit_pays(pattern):
+    W, gram = layer(48, 64, 1)
+    none, some, more = (error(W, gram, pattern, refit=steps) for steps in (0, 3, 10))
+    assert none > some > more
+
+
+@every_pattern
+def test_beats_one_sweep(pattern):
+    W, gram = layer(64, 96, 6)
+    assert error(W, gram, pattern) < 0.7 * error(W, gram, pattern, "sparsegpt")
+
+
+@every_pattern
+def test_survives_massive_activations(pattern):
+    W, gram = layer(64, 96, 7, massive=3)  # damped by their mean, the other inputs have little to do with each other
+    assert error(W, gram, pattern) < 1.03 * error(W, gram, pattern, "sparsegpt")
+
+
+# --- what it leaves with the Gram ------------------------------------------------------------------------------------
+
+
+def test_a_ridge_inverse_is_computed_once():
+    _, gram = layer()
+    M = gram.ridge(0.1)
+    assert gram.ridge(0.1) is M
+    assert gram.ridge(0.2) is not M
+
+
+def test_no_more_ridge_inverses_are_kept_than_there_is_room_for(monkeypatch):
+    _, gram = layer()
+    monkeypatch.setattr(gram_module, "RIDGES_KEPT", 2 * 40 * 40 * 4)
+    for rho in (0.1, 0.2, 0.4, 0.1, 0.4):
+        torch.testing.assert_close(gram.ridge(rho), Gram(gram.H, gram.dead).ridge(rho))
+    assert list(gram._ridges) == [0.1, 0.2]  # the first, for a repeated solve starts with those again
