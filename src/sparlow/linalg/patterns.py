@@ -214,6 +214,7 @@ class _ThresholdTracker:
             self.slope = ((scores >= self.threshold).sum() - above).clamp_min(1) / self.PROBE
         self.calls += 1
         mask = scores >= self.threshold
-        step = ((mask.count_nonzero() - wanted) / self.slope).clamp(-0.1, 0.1)  # no .item(): nothing is copied to the host
+        excess = mask.count_nonzero() - wanted  # no .item(): nothing is copied to the host
+        step = (excess / self.slope).clamp(-0.1, 0.1)
         self.threshold = self.threshold * (1 + step)
         return mask
