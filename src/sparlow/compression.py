@@ -1,10 +1,9 @@
 """The whole job: open, check, measure, walk, write, measure again, report."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sparlow.errors import InputError
 from sparlow.evaluation import perplexity, require_context, require_tokenizer
 from sparlow.journal import Journal, check_folder
-from sparlow.model.blocks import decoder_blocks, linears, not_compressed, run_block
+from sparlow.model.blocks import Call, decoder_blocks, linears, not_compressed, run_block
 from sparlow.model.checkpoint import CheckpointWriter, read_block
 from sparlow.model.layers import SparseLowRankLinear, compressed_layers
 from sparlow.model.quantizer import attach
@@ -69,18 +68,7 @@ def compress(
     recipe = _with_calibration(recipe or Recipe(), calibration)
     if out is not None:
         check_folder(Path(out), overwrite=overwrite)
-    if isinstance(model, PreTrainedModel):
-        opened = OpenedModel(
-            model.eval(), tokenizer, model.config.name_or_path or type(model).__name__, fingerprint(model)
-        )
-    else:
-        opened = open_model(
-            str(model), dtype=recipe.dtype, device=pick_device(device), trust_remote_code=trust_remote_code
-        )
-        opened = replace(opened, tokenizer=tokenizer or opened.tokenizer)
-    storage = Storage.of(opened.model)
-    if not isinstance(model, PreTrainedModel):
-        opened = replace(opened, model=for_computing(opened.model))
+    opened, storage = _open(model, tokenizer, recipe, device, trust_remote_code=trust_remote_code)
     require_context(opened.model, recipe.seqlen)
     windows = _windows(calibration, opened, recipe)
     # cut before the run, so that a missing file is noticed at once
@@ -89,6 +77,23 @@ def compress(
     if out is not None:
         run.write_to(Path(out), overwrite=overwrite)
     return run.go(evaluation)
+
+
+def _open(
+    model: str | Path | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    recipe: Recipe,
+    device: str,
+    *,
+    trust_remote_code: bool,
+) -> tuple[OpenedModel, "Storage"]:
+    """Return the model ready to compute, and the types it came in. An object is taken as it is."""
+    if isinstance(model, PreTrainedModel):
+        name = model.config.name_or_path or type(model).__name__
+        return OpenedModel(model.eval(), tokenizer, name, fingerprint(model)), Storage.of(model)
+    opened = open_model(str(model), dtype=recipe.dtype, device=pick_device(device), trust_remote_code=trust_remote_code)
+    storage = Storage.of(opened.model)
+    return replace(opened, model=for_computing(opened.model), tokenizer=tokenizer or opened.tokenizer), storage
 
 
 def pick_device(name: str) -> str:
@@ -237,6 +242,8 @@ class _Run:
             self.report.bytes["linears_dense"] += sum(map(self.bytes_of, linears(block).values()))
             self.report.layers += self.restored(i, block) or self.compressed(i, block, recording.calls[i], hidden)
             self.report.bytes["linears_compressed"] += sum(map(self.packed_bytes, compressed_layers(block).values()))
+            if i + 1 == len(self.blocks):  # nobody reads what leaves the last block
+                hidden = []
             with self.clock("walk"):
                 hidden = [run_block(block, x, recording.calls[i][len(x)]).to(x.device) for x in hidden]
             self.notify(Progress("blocks", i + 1, len(self.blocks)))
@@ -250,7 +257,9 @@ class _Run:
         block.to(self.model.dtype)
         return self.journal.layers(i)
 
-    def compressed(self, i: int, block: nn.Module, calls: Any, hidden: list[Tensor]) -> list[LayerRecord]:  # noqa: ANN401 - see Recording
+    def compressed(
+        self, i: int, block: nn.Module, calls: Mapping[int, Call], hidden: list[Tensor]
+    ) -> list[LayerRecord]:
         """Compress a block and, if there is a directory, write it."""
 
         def on_layer(layer: LayerRecord) -> None:

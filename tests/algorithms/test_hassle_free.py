@@ -6,8 +6,10 @@ from functools import partial
 import pytest
 import torch
 
+import layers
 import oracles
 import oracles_methods
+from layers import layer
 from sparlow.algorithms import find, hassle_free, solve
 from sparlow.algorithms.alps import alps
 from sparlow.algorithms.sparsegpt import sparsegpt
@@ -24,14 +26,8 @@ GOLDENS = {
 }
 
 
-def layer(out=24, inp=40, seed=0, **changes):
-    W, H = oracles.problem(out, inp, seed, **changes)
-    return W, Gram.damped(H)
-
-
 def run(W, gram, pattern, rank=RANK, name="hassle-free", **options):
-    algorithm, implied = find(name)
-    return solve(algorithm, W, gram, parse_pattern(pattern), rank, algorithm.parse_options(implied | options))
+    return layers.run(name, W, gram, pattern, rank, **options)
 
 
 def error(*args, **options):

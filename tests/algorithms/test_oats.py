@@ -5,8 +5,10 @@ import math
 import pytest
 import torch
 
+import layers
 import oracles
 import oracles_methods
+from layers import in_float64, layer
 from sparlow.algorithms import find, oats, solve
 from sparlow.linalg.gram import Gram
 from sparlow.linalg.lowrank import subspace_iteration, subspace_step, truncated_svd
@@ -20,13 +22,8 @@ GOLDENS = {"2:4": 0.004933, "2:8": 0.02119, "0.5": 0.001949, "0.7": 0.009911}
 every_pattern = pytest.mark.parametrize("pattern", GOLDENS)
 
 
-def layer(out=24, inp=40, seed=0, **changes):
-    W, H = oracles.problem(out, inp, seed, **changes)
-    return W, Gram.damped(H)
-
-
 def run(W, gram, pattern, rank=RANK, **options):
-    return solve(find("oats")[0], W, gram, parse_pattern(pattern), rank, options)
+    return layers.run("oats", W, gram, pattern, rank, **options)
 
 
 def scaled_error(W, gram, dense):
@@ -43,8 +40,7 @@ def test_ends_no_higher_than_it_used_to(pattern):
 @every_pattern
 def test_the_rounds_are_the_papers(pattern, monkeypatch):
     monkeypatch.setattr(oats, "SUBSPACE_STEPS", 300)  # as good as an SVD
-    W, gram = layer()
-    W, gram = W.double(), Gram(gram.H.double(), gram.dead)
+    W, gram = in_float64(*layer())
     found = oats.oats(W, gram, parse_pattern(pattern), RANK, rounds=6)
     S, L = oracles_methods.oats(W, gram.H, within_rows(parse_pattern(pattern)).mask, RANK, 6)
     torch.testing.assert_close(found.S, S, rtol=1e-5, atol=1e-7)

@@ -5,10 +5,10 @@ import torch
 
 import oracles
 import oracles_methods
-from sparlow.algorithms import find, solve
+from layers import in_float64, layer, run
 from sparlow.algorithms.sparsegpt import sparsegpt
 from sparlow.linalg.gram import Gram
-from sparlow.linalg.patterns import NM, Unstructured, parse_pattern
+from sparlow.linalg.patterns import NM, Unstructured
 
 # Relative objective on a layer of its own, as the first version of the method found it, which on the reference
 # problems ends within 0.1 % of the public implementation.
@@ -17,18 +17,8 @@ GOLDENS = {"2:4": 0.01705, "2:8": 0.06211, "0.5": 0.007428, "0.7": 0.03700}
 every_pattern = pytest.mark.parametrize("pattern", GOLDENS)
 
 
-def layer(out=24, inp=40, seed=0, **changes):
-    W, H = oracles.problem(out, inp, seed, **changes)
-    return W, Gram.damped(H)
-
-
-def in_float64(W, gram):
-    """The same layer, in which rounding decides between no two scores."""
-    return W.double(), Gram(gram.H.double(), gram.dead)
-
-
 def error(W, gram, pattern, name="sparsegpt", **options):
-    return solve(find(name)[0], W, gram, parse_pattern(pattern), 0, options).stats["relative_error"]
+    return run(name, W, gram, pattern, **options).stats["relative_error"]
 
 
 @every_pattern

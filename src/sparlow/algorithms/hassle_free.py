@@ -12,7 +12,6 @@ tried and left: from the same ρ it takes as many iterations, for at a low ρ th
 two to five times as high it takes half as many but ends up to 50 % higher. What depends on H alone the Gram keeps.
 """
 
-import torch
 from torch import Tensor
 
 from sparlow.algorithms._registry import Count, Decomposition, Pruner, decomposer
@@ -37,10 +36,10 @@ def hassle_free(
         rounds: Alternations; of no use without a low-rank part.
     """
     T, G, rounds = W * gram.scale, gram.correlation, rounds if rank else 1
-    V, L = random_factor(rank, T), torch.zeros_like(W)
-    for _ in range(rounds):
-        S = prune(W - L, gram, pattern)
+    V = random_factor(rank, T)
+    S = prune(W, gram, pattern)
+    for _ in range(rounds - 1):
         U, V = subspace_iteration(T - S * gram.scale, V, SUBSPACE_STEPS, G)
-        L = U @ V / gram.scale
+        S = prune(W - U @ V / gram.scale, gram, pattern)
     U, V = weighted_svd(W - S, gram, rank)
     return Decomposition(S, U, V, {"iterations": rounds})

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sparlow.algorithms._registry import Count, pruner
 from sparlow.linalg.gram import Gram
-from sparlow.linalg.patterns import NM, Pattern
+from sparlow.linalg.patterns import Pattern
 
 
 @pruner("sparsegpt")
@@ -30,7 +30,7 @@ def sparsegpt(W: Tensor, gram: Gram, pattern: Pattern, *, blocksize: Count = 128
             unstructured pattern chooses at once.
     """
     A, columns = gram.inverse_cholesky, W.shape[1]
-    group = pattern.m if isinstance(pattern, NM) else blocksize  # columns that are chosen among at once
+    group = pattern.group or blocksize  # columns that are chosen among at once
     width = max(blocksize // group, 1) * group
     T = (W * gram.scale).T.contiguous()  # (in, out): a column of W is a row here, in one piece of memory
     for start in range(0, columns, width):

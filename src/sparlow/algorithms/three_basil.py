@@ -29,7 +29,7 @@ from torch import Tensor
 from sparlow.algorithms._registry import Count, Decomposition, Positive, decomposer
 from sparlow.linalg.conjugate_gradient import fit_on_support
 from sparlow.linalg.gram import Gram
-from sparlow.linalg.lowrank import orthonormal, subspace_step
+from sparlow.linalg.lowrank import orthonormal, random_factor, subspace_step
 from sparlow.linalg.patterns import Pattern
 
 SETTLED = {"joint": 3e-3, "paper": 3e-4}  # share of the support changing between two looks, below which a loop stops
@@ -77,10 +77,9 @@ class _Loop:
         self.Z = target * self.mask  # D − Y (out, in)
         self.S = torch.empty_like(target)
         self.R = torch.empty_like(target)  # T − L (out, in)
-        self.work = torch.empty_like(target)  # every step writes into these six: new memory costs more than the sums
+        self.work = torch.empty_like(target)  # every step writes into these, and takes no new memory
         self.U = target.new_zeros(target.shape[0], rank)
-        start = torch.randn(rank, target.shape[1], generator=torch.Generator().manual_seed(0))
-        self.V = start.to(target)  # (r, in); drawn on the CPU, so that every device starts alike
+        self.V = random_factor(rank, target)  # (r, in)
         self.zero = target.new_zeros(())
         self.M = gram.ridge(rho)
 

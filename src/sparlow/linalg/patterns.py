@@ -41,6 +41,10 @@ class Unstructured:
         """Fraction of the entries that is kept."""
         return 1 - self.sparsity
 
+    @property
+    def group(self) -> None:
+        """No group of columns is chosen among apart from the others."""
+
     def check(self, shape: tuple[int, int]) -> None:
         """Accept every shape: a fraction can be taken of any matrix."""
 
@@ -102,6 +106,11 @@ class NM:
     def density(self) -> float:
         """Fraction of the entries that is kept."""
         return self.n / self.m
+
+    @property
+    def group(self) -> int:
+        """Consecutive columns that are chosen among, apart from all others."""
+        return self.m
 
     def check(self, shape: tuple[int, int]) -> None:
         """Raise InputError unless the input dimension of ``shape`` (out, in) is a multiple of m."""
