@@ -32,6 +32,7 @@ KEYS = {  # of report.json: design 4b, and which model and which version of the 
     "dense",
     "compressed",
     "bytes",
+    "values",
     "bits_per_weight",
     "seconds",
     "peak_memory",
@@ -564,11 +565,11 @@ def test_a_run_may_be_interrupted_again_and_again(folder, undisturbed, tmp_path)
 def test_a_shard_that_was_not_recorded_is_written_again(folder, undisturbed, tmp_path, monkeypatch):
     note = Journal.note_block
 
-    def dying(self, shard, layers):
+    def dying(self, shard, *rest):
         if shard.file.startswith("model-00002"):
             (self.folder / shard.file).write_bytes(b"half")
             raise KeyboardInterrupt
-        note(self, shard, layers)
+        note(self, shard, *rest)
 
     monkeypatch.setattr(Journal, "note_block", dying)
     interrupted(folder, tmp_path / "out", lambda _: None)

@@ -1,10 +1,12 @@
 """The command ``sparlow``: parses, calls, prints. No logic."""
 
+import functools
+import inspect as reflection
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +15,7 @@ from rich.markup import escape
 
 from sparlow import console
 from sparlow.algorithms import algorithms as registered
+from sparlow.algorithms import variants
 from sparlow.compression import compress as run_compression
 from sparlow.compression import pick_device
 from sparlow.errors import InputError, RunError
@@ -35,7 +38,10 @@ Model = Annotated[str, typer.Argument(help="Hub id, directory, or .gguf file.")]
 Out = Annotated[Path, typer.Option(help="Directory to write; an unfinished one is resumed.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, …")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
-Recipes = Annotated[Path | None, typer.Option(help="TOML file; options given here take precedence over it.")]
+Evaluate = Annotated[str, typer.Option(help="Comma-separated corpora or files for perplexity.")]
+EvaluateSeqlen = Annotated[int | None, typer.Option(help="Tokens a window of these. [default: as --seqlen]")]
+Limit = Annotated[int | None, typer.Option(help="At most so many windows of each corpus.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a finished result in --out.")]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -64,15 +70,38 @@ def _quiet_libraries() -> None:
     disable_progress_bars()
 
 
-@app.command()
-def compress(
-    model: Model,
-    out: Out,
-    recipe: Recipes = None,
-    algorithm: Annotated[str | None, typer.Option(help="See `sparlow algorithms`. [default: 3basil]")] = None,
-    option: Annotated[list[str] | None, typer.Option(help="key=value of the algorithm's own; repeatable.")] = None,
+@dataclass(frozen=True)
+class Given:
+    """A recipe file and the options typed beside it, which take precedence."""
+
+    base: Recipe
+    changes: dict[str, Any]
+
+    def recipe(self, **more: object) -> Recipe:
+        """The file's recipe with the options, and ``more``."""
+        return self.base.changed(**self.changes, **more)
+
+
+def given_options(
+    recipe: Annotated[Path | None, typer.Option(help="TOML file; options given here take precedence over it.")] = None,
     pattern: Annotated[str | None, typer.Option(help="2:4, 4:8, … or the fraction removed. [default: 2:4]")] = None,
     rank: Annotated[int | None, typer.Option(help="Of the low-rank part. [default: 64; pruners 0]")] = None,
+    compression: Annotated[
+        float | None,
+        typer.Option(help="Fraction of the values removed; with --pattern or --rank-share, sets the rank."),
+    ] = None,
+    rank_share: Annotated[float | None, typer.Option(help="Of the values kept, for the low-rank part.")] = None,
+    allocate: Annotated[str | None, typer.Option(help="uniform or owl. [default: uniform]")] = None,
+    owl: Annotated[bool | None, typer.Option("--owl/--no-owl", help="The same as --allocate owl or uniform.")] = None,
+    owl_spread: Annotated[
+        float | None, typer.Option(help="Densities of blocks span twice this. [default: 0.08]")
+    ] = None,
+    owl_threshold: Annotated[
+        float | None, typer.Option(help="Outliers exceed this many times the mean. [default: 5]")
+    ] = None,
+    ignore: Annotated[
+        list[str] | None, typer.Option(help="Leave layers dense whose name ends so; * and ? work; repeatable.")
+    ] = None,
     calibration: Annotated[
         str | None, typer.Option(help="c4, wikitext2, ptb, builtin, a file or a hub data set. [default: c4]")
     ] = None,
@@ -82,35 +111,64 @@ def compress(
     damping: Annotated[float | None, typer.Option(help="Times mean(diag H), added. [default: 0.005]")] = None,
     relative_damping: Annotated[float | None, typer.Option(help="Times diag(H), added. [default: 0.005]")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16, float16. [default: auto]")] = None,
+) -> Given:
+    """The options that make a recipe, the algorithm left out."""
+    options = {name: value for name, value in locals().items() if name not in ("recipe", "owl") and value is not None}
+    if owl is not None:
+        meant = "owl" if owl else "uniform"
+        if options.setdefault("allocate", meant) != meant:
+            raise InputError(
+                f"--{'owl' if owl else 'no-owl'} and --allocate {allocate} contradict each other: give one."
+            )
+    return Given(Recipe.from_file(recipe) if recipe else Recipe(), options)
+
+
+def takes_recipe(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options of ``given_options`` to a command, whose parameter ``given`` receives what they make."""
+    shared, own = reflection.signature(given_options).parameters, reflection.signature(command).parameters
+
+    @functools.wraps(command)
+    def wrapper(**values: Any) -> None:  # noqa: ANN401 - options have many types
+        given = given_options(**{name: values.pop(name) for name in shared})
+        command(given=given, **values)
+
+    parameters = []
+    for name, parameter in own.items():
+        parameters += list(shared.values()) if name == "given" else [parameter]
+    keyword_only = [p.replace(kind=reflection.Parameter.KEYWORD_ONLY) for p in parameters]
+    wrapper.__signature__ = reflection.Signature(keyword_only)  # type: ignore[attr-defined]  # what typer reads
+    wrapper.__annotations__ = {p.name: p.annotation for p in keyword_only}
+    return wrapper
+
+
+@app.command()
+@takes_recipe
+def compress(
+    model: Model,
+    out: Out,
+    given: Given,
+    algorithm: Annotated[str | None, typer.Option(help="See `sparlow algorithms`. [default: 3basil]")] = None,
+    option: Annotated[list[str] | None, typer.Option(help="key=value of the algorithm's own; repeatable.")] = None,
     device: Device = "auto",
-    evaluate: Annotated[str, typer.Option(help="Comma-separated corpora or files for perplexity.")] = "builtin",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a finished result in --out.")] = False,
+    evaluate: Evaluate = "builtin",
+    evaluate_seqlen: EvaluateSeqlen = None,
+    limit: Limit = None,
+    overwrite: Overwrite = False,
     trust_remote_code: Trust = False,
 ) -> None:
     """Compress MODEL into the directory --out, with its perplexity beside the dense one."""
-    given = {
-        "algorithm": algorithm,
-        "pattern": pattern,
-        "rank": rank,
-        "calibration": calibration,
-        "samples": samples,
-        "seqlen": seqlen,
-        "seed": seed,
-        "damping": damping,
-        "relative_damping": relative_damping,
-        "dtype": dtype,
-    }
-    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    base = Recipe.from_file(recipe) if recipe else Recipe()
-    if option or (algorithm and algorithm != base.algorithm):
-        kept = {} if algorithm and algorithm != base.algorithm else base.options
+    changes: dict[str, Any] = {} if algorithm is None else {"algorithm": algorithm}
+    if option or (algorithm and algorithm != given.base.algorithm):
+        kept = {} if algorithm and algorithm != given.base.algorithm else given.base.options
         changes["options"] = {**kept, **_parse_pairs(option or [])}
     with _resumable(), console.progress() as notify:
         report = run_compression(
             model,
-            base.changed(**changes),
+            given.recipe(**changes),
             out=out,
             evaluate=_split(evaluate),
+            evaluate_seqlen=evaluate_seqlen,
+            limit=limit,
             device=device,
             overwrite=overwrite,
             trust_remote_code=trust_remote_code,
@@ -121,11 +179,51 @@ def compress(
 
 
 @app.command()
+@takes_recipe
+def compare(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Directory to write; what is finished there is not done again.")],
+    given: Given,
+    algorithms: Annotated[str, typer.Option(help="Comma-separated names, or all.")] = "all",
+    option: Annotated[list[str] | None, typer.Option(help="ALGORITHM.key=value; repeatable.")] = None,
+    device: Device = "auto",
+    evaluate: Evaluate = "builtin",
+    evaluate_seqlen: EvaluateSeqlen = None,
+    limit: Limit = None,
+    overwrite: Overwrite = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Compress MODEL by many algorithms on the same text: one table and figures in --out."""
+    from sparlow.comparison import compare as run_comparison
+    from sparlow.comparison import recipes_for
+
+    names = list(variants()) if algorithms == "all" else _split(algorithms)
+    recipes = recipes_for(given.recipe(), names, _parse_named_pairs(option or []))
+    with _resumable(), console.progress() as notify:
+        found = run_comparison(
+            model,
+            recipes,
+            out=out,
+            evaluate=_split(evaluate),
+            evaluate_seqlen=evaluate_seqlen,
+            limit=limit,
+            device=device,
+            overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
+            notify=notify,
+        )
+    console.show_comparison(found)
+    console.out.print(f"written to {out}: compare.json and two figures", markup=False, highlight=False)
+    if found.failed:
+        raise RunError("; ".join(f"{name}: {why}" for name, why in found.failed.items()))
+
+
+@app.command()
 def evaluate(
     model: Model,
     perplexity: Annotated[str, typer.Option(help="Comma-separated corpora or files.")] = "builtin",
     seqlen: Annotated[int, typer.Option(help="Tokens a window.")] = 2048,
-    limit: Annotated[int | None, typer.Option(help="At most so many windows of each corpus.")] = None,
+    limit: Limit = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the result to this file too.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
     device: Device = "auto",
@@ -185,7 +283,7 @@ def algorithms() -> None:
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Directory to write.")] = Path("demo"),
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a finished result in --out.")] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Run the main job on a small embedded model: compress, evaluate, generate."""
     from sparlow.demo import run
@@ -205,6 +303,16 @@ def _resumable() -> Iterator[None]:
 
 def _split(names: str) -> list[str]:
     return [name.strip() for name in names.split(",") if name.strip()]
+
+
+def _parse_named_pairs(pairs: Sequence[str]) -> dict[str, dict[str, str]]:
+    found: dict[str, dict[str, str]] = {}
+    for pair, value in _parse_pairs(pairs).items():
+        name, dot, key = pair.rpartition(".")
+        if not dot:
+            raise InputError(f"--option {pair}={value} is not understood: write ALGORITHM.key=value.")
+        found.setdefault(name, {})[key] = value
+    return found
 
 
 def _parse_pairs(pairs: Sequence[str]) -> dict[str, str]:

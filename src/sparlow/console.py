@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
@@ -11,6 +12,7 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 
 from sparlow.algorithms import Algorithm
+from sparlow.comparison import Comparison
 from sparlow.model.inspection import LayerInfo
 from sparlow.page import megabytes, summary_rows
 from sparlow.progress import Notify, Progress
@@ -43,7 +45,7 @@ def progress() -> Iterator[Notify]:
 def _plain_line(step: Progress) -> None:
     if step.layer is not None:
         return
-    if step.stage == "blocks" or step.done == step.total:
+    if step.stage.endswith("blocks") or step.done == step.total:
         err.print(f"{step.stage}: {step.done} of {step.total}", highlight=False)
 
 
@@ -64,6 +66,21 @@ def show_report(report: Report) -> None:
         out.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False)
     if len(report.warnings) > 10:  # noqa: PLR2004 - a screenful
         out.print(f"and {len(report.warnings) - 10} more warnings in report.json", highlight=False)
+
+
+def show_comparison(found: Comparison) -> None:
+    """The table of a comparison: the dense model, then a line a method."""
+    corpora = list(found.dense.get("perplexity", {}))
+    head = ("", *(f"perplexity, {Path(name).name}" for name in corpora), "relative error", "seconds", "size", "bits")
+    rows = []
+    if found.dense:
+        perplexities = (f"{found.dense['perplexity'][name]:.2f}" for name in corpora)
+        rows.append(("dense", *perplexities, "0", "–", megabytes(found.dense["bytes"]), "–"))
+    for row in found.rows:
+        perplexities = (f"{row.perplexity[name]:.2f}" for name in corpora)
+        measured = (f"{row.mean_relative_error:.5f}", f"{row.seconds:.0f}", megabytes(row.bytes))
+        rows.append((row.name, *perplexities, *measured, f"{row.bits_per_weight:.2f}"))
+    out.print(_table(head, rows))
 
 
 def show_perplexities(found: Mapping[str, float], seqlen: int) -> None:

@@ -45,6 +45,8 @@ class Journal:
             "fingerprint": dict(fingerprint),
             "blocks_name": blocks_name,
             "dense": {},
+            "compressed": {},
+            "allocation": {},
             "shards": {},
             "blocks": [],
         }
@@ -60,6 +62,21 @@ class Journal:
     def blocks_done(self) -> int:
         """Blocks whose shard and records are on disk."""
         return len(self.state["blocks"])
+
+    @property
+    def finished(self) -> bool:
+        """Whether the result is whole."""
+        return bool(self.state["finished"])
+
+    @property
+    def allocation(self) -> dict[str, dict[str, Any]]:
+        """Budgets that the data decided, by the layer's full name; empty if there is none."""
+        return dict(self.state.get("allocation", {}))
+
+    @property
+    def compressed(self) -> dict[str, float]:
+        """Perplexities of the finished result, by fingerprint of the text."""
+        return {text: float(value) for text, value in self.state.get("compressed", {}).items()}
 
     @property
     def dense(self) -> dict[str, float]:
@@ -90,13 +107,20 @@ class Journal:
             path = self.folder / file
             raise RunError(f"{path} is missing or damaged since it was written: start again with --overwrite.")
 
-    def begin(self, dense: Mapping[str, float]) -> None:
-        """Make the directory and record the dense model's perplexities."""
+    def begin(self, dense: Mapping[str, float], allocation: Mapping[str, Mapping[str, object]]) -> None:
+        """Make the directory and record the dense model's perplexities and what the data decided."""
         self.state["dense"] |= dense
+        self.state["allocation"] = dict(allocation)
         self._write()
 
-    def note_block(self, shard: ShardRecord, layers: Sequence[LayerRecord]) -> None:
-        """Record a finished block: its shard is on disk already."""
+    @property
+    def seconds(self) -> dict[str, float]:
+        """What the blocks done so far have taken, by kind of work."""
+        return dict(self.state.get("seconds", {}))
+
+    def note_block(self, shard: ShardRecord, layers: Sequence[LayerRecord], seconds: Mapping[str, float]) -> None:
+        """Record a finished block, whose shard is on disk already, and the seconds spent up to here."""
+        self.state["seconds"] = dict(seconds)
         self.state["shards"][shard.file] = {"bytes": shard.bytes, "sha256": shard.sha256}
         self.state["blocks"].append({"file": shard.file, "layers": [asdict(layer) for layer in layers]})
         self._write()
@@ -108,9 +132,9 @@ class Journal:
         self.state["shards"][rest.file] = {"bytes": rest.bytes, "sha256": rest.sha256}
         self._write()
 
-    def finish(self) -> None:
-        """Declare the result whole; the last write of a run."""
-        self.state["finished"] = True
+    def finish(self, compressed: Mapping[str, float]) -> None:
+        """Declare the result whole, with its perplexities by fingerprint of the text; the last write of a run."""
+        self.state |= {"finished": True, "compressed": dict(compressed)}
         self._write()
 
     def _write(self) -> None:
@@ -122,11 +146,16 @@ class Journal:
             partial.write_text(json.dumps(plain(self.state), indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def check_folder(folder: Path, *, overwrite: bool) -> None:
-    """See that ``folder`` may be written to: new, empty, an unfinished run, or (``overwrite``) any run of sparlow.
+def check_folder(folder: Path, *, overwrite: bool, finished: bool = False) -> None:
+    """See that ``folder`` may be written to: new, empty, an unfinished run, or any run of sparlow.
+
+    Args:
+        folder: The output directory.
+        overwrite: A finished run may be replaced.
+        finished: A finished run may be there, and stays as it is.
 
     Raises:
-        InputError: It holds a finished result and ``overwrite`` is not set, or something that is not sparlow's.
+        InputError: It holds a finished result that is not wanted, or something that is not sparlow's.
     """
     if not folder.exists():
         parent = next(parent for parent in folder.absolute().parents if parent.exists())
@@ -140,7 +169,7 @@ def check_folder(folder: Path, *, overwrite: bool) -> None:
     found = read_json(folder / NAME) if (folder / NAME).exists() else {}
     if not found.keys() >= _KEYS:
         raise InputError(f"{folder} is not empty and holds no run of sparlow: give another --out.")
-    if not overwrite and found["finished"]:
+    if found["finished"] and not (overwrite or finished):
         raise InputError(f"{folder} holds a finished result: give another --out, or --overwrite to replace it.")
 
 
@@ -165,6 +194,6 @@ def _refuse_another(folder: Path, found: Mapping[str, Any], wanted: Mapping[str,
         # another recipe explains other windows, and a model opened in another type
         different = fields + [name for name in different if name == "version"]
     raise InputError(
-        f"{folder} holds an unfinished run that differs in {', '.join(different)}: "
-        "repeat its command to resume it, give another --out, or --overwrite to start again."
+        f"{folder} holds another run, which differs in {', '.join(different)}: "
+        "repeat its command to go on with it, give another --out, or --overwrite to start again."
     )

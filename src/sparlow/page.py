@@ -27,7 +27,8 @@ def write_reports(report: Report, folder: Path) -> None:
 def html(report: Report) -> str:
     """The whole page."""
     recipe = report.recipe
-    title = f"{report.model}: {recipe['algorithm']}, {recipe['pattern']}"
+    patterns = dict.fromkeys(layer.pattern for layer in report.layers)
+    title = f"{report.model}: {recipe['algorithm']}, {next(iter(patterns)) if len(patterns) == 1 else 'mixed patterns'}"
     parts = [
         f"<h1>{escape(title)}</h1>",
         _table(("", "dense", "compressed"), summary_rows(report)),
@@ -58,6 +59,8 @@ def summary_rows(report: Report) -> list[tuple[str, str, str]]:
         for name, dense in report.dense["perplexity"].items()
     ]
     sizes = report.bytes
+    values = report.values
+    rows.append(("values kept", f"{values['linears_dense']:,}", f"{values['linears_compressed']:,}"))
     rows.append(("linear layers", megabytes(sizes["linears_dense"]), megabytes(sizes["linears_compressed"])))
     rows.append(("whole model", megabytes(sizes["dense"]), megabytes(sizes["compressed"])))
     dense_bits = report.bits_per_weight * sizes["linears_dense"] / max(sizes["linears_compressed"], 1)

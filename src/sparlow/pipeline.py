@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from sparlow.algorithms import check_budget, solve
+from sparlow.allocation import Budget, matches
 from sparlow.errors import InputError, RunError
-from sparlow.linalg.gram import Gram, GramAccumulator
+from sparlow.linalg.gram import Gram, GramAccumulator, SquareAccumulator
 from sparlow.model.blocks import Call, linears
 from sparlow.model.layers import SparseLowRankLinear
 from sparlow.model.observing import Observation, observe
@@ -17,25 +18,70 @@ from sparlow.recipe import Recipe
 from sparlow.report import LayerRecord
 
 
-def check_layers(blocks_name: str, blocks: Iterable[nn.Module], recipe: Recipe) -> None:
-    """Every layer must fit the recipe and hold finite numbers, before anything is computed or written.
+def budgets(blocks_name: str, blocks: Iterable[nn.Module], recipe: Recipe) -> dict[str, Budget]:
+    """Return what each layer may keep by its full name, those that stay dense left out, before the data have a say.
+
+    Every layer must fit the recipe and hold finite numbers, before anything is computed or written.
 
     Raises:
         InputError: Names the first layer that does not, or says that there is nothing to compress.
     """
-    empty = True
-    for i, block in enumerate(blocks):
-        for name, linear in linears(block).items():
-            empty = False
-            try:
-                shape = (linear.out_features, linear.in_features)
-                check_budget(recipe.found_algorithm, shape, recipe.parsed_pattern, recipe.used_rank)
-            except InputError as error:
-                raise InputError(f"{blocks_name}.{i}.{name}: {error}") from None
-            if not torch.isfinite(linear.weight).all():
-                raise InputError(f"{blocks_name}.{i}.{name}: the weight holds NaN or infinity; the model is damaged.")
-    if empty:
+    named = [(f"{blocks_name}.{i}.{n}", m) for i, block in enumerate(blocks) for n, m in linears(block).items()]
+    if not named:
         raise InputError("There is no plain linear layer in the model's decoder blocks: nothing to compress.")
+    for pattern in (*recipe.ignore, *(rule.match for rule in recipe.layers)):
+        if not any(matches(pattern, name) for name, _ in named):
+            raise InputError(f"No layer's name ends in {pattern!r}: the first is {named[0][0]}.")
+    found = {}
+    for name, linear in named:
+        shape = (linear.out_features, linear.in_features)
+        budget = recipe.budget(name, shape)
+        if budget is None:
+            continue
+        try:
+            check_budget(recipe.found_algorithm, shape, budget.pattern, budget.rank)
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from None
+        if not torch.isfinite(linear.weight).all():
+            raise InputError(f"{name}: the weight holds NaN or infinity; the model is damaged.")
+        found[name] = budget
+    if not found:
+        raise InputError("The recipe ignores every layer: nothing to compress.")
+    return found
+
+
+@torch.no_grad()
+def outlier_shares(
+    blocks_name: str,
+    blocks: Iterable[nn.Module],
+    calls: Sequence[Mapping[int, Call]],
+    hidden: list[Tensor],
+    threshold: float,
+    advance: Callable[[int], None],
+) -> list[float]:
+    """Walk the dense blocks; return for each the share of its scores |W_ij|·√H_jj above ``threshold`` times their mean.
+
+    Scores of all linear layers of a block are looked at together (OWL, arXiv 2310.05175).
+
+    Args:
+        blocks_name: Name of the list of blocks.
+        blocks: All of them, dense.
+        calls: How each is called, by number of windows.
+        hidden: Inputs of the first, (b, seqlen, d) each.
+        threshold: M of the paper.
+        advance: Called with the number of blocks done.
+    """
+    shares = []
+    for i, block in enumerate(blocks):
+        seen = observe(block, calls[i], hidden, SquareAccumulator, label=f"{blocks_name}.{i}")
+        norms = {name: seen.statistics[owner].sum.sqrt() for name, owner in seen.owner.items()}
+        layers = linears(block)
+        scores = [(layers[name].weight.float().abs() * norm).flatten() for name, norm in norms.items()]
+        together = torch.cat(scores)
+        shares.append((together > threshold * together.mean()).float().mean().item())
+        hidden = seen.outputs
+        advance(i + 1)
+    return shares
 
 
 def name_what_is_not_finite(
@@ -53,11 +99,12 @@ def compress_block(
     calls: Mapping[int, Call],
     hidden: Sequence[Tensor],
     recipe: Recipe,
+    budgets: Mapping[str, Budget],
     stored: torch.dtype,
     clock: Clock,
     on_layer: Callable[[LayerRecord], None],
 ) -> list[LayerRecord]:
-    """Replace every linear layer of one block by a compressed one.
+    """Replace the linear layers of one block by compressed ones.
 
     Args:
         block: A dense decoder block.
@@ -65,6 +112,7 @@ def compress_block(
         calls: How the block is called, by number of windows.
         hidden: Its inputs, (b, seqlen, d) each.
         recipe: What to do.
+        budgets: What each layer may keep, by its full name; a layer that is not there stays dense.
         stored: Type that S, U, V are rounded to; the layers themselves compute in the block's.
         clock: Counts "statistics" and "solve".
         on_layer: Called with every finished layer.
@@ -83,9 +131,12 @@ def compress_block(
     windows = sum(len(x) for x in hidden)
     records = []
     for layer, linear, gram in _with_grams(block, seen, windows, recipe):
+        budget = budgets.get(f"{label}.{layer}")
+        if budget is None:
+            continue
         with clock("solve"):
             try:
-                record, compressed = _compress_layer(index, layer, linear, gram, recipe, stored)
+                record, compressed = _compress_layer(index, layer, linear, gram, recipe, budget, stored)
             except RunError as error:
                 raise RunError(f"{label}.{layer}: {error}") from error
         block.set_submodule(layer, compressed)
@@ -109,18 +160,18 @@ def _with_grams(
 
 
 def _compress_layer(
-    index: int, name: str, linear: nn.Linear, gram: Gram | None, recipe: Recipe, stored: torch.dtype
+    index: int, name: str, linear: nn.Linear, gram: Gram | None, recipe: Recipe, budget: Budget, stored: torch.dtype
 ) -> tuple[LayerRecord, SparseLowRankLinear]:
-    W, pattern = linear.weight.to(stored), recipe.parsed_pattern  # exact: it came in this type
+    W = linear.weight.to(stored)  # exact: it came in this type
     metric = Gram.identity(linear.in_features, W.device) if gram is None else gram
-    found = solve(recipe.found_algorithm, W, metric, pattern, recipe.used_rank, recipe.parsed_options)
+    found = solve(recipe.found_algorithm, W, metric, budget.pattern, budget.rank, recipe.parsed_options)
     record = LayerRecord(
         block=index,
         name=name,
         shape=(linear.out_features, linear.in_features),
-        pattern=str(pattern),
+        pattern=str(budget.pattern),
         density=(found.S != 0).float().mean().item(),
-        rank=recipe.used_rank,
+        rank=budget.rank,
         relative_error=float(found.stats["relative_error"]),
         iterations=int(found.stats["iterations"]),
         seconds=float(found.stats["seconds"]),

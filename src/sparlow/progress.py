@@ -1,7 +1,7 @@
 """What a run tells while it goes on: steps for whoever shows them, and seconds by kind of work."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -35,6 +35,16 @@ class Clock:
 
     def __init__(self) -> None:
         self.seconds = dict.fromkeys(KINDS, 0.0)
+
+    def so_far(self) -> dict[str, float]:
+        """All kinds, "total" as the sum of the others: it is counted only at the end."""
+        parts = {kind: seconds for kind, seconds in self.seconds.items() if kind != "total"}
+        return {"total": sum(parts.values()), **parts}
+
+    def add(self, seconds: Mapping[str, float]) -> None:
+        """Count what an earlier part of the same run has taken."""
+        for kind, spent in seconds.items():
+            self.seconds[kind] += spent
 
     @contextmanager
     def __call__(self, kind: str) -> Iterator[None]:

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,12 @@ from typing import Any
 import tomli_w
 
 from sparlow.algorithms import Algorithm, find
+from sparlow.allocation import Budget, Rule, Shape, matches, ratio_rank, ratio_share, ratio_sparsity
 from sparlow.errors import InputError
-from sparlow.linalg.patterns import Pattern, parse_pattern
+from sparlow.linalg.patterns import NM, Pattern, Unstructured, parse_pattern
 
+DEFAULT_PATTERN = "2:4"
+ALLOCATIONS = ("uniform", "owl")
 GIVEN_WINDOWS = "windows"  # what a recipe calls a calibration by token windows given directly
 DEFAULT_RANK = 64  # of methods with a low-rank part: 2.4 % of the linear weights of an 8B Llama
 
@@ -25,8 +28,18 @@ class Recipe:
     Attributes:
         algorithm: A name printed by ``sparlow algorithms``.
         options: The algorithm's own options; names and values are checked against its signature.
-        pattern: ``"2:4"`` (N:M) or ``"0.5"`` (the fraction removed).
-        rank: Rank of the low-rank part; None stands for 64, or 0 if the algorithm only prunes.
+        pattern: ``"2:4"`` (N:M) or ``"0.5"`` (the fraction removed); None stands for 2:4, or for what follows from
+            ``compression``.
+        rank: Rank of the low-rank part; None stands for 64, or 0 if the algorithm only prunes, or for what follows
+            from ``compression``.
+        compression: Fraction of the values of every layer that is removed; instead of a rank. With a pattern the
+            low-rank part gets what is left; without one, ``rank_share`` of it. A pruner removes just this fraction.
+        rank_share: Share of the values kept that goes to the low-rank part.
+        allocate: "uniform", or "owl": more for blocks with more outliers (needs an unstructured pattern).
+        owl_spread: Of OWL, λ: the densities of the blocks span 2λ.
+        owl_threshold: Of OWL, M: an outlier exceeds so many times the mean score of its block.
+        ignore: Layers that stay dense, by ``match`` as in a rule.
+        layers: Rules for single layers; a later one wins.
         calibration: Name of a corpus, a file or a hub data set; "windows" stands for token windows given directly.
         samples: Calibration windows.
         seqlen: Tokens in a window.
@@ -38,8 +51,15 @@ class Recipe:
 
     algorithm: str = "3basil"
     options: Mapping[str, Any] = field(default_factory=dict)
-    pattern: str = "2:4"
+    pattern: str | None = None
     rank: int | None = None
+    compression: float | None = None
+    rank_share: float | None = None
+    allocate: str = "uniform"
+    owl_spread: float = 0.08
+    owl_threshold: float = 5.0
+    ignore: Sequence[str] = ()
+    layers: Sequence[Rule] = ()
     calibration: str = "c4"
     samples: int = 128
     seqlen: int = 2048
@@ -54,13 +74,83 @@ class Recipe:
         algorithm, implied = find(self.algorithm)
         algorithm.parse_options({**implied, **self.options})
         object.__setattr__(self, "options", algorithm.plain_options(self.options))
-        parse_pattern(self.pattern)
+        object.__setattr__(self, "ignore", tuple(self.ignore))
+        rules = (rule if isinstance(rule, Rule) else Rule.from_dict(rule) for rule in self.layers)
+        object.__setattr__(self, "layers", tuple(rules))
+        self._check_numbers()
+        self._check_budget()
+
+    def _check_numbers(self) -> None:
         for name in ("samples", "seqlen"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, not {getattr(self, name)}.")
-        for name in ("damping", "relative_damping"):
+        for name in ("damping", "relative_damping", "owl_spread", "owl_threshold"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"{name} must be a number that is not negative, not {getattr(self, name)}.")
+        for name, low in (("compression", 0), ("rank_share", 0)):
+            value = getattr(self, name)
+            if value is not None and not low <= value < 1:
+                raise InputError(f"{name} must be a fraction from 0 up to below 1, not {value}.")
+        if self.allocate not in ALLOCATIONS:
+            raise InputError(f"There is no allocation {self.allocate!r}; there is: {', '.join(ALLOCATIONS)}.")
+
+    def _check_budget(self) -> None:
+        """Pattern and rank, or the compression they follow from: neither too little is given nor too much."""
+        prunes = self.found_algorithm.kind == "pruner"
+        if self.rank_share is not None and (prunes or self.compression is None):
+            why = f"{self.algorithm} has no low-rank part" if prunes else "it is a share of what --compression leaves"
+            raise InputError(f"--rank-share cannot be used here: {why}.")
+        if self.compression is not None and self.rank is not None:
+            raise InputError("Give --pattern and --rank, or --compression; a rank follows from the compression.")
+        if self.compression is not None and (self.pattern is None) == (self.rank_share is None) and not prunes:
+            raise InputError("Beside --compression give either --rank-share or --pattern: the rest follows.")
+        if self.compression is not None and self.pattern is not None and prunes:
+            raise InputError(f"{self.algorithm} only prunes: give --pattern or --compression, not both.")
+        if isinstance(self._uniform((1, 1)).pattern, NM) and self.allocate == "owl":
+            raise InputError("OWL gives every block a density of its own: give an unstructured --pattern such as 0.5.")
+
+    def budget(self, name: str, shape: Shape) -> Budget | None:
+        """What a layer may keep before the data have a say; None if it stays dense.
+
+        Args:
+            name: Its full name in the model.
+            shape: (out, in).
+        """
+        if any(matches(pattern, name) for pattern in self.ignore):
+            return None
+        uniform = self._uniform(shape)
+        pattern, rank = uniform.pattern, uniform.rank
+        for rule in self.layers:
+            if matches(rule.match, name):
+                pattern = pattern if rule.pattern is None else parse_pattern(rule.pattern)
+                rank = rank if rule.rank is None else rule.rank
+        return Budget(pattern, rank)
+
+    def rules_pattern(self, name: str) -> bool:
+        """Whether a rule gives the layer of this full name a pattern, which an allocation then leaves alone."""
+        return any(rule.pattern is not None and matches(rule.match, name) for rule in self.layers)
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of S that is zero where no rule says otherwise."""
+        return 1 - self._uniform((1, 1)).pattern.density
+
+    def _uniform(self, shape: Shape) -> Budget:
+        if self.compression is None:
+            default = 0 if self.found_algorithm.kind == "pruner" else DEFAULT_RANK
+            return Budget(
+                parse_pattern(DEFAULT_PATTERN if self.pattern is None else self.pattern),
+                default if self.rank is None else self.rank,
+            )
+        if self.found_algorithm.kind == "pruner":
+            return Budget(Unstructured(self.compression), 0)
+        if self.pattern is None:
+            share = self.rank_share or 0.0
+            pattern: Pattern = Unstructured(ratio_sparsity(self.compression, share))
+        else:
+            pattern = parse_pattern(self.pattern)
+            share = ratio_share(self.compression, pattern)
+        return Budget(pattern, ratio_rank(self.compression, share, shape))
 
     @property
     def found_algorithm(self) -> Algorithm:
@@ -73,21 +163,11 @@ class Recipe:
         algorithm, implied = find(self.algorithm)
         return algorithm.parse_options({**implied, **self.options})
 
-    @property
-    def parsed_pattern(self) -> Pattern:
-        """The pattern as an object."""
-        return parse_pattern(self.pattern)
-
-    @property
-    def used_rank(self) -> int:
-        """The rank asked for, or the default of the algorithm's kind."""
-        if self.rank is not None:
-            return self.rank
-        return 0 if self.found_algorithm.kind == "pruner" else DEFAULT_RANK
-
     def to_dict(self) -> dict[str, Any]:
         """All fields, in order; what is None is left out, for TOML has no null."""
-        return {f.name: _plain(getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) is not None}
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        values |= {"ignore": list(self.ignore), "layers": [rule.to_dict() for rule in self.layers]}
+        return {name: _plain(value) for name, value in values.items() if value is not None and value != []}
 
     def to_toml(self) -> str:
         """The recipe as a file that ``from_toml`` reads back to an equal recipe."""
@@ -101,7 +181,7 @@ class Recipe:
             if name not in known:
                 raise InputError(f"A recipe has no field {name!r}; there is: {', '.join(known)}.")
             _check_type(name, value)
-        values: dict[str, Any] = {n: float(v) if float in _TYPES[n] else v for n, v in data.items()}
+        values: dict[str, Any] = {n: float(v) if float in _TYPES[n] and v is not None else v for n, v in data.items()}
         return cls(**values)
 
     @classmethod
@@ -130,6 +210,13 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "options": (Mapping,),
     "pattern": (str,),
     "rank": (int,),
+    "compression": (float, int),
+    "rank_share": (float, int),
+    "allocate": (str,),
+    "owl_spread": (float, int),
+    "owl_threshold": (float, int),
+    "ignore": (Sequence,),
+    "layers": (Sequence,),
     "calibration": (str,),
     "samples": (int,),
     "seqlen": (int,),
@@ -142,8 +229,11 @@ _TYPES: dict[str, tuple[type, ...]] = {
 
 def _check_type(name: str, value: object) -> None:
     expected = _TYPES[name]
-    absent = name == "rank" and value is None
-    if not absent and (not isinstance(value, expected) or isinstance(value, bool)):
+    absent = name in ("pattern", "rank", "compression", "rank_share") and value is None
+    items = value if Sequence in expected and isinstance(value, Sequence) else ()
+    wrong = Sequence in expected and isinstance(value, str)  # a text is a sequence, and not what is meant
+    wrong |= name == "ignore" and not all(isinstance(item, str) for item in items)
+    if not absent and (wrong or not isinstance(value, expected) or isinstance(value, bool)):
         raise InputError(f"Field {name} of a recipe must be {_spoken(expected)}, not {value!r}.")
 
 
@@ -152,5 +242,5 @@ def _plain(value: Any) -> Any:  # noqa: ANN401 - fields have many types
 
 
 def _spoken(types: tuple[type, ...]) -> str:
-    names = {str: "text", int: "a whole number", float: "a number", Mapping: "a table"}
+    names = {str: "text", int: "a whole number", float: "a number", Mapping: "a table", Sequence: "a list"}
     return names[types[0]]

@@ -5,6 +5,7 @@ import math
 import platform
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -47,6 +48,12 @@ class LayerRecord:
     damping: float
     warnings: tuple[str, ...] = ()
 
+    @property
+    def values(self) -> int:
+        """Numbers kept: entries of S that are not zero, and those of U and V."""
+        rows, columns = self.shape
+        return round(self.density * rows * columns) + self.rank * (rows + columns)
+
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "LayerRecord":
         """Read one row of ``layers`` in report.json."""
@@ -77,6 +84,7 @@ class Report:
     dense: dict[str, dict[str, float]] = field(default_factory=lambda: {"perplexity": {}})
     compressed: dict[str, dict[str, float]] = field(default_factory=lambda: {"perplexity": {}})
     bytes: dict[str, int] = field(default_factory=dict)
+    values: dict[str, int] = field(default_factory=dict)
     bits_per_weight: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory: dict[str, int] = field(default_factory=dict)
@@ -122,11 +130,22 @@ def plain(value: Any) -> Any:  # noqa: ANN401 - anything JSON holds
 
 
 def peak_memory() -> dict[str, int]:
-    """Highest resident memory of this process so far, and of the accelerator, in bytes (0 where not known)."""
+    """Highest resident memory since ``reset_peak_memory``, and that of the accelerator, in bytes (0: not known)."""
     device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     if sys.platform == "win32":
         return {"rss": 0, "device": device}
     import resource
 
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kibibytes on Linux
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux: the peak since the last reset
+        return {"rss": int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024, "device": device}
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kibibytes elsewhere
     return {"rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "device": device}
+
+
+def reset_peak_memory() -> None:
+    """Forget the peak so far where the system lets a process do so, for a second run in one process."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")

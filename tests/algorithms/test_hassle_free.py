@@ -56,7 +56,7 @@ def test_the_rounds_are_the_papers(prune, slow, monkeypatch):
     monkeypatch.setattr(hassle_free, "SUBSPACE_STEPS", 300)  # as good as an SVD
     W, gram = layer()
     W, gram = W.double(), Gram(gram.H.double(), gram.dead)
-    found = hassle_free.hassle_free(W, gram, NM(2, 4), RANK, prune=prune, rounds=5)
+    found = hassle_free.hassle_free(W, gram, NM(2, 4), RANK, prune=prune, rounds=5, prune_steps=300)
     S, L = oracles_methods.hassle_free(W, gram.H, lambda M: slow(M, gram.H), RANK, 5)
     torch.testing.assert_close(found.S, S, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(found.U @ found.V, L, rtol=1e-5, atol=1e-7)
@@ -99,7 +99,7 @@ def test_without_a_low_rank_part_one_round_is_all_there_is():
 @pytest.mark.parametrize("prune", ["alps", "sparsegpt", "wanda"])
 def test_the_low_rank_part_is_the_best_for_the_sparse_part(prune):
     W, gram = layer()
-    found = run(W, gram, "2:4", prune=prune, rounds=5)
+    found = run(W, gram, "2:4", prune=prune, rounds=5, prune_steps=300)
     L = oracles.weighted_low_rank(W - found.S, gram.H, RANK)
     torch.testing.assert_close((found.dense() - found.S).double(), L, rtol=0, atol=1e-4 * L.abs().max().item())
 

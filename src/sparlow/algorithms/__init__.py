@@ -18,6 +18,7 @@ from sparlow.algorithms._registry import (
     decomposer,
     find,
     pruner,
+    variants,
 )
 from sparlow.algorithms._solve import check_budget, decompose, solve
 
@@ -38,4 +39,5 @@ __all__ = [
     "find",
     "pruner",
     "solve",
+    "variants",
 ]

@@ -170,6 +170,13 @@ def algorithms() -> tuple[Algorithm, ...]:
     return tuple(sorted(_ALGORITHMS.values(), key=lambda a: (a.kind != "pruner", a.name)))
 
 
+def variants() -> tuple[str, ...]:
+    """Every algorithm once, for a comparison; one whose aliases imply options stands under each of these instead."""
+    return tuple(
+        name for a in algorithms() for name in ([n for n, implied in a.aliases.items() if implied] or [a.name])
+    )
+
+
 def find(name: str) -> tuple[Algorithm, dict[str, object]]:
     """Look up a name or an alias; return the algorithm and the options that an alias stands for.
 

@@ -37,6 +37,22 @@ class GramAccumulator:
         return (self.sum * (2 / windows)).float()
 
 
+class SquareAccumulator:
+    """Stream activations into Σ x², the diagonal of what ``GramAccumulator`` sums; the same constructor.
+
+    Args:
+        features: Width of the layer's input.
+        device: Where the sum (features,) lives.
+    """
+
+    def __init__(self, features: int, device: torch.device) -> None:
+        self.sum = torch.zeros(features, device=device)
+
+    def add(self, x: Tensor) -> None:
+        """Add the inputs ``x`` (..., features)."""
+        self.sum += x.reshape(-1, x.shape[-1]).to(self.sum.device, torch.float32).square().sum(0)
+
+
 @dataclass(frozen=True)
 class Gram:
     """A damped, positive definite H (in, in). What depends on H alone is computed once, on first use.

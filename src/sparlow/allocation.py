@@ -1,0 +1,134 @@
+"""Arithmetic of allocation: which pattern and rank a layer gets, and what that costs in values, bytes and bits.
+
+    rank     = ⌊κ (1 − c) · out · in / (out + in)⌋      c: fraction of the values removed, κ: the low-rank part's share
+    sparsity = c + κ − c κ                              of what is left, as in OATS (arXiv 2409.13652)
+
+Nothing here looks at a tensor. What the data say comes in as numbers: outlier shares (OWL), error curves.
+"""
+
+import fnmatch
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from sparlow.errors import InputError
+from sparlow.linalg.patterns import Pattern, parse_pattern
+
+Shape = tuple[int, int]  # (out, in)
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What one layer may keep."""
+
+    pattern: Pattern
+    rank: int
+
+    def values(self, shape: Shape) -> int:
+        """Numbers kept of a weight (out, in): entries of S, U and V."""
+        return self.pattern.kept(shape) + self.rank * sum(shape)
+
+    def to_dict(self) -> dict[str, object]:
+        """For a file; ``from_dict`` reads it back."""
+        return {"pattern": str(self.pattern), "rank": self.rank}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, object]) -> "Budget":
+        """Read what ``to_dict`` gave."""
+        return cls(parse_pattern(str(data["pattern"])), int(str(data["rank"])))
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a layer's full name ends, at a dot, in what ``pattern`` says; it may hold * and ? ."""
+    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"*.{pattern}")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """An exception: layers whose full name ends, at a dot, in ``match`` get a pattern or a rank of their own.
+
+    Attributes:
+        match: ``"mlp.down_proj"``, ``"model.layers.0.*"``; * and ? stand for any characters, any one.
+        pattern: In place of the recipe's; None leaves it.
+        rank: In place of the recipe's; None leaves it.
+    """
+
+    match: str
+    pattern: str | None = None
+    rank: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.pattern is not None:
+            parse_pattern(self.pattern)
+        if self.rank is not None and self.rank < 0:
+            raise InputError(f"The rule for {self.match} gives the rank {self.rank}: give 0 or more.")
+
+    @classmethod
+    def from_dict(cls, data: object) -> "Rule":
+        """Read one ``[[layers]]`` table; InputError says what is wrong."""
+        types: dict[str, type] = {"match": str, "pattern": str, "rank": int}
+        table: Mapping[str, Any] = data if isinstance(data, Mapping) else {}
+        if "match" not in table or any(type(value) is not types.get(name) for name, value in table.items()):
+            raise InputError(f"A [[layers]] table holds match (text), and pattern (text) or rank (a number): {data}.")
+        return cls(**table)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The table, without what is None."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+# Ratio-driven ranks
+
+
+def ratio_rank(compression: float, share: float, shape: Shape) -> int:
+    """The rank at which U V holds the ``share`` of the values that ``compression`` leaves of a weight (out, in)."""
+    rows, columns = shape
+    return math.floor(share * (1 - compression) * rows * columns / (rows + columns) + 1e-9)
+
+
+def ratio_sparsity(compression: float, share: float) -> float:
+    """The sparsity of S that leaves the low-rank part its ``share`` of the values kept."""
+    return round(compression + share - compression * share, 12)
+
+
+def ratio_share(compression: float, pattern: Pattern) -> float:
+    """The low-rank part's share of the values kept, once ``pattern`` has taken its own.
+
+    Raises:
+        InputError: The pattern alone keeps as many values as ``compression`` leaves, or more.
+    """
+    share = (1 - compression - pattern.density) / (1 - compression)
+    if share <= 0:
+        raise InputError(
+            f"Pattern {pattern} alone keeps {pattern.density:g} of the values, so nothing is left for a low-rank part "
+            f"at a compression of {compression:g}: give a compression below {1 - pattern.density:g}."
+        )
+    return share
+
+
+# OWL: outlier-weighed densities (Yin et al., 2023, arXiv 2310.05175)
+
+
+def owl_densities(outliers: Sequence[float], sparsity: float, spread: float) -> list[float]:
+    """Densities of the blocks: the more outliers, the more is kept.
+
+    Args:
+        outliers: Share of each block's scores |W_ij|·√H_jj that exceed a multiple of their mean.
+        sparsity: Mean over the blocks.
+        spread: λ; densities span 2λ.
+
+    Raises:
+        InputError: A density would leave (0, 1].
+    """
+    low, high = min(outliers), max(outliers)
+    width = (high - low) or 1.0  # all alike: uniform
+    raw = [2 * spread * (share - low) / width for share in outliers]
+    mean = sum(raw) / len(raw)
+    densities = [round(1 - sparsity + delta - mean, 12) for delta in raw]
+    if min(densities) <= 0 or max(densities) > 1:
+        raise InputError(
+            f"OWL with a spread of {spread:g} around a sparsity of {sparsity:g} asks for densities from "
+            f"{min(densities):.3f} to {max(densities):.3f}: lower --owl-spread."
+        )
+    return densities
