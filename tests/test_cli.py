@@ -410,7 +410,10 @@ def test_inspect_shows_what_describe_finds(finished, capsys):
     ]
     assert rows_of(shown) == expected
     assert len(expected) == 12
-    assert f"12 layers, {sum(row.bytes for row in describe(out)):,} bytes" in shown
+    rows = describe(out)
+    values = sum(row.kept + row.rank * sum(row.shape) for row in rows)
+    weights = sum(row.shape[0] * row.shape[1] for row in rows)
+    assert f"12 layers, {values:,} of {weights:,} values, {sum(row.bytes for row in rows):,} bytes" in shown
     assert "verified" not in shown
 
 

@@ -858,3 +858,15 @@ def test_an_infinite_perplexity_is_recorded_as_json(ruined):
 
 def test_an_infinite_perplexity_is_read_back(ruined):
     assert Report.from_file(ruined[0] / "report.json") == ruined[1]
+
+
+def test_what_is_evaluated_may_have_windows_of_another_length(folder, text):
+    def report(**options):
+        return compress(folder, PRUNE, evaluate=(str(text),), **options)
+
+    assert report(evaluate_seqlen=16).dense == report().dense  # the recipe's seqlen is 16
+    model, words = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    expected = sparlow.evaluate(model, words, perplexity_on=(str(text),), seqlen=8, limit=5)
+    assert report(evaluate_seqlen=8, limit=5).dense["perplexity"] == pytest.approx(expected["perplexity"])
+    with pytest.raises(InputError, match="lower --seqlen"):
+        report(evaluate_seqlen=65)

@@ -255,17 +255,26 @@ def inspect(
         if problems:
             raise RunError("; ".join(problems)) from error
         raise
-    weights = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+    shards = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
     linear = sum(layer.bytes for layer in layers)
-    bits = 8 * linear / max(sum(layer.shape[0] * layer.shape[1] for layer in layers), 1)
+    weights = sum(layer.shape[0] * layer.shape[1] for layer in layers)
+    values = sum(layer.kept + layer.rank * sum(layer.shape) for layer in layers)
+    bits = 8 * linear / max(weights, 1)
     if as_json:
         rows = [{**asdict(layer), "pattern": patterns.get(layer.name)} for layer in layers]
-        totals = {"bytes": weights, "linear_bytes": linear, "bits_per_weight": bits}
+        totals = {
+            "bytes": shards,
+            "linear_bytes": linear,
+            "values": values,
+            "weights": weights,
+            "bits_per_weight": bits,
+        }
         print(json.dumps({"layers": rows, **totals, "problems": problems if verify else None}, indent=2))  # noqa: T201
     else:
         console.show_layers(layers, patterns)
         console.out.print(
-            f"{len(layers)} layers, {linear:,} bytes, {bits:.2f} bits a weight; all shards {weights:,} bytes",
+            f"{len(layers)} layers, {values:,} of {weights:,} values, {linear:,} bytes, {bits:.2f} bits a weight; "
+            f"all shards {shards:,} bytes",
             highlight=False,
         )
         if verify and not problems:
