@@ -266,3 +266,11 @@ def test_a_failure_is_told_at_the_end(place, tmp_path, monkeypatch, capsys):
     assert call(command(place, tmp_path / "out", "--algorithms", "wanda")) == 1
     assert "wanda: model.layers.0.self_attn.q_proj: it is damaged" in capsys.readouterr().err
     assert comparison.NAME in {path.name for path in (tmp_path / "out").iterdir()}
+
+
+def test_every_recipe_is_checked_before_the_first_is_begun(place, tmp_path):
+    recipes = {"magnitude": base(place, algorithm="magnitude", rank=None)}
+    recipes["wanda"] = base(place, algorithm="wanda", rank=None, pattern="2:5")
+    with pytest.raises(InputError, match="Pattern 2:5"):
+        compare(place / "model", recipes, out=tmp_path / "out", evaluate=())
+    assert not (tmp_path / "out").exists()

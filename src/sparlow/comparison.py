@@ -6,13 +6,17 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from sparlow.algorithms import find
 from sparlow.compression import open_dense, windows_to_calibrate, windows_to_evaluate
 from sparlow.errors import InputError, RunError
 from sparlow.figures import draw, require_matplotlib
 from sparlow.job import Job
 from sparlow.journal import check_folder
+from sparlow.model.blocks import decoder_blocks
 from sparlow.model.shards import replacing
+from sparlow.pipeline import budgets
 from sparlow.progress import Notify, Progress
 from sparlow.recipe import Recipe
 from sparlow.report import Report, machine, plain, versions
@@ -129,21 +133,23 @@ def compare(
         trust_remote_code: Let the model bring Python code of its own.
         notify: Called after every step; stages begin with the method's name.
 
+    Returns:
+        What ``compare.json`` holds; a method whose run failed is in ``failed``, and did not stop the others.
+
     Raises:
         InputError: Something given cannot be used, or ``out`` holds other results.
-        RunError: After all methods were tried, names those that failed.
     """
     require_matplotlib()
     out, first = Path(out), next(iter(recipes.values()))
-    if any(getattr(recipe, name) != getattr(first, name) for recipe in recipes.values() for name in TEXT):
-        raise InputError(f"The recipes of a comparison must agree in {', '.join(TEXT)}.")
-    for name in recipes:
-        check_folder(out / name, overwrite=overwrite, finished=True)
+    seqlen = evaluate_seqlen or first.seqlen
+    _check(recipes, out, overwrite=overwrite)
     opened, storage = open_dense(model, None, first, device, trust_remote_code=trust_remote_code)
-    windows = windows_to_calibrate(None, opened, first)
-    texts = windows_to_evaluate(evaluate, opened, evaluate_seqlen or first.seqlen, limit)
-    evaluation = {"seqlen": evaluate_seqlen or first.seqlen, "windows": {name: len(w) for name, w in texts.items()}}
-    found = Comparison(opened.name, first.to_dict(), evaluation)
+    for recipe in recipes.values():
+        budgets(*decoder_blocks(opened.model), recipe)
+    windows, texts = windows_to_calibrate(None, opened, first), windows_to_evaluate(evaluate, opened, seqlen, limit)
+    found = Comparison(
+        opened.name, first.to_dict(), {"seqlen": seqlen, "windows": {n: len(w) for n, w in texts.items()}}
+    )
     known: dict[str, float] = {}
     for name, recipe in recipes.items():
         if found.rows or found.failed:  # the one before was compressed in place
@@ -151,17 +157,30 @@ def compare(
         job = Job(opened, storage, recipe, windows, _labelled(notify, name))
         job.write_to(out / name, overwrite=overwrite)
         job.known_dense |= known
-        try:
-            report = job.go(texts)
-        except RunError as error:
-            found.failed[name] = str(error)
-        else:
-            found.rows.append(Row.of(name, report))
-            found.dense = {"perplexity": report.dense["perplexity"], "bytes": report.bytes["dense"]}
+        _run(name, job, texts, found)
         known |= job.known_dense
         found.write(out)
     draw(found, out)
     return found
+
+
+def _check(recipes: Mapping[str, Recipe], out: Path, *, overwrite: bool) -> None:
+    """See before anything is opened that the recipes go together and every directory can be written."""
+    first = next(iter(recipes.values()))
+    if any(getattr(recipe, name) != getattr(first, name) for recipe in recipes.values() for name in TEXT):
+        raise InputError(f"The recipes of a comparison must agree in {', '.join(TEXT)}.")
+    for name in recipes:
+        check_folder(out / name, overwrite=overwrite, finished=True)
+
+
+def _run(name: str, job: Job, texts: Mapping[str, Tensor], found: Comparison) -> None:
+    try:
+        report = job.go(texts)
+    except RunError as error:
+        found.failed[name] = str(error)
+    else:
+        found.rows.append(Row.of(name, report))
+        found.dense = {"perplexity": report.dense["perplexity"], "bytes": report.bytes["dense"]}
 
 
 def _labelled(notify: Notify, name: str) -> Notify:
