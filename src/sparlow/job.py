@@ -1,7 +1,7 @@
 """One run: measure the dense model, walk its blocks, write, measure again, report."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from sparlow.linalg.patterns import Unstructured
 from sparlow.model.blocks import Call, decoder_blocks, linears, not_compressed, run_block
 from sparlow.model.checkpoint import CheckpointWriter, load, read_block
 from sparlow.model.layers import compressed_layers
+from sparlow.model.matching import PRESETS, Plan, match, round_through
 from sparlow.model.quantizer import attach
 from sparlow.model.recording import Recording, record
 from sparlow.model.source import OpenedModel, for_computing
@@ -30,6 +31,7 @@ from sparlow.report import LayerRecord, Report, peak_memory, reset_peak_memory
 from sparlow.text import fingerprint as text_fingerprint
 
 MICRO_BATCH_TOKENS = 4096  # tokens that pass through a block at a time
+HELD_OUT = 16  # one calibration window of so many judges the training of a block
 
 
 class Job:
@@ -55,6 +57,8 @@ class Job:
         self.clock = Clock()
         self.report = Report(recipe=recipe.to_dict(), model=opened.name)
         self.report.bytes = {"dense": self.storage.bytes_of(self.model), "linears_dense": 0, "linears_compressed": 0}
+        self.plan = plan_of(recipe)
+        self.held_out = held_out_of(len(windows)) if recipe.match and self.plan.patience else 0
         self.known_dense: dict[str, float] = {}  # perplexity by fingerprint of the windows
         self.allocated: dict[str, Budget] = {}  # those of the budgets that the data decided
         self.journal: Journal | None = None
@@ -154,7 +158,7 @@ class Job:
         """Compress block after block, each fed by the compressed ones before it."""
         with self.clock("walk"):
             micro_batch = max(MICRO_BATCH_TOKENS // self.windows.shape[1], 1)
-            recording = record(self.model, self.windows, micro_batch=micro_batch)
+            recording = record(self.model, self.windows, micro_batch=micro_batch, apart=self.held_out)
         self.allocate(recording)
         hidden = recording.hidden
         if self.journal:
@@ -170,10 +174,11 @@ class Job:
         for i, block in enumerate(self.blocks):
             dense = {name: self.storage.bytes_of(linear) for name, linear in linears(block).items()}
             if self.journal and i < self.journal.blocks_done:
-                layers = self.restored(i, block, self.journal)
+                layers, matching = self.restored(i, block, self.journal)
             else:
-                layers = self.compressed(i, block, recording.calls[i], hidden)
+                layers, matching = self.compressed(i, block, recording.calls[i], hidden)
             self.report.layers += layers
+            self.report.matching += matching
             self.report.bytes["linears_dense"] += sum(dense[layer.name] for layer in layers)
             self.report.bytes["linears_compressed"] += sum(
                 map(self.storage.packed_bytes, compressed_layers(block).values())
@@ -210,22 +215,22 @@ class Job:
         free = [name for name in names if name in self.budgets and not self.recipe.rules_pattern(name)]
         return {name: Budget(patterns[names[name]], self.budgets[name].rank) for name in free}
 
-    def restored(self, i: int, block: nn.Module, journal: Journal) -> list[LayerRecord]:
+    def restored(self, i: int, block: nn.Module, journal: Journal) -> tuple[list[LayerRecord], list[dict[str, Any]]]:
         """Take a block that an earlier run finished from its shard; return its records."""
         journal.check_shard(i)
         read_block(journal.folder, self.blocks_name, i, block)
         block.to(self.model.dtype)
-        return journal.layers(i)
+        return journal.layers(i), journal.matching(i)
 
     def compressed(
         self, i: int, block: nn.Module, calls: Mapping[int, Call], hidden: list[Tensor]
-    ) -> list[LayerRecord]:
-        """Compress a block and, if there is a directory, write it."""
+    ) -> tuple[list[LayerRecord], list[dict[str, Any]]]:
+        """Compress a block, match it if the recipe says so and, if there is a directory, write it."""
 
         def on_layer(layer: LayerRecord) -> None:
             self.notify(Progress("blocks", i, len(self.blocks), layer))
 
-        layers = compress_block(
+        layers, targets = compress_block(
             block,
             (self.blocks_name, i),
             calls,
@@ -236,11 +241,24 @@ class Job:
             self.clock,
             on_layer,
         )
+        matching = [self.matched(i, block, calls, hidden, targets)] if self.recipe.match else []
         if self.journal and self.writer:
             with self.clock("save"):
                 shard = self.writer.write_block(i, block)
-            self.journal.note_block(shard, layers, self.clock.so_far())
-        return layers
+            self.journal.note_block(shard, layers, matching, self.clock.so_far())
+        return layers, matching
+
+    def matched(
+        self, i: int, block: nn.Module, calls: Mapping[int, Call], hidden: list[Tensor], targets: list[Tensor]
+    ) -> dict[str, Any]:
+        """Train a compressed block towards its targets, rounded as it will be stored; return the row for the report."""
+        label = f"{self.blocks_name}.{i}"
+        with self.clock("matching"):
+            seed, apart = self.recipe.seed + i, int(self.held_out > 0)
+            found = match(block, calls, hidden, targets, self.plan, held_out=apart, seed=seed, label=label)
+            kept = [name.removeprefix(f"{label}.") for name in self.storage.exceptions]
+            round_through(block, self.storage.dtype, kept)
+        return {"block": i, **asdict(found)}
 
     def finish_files(self) -> None:
         """Write what lies outside of the blocks and the files that make the directory a model."""
@@ -258,3 +276,14 @@ class Job:
         names = {layer: f"{self.blocks_name}.{layer.block}.{layer.name}" for layer in report.layers}
         report.warnings += [f"{names[layer]}: {warning}" for layer in report.layers for warning in layer.warnings]
         report.not_compressed = [asdict(row) for row in not_compressed(self.model, names.values())]
+
+
+def plan_of(recipe: Recipe) -> Plan:
+    """The preset of matching, with what the recipe says otherwise."""
+    given = {"epochs": recipe.match_epochs, "lr": recipe.match_lr, "batch": recipe.match_batch}
+    return replace(PRESETS[recipe.match_preset], **{name: value for name, value in given.items() if value is not None})
+
+
+def held_out_of(windows: int) -> int:
+    """How many calibration windows judge the training of a block instead of taking part in it."""
+    return windows // HELD_OUT

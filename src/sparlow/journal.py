@@ -118,11 +118,22 @@ class Journal:
         """What the blocks done so far have taken, by kind of work."""
         return dict(self.state.get("seconds", {}))
 
-    def note_block(self, shard: ShardRecord, layers: Sequence[LayerRecord], seconds: Mapping[str, float]) -> None:
+    def matching(self, block: int) -> list[dict[str, Any]]:
+        """What matching did to a finished block; empty if it was not matched."""
+        return list(self.state["blocks"][block].get("matching", []))
+
+    def note_block(
+        self,
+        shard: ShardRecord,
+        layers: Sequence[LayerRecord],
+        matching: Sequence[Mapping[str, Any]],
+        seconds: Mapping[str, float],
+    ) -> None:
         """Record a finished block, whose shard is on disk already, and the seconds spent up to here."""
         self.state["seconds"] = dict(seconds)
+        rows = [asdict(layer) for layer in layers]
         self.state["shards"][shard.file] = {"bytes": shard.bytes, "sha256": shard.sha256}
-        self.state["blocks"].append({"file": shard.file, "layers": [asdict(layer) for layer in layers]})
+        self.state["blocks"].append({"file": shard.file, "layers": rows, "matching": list(matching)})
         self._write()
 
     def note_copied(self, shard: ShardRecord, block: Mapping[str, Any], layers: Sequence[LayerRecord]) -> None:

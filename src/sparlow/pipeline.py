@@ -103,7 +103,7 @@ def compress_block(
     stored: torch.dtype,
     clock: Clock,
     on_layer: Callable[[LayerRecord], None],
-) -> list[LayerRecord]:
+) -> tuple[list[LayerRecord], list[Tensor]]:
     """Replace the linear layers of one block by compressed ones.
 
     Args:
@@ -118,7 +118,7 @@ def compress_block(
         on_layer: Called with every finished layer.
 
     Returns:
-        One record a layer.
+        One record a layer, and the outputs of the dense block, (b, seqlen, d) each.
 
     Raises:
         InputError: The block's numbers are not finite.
@@ -142,7 +142,7 @@ def compress_block(
         block.set_submodule(layer, compressed)
         records.append(record)
         on_layer(record)
-    return records
+    return records, seen.outputs
 
 
 def _with_grams(

@@ -15,8 +15,10 @@ from sparlow.allocation import Budget, Rule, Shape, matches, ratio_rank, ratio_s
 from sparlow.errors import InputError
 from sparlow.linalg.patterns import NM, Pattern, Unstructured, parse_pattern
 
+OPTIONAL = ("pattern", "rank", "compression", "rank_share", "match_epochs", "match_lr", "match_batch")  # may be None
 DEFAULT_PATTERN = "2:4"
 ALLOCATIONS = ("uniform", "owl")
+MATCH_PRESETS = ("default", "paper")
 GIVEN_WINDOWS = "windows"  # what a recipe calls a calibration by token windows given directly
 DEFAULT_RANK = 64  # of methods with a low-rank part: 2.4 % of the linear weights of an 8B Llama
 
@@ -38,6 +40,11 @@ class Recipe:
         allocate: "uniform", or "owl": more for blocks with more outliers (needs an unstructured pattern).
         owl_spread: Of OWL, λ: the densities of the blocks span 2λ.
         owl_threshold: Of OWL, M: an outlier exceeds so many times the mean score of its block.
+        match: Train every block towards the dense one's outputs after its layers are compressed.
+        match_preset: "default", or "paper" for the published setting.
+        match_epochs: At most so many; None for the preset's, as below.
+        match_lr: Learning rate of Adam for S, U and V.
+        match_batch: Windows a step.
         ignore: Layers that stay dense, by ``match`` as in a rule.
         layers: Rules for single layers; a later one wins.
         calibration: Name of a corpus, a file or a hub data set; "windows" stands for token windows given directly.
@@ -58,6 +65,11 @@ class Recipe:
     allocate: str = "uniform"
     owl_spread: float = 0.08
     owl_threshold: float = 5.0
+    match: bool = False
+    match_preset: str = "default"
+    match_epochs: int | None = None
+    match_lr: float | None = None
+    match_batch: int | None = None
     ignore: Sequence[str] = ()
     layers: Sequence[Rule] = ()
     calibration: str = "c4"
@@ -78,6 +90,7 @@ class Recipe:
         rules = (rule if isinstance(rule, Rule) else Rule.from_dict(rule) for rule in self.layers)
         object.__setattr__(self, "layers", tuple(rules))
         self._check_numbers()
+        self._check_matching()
         self._check_budget()
 
     def _check_numbers(self) -> None:
@@ -91,8 +104,18 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and not low <= value < 1:
                 raise InputError(f"{name} must be a fraction from 0 up to below 1, not {value}.")
+        if self.match_preset not in MATCH_PRESETS:
+            raise InputError(
+                f"There is no preset {self.match_preset!r} of matching; there is: {', '.join(MATCH_PRESETS)}."
+            )
         if self.allocate not in ALLOCATIONS:
             raise InputError(f"There is no allocation {self.allocate!r}; there is: {', '.join(ALLOCATIONS)}.")
+
+    def _check_matching(self) -> None:
+        for name in ("match_epochs", "match_lr", "match_batch"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise InputError(f"{name} must be above 0, not {value}.")
 
     def _check_budget(self) -> None:
         """Pattern and rank, or the compression they follow from: neither too little is given nor too much."""
@@ -215,6 +238,11 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "allocate": (str,),
     "owl_spread": (float, int),
     "owl_threshold": (float, int),
+    "match": (bool,),
+    "match_preset": (str,),
+    "match_epochs": (int,),
+    "match_lr": (float, int),
+    "match_batch": (int,),
     "ignore": (Sequence,),
     "layers": (Sequence,),
     "calibration": (str,),
@@ -229,11 +257,11 @@ _TYPES: dict[str, tuple[type, ...]] = {
 
 def _check_type(name: str, value: object) -> None:
     expected = _TYPES[name]
-    absent = name in ("pattern", "rank", "compression", "rank_share") and value is None
+    absent = name in OPTIONAL and value is None
     items = value if Sequence in expected and isinstance(value, Sequence) else ()
     wrong = Sequence in expected and isinstance(value, str)  # a text is a sequence, and not what is meant
     wrong |= name == "ignore" and not all(isinstance(item, str) for item in items)
-    if not absent and (wrong or not isinstance(value, expected) or isinstance(value, bool)):
+    if not absent and (wrong or not isinstance(value, expected) or isinstance(value, bool) != (bool in expected)):
         raise InputError(f"Field {name} of a recipe must be {_spoken(expected)}, not {value!r}.")
 
 
@@ -242,5 +270,12 @@ def _plain(value: Any) -> Any:  # noqa: ANN401 - fields have many types
 
 
 def _spoken(types: tuple[type, ...]) -> str:
-    names = {str: "text", int: "a whole number", float: "a number", Mapping: "a table", Sequence: "a list"}
+    names = {
+        bool: "true or false",
+        str: "text",
+        int: "a whole number",
+        float: "a number",
+        Mapping: "a table",
+        Sequence: "a list",
+    }
     return names[types[0]]

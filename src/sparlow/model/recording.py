@@ -31,7 +31,7 @@ class Recording:
 
 
 @torch.no_grad()
-def record(model: PreTrainedModel, windows: Tensor, *, micro_batch: int) -> Recording:
+def record(model: PreTrainedModel, windows: Tensor, *, micro_batch: int, apart: int = 0) -> Recording:
     """Run everything in front of the blocks, and of the blocks only the first.
 
     The other blocks only pass their hidden state on, so their weights may be on the meta device.
@@ -40,6 +40,7 @@ def record(model: PreTrainedModel, windows: Tensor, *, micro_batch: int) -> Reco
         model: in eval mode.
         windows: (n, seqlen) int64 token ids.
         micro_batch: windows at a time.
+        apart: so many windows at the end make a micro-batch of their own.
 
     Raises:
         InputError: the blocks are no chain that can be replayed.
@@ -53,7 +54,8 @@ def record(model: PreTrainedModel, windows: Tensor, *, micro_batch: int) -> Reco
         head = output_head(model)
         if head is not None:  # logits of whole windows would cost more than all the rest
             stack.enter_context(_forward_replaced(head, _stop))
-        for ids in torch.split(windows, micro_batch):
+        together = len(windows) - apart
+        for ids in (*windows[:together].split(micro_batch), *((windows[together:],) if apart else ())):
             recorder.begin(ids)
             with suppress(_Stop):
                 model(ids.to(device), use_cache=False)

@@ -1,0 +1,253 @@
+"""Transformer matching: train a compressed block towards what the dense block gave; zeros stay zero.
+
+    minimise  Σ ‖T_compressed(x) − T_dense(x)‖²   over every parameter of the block, S on its support only
+
+Section 4 of the 3BASiL paper (Makni et al., 2025, arXiv 2603.01376). x are the inputs that come out of the compressed
+blocks before. Adam sees the kept entries of S alone, in one vector a layer: its moments take half the memory at 2:4.
+
+Beyond the paper, and each can be set (``Plan``): the error of a token is measured against that token's own size, for
+the next block begins with a norm, and a few tokens with massive features would else decide everything; some windows
+are held out, and training stops when their loss does not fall any more; a higher rate needs fewer epochs.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from sparlow.errors import RunError
+from sparlow.model.blocks import Call, run_block
+from sparlow.model.layers import SparseLowRankLinear, compressed_layers
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a block is matched.
+
+    Attributes:
+        epochs: At most.
+        lr: Of Adam for S, U and V; falls along a cosine to a fifth.
+        rest_lr: The same for norms, biases and layers that stayed dense.
+        batch: Windows a step.
+        relative: Measure each token's error against its own size instead of all tokens' together.
+        patience: Epochs without gain on the held-out windows after which training ends; 0 for never.
+    """
+
+    epochs: int
+    lr: float
+    rest_lr: float
+    batch: int
+    relative: bool
+    patience: int
+
+
+PRESETS = {
+    "default": Plan(epochs=8, lr=2e-4, rest_lr=2e-5, batch=8, relative=True, patience=2),
+    "paper": Plan(epochs=20, lr=2e-5, rest_lr=2e-5, batch=8, relative=False, patience=0),
+}
+
+
+@dataclass(frozen=True)
+class Matched:
+    """What matching did; losses are relative to the size of the targets, on the held-out windows if there are any."""
+
+    loss_before: float
+    loss_after: float
+    epochs: int
+    seconds: float
+
+
+def match(
+    block: nn.Module,
+    calls: Mapping[int, Call],
+    inputs: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    plan: Plan,
+    *,
+    held_out: int = 0,
+    seed: int = 0,
+    label: str = "block",
+) -> Matched:
+    """Train ``block`` in place, in eval mode, and leave it with the parameters of the best epoch.
+
+    Args:
+        block: With its linear layers compressed; support and ranks stay as they are.
+        calls: How it is called, by number of windows.
+        inputs: (b, seqlen, d) for each micro-batch, on any device.
+        targets: What the dense block gives for them, likewise.
+        plan: How.
+        held_out: So many micro-batches at the end are not trained on, but decide which epoch was best.
+        seed: Of the order of the micro-batches.
+        label: How errors call the block.
+
+    Raises:
+        RunError: The loss is not finite.
+    """
+    start = time.perf_counter()
+    pairs = list(zip(inputs, targets, strict=True))
+    train, judge = (pairs[:-held_out], pairs[-held_out:]) if held_out else (pairs, pairs)
+    device = next(block.parameters()).device
+    calls = {size: call.to(device) for size, call in calls.items()}
+    loss_of = _loss(block, calls, device, relative=plan.relative)
+    order = torch.Generator().manual_seed(seed)
+    with _packed(block) as values, torch.enable_grad():
+        optimiser, schedule = _adam(block, values, plan, steps=plan.epochs * _steps(train, plan.batch))
+        best = before = _judged(loss_of, judge)
+        state, waited, epoch = _copy(block), 0, 0
+        for epoch in range(1, plan.epochs + 1):
+            shuffled = [train[i] for i in torch.randperm(len(train), generator=order).tolist()]
+            _epoch(shuffled, loss_of, optimiser, schedule, plan.batch)
+            loss = _judged(loss_of, judge)
+            if not math.isfinite(loss):
+                raise RunError(f"{label}: matching diverged in epoch {epoch}: lower --match-lr.")
+            waited = 0 if loss < best else waited + 1
+            if loss < best:
+                best, state = loss, _copy(block)
+            if plan.patience and waited >= plan.patience:
+                break
+        block.load_state_dict(state)
+    return Matched(before, best, epoch, time.perf_counter() - start)
+
+
+Loss = Callable[[Tensor, Tensor], Tensor]  # (inputs, targets) of one micro-batch → mean over its tokens
+Pair = tuple[Tensor, Tensor]
+
+
+def _loss(block: nn.Module, calls: Mapping[int, Call], device: torch.device, *, relative: bool) -> Loss:
+    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type != "cpu")
+
+    def loss(x: Tensor, target: Tensor) -> Tensor:
+        target = target.to(device).float()
+        with autocast:
+            y = run_block(block, x, calls[len(x)])
+        error = (y.float() - target).square().sum(-1)  # (b, seqlen)
+        size = target.square().sum(-1)
+        return (error / size.clamp_min(torch.finfo(size.dtype).tiny)).mean() if relative else error.sum() / size.sum()
+
+    return loss
+
+
+@torch.no_grad()
+def _judged(loss_of: Loss, pairs: Sequence[Pair]) -> float:
+    """Mean over windows."""
+    total = sum((loss_of(x, target) * len(x) for x, target in pairs), torch.zeros(()))
+    return float(total) / sum(len(x) for x, _ in pairs)
+
+
+def _epoch(
+    pairs: Sequence[Pair],
+    loss_of: Loss,
+    optimiser: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    batch: int,
+) -> None:
+    """One pass; gradients of micro-batches are added up until a step has its windows."""
+    for step in _grouped(pairs, batch):
+        windows = sum(len(x) for x, _ in step)
+        for x, target in step:
+            (loss_of(x, target) * (len(x) / windows)).backward()  # type: ignore[no-untyped-call]  # untyped in torch
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        schedule.step()
+
+
+def _grouped(pairs: Sequence[Pair], batch: int) -> Iterator[list[Pair]]:
+    group: list[Pair] = []
+    for pair in pairs:
+        group.append(pair)
+        if sum(len(x) for x, _ in group) >= batch:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _steps(pairs: Sequence[Pair], batch: int) -> int:
+    return max(math.ceil(sum(len(x) for x, _ in pairs) / batch), 1)
+
+
+def _adam(
+    block: nn.Module, values: Sequence[nn.Parameter], plan: Plan, steps: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    low_rank = [p for layer in block.modules() if isinstance(layer, _Packed) for p in (layer.U, layer.V) if p.numel()]
+    compressed = {id(p) for p in (*values, *low_rank)}
+    rest = [p for p in block.parameters() if id(p) not in compressed and p.numel()]
+    groups = [{"params": [*values, *low_rank], "lr": plan.lr}, {"params": rest, "lr": plan.rest_lr}]
+    optimiser = torch.optim.Adam([group for group in groups if group["params"]], fused=True)
+
+    def cosine(step: int) -> float:
+        return 0.2 + 0.8 * (1 + math.cos(math.pi * min(step / steps, 1))) / 2
+
+    return optimiser, torch.optim.lr_scheduler.LambdaLR(optimiser, cosine)
+
+
+def _copy(block: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in block.state_dict().items()}
+
+
+class _Packed(nn.Module):
+    """A compressed layer while it is trained: the kept entries of S as one vector, in float32."""
+
+    mask: Tensor
+
+    def __init__(self, layer: SparseLowRankLinear) -> None:
+        super().__init__()
+        S = layer.S.detach()
+        self.register_buffer("mask", S != 0, persistent=False)  # (out, in)
+        self.values = nn.Parameter(S[self.mask].float())
+        self.U, self.V = nn.Parameter(layer.U.detach().float()), nn.Parameter(layer.V.detach().float())
+        self.bias = layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        # one product with S + U V: its gradient gives those of S, U and V without products over tokens
+        S = torch.zeros(self.mask.shape, device=x.device).masked_scatter(self.mask, self.values)
+        return functional.linear(x, (S + self.U @ self.V).to(x.dtype), self.bias)
+
+    def unpack_into(self, layer: SparseLowRankLinear) -> None:
+        """Write the result back; a value that rounds to zero takes the smallest number instead, to stay kept."""
+        dtype = layer.S.dtype
+        values = self.values.detach().to(dtype)
+        values = torch.where(values == 0, torch.finfo(dtype).tiny, values)
+        with torch.no_grad():
+            layer.S.masked_scatter_(self.mask, values)
+            layer.U.copy_(self.U)
+            layer.V.copy_(self.V)
+
+
+@contextmanager
+def _packed(block: nn.Module) -> Iterator[list[nn.Parameter]]:
+    """Put packed layers in the place of the compressed ones; gradients are on, and off again afterwards."""
+    layers = compressed_layers(block)
+    packed = {name: _Packed(layer) for name, layer in layers.items()}
+    wanted: dict[nn.Parameter, bool] = {p: p.requires_grad for p in block.parameters()}
+    training = block.training
+    for name, layer in packed.items():
+        block.set_submodule(name, layer)
+    block.eval().requires_grad_()
+    try:
+        yield [layer.values for layer in packed.values()]
+        for name, layer in layers.items():
+            packed[name].unpack_into(layer)
+    finally:
+        for name, layer in layers.items():
+            block.set_submodule(name, layer)
+        for p, grad in wanted.items():
+            p.requires_grad_(grad)
+            p.grad = None
+        block.train(training)
+
+
+def round_through(block: nn.Module, dtype: torch.dtype, exceptions: Sequence[str] = ()) -> None:
+    """Round every parameter to ``dtype`` and back, as storing it does, those named in ``exceptions`` left alone."""
+    with torch.no_grad():
+        for name, p in block.named_parameters():
+            if name in exceptions:
+                continue
+            rounded = p.to(dtype).to(p.dtype)
+            lost = (rounded == 0) & (p != 0)  # of S, which must keep its support; of other tensors it does no harm
+            p.copy_(torch.where(lost, torch.finfo(dtype).tiny, rounded))
