@@ -108,7 +108,7 @@ def given_options(
         list[str] | None, typer.Option(help="Leave layers dense whose name ends so; * and ? work; repeatable.")
     ] = None,
     calibration: Annotated[
-        str | None, typer.Option(help="c4, wikitext2, ptb, builtin, a file or a hub data set. [default: c4]")
+        str | None, typer.Option(help="c4, wikitext2, ptb, builtin, self, a file or a hub data set. [default: c4]")
     ] = None,
     samples: Annotated[int | None, typer.Option(help="Calibration windows. [default: 128]")] = None,
     seqlen: Annotated[int | None, typer.Option(help="Tokens a window. [default: 2048]")] = None,

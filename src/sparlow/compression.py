@@ -12,10 +12,11 @@ from sparlow.errors import InputError
 from sparlow.evaluation import require_context, require_tokenizer
 from sparlow.job import Job
 from sparlow.journal import check_folder
+from sparlow.model.sampling import own_windows
 from sparlow.model.source import OpenedModel, fingerprint, for_computing, open_model
 from sparlow.model.storage import Storage
 from sparlow.progress import Notify
-from sparlow.recipe import GIVEN_WINDOWS, Recipe
+from sparlow.recipe import GIVEN_WINDOWS, OWN_TEXT, Recipe
 from sparlow.report import Report
 from sparlow.text import calibration_windows, evaluation_windows
 
@@ -117,8 +118,10 @@ def windows_to_calibrate(calibration: str | Path | Tensor | None, opened: Opened
         return calibration.cpu()
     if recipe.calibration == GIVEN_WINDOWS:
         raise InputError("The recipe was made for token windows given directly: give them, or name a corpus or a file.")
-    tokenizer = require_tokenizer(opened.tokenizer, opened.name)
     sizes = {"samples": recipe.samples, "seqlen": recipe.seqlen, "seed": recipe.seed}
+    if recipe.calibration == OWN_TEXT:
+        return own_windows(opened.model, **sizes, fingerprint=opened.fingerprint)
+    tokenizer = require_tokenizer(opened.tokenizer, opened.name)
     return calibration_windows(recipe.calibration, tokenizer, **sizes)
 
 

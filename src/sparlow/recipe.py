@@ -20,6 +20,7 @@ DEFAULT_PATTERN = "2:4"
 ALLOCATIONS = ("uniform", "owl")
 MATCH_PRESETS = ("default", "paper")
 GIVEN_WINDOWS = "windows"  # what a recipe calls a calibration by token windows given directly
+OWN_TEXT = "self"  # the calibration that the model writes itself
 DEFAULT_RANK = 64  # of methods with a low-rank part: 2.4 % of the linear weights of an 8B Llama
 
 
@@ -47,7 +48,8 @@ class Recipe:
         match_batch: Windows a step.
         ignore: Layers that stay dense, by ``match`` as in a rule.
         layers: Rules for single layers; a later one wins.
-        calibration: Name of a corpus, a file or a hub data set; "windows" stands for token windows given directly.
+        calibration: Name of a corpus, a file or a hub data set; "self" for text that the model writes itself; "windows"
+            stands for token windows given directly.
         samples: Calibration windows.
         seqlen: Tokens in a window.
         seed: Of the choice of windows.
