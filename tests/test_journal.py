@@ -30,7 +30,7 @@ def begun(folder, blocks=2):
     run = journal(folder)
     run.begin({"builtin": 12.5}, {})
     for i in range(blocks):
-        run.note_block(shard(folder, i), [record(i), record(i, "mlp.down_proj")], {"solve": i + 1.5})
+        run.note_block(shard(folder, i), [record(i), record(i, "mlp.down_proj")], [], {"solve": i + 1.5})
     return run
 
 
@@ -154,7 +154,7 @@ def test_overwriting_forgets_at_once_and_removes_with_the_first_record(tmp_path)
     assert content(tmp_path) == before
     run.begin({}, {})
     assert content(tmp_path).keys() == {NAME}
-    run.note_block(shard(tmp_path, 0), [record(0)], {})
+    run.note_block(shard(tmp_path, 0), [record(0)], [], {})
     assert content(tmp_path).keys() == {NAME, "model-00001-of-00003.safetensors"}  # removed once only
 
 
