@@ -118,11 +118,12 @@ def windows_to_calibrate(calibration: str | Path | Tensor | None, opened: Opened
         return calibration.cpu()
     if recipe.calibration == GIVEN_WINDOWS:
         raise InputError("The recipe was made for token windows given directly: give them, or name a corpus or a file.")
-    sizes = {"samples": recipe.samples, "seqlen": recipe.seqlen, "seed": recipe.seed}
+    samples, seqlen, seed = recipe.samples, recipe.seqlen, recipe.seed
     if recipe.calibration == OWN_TEXT:
-        return own_windows(opened.model, **sizes, fingerprint=opened.fingerprint)
+        known = opened.fingerprint
+        return own_windows(opened.model, samples=samples, seqlen=seqlen, seed=seed, fingerprint=known)
     tokenizer = require_tokenizer(opened.tokenizer, opened.name)
-    return calibration_windows(recipe.calibration, tokenizer, **sizes)
+    return calibration_windows(recipe.calibration, tokenizer, samples=samples, seqlen=seqlen, seed=seed)
 
 
 def windows_to_evaluate(

@@ -280,8 +280,13 @@ class Job:
 
 def plan_of(recipe: Recipe) -> Plan:
     """The preset of matching, with what the recipe says otherwise."""
-    given = {"epochs": recipe.match_epochs, "lr": recipe.match_lr, "batch": recipe.match_batch}
-    return replace(PRESETS[recipe.match_preset], **{name: value for name, value in given.items() if value is not None})
+    preset = PRESETS[recipe.match_preset]
+    return replace(
+        preset,
+        epochs=recipe.match_epochs or preset.epochs,  # none of these may be 0
+        lr=recipe.match_lr or preset.lr,
+        batch=recipe.match_batch or preset.batch,
+    )
 
 
 def held_out_of(windows: int) -> int:

@@ -150,7 +150,7 @@ def _epoch(
     for step in _grouped(pairs, batch):
         windows = sum(len(x) for x, _ in step)
         for x, target in step:
-            (loss_of(x, target) * (len(x) / windows)).backward()  # type: ignore[no-untyped-call]  # untyped in torch
+            (loss_of(x, target) * (len(x) / windows)).backward()
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
         schedule.step()
@@ -231,11 +231,11 @@ def _packed(block: nn.Module) -> Iterator[list[nn.Parameter]]:
     block.eval().requires_grad_()
     try:
         yield [layer.values for layer in packed.values()]
-        for name, layer in layers.items():
-            packed[name].unpack_into(layer)
+        for name, compressed in layers.items():
+            packed[name].unpack_into(compressed)
     finally:
-        for name, layer in layers.items():
-            block.set_submodule(name, layer)
+        for name, compressed in layers.items():
+            block.set_submodule(name, compressed)
         for p, grad in wanted.items():
             p.requires_grad_(grad)
             p.grad = None
