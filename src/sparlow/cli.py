@@ -3,10 +3,11 @@
 import functools
 import inspect as reflection
 import json
+import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,12 +20,14 @@ from sparlow.algorithms import variants
 from sparlow.compression import compress as run_compression
 from sparlow.compression import pick_device
 from sparlow.errors import InputError, RunError
+from sparlow.evaluation import Evaluation, require_tokenizer
 from sparlow.evaluation import evaluate as measure
-from sparlow.evaluation import require_tokenizer
 from sparlow.model.inspection import describe
 from sparlow.model.shards import replacing
 from sparlow.model.source import for_computing, open_model
+from sparlow.progress import Progress
 from sparlow.recipe import Recipe
+from sparlow.tasks import load_tasks
 from sparlow.verification import recorded_patterns, verify_artefact
 
 app = typer.Typer(
@@ -51,6 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if debug:
         arguments.remove("--debug")
     _quiet_libraries()
+    # a level lets its messages and bars through, see sparlow.tasks
+    logging.getLogger("lm_eval").setLevel(logging.WARNING if debug else logging.NOTSET)
     try:
         app(arguments)
     except (InputError, RunError, OSError) as error:
@@ -226,24 +231,54 @@ def compare(
 @app.command()
 def evaluate(
     model: Model,
-    perplexity: Annotated[str, typer.Option(help="Comma-separated corpora or files.")] = "builtin",
+    perplexity: Annotated[str, typer.Option(help='Comma-separated corpora or files; "" for none.')] = "builtin",
     seqlen: Annotated[int, typer.Option(help="Tokens a window.")] = 2048,
-    limit: Limit = None,
+    tasks: Annotated[str, typer.Option(help="Comma-separated: paper, mmlu, any of lm-eval or --task-path.")] = "",
+    task_path: Annotated[
+        Path | None, typer.Option(help="Directory of task files (.yaml); they go before lm-eval's of the same name.")
+    ] = None,
+    fewshot: Annotated[
+        int | None, typer.Option(help="Examples before each question. [default: as the task says; mmlu 5]")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Sequences in one pass, for tasks.")] = 8,
+    limit: Annotated[
+        int | None, typer.Option(help="At most so many windows of each corpus and questions of each task.")
+    ] = None,
+    baseline: Annotated[str | None, typer.Option(help="A second model, such as the dense one, shown beside.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the result to this file too.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
     device: Device = "auto",
     trust_remote_code: Trust = False,
 ) -> None:
-    """Measure MODEL, compressed or not."""
-    opened = open_model(model, dtype=dtype, device=pick_device(device), trust_remote_code=trust_remote_code)
-    tokenizer = require_tokenizer(opened.tokenizer, model)
-    found = measure(
-        for_computing(opened.model), tokenizer, perplexity_on=_split(perplexity), seqlen=seqlen, limit=limit
-    )
-    console.show_perplexities(found["perplexity"], seqlen)
+    """Measure MODEL, compressed or not: perplexity, and tasks through lm-eval."""
+    loaded = load_tasks(_split(tasks), path=task_path, fewshot=fewshot)
+
+    def measured(name: str) -> Evaluation:
+        opened = open_model(name, dtype=dtype, device=pick_device(device), trust_remote_code=trust_remote_code)
+        tokenizer = require_tokenizer(opened.tokenizer, name)
+        with console.progress() as notify:
+
+            def named(step: Progress) -> None:
+                notify(replace(step, stage=f"{step.stage}, {name}"))
+
+            return measure(
+                for_computing(opened.model),
+                tokenizer,
+                perplexity_on=_split(perplexity),
+                seqlen=seqlen,
+                limit=limit,
+                tasks=loaded,
+                batch_size=batch_size,
+                notify=named,
+            )
+
+    found = {name: measured(name) for name in (baseline, model) if name is not None}
+    console.show_evaluations(found, seqlen)
     if json_file:
+        beside = {} if baseline is None else {"baseline": {"model": baseline, **found[baseline]}}
+        record = {"model": model, "seqlen": seqlen, **found[model], **beside}
         with replacing(json_file) as partial:
-            partial.write_text(json.dumps({"model": model, "seqlen": seqlen, **found}, indent=2) + "\n", "utf-8")
+            partial.write_text(json.dumps(record, indent=2) + "\n", "utf-8")
 
 
 @app.command()

@@ -13,10 +13,12 @@ from rich.table import Table
 
 from sparlow.algorithms import Algorithm
 from sparlow.comparison import Comparison
+from sparlow.evaluation import Evaluation
 from sparlow.model.inspection import LayerInfo
 from sparlow.page import megabytes, summary_rows
 from sparlow.progress import Notify, Progress
 from sparlow.report import Report
+from sparlow.tasks import TaskResult
 
 WIDE = 200  # columns where nobody looks, as in a pipe: no name is cut
 out = Console(soft_wrap=True, width=None if sys.stdout.isatty() else WIDE)
@@ -35,7 +37,7 @@ def progress() -> Iterator[Notify]:
 
         def show(step: Progress) -> None:
             if step.stage not in tasks:
-                tasks[step.stage] = bars.add_task(step.stage, total=step.total, note="")
+                tasks[step.stage] = bars.add_task(escape(step.stage), total=step.total, note="")
             note = f"{step.layer.name}: relative error {step.layer.relative_error:.5f}" if step.layer else step.note
             bars.update(tasks[step.stage], completed=step.done, note=note)
 
@@ -48,7 +50,7 @@ def _plain_line(step: Progress) -> None:
     tenth = step.note and step.done % max(step.total // 10, 1) == 0  # of what has hundreds of steps
     if step.stage.endswith("blocks") or tenth or step.done == step.total:
         note = f" ({step.note})" if step.note else ""
-        err.print(f"{step.stage}: {step.done} of {step.total}{note}", highlight=False)
+        err.print(f"{step.stage}: {step.done} of {step.total}{note}", markup=False, highlight=False)
 
 
 def show_report(report: Report) -> None:
@@ -102,10 +104,25 @@ def show_finetuning(report: Report) -> None:
     )
 
 
-def show_perplexities(found: Mapping[str, float], seqlen: int) -> None:
-    """The result of ``sparlow evaluate``."""
-    rows = ((name, f"{value:.4f}") for name, value in found.items())
-    out.print(_table(("corpus", f"perplexity (seqlen {seqlen})"), rows))
+def show_evaluations(found: Mapping[str, Evaluation], seqlen: int) -> None:
+    """The result of ``sparlow evaluate``: a column a model, a line a corpus or task, then the mean of the tasks."""
+    first = next(iter(found.values()))
+    rows = [
+        (f"perplexity (seqlen {seqlen}), {name}", *(f"{one['perplexity'][name]:.4f}" for one in found.values()))
+        for name in first["perplexity"]
+    ]
+    for name, result in first.get("tasks", {}).items():
+        label = f"{name}, {result['metric']}" + (f", {result['fewshot']}-shot" if result["fewshot"] else "")
+        rows.append((label, *(_with_error(one["tasks"][name]) for one in found.values())))
+    means = [one.get("average") for one in found.values()]
+    if len(first.get("tasks", {})) > 1 and None not in means:
+        rows.append(("average", *(f"{mean:.4f}" for mean in means)))
+    short = [Path(name).name or name for name in found]
+    out.print(_table(("", *(short if len(set(short)) == len(short) else found)), rows))
+
+
+def _with_error(result: TaskResult) -> str:
+    return f"{result['value']:.4f}" + ("" if result["stderr"] is None else f" ± {result['stderr']:.4f}")
 
 
 def show_layers(layers: Sequence[LayerInfo], patterns: Mapping[str, str]) -> None:
@@ -139,7 +156,7 @@ def show_algorithms(algorithms: Iterable[Algorithm]) -> None:
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for i, title in enumerate(head):
-        table.add_column(title, justify="right" if i else "left", overflow="fold")
+        table.add_column(escape(title), justify="right" if i else "left", overflow="fold")
     for row in rows:
         table.add_row(*map(escape, row))
     return table

@@ -1,4 +1,4 @@
-"""Perplexity by one pinned protocol.
+"""Perplexity by one pinned protocol, and named tasks.
 
 The text becomes windows of ``seqlen`` tokens without overlap (``text.evaluation_windows``); the negative log-likelihood
 is averaged over the seqlen − 1 predictions of a window, then over windows; perplexity is its exponential. Papers differ
@@ -7,6 +7,8 @@ in exactly these choices, so figures compare only at the same text and seqlen.
 
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NotRequired, TypedDict
 
 import torch
 from torch import Tensor
@@ -14,9 +16,19 @@ from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparlow.errors import InputError
+from sparlow.progress import Notify
+from sparlow.tasks import LoadedTasks, TaskResult, average, load_tasks, measure_tasks
 from sparlow.text import evaluation_windows
 
 TOKENS_AT_ONCE = 2048  # logits of this many tokens are held at a time: 400 MB in float32 for 50,000 words
+
+
+class Evaluation(TypedDict):
+    """What ``evaluate`` found: perplexities by corpus, and, when asked for, tasks by name and their mean."""
+
+    perplexity: dict[str, float]
+    tasks: NotRequired[dict[str, TaskResult]]
+    average: NotRequired[float | None]
 
 
 @torch.no_grad()
@@ -51,7 +63,12 @@ def evaluate(
     perplexity_on: Sequence[str] = ("builtin",),
     seqlen: int = 2048,
     limit: int | None = None,
-) -> dict[str, dict[str, float]]:
+    tasks: Sequence[str] | LoadedTasks = (),
+    task_path: str | Path | None = None,
+    fewshot: int | None = None,
+    batch_size: int = 8,
+    notify: Notify = lambda _: None,
+) -> Evaluation:
     """Measure a model; works on compressed and plain ones alike.
 
     Args:
@@ -59,17 +76,32 @@ def evaluate(
         tokenizer: Its tokenizer.
         perplexity_on: Corpora or files, see ``sparlow.text``.
         seqlen: Tokens in a window; perplexities of different seqlen do not compare.
-        limit: At most so many windows of each corpus.
+        limit: At most so many windows of each corpus, and so many questions of each task.
+        tasks: Names known to lm-eval or in ``task_path``, ``paper`` for the eight zero-shot tasks of the paper; or what
+            ``sparlow.tasks.load_tasks`` returned, to ask several models the same.
+        task_path: Directory with task files (.yaml), which go before lm-eval's of the same name.
+        fewshot: Examples shown before each question; by default as the task says, else 5 for ``mmlu`` and none for the
+            rest.
+        batch_size: Sequences in one pass of the model, for tasks.
+        notify: Told the progress of tasks.
 
     Returns:
-        ``{"perplexity": {corpus: value}}``.
+        ``{"perplexity": {corpus: value}}``; with tasks also ``"tasks"``, a ``TaskResult`` by name, and ``"average"``,
+        their mean, None where a metric is no share of right answers.
+
+    Raises:
+        InputError: something named here does not exist or cannot be used; lm-eval is missing.
     """
-    require_context(model, seqlen)
-    found = {
-        name: perplexity(model, evaluation_windows(name, tokenizer, seqlen=seqlen, limit=limit))
-        for name in perplexity_on
-    }
-    return {"perplexity": found}
+    loaded = tasks if isinstance(tasks, LoadedTasks) else load_tasks(tasks, path=task_path, fewshot=fewshot)
+    if perplexity_on:
+        require_context(model, seqlen)
+    found: Evaluation = {"perplexity": {}}
+    for name in perplexity_on:
+        found["perplexity"][name] = perplexity(model, evaluation_windows(name, tokenizer, seqlen=seqlen, limit=limit))
+    if loaded.items:
+        found["tasks"] = measure_tasks(model, tokenizer, loaded, limit=limit, batch_size=batch_size, notify=notify)
+        found["average"] = average(found["tasks"])
+    return found
 
 
 def require_context(model: PreTrainedModel, seqlen: int, option: str = "seqlen") -> None:
