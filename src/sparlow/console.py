@@ -14,7 +14,7 @@ from rich.table import Table
 from sparlow.algorithms import Algorithm
 from sparlow.comparison import Comparison
 from sparlow.model.inspection import LayerInfo
-from sparlow.page import megabytes, summary_rows
+from sparlow.page import megabytes, perplexities_of_finetuning, summary_rows
 from sparlow.progress import Notify, Progress
 from sparlow.report import Report
 
@@ -36,7 +36,7 @@ def progress() -> Iterator[Notify]:
         def show(step: Progress) -> None:
             if step.stage not in tasks:
                 tasks[step.stage] = bars.add_task(step.stage, total=step.total, note="")
-            note = f"{step.layer.name}: relative error {step.layer.relative_error:.5f}" if step.layer else ""
+            note = f"{step.layer.name}: relative error {step.layer.relative_error:.5f}" if step.layer else step.note
             bars.update(tasks[step.stage], completed=step.done, note=note)
 
         yield show
@@ -45,8 +45,10 @@ def progress() -> Iterator[Notify]:
 def _plain_line(step: Progress) -> None:
     if step.layer is not None:
         return
-    if step.stage.endswith("blocks") or step.done == step.total:
-        err.print(f"{step.stage}: {step.done} of {step.total}", highlight=False)
+    tenth = step.note and step.done % max(step.total // 10, 1) == 0  # of what has hundreds of steps
+    if step.stage.endswith("blocks") or tenth or step.done == step.total:
+        note = f" ({step.note})" if step.note else ""
+        err.print(f"{step.stage}: {step.done} of {step.total}{note}", highlight=False)
 
 
 def show_report(report: Report) -> None:
@@ -81,6 +83,17 @@ def show_comparison(found: Comparison) -> None:
         measured = (f"{row.mean_relative_error:.5f}", f"{row.seconds:.0f}", megabytes(row.bytes))
         rows.append((row.name, *perplexities, *measured, f"{row.bits_per_weight:.2f}"))
     out.print(_table(head, rows))
+
+
+def show_finetuning(report: Report) -> None:
+    """The result of ``sparlow finetune``: perplexities and loss before and after."""
+    found = report.finetuning
+    out.print(_table(("", "before", "after"), perplexities_of_finetuning(report)))
+    out.print(
+        f"{found['steps']} steps of {found['batch'] * found['accumulate']} windows, {found['trainable']:,} numbers "
+        f"trained, loss {found['loss'][0]:.3f} → {found['loss'][-1]:.3f}, {found['seconds']:.0f} s",
+        highlight=False,
+    )
 
 
 def show_perplexities(found: Mapping[str, float], seqlen: int) -> None:

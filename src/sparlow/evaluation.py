@@ -72,11 +72,11 @@ def evaluate(
     return {"perplexity": found}
 
 
-def require_context(model: PreTrainedModel, seqlen: int) -> None:
-    """Raise InputError if windows of ``seqlen`` tokens are longer than the model was made for."""
+def require_context(model: PreTrainedModel, seqlen: int, option: str = "seqlen") -> None:
+    """Raise InputError if windows of ``seqlen`` tokens, so given by ``option``, are longer than the model reads."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if context is not None and seqlen > context:
-        raise InputError(f"The model reads at most {context} tokens, and seqlen is {seqlen}: lower --seqlen.")
+        raise InputError(f"The model reads at most {context} tokens, and {option} is {seqlen}: lower --{option}.")
 
 
 def require_tokenizer(tokenizer: PreTrainedTokenizerBase | None, name: str) -> PreTrainedTokenizerBase:

@@ -252,13 +252,8 @@ class Job:
 
     def complete_report(self) -> None:
         """Add up what the layers and the clock say."""
-        report, sizes = self.report, self.report.bytes
-        sizes["compressed"] = sizes["dense"] - sizes["linears_dense"] + sizes["linears_compressed"]
-        report.values = {
-            "linears_dense": sum(layer.shape[0] * layer.shape[1] for layer in report.layers),
-            "linears_compressed": sum(layer.values for layer in report.layers),
-        }
-        report.bits_per_weight = 8 * sizes["linears_compressed"] / report.values["linears_dense"]
+        report = self.report
+        report.add_up()
         report.seconds, report.peak_memory = self.clock.seconds, peak_memory()
         names = {layer: f"{self.blocks_name}.{layer.block}.{layer.name}" for layer in report.layers}
         report.warnings += [f"{names[layer]}: {warning}" for layer in report.layers for warning in layer.warnings]

@@ -125,6 +125,12 @@ class Journal:
         self.state["blocks"].append({"file": shard.file, "layers": [asdict(layer) for layer in layers]})
         self._write()
 
+    def note_copied(self, shard: ShardRecord, block: Mapping[str, Any], layers: Sequence[LayerRecord]) -> None:
+        """Record a block of another result that was written anew: its record there, with the layers as they are now."""
+        self.state["shards"][shard.file] = {"bytes": shard.bytes, "sha256": shard.sha256}
+        self.state["blocks"].append({**block, "file": shard.file, "layers": [asdict(layer) for layer in layers]})
+        self._write()
+
     def note_rest(self, rest: ShardRecord, recipe: str) -> None:
         """Record the last shard, and the recipe (TOML) in a file of its own."""
         with replacing(self.folder / "recipe.toml") as partial:
@@ -184,15 +190,17 @@ def read_records(folder: Path) -> dict[str, LayerRecord]:
 
 
 def _refuse_another(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    different = [name for name in wanted if found.get(name) != wanted[name]]
+    different = [name for name in {**wanted, **found} if found.get(name) != wanted.get(name)]
     if not different:
         return
-    old, new = found.get("recipe"), wanted["recipe"]
-    if "recipe" in different and isinstance(old, Mapping):
-        names = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
-        fields = [f"{name} ({old.get(name)} there, {new.get(name)} now)" for name in names]
-        # another recipe explains other windows, and a model opened in another type
-        different = fields + [name for name in different if name == "version"]
+    for part in ("recipe", "finetuning"):
+        old, new = found.get(part), wanted.get(part)
+        if part in different and isinstance(old, Mapping) and isinstance(new, Mapping):
+            names = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
+            fields = [f"{name} ({old.get(name)} there, {new.get(name)} now)" for name in names]
+            # other options explain other windows, and a model opened in another type
+            different = fields + [name for name in different if name == "version"]
+            break
     raise InputError(
         f"{folder} holds another run, which differs in {', '.join(different)}: "
         "repeat its command to go on with it, give another --out, or --overwrite to start again."

@@ -15,16 +15,18 @@ class Progress:
     """One step of a run.
 
     Attributes:
-        stage: What is going on: "dense perplexity", "blocks", "compressed perplexity".
+        stage: What is going on: "dense perplexity", "blocks", "compressed perplexity", "fine-tuning", …
         done: Steps finished.
         total: Steps in all.
         layer: The layer that was just compressed, if that is the step.
+        note: What else is worth showing of the step, such as its loss.
     """
 
     stage: str
     done: int
     total: int
     layer: LayerRecord | None = None
+    note: str = ""
 
 
 Notify = Callable[[Progress], None]

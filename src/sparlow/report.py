@@ -91,6 +91,7 @@ class Report:
     layers: list[LayerRecord] = field(default_factory=list)
     matching: list[dict[str, Any]] = field(default_factory=list)
     not_compressed: list[dict[str, Any]] = field(default_factory=list)
+    finetuning: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     version: int = VERSION
 
@@ -98,6 +99,16 @@ class Report:
     def mean_relative_error(self) -> float:
         """Mean over the layers."""
         return sum(layer.relative_error for layer in self.layers) / max(len(self.layers), 1)
+
+    def add_up(self) -> None:
+        """Fill in what follows from the layers and from ``linears_dense`` and ``linears_compressed`` of ``bytes``."""
+        sizes = self.bytes
+        sizes["compressed"] = sizes["dense"] - sizes["linears_dense"] + sizes["linears_compressed"]
+        self.values = {
+            "linears_dense": sum(layer.shape[0] * layer.shape[1] for layer in self.layers),
+            "linears_compressed": sum(layer.values for layer in self.layers),
+        }
+        self.bits_per_weight = 8 * sizes["linears_compressed"] / self.values["linears_dense"]
 
     def to_json(self) -> str:
         """The text of ``report.json``."""

@@ -100,10 +100,17 @@ class CheckpointWriter:
         cast = {name for name, t in state.items() if t.dtype == self._computed} - self._kept
         return {name: t.to(self._stored) if name in cast else t for name, t in state.items()}
 
-    def finish(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+    def finish(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, *, plain: bool = False
+    ) -> None:
         """Write the index, the generation config, the tokenizer and at last ``config.json``.
 
         What is compressed is read from the shards, which may come from an earlier run.
+
+        Args:
+            model: the model.
+            tokenizer: its tokenizer.
+            plain: no layer is compressed, and transformers is to open the directory without sparlow.
 
         Raises:
             RunError: a shard is missing or damaged, or something cannot be written.
@@ -117,7 +124,7 @@ class CheckpointWriter:
                 model.generation_config.to_json_file(path, keys_to_pop=["compile_config"])
             if tokenizer is not None:
                 tokenizer.save_pretrained(self._folder)
-            self._write_config(model, SparlowConfig(layer_records(headers)))
+            self._write_config(model, None if plain else SparlowConfig(layer_records(headers)))
         except (InputError, OSError) as problem:
             raise RunError(f"cannot finish {self._folder}: {problem}") from problem
 
@@ -127,9 +134,12 @@ class CheckpointWriter:
         with replacing(self._folder / INDEX) as partial:
             partial.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", "utf-8")
 
-    def _write_config(self, model: PreTrainedModel, quantization: SparlowConfig) -> None:
+    def _write_config(self, model: PreTrainedModel, quantization: SparlowConfig | None) -> None:
         config = copy.deepcopy(model.config)
-        config.quantization_config = quantization.to_dict()
+        if quantization is not None:
+            config.quantization_config = quantization.to_dict()
+        elif hasattr(config, "quantization_config"):
+            del config.quantization_config
         config.architectures = [type(model).__name__]
         config.dtype = self._stored
         if model.is_remote_code():

@@ -17,7 +17,8 @@ Calibration (`calibration_windows`) follows one rule for every corpus:
    long documents, which lie end to end with their first, and windows cut from the pack. The pack is all that is left,
    short documents and the ends of long ones, joined in visiting order by the tokenizer's end-of-text token, if any.
 
-No two windows overlap, and any text of at least `samples · seqlen` tokens is enough. After 200 visits a sample the
+No two windows overlap, and any text of at least `samples · seqlen` tokens is enough (`training_windows` takes fewer
+windows where there is less). After 200 visits a sample the
 search for long documents ends as soon as what was visited suffices. Tokens are the text's own: no window has a
 beginning-of-text token, for windows from the middle of a document have none either.
 
@@ -28,6 +29,6 @@ file joined by spaces and cut to 256 windows; everything else is joined by two l
 """
 
 from sparlow.text.corpora import CORPORA
-from sparlow.text.windows import calibration_windows, evaluation_windows, fingerprint
+from sparlow.text.windows import calibration_windows, evaluation_windows, fingerprint, training_windows
 
-__all__ = ["CORPORA", "calibration_windows", "evaluation_windows", "fingerprint"]
+__all__ = ["CORPORA", "calibration_windows", "evaluation_windows", "fingerprint", "training_windows"]

@@ -36,6 +36,38 @@ def calibration_windows(
     Raises:
         InputError: the corpus does not exist, cannot be read or has too little text, or a number is out of range.
     """
+    chosen, tokens = _draw(corpus, tokenizer, samples, seqlen, seed)
+    if len(chosen) < samples:
+        raise InputError(
+            f"{corpus} holds {tokens:,} tokens; {samples} samples of {seqlen} need at least {samples * seqlen:,}: "
+            "lower --samples or --seqlen, or give more text."
+        )
+    return torch.stack(chosen)
+
+
+def training_windows(
+    corpus: str, tokenizer: "PreTrainedTokenizerBase", *, samples: int, seqlen: int, seed: int
+) -> Tensor:
+    """Draw windows as `calibration_windows` does, but no more than the text has: training may read them again.
+
+    Returns:
+        Token ids (at least 1 and at most `samples`, seqlen), int64; no two windows overlap.
+
+    Raises:
+        InputError: the corpus does not exist, cannot be read or fills no window, or a number is out of range.
+    """
+    chosen, tokens = _draw(corpus, tokenizer, samples, seqlen, seed)
+    if not chosen:
+        raise InputError(
+            f"{corpus} holds {tokens:,} tokens, one window needs {seqlen:,}: lower --block-size, or give more text."
+        )
+    return torch.stack(chosen)
+
+
+def _draw(
+    corpus: str, tokenizer: "PreTrainedTokenizerBase", samples: int, seqlen: int, seed: int
+) -> tuple[list[Tensor], int]:
+    """Return at most `samples` windows, and how many tokens were read."""
     _require_at_least("samples", samples, 1)
     _require_at_least("seqlen", seqlen, 1)
     _require_at_least("seed", seed, 0)
@@ -50,12 +82,7 @@ def calibration_windows(
         spare += _pack(pieces, tokenizer.eos_token_id, seqlen)
         rng.shuffle(spare)
         chosen += spare[: samples - len(chosen)]
-    if len(chosen) < samples:
-        raise InputError(
-            f"{corpus} holds {tokens:,} tokens; {samples} samples of {seqlen} need at least {needed:,}: "
-            "lower --samples or --seqlen, or give more text."
-        )
-    return torch.stack(chosen)
+    return chosen, tokens
 
 
 def evaluation_windows(
