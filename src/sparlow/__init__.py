@@ -13,6 +13,7 @@ from sparlow.algorithms import Decomposition, decompose, decomposer, pruner
 from sparlow.compression import compress
 from sparlow.errors import InputError, RunError
 from sparlow.evaluation import evaluate
+from sparlow.finetuning import finetune
 from sparlow.linalg.patterns import NM, Unstructured
 from sparlow.model.checkpoint import load
 from sparlow.model.layers import SparseLowRankLinear
@@ -35,6 +36,7 @@ __all__ = [
     "decompose",
     "decomposer",
     "evaluate",
+    "finetune",
     "load",
     "pruner",
 ]

@@ -5,6 +5,7 @@ import inspect as reflection
 import json
 import logging
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -22,6 +23,7 @@ from sparlow.compression import pick_device
 from sparlow.errors import InputError, RunError
 from sparlow.evaluation import Evaluation, require_tokenizer
 from sparlow.evaluation import evaluate as measure
+from sparlow.finetuning import finetune as run_finetuning
 from sparlow.model.inspection import describe
 from sparlow.model.shards import replacing
 from sparlow.model.source import for_computing, open_model
@@ -70,6 +72,7 @@ def _quiet_libraries() -> None:
     from datasets.utils import disable_progress_bars
     from transformers.utils import logging
 
+    warnings.filterwarnings("ignore", category=FutureWarning)  # for their developers
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     disable_progress_bars()
@@ -282,6 +285,60 @@ def evaluate(
 
 
 @app.command()
+def finetune(
+    directory: Annotated[Path, typer.Argument(help="A directory that sparlow wrote.")],
+    out: Out,
+    dataset: Annotated[str, typer.Option(help="c4, wikitext2, ptb, builtin, a file or a hub data set.")] = "c4",
+    steps: Annotated[int, typer.Option(help="Of the optimiser.")] = 500,
+    lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 1e-4,
+    rank: Annotated[int | None, typer.Option(help="For a model that was only pruned. [default: 16]")] = None,
+    block_size: Annotated[int, typer.Option(help="Tokens a window.")] = 1024,
+    batch: Annotated[int, typer.Option(help="Windows at a time.")] = 4,
+    accumulate: Annotated[int, typer.Option(help="Batches a step.")] = 4,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16.")] = False,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
+    ] = False,
+    report_to: Annotated[str, typer.Option(help="Trainer's integrations, such as tensorboard.")] = "none",
+    peft: Annotated[Path | None, typer.Option(help="Folder for the adapter in PEFT's form, with its base.")] = None,
+    evaluate: Evaluate = "builtin",
+    limit: Limit = None,
+    device: Device = "auto",
+    seed: Annotated[int, typer.Option(help="Of the text and its order.")] = 0,
+    overwrite: Overwrite = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Train the low-rank part of DIRECTORY by LoRA, the sparse part frozen; the result has the same form."""
+    with _resumable("checkpoint"), console.progress() as notify:
+        report = run_finetuning(
+            directory,
+            out,
+            dataset=dataset,
+            steps=steps,
+            lr=lr,
+            rank=rank,
+            block_size=block_size,
+            batch=batch,
+            accumulate=accumulate,
+            bf16=bf16,
+            gradient_checkpointing=gradient_checkpointing,
+            report_to=report_to,
+            peft=peft,
+            evaluate=_split(evaluate),
+            limit=limit,
+            device=device,
+            seed=seed,
+            overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
+            notify=notify,
+        )
+    console.show_finetuning(report)
+    console.out.print(f"written to {out}: open {out / 'report.html'}", markup=False, highlight=False)
+    if peft:
+        console.out.print(f"the adapter lies in {peft}, its base in {peft / 'base'}", markup=False, highlight=False)
+
+
+@app.command()
 def inspect(
     directory: Annotated[Path, typer.Argument(help="A directory that sparlow wrote.")],
     verify: Annotated[bool, typer.Option("--verify", help="Read everything: checksums, pattern, density.")] = False,
@@ -341,12 +398,12 @@ def demo(
 
 
 @contextmanager
-def _resumable() -> Iterator[None]:
+def _resumable(unit: str = "finished block") -> Iterator[None]:
     """Say how to go on after Ctrl-C, which typer then turns into the exit code 130."""
     try:
         yield
     except KeyboardInterrupt:
-        console.err.print("stopped: the same command resumes the run from its last finished block")
+        console.err.print(f"stopped: the same command resumes the run from its last {unit}")
         raise
 
 

@@ -15,7 +15,7 @@ from sparlow.algorithms import Algorithm
 from sparlow.comparison import Comparison
 from sparlow.evaluation import Evaluation
 from sparlow.model.inspection import LayerInfo
-from sparlow.page import megabytes, summary_rows
+from sparlow.page import megabytes, perplexities_of_finetuning, summary_rows
 from sparlow.progress import Notify, Progress
 from sparlow.report import Report
 from sparlow.tasks import TaskResult
@@ -88,15 +88,9 @@ def show_comparison(found: Comparison) -> None:
 
 
 def show_finetuning(report: Report) -> None:
-    """The result of ``sparlow finetune``: perplexities of the dense model, before and after, and the loss."""
+    """The result of ``sparlow finetune``: perplexities and loss before and after."""
     found = report.finetuning
-    before, after = found["perplexity"]["before"], found["perplexity"]["after"]
-    dense = report.dense["perplexity"]
-    rows = [
-        (f"perplexity, {name}", f"{dense[name]:.2f}" if name in dense else "–", f"{before[name]:.2f}", f"{value:.2f}")
-        for name, value in after.items()
-    ]
-    out.print(_table(("", "dense", "before", "after"), rows))
+    out.print(_table(("", "before", "after"), perplexities_of_finetuning(report)))
     out.print(
         f"{found['steps']} steps of {found['batch'] * found['accumulate']} windows, {found['trainable']:,} numbers "
         f"trained, loss {found['loss'][0]:.3f} → {found['loss'][-1]:.3f}, {found['seconds']:.0f} s",

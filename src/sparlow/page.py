@@ -33,6 +33,7 @@ def html(report: Report) -> str:
         f"<h1>{escape(title)}</h1>",
         _table(("", "dense", "compressed"), summary_rows(report)),
         *(f'<p class="warning">{escape(warning)}</p>' for warning in report.warnings),
+        *_finetuning(report),
         "<h2>Relative error by layer</h2>",
         *(_bars(name, rows) for name, rows in _by_kind(report.layers).items()),
         "<h2>Layers</h2>",
@@ -50,6 +51,25 @@ def html(report: Report) -> str:
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body>{body}</body></html>\n"
     )
+
+
+def _finetuning(report: Report) -> list[str]:
+    """What fine-tuning did, if anything."""
+    if not report.finetuning:
+        return []
+    shown = {name: value for name, value in report.finetuning.items() if name not in ("loss", "perplexity", "versions")}
+    shown |= {"first loss": report.finetuning["loss"][0], "last loss": report.finetuning["loss"][-1]}
+    return [
+        "<h2>Fine-tuning</h2>",
+        _table(("", "before", "after"), perplexities_of_finetuning(report)),
+        _table(("field", "value"), ((name, _text(value)) for name, value in shown.items())),
+    ]
+
+
+def perplexities_of_finetuning(report: Report) -> list[tuple[str, str, str]]:
+    """A row a corpus: name, before, after."""
+    before, after = (report.finetuning["perplexity"][when] for when in ("before", "after"))
+    return [(f"perplexity, {name}", _perplexity(before[name]), _perplexity(value)) for name, value in after.items()]
 
 
 def summary_rows(report: Report) -> list[tuple[str, str, str]]:

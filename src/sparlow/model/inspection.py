@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
@@ -78,6 +79,30 @@ def verify(folder: Path, check_pattern: Callable[[str, Tensor], str | None] | No
     problems += [f"{name} is not in {file.name}" for name, file in index.items() if name not in headers]
     found = (_layer_problem(layer, headers[f"{layer.name}.values"].file, check_pattern) for layer in layers)
     return problems + [problem for problem in found if problem]
+
+
+def changed_sparse_parts(before: Path, after: Path) -> list[str]:
+    """Return the layers of which S differs, in support or in any bit of a value, between two directories.
+
+    Args:
+        before: a finished directory.
+        after: one of the same model; its shards are enough.
+
+    Raises:
+        InputError: a shard is missing or damaged.
+    """
+    old = read_headers(sorted(set(read_index(Path(before)).values())))
+    new = read_headers(sorted(Path(after).glob("*.safetensors")))
+    parts = [name for name in {**old, **new} if name.endswith((".values", ".mask"))]
+    changed = [name for name in parts if not (name in old and name in new and _same(name, old[name], new[name]))]
+    return sorted({name.rpartition(".")[0] for name in changed})
+
+
+def _same(name: str, one: Header, other: Header) -> bool:
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    with safe_open(one.file, framework="pt") as old, safe_open(other.file, framework="pt") as new:
+        return torch.equal(old.get_tensor(name).view(torch.uint8), new.get_tensor(name).view(torch.uint8))
 
 
 def _checksum_problems(folder: Path) -> list[str]:
