@@ -142,12 +142,6 @@ class Journal:
         self.state["blocks"].append({**block, "file": shard.file, "layers": [asdict(layer) for layer in layers]})
         self._write()
 
-    def note_copied(self, shard: ShardRecord, block: Mapping[str, Any], layers: Sequence[LayerRecord]) -> None:
-        """Record a block of another result that was written anew: its record there, with the layers as they are now."""
-        self.state["shards"][shard.file] = {"bytes": shard.bytes, "sha256": shard.sha256}
-        self.state["blocks"].append({**block, "file": shard.file, "layers": [asdict(layer) for layer in layers]})
-        self._write()
-
     def note_rest(self, rest: ShardRecord, recipe: str) -> None:
         """Record the last shard, and the recipe (TOML) in a file of its own."""
         with replacing(self.folder / "recipe.toml") as partial:

@@ -1,0 +1,232 @@
+"""The command line documented with the 3BASiL paper, as a thin translation to sparlow.
+
+    python run.py --model_name_or_path MODEL --output_dir DIR --do_eval --compression_alg 3basil
+        --compression_ratio 0.5 --prunen 0 --prunem 0 --rank_ratio -1 --lora_num_ranks 128
+
+Every documented argument is in ``ARGUMENTS`` with its meaning and default; a default that differs says so. The
+equivalent ``sparlow compress`` command is printed first: whoever starts anew should use that one.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import sparlow
+from sparlow import console
+from sparlow.algorithms import find
+from sparlow.errors import InputError, RunError
+from sparlow.model.shards import replacing
+from sparlow.model.source import for_computing, open_model
+from sparlow.recipe import Recipe
+
+DENSE = "dense"
+CORPORA = "wikitext2,ptb,c4"
+ALGORITHMS = (
+    *("sparsegpt", "alps", "wanda", "3basil", "oats", "hassle-free-sparsegpt", "hassle-free-alps"),
+    *("eora_sparsegpt", "eora_alps", DENSE),
+)
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One argument: how it is read, what it stands for if left out (as typed, where it is a flag), what it means."""
+
+    name: str
+    kind: Any
+    default: Any
+    help: str
+
+
+def flag(text: str) -> bool:
+    """Read True or False, as the paper's commands write them."""
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"write True or False, not {text}")
+    return text.lower() == "true"
+
+
+ARGUMENTS = (
+    Argument("model_name_or_path", str, None, "hub id, directory or .gguf file (required)"),
+    Argument("output_dir", str, None, "directory for the result; an unfinished one is resumed (required)"),
+    Argument("compression_alg", str, "3basil", ", ".join(ALGORITHMS)),
+    Argument("compression_ratio", float, -1.0, "sparsity of S or, with --rank_ratio, fraction of all values removed"),
+    Argument("prunen", int, 0, "N of N:M: how many of M are kept; 0 for unstructured"),
+    Argument("prunem", int, 0, "M of N:M; 0 for unstructured"),
+    Argument("rank_ratio", float, -1.0, "share of the kept values in the low-rank part; -1 for a fixed rank"),
+    Argument("lora_num_ranks", int, 64, "fixed rank, where --rank_ratio is -1; also of a fine-tuned pruned model"),
+    Argument("enable_transformer_matching", flag, "True", "train every block towards the dense one after compression"),
+    Argument("chunk_size", int, 8, "windows a step of transformer matching"),
+    Argument("n_iters", int, 20, "epochs of transformer matching"),
+    Argument("lr_init", float, 2e-5, "learning rate of transformer matching"),
+    Argument(
+        "enable_owl_deltas",
+        flag,
+        "False",
+        "non-uniform sparsity by OWL, measured on the data (documented default: True, which had an effect only where a "
+        "file of deltas had been computed beforehand)",
+    ),
+    Argument("nsamples", int, 128, "calibration windows"),
+    Argument("seqlen", int, 2048, "tokens a window"),
+    Argument("calibration_dataset", str, "c4", "c4, wikitext2, ptb or any corpus of sparlow"),
+    Argument("percdamp", float, 0.01, "times mean(diag H), added to the diagonal of H"),
+    Argument("hess_diag", flag, "False", "add hess_percdamp times diag(H) too"),
+    Argument("hess_percdamp", float, 0.005, "see --hess_diag"),
+    Argument("seed", int, 42, "of the choice of windows"),
+    Argument("n_iters_oats_hassle_free", int, 80, "rounds of oats and hassle-free"),
+    Argument("per_device_eval_batch_size", int, 8, "examples of a zero-shot task at a time"),
+    Argument("dataset_name", str, "c4", "text to fine-tune on"),
+)
+OWN = (  # not in the paper's command line: what is needed where its data sets cannot be reached
+    Argument("eval_datasets", str, CORPORA, "corpora or files for perplexity with --do_eval"),
+    Argument("eval_tasks", str, "paper", "zero-shot tasks with --do_eval; '' for none"),
+    Argument("task_path", str, None, "folder of task files that take precedence"),
+    Argument("limit", int, None, "at most so many windows, and examples of a task, with --do_eval"),
+    Argument("train_steps", int, None, "steps of fine-tuning with --do_train"),
+)
+SWITCHES = {
+    "do_eval": "measure perplexity and the eight zero-shot tasks",
+    "do_train": "fine-tune the low-rank part after compression",
+    "overwrite_output_dir": "replace a finished result",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Translate, compress, evaluate, fine-tune; 0 done, 1 the run failed, 2 bad usage or input."""
+    args = _parser().parse_args(arguments)
+    try:
+        _run(args)
+    except (InputError, RunError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201 - a script
+        return 2 if isinstance(error, InputError) else 1
+    return 0
+
+
+def recipe_of(args: argparse.Namespace) -> Recipe:
+    """The recipe that the arguments stand for."""
+    algorithm, _ = find(args.compression_alg)
+    if (args.prunen == 0) != (args.prunem == 0):
+        raise InputError("--prunen and --prunem are both 0 (unstructured) or both not.")
+    fields: dict[str, Any] = {
+        "algorithm": args.compression_alg,
+        "options": {"rounds": args.n_iters_oats_hassle_free} if "rounds" in algorithm.options else {},
+        "allocate": "owl" if args.enable_owl_deltas and not args.prunem else "uniform",
+        "calibration": args.calibration_dataset,
+        "samples": args.nsamples,
+        "seqlen": args.seqlen,
+        "seed": args.seed,
+        "damping": args.percdamp,
+        "relative_damping": args.hess_percdamp if args.hess_diag else 0.0,
+    }
+    if args.enable_transformer_matching:
+        matching = {"match_epochs": args.n_iters, "match_lr": args.lr_init, "match_batch": args.chunk_size}
+        fields |= {"match": True, "match_preset": "paper", **matching}
+    return Recipe(**fields, **_budget(args, prunes=algorithm.kind == "pruner"))
+
+
+def _budget(args: argparse.Namespace, *, prunes: bool) -> dict[str, Any]:
+    """Pattern and rank, or compression and share."""
+    if not args.prunem and args.compression_ratio < 0:
+        raise InputError("Give --compression_ratio, or --prunen and --prunem.")
+    pattern = f"{args.prunen}:{args.prunem}" if args.prunem else None
+    if args.rank_ratio < 0 or prunes:
+        rank = None if prunes else args.lora_num_ranks
+        return {"pattern": pattern or str(args.compression_ratio), "rank": rank}
+    if pattern:
+        return {"pattern": pattern, "compression": args.compression_ratio}
+    return {"compression": args.compression_ratio, "rank_share": args.rank_ratio}
+
+
+def command_of(model: str, out: str, recipe: Recipe) -> list[str]:
+    """The words of the ``sparlow compress`` command that does the same."""
+    usual = Recipe().to_dict()
+    words = ["sparlow", "compress", model, "--out", out]
+    for name, value in recipe.to_dict().items():
+        if name == "options":
+            words += [word for key, given in value.items() for word in ("--option", f"{key}={given}")]
+        elif name == "match":
+            words += ["--match"] if value else []
+        elif value != usual.get(name):
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    return words
+
+
+def _run(args: argparse.Namespace) -> None:
+    out = Path(args.output_dir)
+    result: str | Path = args.model_name_or_path
+    if args.compression_alg != DENSE:
+        recipe = recipe_of(args)
+        words = [*command_of(args.model_name_or_path, str(out), recipe), "--evaluate", ""]
+        console.out.print(shlex.join(words), markup=False, highlight=False)
+        with console.progress() as notify:
+            sparlow.compress(
+                args.model_name_or_path,
+                recipe,
+                out=out,
+                evaluate=(),
+                overwrite=args.overwrite_output_dir,
+                notify=notify,
+            )
+        result = out
+    if args.do_train:
+        result = _fine_tuned(args, result)
+    if args.do_eval:
+        _evaluate(args, result, out)
+
+
+def _fine_tuned(args: argparse.Namespace, result: str | Path) -> Path:
+    if args.compression_alg == DENSE:
+        raise InputError("--do_train goes on from a compressed model: choose another --compression_alg than dense.")
+    tuned = Path(f"{args.output_dir}-finetuned")
+    steps = {} if args.train_steps is None else {"steps": args.train_steps}
+    sparlow.finetune(result, tuned, dataset=args.dataset_name, rank=args.lora_num_ranks, seed=args.seed, **steps)
+    return tuned
+
+
+def _evaluate(args: argparse.Namespace, result: str | Path, out: Path) -> None:
+    opened = open_model(str(result))
+    if opened.tokenizer is None:
+        raise InputError(f"{result} has no tokenizer.")
+    found = sparlow.evaluate(
+        for_computing(opened.model),
+        opened.tokenizer,
+        perplexity_on=_split(args.eval_datasets),
+        seqlen=args.seqlen,
+        limit=args.limit,
+        tasks=_split(args.eval_tasks),
+        task_path=args.task_path,
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    with replacing(out / "evaluation.json") as partial:
+        partial.write_text(json.dumps({"model": str(result), **found}, indent=2) + "\n", encoding="utf-8")
+    console.show_perplexities(found["perplexity"], args.seqlen)
+
+
+def _split(names: str) -> list[str]:
+    return [name.strip() for name in names.split(",") if name.strip()]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0], allow_abbrev=False)
+    for argument in (*ARGUMENTS, *OWN):
+        required = argument.name in ("model_name_or_path", "output_dir")
+        help_text = argument.help if required else f"{argument.help} (default: {argument.default})"
+        choices = ALGORITHMS if argument.name == "compression_alg" else None
+        parser.add_argument(
+            f"--{argument.name}",
+            type=argument.kind,
+            default=argument.default,
+            help=help_text.replace("%", "%%"),
+            required=required,
+            choices=choices,
+        )
+    for name, meaning in SWITCHES.items():
+        parser.add_argument(f"--{name}", action="store_true", help=meaning)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
