@@ -35,6 +35,7 @@ from sparlow.text import evaluation_windows, training_windows
 from sparlow.training import STAGE, Plan, train
 
 OURS, SAME, OTHER = "U V", "fresh, on the same S", "fresh, on a pruned model"
+LINES = ("-", "--", ":", "-.")  # of the learning rates
 
 
 @dataclass(frozen=True)
@@ -98,11 +99,9 @@ def draw(runs: Sequence[dict[str, Any]], file: Path) -> None:
         panel = figure.subplots()
         for found in runs:
             points = [(point["step"], point["value"]) for point in found["perplexity"]]
-            look = {
-                "color": f"C{names.index(found['start'])}",
-                "linestyle": ("-", "--", ":", "-.")[rates.index(found["lr"]) % 4],
-            }
-            panel.plot(*zip(*points, strict=True), marker=".", label=f"{found['start']}, lr {found['lr']:g}", **look)
+            color, line = f"C{names.index(found['start'])}", LINES[rates.index(found["lr"]) % len(LINES)]
+            label = f"{found['start']}, lr {found['lr']:g}"
+            panel.plot(*zip(*points, strict=True), marker=".", color=color, linestyle=line, label=label)
         panel.set(yscale="log", xlabel="steps", ylabel="perplexity")
         panel.legend(frameon=False)
         with replacing(file) as partial:

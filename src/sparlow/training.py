@@ -98,8 +98,8 @@ def check_possible(plan: Plan, device: str) -> None:
     Raises:
         InputError: It cannot.
     """
-    from transformers.integrations import get_available_reporting_integrations
-    from transformers.utils import is_torch_bf16_gpu_available
+    from transformers.integrations.integration_utils import get_available_reporting_integrations
+    from transformers.utils.import_utils import is_torch_bf16_gpu_available
 
     if plan.report_to not in ("none", "all"):
         found = get_available_reporting_integrations()

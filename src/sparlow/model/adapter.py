@@ -1,9 +1,9 @@
 """Between compressed layers and PEFT: S as a plain frozen linear layer, U V as the LoRA adapter on it.
 
 PEFT computes W x + (alpha / r) B A x. With W = S, B = U, A = V and alpha = r the scale is exactly 1, whatever the ranks
-of the layers, so nothing is rounded on the way there or back: the function is the compressed layer's. A published alpha
-of 16 with B = U · r / 16 is the same function too; Adam's steps do not depend on the scale of a gradient, so there it
-only means a learning rate of U that is 16 / r times this one.
+of the layers, so nothing is rounded on the way there or back: the function is the compressed layer's. The paper's alpha
+of 16 would store B = U · r / 16 for the same function. Adam's steps do not depend on the scale of a gradient, so all it
+changes, but for clipping, is that the learning rate of U is 16 / r times that of V; at rank 16 the two agree.
 """
 
 from collections import Counter
