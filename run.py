@@ -202,7 +202,7 @@ def _evaluate(args: argparse.Namespace, result: str | Path, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     with replacing(out / "evaluation.json") as partial:
         partial.write_text(json.dumps({"model": str(result), **found}, indent=2) + "\n", encoding="utf-8")
-    console.show_perplexities(found["perplexity"], args.seqlen)
+    console.show_evaluations({str(result): found}, args.seqlen)
 
 
 def _split(names: str) -> list[str]:

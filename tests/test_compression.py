@@ -38,6 +38,7 @@ KEYS = {  # of report.json: design 4b, and which model and which version of the 
     "peak_memory",
     "layers",
     "matching",
+    "finetuning",
     "not_compressed",
     "warnings",
     "model",

@@ -81,7 +81,7 @@ def test_the_commands_of_the_paper_word_for_word(script, name):
             {"pattern": "2:4", "rank": None, "compression": 0.4},
         ),
         ("--lora_num_ranks 7", {"rank": 7}),
-        ("--enable_transformer_matching False", {"match": False, "match_preset": "default"} | dict.fromkeys(MATCHED)),
+        ("--enable_transformer_matching False", {name: getattr(Recipe(), name) for name in MATCHED}),
         ("--chunk_size 4", {"match_batch": 4}),
         ("--n_iters 3", {"match_epochs": 3}),
         ("--lr_init 1e-3", {"match_lr": 1e-3}),
@@ -107,10 +107,6 @@ def test_the_commands_of_the_paper_word_for_word(script, name):
 )
 def test_what_an_argument_stands_for(script, words, changes):
     base = {"pattern": "0.5", "rank": 64, "seed": 42, "damping": 0.01, "relative_damping": 0.0, **MATCHED}
-    if changes.get("match") is False:
-        changes = {name: changes[name] for name in ("match", "match_preset")} | dict.fromkeys(
-            ("match_epochs", "match_lr", "match_batch")
-        )
     assert recipe_of(script, "--compression_ratio 0.5 " + words) == Recipe(**(base | changes))
 
 

@@ -1,5 +1,6 @@
 """Many methods on one model: the same text, one dense evaluation, a directory a method, one table, two figures."""
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -143,7 +144,8 @@ def compare(
     out, first = Path(out), next(iter(recipes.values()))
     seqlen = evaluate_seqlen or first.seqlen
     _check(recipes, out, overwrite=overwrite)
-    opened, storage = open_dense(model, None, first, device, trust_remote_code=trust_remote_code)
+    opening = functools.partial(open_dense, model, None, device=device, trust_remote_code=trust_remote_code)
+    opened, storage = opening(first)
     for recipe in recipes.values():
         budgets(*decoder_blocks(opened.model), recipe)
     windows, texts = windows_to_calibrate(None, opened, first), windows_to_evaluate(evaluate, opened, seqlen, limit)
@@ -151,14 +153,15 @@ def compare(
         opened.name, first.to_dict(), {"seqlen": seqlen, "windows": {n: len(w) for n, w in texts.items()}}
     )
     known: dict[str, float] = {}
+    fresh = [(opened, storage)]
     for name, recipe in recipes.items():
-        if found.rows or found.failed:  # the one before was compressed in place
-            opened, storage = open_dense(model, None, recipe, device, trust_remote_code=trust_remote_code)
+        opened, storage = fresh.pop() if fresh else opening(recipe)
         job = Job(opened, storage, recipe, windows, _labelled(notify, name))
         job.write_to(out / name, overwrite=overwrite)
         job.known_dense |= known
         _run(name, job, texts, found)
         known |= job.known_dense
+        del job, opened  # compressed in place; freed before the next is opened
         found.write(out)
     draw(found, out)
     return found

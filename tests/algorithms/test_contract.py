@@ -216,7 +216,8 @@ def test_scaling_the_weight_scales_the_answer(algorithm, pattern):
     plain = solved(algorithm.name, pattern)
     halved, tripled = (run(algorithm, factor * W, gram, pattern) for factor in (2.0**-6, 3.0))
     torch.testing.assert_close(halved.dense() * 2**6, plain.dense(), rtol=1e-4, atol=1e-5)  # a power of 2 rounds alike
-    assert tripled.stats["relative_error"] == pytest.approx(plain.stats["relative_error"], rel=0.02)
+    # by 3 it does not, and an iteration may choose otherwise between near equals
+    assert tripled.stats["relative_error"] == pytest.approx(plain.stats["relative_error"], rel=0.05)
 
 
 @every_pattern
@@ -233,7 +234,7 @@ def test_permuting_the_rows_permutes_the_answer(algorithm, pattern):
     order = torch.randperm(OUT, generator=torch.Generator().manual_seed(0))
     found = run(algorithm, W[order], gram, pattern)
     # sums run in another order, and an iteration may then choose otherwise between near equals
-    assert found.stats["relative_error"] == pytest.approx(plain.stats["relative_error"], rel=0.02)
+    assert found.stats["relative_error"] == pytest.approx(plain.stats["relative_error"], rel=0.05)
     same = (found.S != 0) == (plain.S[order] != 0)
     assert same.float().mean() > 0.95
 
