@@ -10,8 +10,7 @@ from typing import Any
 
 from sparlow.errors import InputError
 
-# One line that names a task, group or tag, or an item of a list, which may be a tag.
-_NAMED = re.compile(r"""^(?:["']?(task|group|tag)["']? *:|\s*-) +["']?([^\s"'#]+)["']? *$""", re.MULTILINE)
+_NAMED = re.compile(r"""^["']?(task|group|tag)["']? *: +["']?([^\s"'#\[]+)["']? *$""", re.MULTILINE)
 
 
 class Catalogue:
@@ -36,21 +35,23 @@ class Catalogue:
         self._own = TaskManager(include_path=self._path, include_defaults=False)
 
     @cached_property
-    def _stock(self) -> tuple[dict[str, Path], set[str], set[str]]:
-        """lm-eval's tasks with their files; its tasks, groups and tags; what may be a tag too, being listed somewhere.
+    def _stock(self) -> tuple[dict[str, Path], set[str], str]:
+        """lm-eval's tasks with their files; most of its tasks, groups and tags; and all its files' text.
 
         Its own index parses 14,000 files, half a minute on a slow machine; a look for lines with names takes a second.
         """
         import lm_eval.tasks
 
         files: dict[str, Path] = {}
-        names: dict[bool, set[str]] = {True: set(), False: set()}
-        for file in sorted(Path(lm_eval.tasks.__file__).parent.rglob("*.yaml"), key=lambda file: file.as_posix()):
-            for kind, name in _NAMED.findall(file.read_text("utf-8")):
-                names[bool(kind)].add(name)
-                if kind == "task":
-                    files.setdefault(name, file)
-        return files, names[True], names[False]
+        names, texts = set(), []
+        for file in sorted(Path(lm_eval.tasks.__file__).parent.rglob("*"), key=lambda file: file.as_posix()):
+            if file.suffix in (".yaml", "") and file.is_file():  # those without ending are included by others
+                texts.append(file.read_text("utf-8", errors="replace"))
+                for kind, name in _NAMED.findall(texts[-1]):
+                    names.add(name)
+                    if kind == "task" and file.suffix:
+                        files.setdefault(name, file)
+        return files, names, "\n".join(texts)
 
     @cached_property
     def _whole(self) -> Any:  # noqa: ANN401 - a TaskManager, of a library imported only here
@@ -64,8 +65,8 @@ class Catalogue:
         for name in names:
             if name in self._own.task_index:
                 continue
-            _, known, listed = self._stock
-            if name in known or (name in listed and name in self._whole.task_index):
+            _, known, text = self._stock
+            if name in known or (name in text and name in self._whole.task_index):
                 continue
             near = difflib.get_close_matches(name, {*self._own.task_index, *known}, n=5)
             meant = f" Did you mean {', '.join(near)}?" if near else ""
