@@ -22,7 +22,9 @@ from sparlow.algorithms import find
 from sparlow.errors import InputError, RunError
 from sparlow.model.shards import replacing
 from sparlow.model.source import for_computing, open_model
+from sparlow.options import split
 from sparlow.recipe import Recipe
+from sparlow.tasks import LoadedTasks, load_tasks
 
 DENSE = "dense"
 CORPORA = "wikitext2,ptb,c4"
@@ -85,7 +87,8 @@ OWN = (  # not in the paper's command line: what is needed where its data sets c
     Argument("eval_tasks", str, "paper", "zero-shot tasks with --do_eval; '' for none"),
     Argument("task_path", str, None, "folder of task files that take precedence"),
     Argument("limit", int, None, "at most so many windows, and examples of a task, with --do_eval"),
-    Argument("train_steps", int, None, "steps of fine-tuning with --do_train"),
+    Argument("train_steps", int, 500, "steps of fine-tuning with --do_train"),
+    Argument("block_size", int, 1024, "tokens a window of fine-tuning"),
 )
 SWITCHES = {
     "do_eval": "measure perplexity and the eight zero-shot tasks",
@@ -156,6 +159,10 @@ def command_of(model: str, out: str, recipe: Recipe) -> list[str]:
 
 def _run(args: argparse.Namespace) -> None:
     out = Path(args.output_dir)
+    # loaded now, so that a wrong name or missing data is known before a long run
+    tasks = load_tasks(split(args.eval_tasks) if args.do_eval else (), path=args.task_path)
+    if args.do_train and args.compression_alg == DENSE:
+        raise InputError("--do_train goes on from a compressed model: choose another --compression_alg than dense.")
     result: str | Path = args.model_name_or_path
     if args.compression_alg != DENSE:
         recipe = recipe_of(args)
@@ -174,39 +181,36 @@ def _run(args: argparse.Namespace) -> None:
     if args.do_train:
         result = _fine_tuned(args, result)
     if args.do_eval:
-        _evaluate(args, result, out)
+        _evaluate(args, result, out, tasks)
 
 
 def _fine_tuned(args: argparse.Namespace, result: str | Path) -> Path:
-    if args.compression_alg == DENSE:
-        raise InputError("--do_train goes on from a compressed model: choose another --compression_alg than dense.")
     tuned = Path(f"{args.output_dir}-finetuned")
-    steps = {} if args.train_steps is None else {"steps": args.train_steps}
-    sparlow.finetune(result, tuned, dataset=args.dataset_name, rank=args.lora_num_ranks, seed=args.seed, **steps)
+    fresh = args.lora_num_ranks if find(args.compression_alg)[0].kind == "pruner" else None  # others keep their own
+    text = {"dataset": args.dataset_name, "block_size": args.block_size, "seed": args.seed}
+    sparlow.finetune(
+        result, tuned, steps=args.train_steps, rank=fresh, evaluate=(), overwrite=args.overwrite_output_dir, **text
+    )
     return tuned
 
 
-def _evaluate(args: argparse.Namespace, result: str | Path, out: Path) -> None:
+def _evaluate(args: argparse.Namespace, result: str | Path, out: Path, tasks: LoadedTasks) -> None:
     opened = open_model(str(result))
     if opened.tokenizer is None:
         raise InputError(f"{result} has no tokenizer.")
     found = sparlow.evaluate(
         for_computing(opened.model),
         opened.tokenizer,
-        perplexity_on=_split(args.eval_datasets),
+        perplexity_on=split(args.eval_datasets),
         seqlen=args.seqlen,
         limit=args.limit,
-        tasks=_split(args.eval_tasks),
-        task_path=args.task_path,
+        tasks=tasks,
+        batch_size=args.per_device_eval_batch_size,
     )
     out.mkdir(parents=True, exist_ok=True)
     with replacing(out / "evaluation.json") as partial:
         partial.write_text(json.dumps({"model": str(result), **found}, indent=2) + "\n", encoding="utf-8")
     console.show_evaluations({str(result): found}, args.seqlen)
-
-
-def _split(names: str) -> list[str]:
-    return [name.strip() for name in names.split(",") if name.strip()]
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -9,15 +9,18 @@ relative to tr(W H Wᵀ), of the damped H; the time is that of a block, the sum 
 
 import argparse
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from _layers import block_layers, geometric_mean, machine, write_json
 
-from sparlow.algorithms import find, solve, variants
+from sparlow.algorithms import Algorithm, find, solve, variants
 from sparlow.errors import InputError
 from sparlow.linalg.gram import Gram
 from sparlow.linalg.patterns import parse_pattern
+from sparlow.options import parse_named_pairs
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +49,13 @@ def main() -> None:
     args = parser.parse_args()
     names = args.algorithms.split(",") if args.algorithms else list(variants())
     try:
-        options = _options(args.option, names)
+        options = parse_named_pairs(args.option)
+        unknown = [name for name in options if name not in names]
+        if unknown:
+            raise InputError(f"--option {unknown[0]}.… is of no method that is run: {', '.join(names)}.")  # noqa: TRY301
         pattern = parse_pattern(args.pattern)
         layers = block_layers(args.model, args.block, corpus="builtin", samples=args.samples, seqlen=args.seqlen)
-        methods = {
-            name: (find(name)[0], find(name)[0].parse_options({**find(name)[1], **options[name]})) for name in names
-        }
+        methods = {name: _method(name, options.get(name, {})) for name in names}
     except (InputError, ValueError) as error:
         parser.error(str(error))
     rows: list[Row] = []
@@ -86,15 +90,9 @@ def _print_ratios(rows: list[Row], against: str) -> None:
             )
 
 
-def _options(pairs: list[str], names: list[str]) -> dict[str, dict[str, str]]:
-    found: dict[str, dict[str, str]] = {name: {} for name in names}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        name, dot, option = key.rpartition(".")
-        if not (equals and dot and name in found):
-            raise InputError(f"--option {pair} is not understood: write NAME.key=value of a method that is run.")
-        found[name][option] = value
-    return found
+def _method(name: str, options: Mapping[str, str]) -> tuple[Algorithm, dict[str, Any]]:
+    algorithm, implied = find(name)
+    return algorithm, algorithm.parse_options({**implied, **options})
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -153,7 +153,7 @@ def test_what_the_data_decided_is_not_measured_again(tmp_path, monkeypatch):
 
     with pytest.raises(KeyboardInterrupt):
         compress(tmp_path / "model", OWL, out=tmp_path / "out", notify=stop)
-    monkeypatch.setattr("sparlow.job.outlier_shares", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr("sparlow.job.outlier_weighed", lambda *_: pytest.fail("measured again"))
     report = compress(tmp_path / "model", OWL, out=tmp_path / "out")
     assert [layer.density for layer in report.layers] == [layer.density for layer in whole.layers]
     for shard in (tmp_path / "whole").glob("*.safetensors"):

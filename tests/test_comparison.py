@@ -122,6 +122,10 @@ def test_another_text_is_measured_on_the_results_that_are_there(place, tmp_path,
     counts = counted(monkeypatch)
     found = run(place, tmp_path / "out", METHODS[:2], texts=("other.txt", "text.txt"))
     assert counts == {"layers": 0, "perplexities": 3}  # the dense one once, two compressed ones
+    run(place, tmp_path / "out", METHODS[:2], texts=("other.txt",))
+    assert counts["perplexities"] == 3  # now both texts are on record, the dense model's figures too
+    recorded = Report.from_file(tmp_path / "out" / "wanda" / "report.json")
+    assert len(recorded.dense["perplexity"]) == len(recorded.compressed["perplexity"]) == 2
     new = run(place, tmp_path / "new", METHODS[:2], texts=("other.txt", "text.txt"))
     assert [row.perplexity for row in found.rows] == [pytest.approx(row.perplexity) for row in new.rows]
 

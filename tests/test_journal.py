@@ -37,7 +37,7 @@ def begun(folder, blocks=2):
 def finished(folder):
     run = begun(folder)
     run.note_rest(shard(folder, 2), Recipe(rank=4).to_toml())
-    run.finish({})
+    run.finish(run.dense, {})
     return run
 
 
@@ -76,7 +76,7 @@ def test_finished_comes_last(tmp_path):
     assert not (tmp_path / "recipe.toml").exists()
     run.note_rest(shard(tmp_path, 2), Recipe(rank=4).to_toml())
     assert json.loads((tmp_path / NAME).read_text())["finished"] is False
-    run.finish({})
+    run.finish(run.dense, {})
     state = json.loads((tmp_path / NAME).read_text())
     assert state["finished"] is True
     assert state["shards"].keys() == {path.name for path in tmp_path.glob("*.safetensors")}

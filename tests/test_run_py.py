@@ -12,6 +12,7 @@ from families import save_tiny
 from sparlow import cli
 from sparlow.algorithms import find
 from sparlow.journal import NAME
+from sparlow.model.layers import compressed_layers
 from sparlow.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
@@ -216,3 +217,23 @@ def test_a_finished_result_is_replaced_only_if_asked_for(script, place, tmp_path
     assert script.main(arguments) == 2
     assert "finished result" in capsys.readouterr().err
     assert script.main([*arguments, "--overwrite_output_dir"]) == 0
+
+
+@pytest.mark.parametrize("algorithm", ["wanda", "3basil"])
+def test_fine_tuning_goes_on_from_what_was_compressed(script, algorithm, place, tmp_path):
+    words = f"--compression_alg {algorithm} --compression_ratio 0.5 --lora_num_ranks 2 --do_train --do_eval"
+    more = ["--dataset_name", str(place / "text.txt"), "--train_steps", "1", "--block_size", "16"]
+    assert script.main(small(place, tmp_path / "out", words, *more)) == 0
+    tuned = sparlow.load(tmp_path / "out-finetuned")
+    assert {layer.rank for layer in compressed_layers(tuned).values()} == {2}
+    found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert found["model"] == str(tmp_path / "out-finetuned")
+
+
+def test_a_wrong_task_is_noticed_before_anything_is_compressed(script, place, tmp_path, capsys):
+    words = "--compression_alg wanda --compression_ratio 0.5 --do_eval"
+    (tmp_path / "empty").mkdir()
+    more = ["--eval_tasks", "piqa", "--task_path", str(tmp_path / "empty")]
+    assert script.main(small(place, tmp_path / "out", words, *more)) == 2
+    assert "holds no task file" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

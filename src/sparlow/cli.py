@@ -1,14 +1,12 @@
 """The command ``sparlow``: parses, calls, prints. No logic."""
 
-import functools
-import inspect as reflection
 import json
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,8 +25,19 @@ from sparlow.finetuning import finetune as run_finetuning
 from sparlow.model.inspection import describe
 from sparlow.model.shards import replacing
 from sparlow.model.source import for_computing, open_model
-from sparlow.progress import Progress
-from sparlow.recipe import Recipe
+from sparlow.options import (
+    Device,
+    Evaluate,
+    Given,
+    Limit,
+    Overwrite,
+    Trust,
+    parse_named_pairs,
+    parse_pairs,
+    split,
+    takes_recipe,
+)
+from sparlow.progress import labelled
 from sparlow.tasks import load_tasks
 from sparlow.verification import recorded_patterns, verify_artefact
 
@@ -41,12 +50,6 @@ app = typer.Typer(
 
 Model = Annotated[str, typer.Argument(help="Hub id, directory, or .gguf file.")]
 Out = Annotated[Path, typer.Option(help="Directory to write; an unfinished one is resumed.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, …")]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
-Evaluate = Annotated[str, typer.Option(help="Comma-separated corpora or files for perplexity.")]
-EvaluateSeqlen = Annotated[int | None, typer.Option(help="Tokens a window of these. [default: as --seqlen]")]
-Limit = Annotated[int | None, typer.Option(help="At most so many windows of each corpus.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a finished result in --out.")]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -78,82 +81,6 @@ def _quiet_libraries() -> None:
     disable_progress_bars()
 
 
-@dataclass(frozen=True)
-class Given:
-    """A recipe file and the options typed beside it, which take precedence."""
-
-    base: Recipe
-    changes: dict[str, Any]
-
-    def recipe(self, **more: object) -> Recipe:
-        """The file's recipe with the options, and ``more``."""
-        return self.base.changed(**self.changes, **more)
-
-
-def given_options(
-    recipe: Annotated[Path | None, typer.Option(help="TOML file; options given here take precedence over it.")] = None,
-    pattern: Annotated[str | None, typer.Option(help="2:4, 4:8, … or the fraction removed. [default: 2:4]")] = None,
-    rank: Annotated[int | None, typer.Option(help="Of the low-rank part. [default: 64; pruners 0]")] = None,
-    compression: Annotated[
-        float | None,
-        typer.Option(help="Fraction of the values removed; with --pattern or --rank-share, sets the rank."),
-    ] = None,
-    rank_share: Annotated[float | None, typer.Option(help="Of the values kept, for the low-rank part.")] = None,
-    allocate: Annotated[str | None, typer.Option(help="uniform or owl. [default: uniform]")] = None,
-    owl: Annotated[bool | None, typer.Option("--owl/--no-owl", help="The same as --allocate owl or uniform.")] = None,
-    owl_spread: Annotated[
-        float | None, typer.Option(help="Densities of blocks span twice this. [default: 0.08]")
-    ] = None,
-    owl_threshold: Annotated[
-        float | None, typer.Option(help="Outliers exceed this many times the mean. [default: 5]")
-    ] = None,
-    match: Annotated[bool | None, typer.Option("--match/--no-match", help="Match blocks. [default: no-match]")] = None,
-    match_preset: Annotated[str | None, typer.Option(help="default or paper.")] = None,
-    match_epochs: Annotated[int | None, typer.Option(help="At most. [default: the preset's]")] = None,
-    match_lr: Annotated[float | None, typer.Option(help="Of Adam for S, U, V. [default: the preset's]")] = None,
-    match_batch: Annotated[int | None, typer.Option(help="Windows a step. [default: the preset's]")] = None,
-    ignore: Annotated[
-        list[str] | None, typer.Option(help="Leave layers dense whose name ends so; * and ? work; repeatable.")
-    ] = None,
-    calibration: Annotated[
-        str | None, typer.Option(help="c4, wikitext2, ptb, builtin, self, a file or a hub data set. [default: c4]")
-    ] = None,
-    samples: Annotated[int | None, typer.Option(help="Calibration windows. [default: 128]")] = None,
-    seqlen: Annotated[int | None, typer.Option(help="Tokens a window. [default: 2048]")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the choice of windows. [default: 0]")] = None,
-    damping: Annotated[float | None, typer.Option(help="Times mean(diag H), added. [default: 0.005]")] = None,
-    relative_damping: Annotated[float | None, typer.Option(help="Times diag(H), added. [default: 0.005]")] = None,
-    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16, float16. [default: auto]")] = None,
-) -> Given:
-    """The options that make a recipe, the algorithm left out."""
-    options = {name: value for name, value in locals().items() if name not in ("recipe", "owl") and value is not None}
-    if owl is not None:
-        meant = "owl" if owl else "uniform"
-        if options.setdefault("allocate", meant) != meant:
-            raise InputError(
-                f"--{'owl' if owl else 'no-owl'} and --allocate {allocate} contradict each other: give one."
-            )
-    return Given(Recipe.from_file(recipe) if recipe else Recipe(), options)
-
-
-def takes_recipe(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the options of ``given_options`` to a command, whose parameter ``given`` receives what they make."""
-    shared, own = reflection.signature(given_options).parameters, reflection.signature(command).parameters
-
-    @functools.wraps(command)
-    def wrapper(**values: Any) -> None:  # noqa: ANN401 - options have many types
-        given = given_options(**{name: values.pop(name) for name in shared})
-        command(given=given, **values)
-
-    parameters = []
-    for name, parameter in own.items():
-        parameters += list(shared.values()) if name == "given" else [parameter]
-    keyword_only = [p.replace(kind=reflection.Parameter.KEYWORD_ONLY) for p in parameters]
-    wrapper.__signature__ = reflection.Signature(keyword_only)  # type: ignore[attr-defined]  # what typer reads
-    wrapper.__annotations__ = {p.name: p.annotation for p in keyword_only}
-    return wrapper
-
-
 @app.command()
 @takes_recipe
 def compress(
@@ -162,31 +89,14 @@ def compress(
     given: Given,
     algorithm: Annotated[str | None, typer.Option(help="See `sparlow algorithms`. [default: 3basil]")] = None,
     option: Annotated[list[str] | None, typer.Option(help="key=value of the algorithm's own; repeatable.")] = None,
-    device: Device = "auto",
-    evaluate: Evaluate = "builtin",
-    evaluate_seqlen: EvaluateSeqlen = None,
-    limit: Limit = None,
-    overwrite: Overwrite = False,
-    trust_remote_code: Trust = False,
 ) -> None:
     """Compress MODEL into the directory --out, with its perplexity beside the dense one."""
     changes: dict[str, Any] = {} if algorithm is None else {"algorithm": algorithm}
     if option or (algorithm and algorithm != given.base.algorithm):
         kept = {} if algorithm and algorithm != given.base.algorithm else given.base.options
-        changes["options"] = {**kept, **_parse_pairs(option or [])}
+        changes["options"] = {**kept, **parse_pairs(option or [])}
     with _resumable(), console.progress() as notify:
-        report = run_compression(
-            model,
-            given.recipe(**changes),
-            out=out,
-            evaluate=_split(evaluate),
-            evaluate_seqlen=evaluate_seqlen,
-            limit=limit,
-            device=device,
-            overwrite=overwrite,
-            trust_remote_code=trust_remote_code,
-            notify=notify,
-        )
+        report = run_compression(model, given.recipe(**changes), out=out, **given.run, notify=notify)
     console.show_report(report)
     console.out.print(f"written to {out}: open {out / 'report.html'}", markup=False, highlight=False)
 
@@ -199,32 +109,15 @@ def compare(
     given: Given,
     algorithms: Annotated[str, typer.Option(help="Comma-separated names, or all.")] = "all",
     option: Annotated[list[str] | None, typer.Option(help="ALGORITHM.key=value; repeatable.")] = None,
-    device: Device = "auto",
-    evaluate: Evaluate = "builtin",
-    evaluate_seqlen: EvaluateSeqlen = None,
-    limit: Limit = None,
-    overwrite: Overwrite = False,
-    trust_remote_code: Trust = False,
 ) -> None:
     """Compress MODEL by many algorithms on the same text: one table and figures in --out."""
     from sparlow.comparison import compare as run_comparison
     from sparlow.comparison import recipes_for
 
-    names = list(variants()) if algorithms == "all" else _split(algorithms)
-    recipes = recipes_for(given.recipe(), names, _parse_named_pairs(option or []))
+    names = list(variants()) if algorithms == "all" else split(algorithms)
+    recipes = recipes_for(given.recipe(), names, parse_named_pairs(option or []))
     with _resumable(), console.progress() as notify:
-        found = run_comparison(
-            model,
-            recipes,
-            out=out,
-            evaluate=_split(evaluate),
-            evaluate_seqlen=evaluate_seqlen,
-            limit=limit,
-            device=device,
-            overwrite=overwrite,
-            trust_remote_code=trust_remote_code,
-            notify=notify,
-        )
+        found = run_comparison(model, recipes, out=out, **given.run, notify=notify)
     console.show_comparison(found)
     console.out.print(f"written to {out}: compare.json and two figures", markup=False, highlight=False)
     if found.failed:
@@ -254,25 +147,21 @@ def evaluate(
     trust_remote_code: Trust = False,
 ) -> None:
     """Measure MODEL, compressed or not: perplexity, and tasks through lm-eval."""
-    loaded = load_tasks(_split(tasks), path=task_path, fewshot=fewshot)
+    loaded = load_tasks(split(tasks), path=task_path, fewshot=fewshot)
 
     def measured(name: str) -> Evaluation:
         opened = open_model(name, dtype=dtype, device=pick_device(device), trust_remote_code=trust_remote_code)
         tokenizer = require_tokenizer(opened.tokenizer, name)
         with console.progress() as notify:
-
-            def named(step: Progress) -> None:
-                notify(replace(step, stage=f"{step.stage}, {name}"))
-
             return measure(
                 for_computing(opened.model),
                 tokenizer,
-                perplexity_on=_split(perplexity),
+                perplexity_on=split(perplexity),
                 seqlen=seqlen,
                 limit=limit,
                 tasks=loaded,
                 batch_size=batch_size,
-                notify=named,
+                notify=labelled(notify, after=f", {name}"),
             )
 
     found = {name: measured(name) for name in (baseline, model) if name is not None}
@@ -324,7 +213,7 @@ def finetune(
             gradient_checkpointing=gradient_checkpointing,
             report_to=report_to,
             peft=peft,
-            evaluate=_split(evaluate),
+            evaluate=split(evaluate),
             limit=limit,
             device=device,
             seed=seed,
@@ -405,27 +294,3 @@ def _resumable(unit: str = "finished block") -> Iterator[None]:
     except KeyboardInterrupt:
         console.err.print(f"stopped: the same command resumes the run from its last {unit}")
         raise
-
-
-def _split(names: str) -> list[str]:
-    return [name.strip() for name in names.split(",") if name.strip()]
-
-
-def _parse_named_pairs(pairs: Sequence[str]) -> dict[str, dict[str, str]]:
-    found: dict[str, dict[str, str]] = {}
-    for pair, value in _parse_pairs(pairs).items():
-        name, dot, key = pair.rpartition(".")
-        if not dot:
-            raise InputError(f"--option {pair}={value} is not understood: write ALGORITHM.key=value.")
-        found.setdefault(name, {})[key] = value
-    return found
-
-
-def _parse_pairs(pairs: Sequence[str]) -> dict[str, str]:
-    found = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not equals:
-            raise InputError(f"--option {pair} is not understood: write key=value.")
-        found[name] = value
-    return found

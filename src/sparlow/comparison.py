@@ -18,7 +18,7 @@ from sparlow.journal import check_folder
 from sparlow.model.blocks import decoder_blocks
 from sparlow.model.shards import replacing
 from sparlow.pipeline import budgets
-from sparlow.progress import Notify, Progress
+from sparlow.progress import Notify, labelled
 from sparlow.recipe import Recipe
 from sparlow.report import Report, machine, plain, versions
 
@@ -156,7 +156,7 @@ def compare(
     fresh = [(opened, storage)]
     for name, recipe in recipes.items():
         opened, storage = fresh.pop() if fresh else opening(recipe)
-        job = Job(opened, storage, recipe, windows, _labelled(notify, name))
+        job = Job(opened, storage, recipe, windows, labelled(notify, before=f"{name}: "))
         job.write_to(out / name, overwrite=overwrite)
         job.known_dense |= known
         _run(name, job, texts, found)
@@ -184,10 +184,3 @@ def _run(name: str, job: Job, texts: Mapping[str, Tensor], found: Comparison) ->
     else:
         found.rows.append(Row.of(name, report))
         found.dense = {"perplexity": report.dense["perplexity"], "bytes": report.bytes["dense"]}
-
-
-def _labelled(notify: Notify, name: str) -> Notify:
-    def labelled(step: Progress) -> None:
-        notify(replace(step, stage=f"{name}: {step.stage}"))
-
-    return labelled

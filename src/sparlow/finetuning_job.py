@@ -26,7 +26,7 @@ from sparlow.model.shards import ShardRecord, read_json, replacing
 from sparlow.model.source import OpenedModel, for_computing
 from sparlow.model.storage import Storage
 from sparlow.page import write_reports
-from sparlow.progress import Notify, Progress
+from sparlow.progress import Notify, counting
 from sparlow.report import LayerRecord, Report, versions
 from sparlow.text import fingerprint as text_fingerprint
 from sparlow.training import Plan, train
@@ -114,20 +114,14 @@ class FineTuning:
         if self.places.peft:
             self.write_base(self.places.peft)
         write_reports(report, self.places.out)
-        self.journal.finish({text_fingerprint(text): after[name] for name, text in evaluation.items()})
+        found = {text_fingerprint(text): after[name] for name, text in evaluation.items()}
+        self.journal.finish(self.journal.dense, found)
         self.remove_checkpoints()
         return report
 
     def perplexity(self, stage: str, windows: Tensor) -> float:
         """Measure the model as it is; ``stage`` is what the progress bar says."""
-        done = 0
-
-        def advance(count: int) -> None:
-            nonlocal done
-            done += count
-            self.notify(Progress(stage, done, len(windows)))
-
-        return perplexity(self.model, windows, advance)
+        return perplexity(self.model, windows, counting(self.notify, stage, len(windows)))
 
     def train(self, windows: Tensor) -> list[float]:
         """Put the trained U and V into the model, rounded as they will be stored; return the losses."""

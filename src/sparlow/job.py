@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sparlow.allocation import Budget, owl_densities
+from sparlow.allocation import Budget
 from sparlow.errors import InputError
 from sparlow.evaluation import perplexity
 from sparlow.journal import Journal
-from sparlow.linalg.patterns import Unstructured
 from sparlow.model.blocks import Call, decoder_blocks, linears, not_compressed, run_block
 from sparlow.model.checkpoint import CheckpointWriter, load, read_block
 from sparlow.model.layers import compressed_layers
@@ -24,8 +23,8 @@ from sparlow.model.recording import Recording, record
 from sparlow.model.source import OpenedModel, for_computing
 from sparlow.model.storage import Storage
 from sparlow.page import write_reports
-from sparlow.pipeline import budgets, compress_block, name_what_is_not_finite, outlier_shares
-from sparlow.progress import Clock, Notify, Progress
+from sparlow.pipeline import budgets, compress_block, name_what_is_not_finite, outlier_weighed, require_finite
+from sparlow.progress import Clock, Notify, Progress, counting
 from sparlow.recipe import Recipe
 from sparlow.report import LayerRecord, Report, peak_memory, reset_peak_memory
 from sparlow.text import fingerprint as text_fingerprint
@@ -54,11 +53,12 @@ class Job:
         self.model = opened.model
         self.blocks_name, self.blocks = decoder_blocks(self.model)
         self.budgets = budgets(self.blocks_name, self.blocks, recipe)
+        require_finite(self.blocks_name, self.blocks, self.budgets)
         self.clock = Clock()
         self.report = Report(recipe=recipe.to_dict(), model=opened.name)
         self.report.bytes = {"dense": self.storage.bytes_of(self.model), "linears_dense": 0, "linears_compressed": 0}
         self.plan = plan_of(recipe)
-        self.held_out = held_out_of(len(windows)) if recipe.match and self.plan.patience else 0
+        self.held_out = len(windows) // HELD_OUT if recipe.match and self.plan.patience else 0
         self.known_dense: dict[str, float] = {}  # perplexity by fingerprint of the windows
         self.allocated: dict[str, Budget] = {}  # those of the budgets that the data decided
         self.journal: Journal | None = None
@@ -98,13 +98,14 @@ class Job:
         if self.journal:
             write_reports(self.report, self.journal.folder)
             measured = self.report.compressed["perplexity"]
-            self.journal.finish({text_fingerprint(windows): measured[name] for name, windows in evaluation.items()})
+            found = {text_fingerprint(windows): measured[name] for name, windows in evaluation.items()}
+            self.journal.finish(self.known_dense, found)
         return self.report
 
     def measured_again(self, journal: Journal, evaluation: Mapping[str, Tensor]) -> Report:
         """The report of a finished run, with perplexities on this text: as recorded, or measured now and recorded."""
-        report = self.report = Report.from_file(journal.folder / "report.json")
-        report.dense["perplexity"], report.compressed["perplexity"] = {}, {}
+        whole = Report.from_file(journal.folder / "report.json")
+        self.report = replace(whole, dense={"perplexity": {}}, compressed={"perplexity": {}})
         self.measure_dense(evaluation)
         known = journal.compressed
         model = None
@@ -113,11 +114,13 @@ class Job:
             if text not in known:
                 model = model or self.loaded(journal.folder)
                 known[text] = self.perplexity("compressed perplexity", windows, model)
-            report.compressed["perplexity"][name] = known[text]
+            self.report.compressed["perplexity"][name] = known[text]
         if model is not None:
-            write_reports(report, journal.folder)
-            journal.finish(known)
-        return report
+            for part, new in ((whole.dense, self.report.dense), (whole.compressed, self.report.compressed)):
+                part["perplexity"] |= new["perplexity"]  # what was measured before stays on record
+            write_reports(whole, journal.folder)
+            journal.finish(self.known_dense, known)
+        return self.report
 
     def loaded(self, folder: Path) -> PreTrainedModel:
         """The finished result, where the dense model lies."""
@@ -143,15 +146,8 @@ class Job:
 
     def perplexity(self, stage: str, windows: Tensor, model: PreTrainedModel) -> float:
         """Measure and count the time; ``stage`` is what the progress bar says."""
-        done = 0
-
-        def advance(count: int) -> None:
-            nonlocal done
-            done += count
-            self.notify(Progress(stage, done, len(windows)))
-
         with self.clock("evaluate"):
-            return perplexity(model, windows, advance)
+            return perplexity(model, windows, counting(self.notify, stage, len(windows)))
 
     @torch.no_grad()
     def walk(self) -> None:
@@ -196,24 +192,17 @@ class Job:
         if self.journal and self.journal.allocation:
             self.allocated = {name: Budget.from_dict(data) for name, data in self.journal.allocation.items()}
         else:
-            self.allocated = self.outlier_weighed(recording)
+            advance = counting(self.notify, "allocation", len(self.blocks))
+            with self.clock("statistics"):
+                self.allocated = outlier_weighed(
+                    (self.blocks_name, self.blocks),
+                    recording.calls,
+                    recording.hidden,
+                    self.recipe,
+                    self.budgets,
+                    advance,
+                )
         self.budgets |= self.allocated
-
-    def outlier_weighed(self, recording: Recording) -> dict[str, Budget]:
-        """The budgets by OWL, of the layers to which no rule gives a pattern."""
-
-        def advance(done: int) -> None:
-            self.notify(Progress("allocation", done, len(self.blocks)))
-
-        with self.clock("statistics"):
-            shares = outlier_shares(
-                self.blocks_name, self.blocks, recording.calls, recording.hidden, self.recipe.owl_threshold, advance
-            )
-        densities = owl_densities(shares, self.recipe.sparsity, self.recipe.owl_spread)
-        patterns = [Unstructured(round(1 - density, 12)) for density in densities]
-        names = {f"{self.blocks_name}.{i}.{name}": i for i, block in enumerate(self.blocks) for name in linears(block)}
-        free = [name for name in names if name in self.budgets and not self.recipe.rules_pattern(name)]
-        return {name: Budget(patterns[names[name]], self.budgets[name].rank) for name in free}
 
     def restored(self, i: int, block: nn.Module, journal: Journal) -> tuple[list[LayerRecord], list[dict[str, Any]]]:
         """Take a block that an earlier run finished from its shard; return its records."""
@@ -287,8 +276,3 @@ def plan_of(recipe: Recipe) -> Plan:
         lr=recipe.match_lr or preset.lr,
         batch=recipe.match_batch or preset.batch,
     )
-
-
-def held_out_of(windows: int) -> int:
-    """How many calibration windows judge the training of a block instead of taking part in it."""
-    return windows // HELD_OUT

@@ -149,9 +149,9 @@ class Journal:
         self.state["shards"][rest.file] = {"bytes": rest.bytes, "sha256": rest.sha256}
         self._write()
 
-    def finish(self, compressed: Mapping[str, float]) -> None:
+    def finish(self, dense: Mapping[str, float], compressed: Mapping[str, float]) -> None:
         """Declare the result whole, with its perplexities by fingerprint of the text; the last write of a run."""
-        self.state |= {"finished": True, "compressed": dict(compressed)}
+        self.state |= {"finished": True, "dense": dict(dense), "compressed": dict(compressed)}
         self._write()
 
     def _write(self) -> None:

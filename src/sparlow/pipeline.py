@@ -1,15 +1,16 @@
 """The bridge: observe a decoder block, give each of its linear layers to an algorithm, put the answer in its place."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparlow.algorithms import check_budget, solve
-from sparlow.allocation import Budget, matches
+from sparlow.allocation import Budget, matches, owl_densities
 from sparlow.errors import InputError, RunError
 from sparlow.linalg.gram import Gram, GramAccumulator, SquareAccumulator
+from sparlow.linalg.patterns import Unstructured
 from sparlow.model.blocks import Call, linears
 from sparlow.model.layers import SparseLowRankLinear
 from sparlow.model.observing import Observation, observe
@@ -21,10 +22,8 @@ from sparlow.report import LayerRecord
 def budgets(blocks_name: str, blocks: Iterable[nn.Module], recipe: Recipe) -> dict[str, Budget]:
     """Return what each layer may keep by its full name, those that stay dense left out, before the data have a say.
 
-    Every layer must fit the recipe and hold finite numbers, before anything is computed or written.
-
     Raises:
-        InputError: Names the first layer that does not, or says that there is nothing to compress.
+        InputError: Names the first layer that does not fit the recipe, or says that there is nothing to compress.
     """
     named = [(f"{blocks_name}.{i}.{n}", m) for i, block in enumerate(blocks) for n, m in linears(block).items()]
     if not named:
@@ -42,16 +41,54 @@ def budgets(blocks_name: str, blocks: Iterable[nn.Module], recipe: Recipe) -> di
             check_budget(recipe.found_algorithm, shape, budget.pattern, budget.rank)
         except InputError as error:
             raise InputError(f"{name}: {error}") from None
-        if not torch.isfinite(linear.weight).all():
-            raise InputError(f"{name}: the weight holds NaN or infinity; the model is damaged.")
         found[name] = budget
     if not found:
         raise InputError("The recipe ignores every layer: nothing to compress.")
     return found
 
 
+def require_finite(blocks_name: str, blocks: Iterable[nn.Module], names: Collection[str]) -> None:
+    """Raise InputError at the first of the layers ``names`` whose weight is not finite, before anything is computed."""
+    for i, block in enumerate(blocks):
+        for layer, linear in linears(block).items():
+            name = f"{blocks_name}.{i}.{layer}"
+            if name in names and not torch.isfinite(linear.weight).all():
+                raise InputError(f"{name}: the weight holds NaN or infinity; the model is damaged.")
+
+
 @torch.no_grad()
-def outlier_shares(
+def outlier_weighed(
+    where: tuple[str, nn.ModuleList],
+    calls: Sequence[Mapping[int, Call]],
+    hidden: list[Tensor],
+    recipe: Recipe,
+    budgets: Mapping[str, Budget],
+    advance: Callable[[int], None],
+) -> dict[str, Budget]:
+    """Walk the dense blocks once; return the budgets by OWL, of the layers to which no rule gives a pattern.
+
+    An outlier is a score |W_ij|·√H_jj above M times the mean over all linear layers of its block (arXiv 2310.05175).
+
+    Args:
+        where: Name of the list of blocks, and all of them, dense.
+        calls: How each is called, by number of windows.
+        hidden: Inputs of the first, (b, seqlen, d) each.
+        recipe: Sparsity, spread, M, and the rules.
+        budgets: What each layer may keep otherwise, by its full name.
+        advance: Called with 1 after every block.
+    """
+    blocks_name, blocks = where
+    shares = _outlier_shares(blocks_name, blocks, calls, hidden, recipe.owl_threshold, advance)
+    densities = owl_densities(shares, recipe.sparsity, recipe.owl_spread)
+    names = ((f"{blocks_name}.{i}.{name}", densities[i]) for i, block in enumerate(blocks) for name in linears(block))
+    return {
+        name: Budget(Unstructured(round(1 - density, 12)), budgets[name].rank)
+        for name, density in names
+        if name in budgets and not recipe.rules_pattern(name)
+    }
+
+
+def _outlier_shares(
     blocks_name: str,
     blocks: Iterable[nn.Module],
     calls: Sequence[Mapping[int, Call]],
@@ -59,18 +96,6 @@ def outlier_shares(
     threshold: float,
     advance: Callable[[int], None],
 ) -> list[float]:
-    """Walk the dense blocks; return for each the share of its scores |W_ij|·√H_jj above ``threshold`` times their mean.
-
-    Scores of all linear layers of a block are looked at together (OWL, arXiv 2310.05175).
-
-    Args:
-        blocks_name: Name of the list of blocks.
-        blocks: All of them, dense.
-        calls: How each is called, by number of windows.
-        hidden: Inputs of the first, (b, seqlen, d) each.
-        threshold: M of the paper.
-        advance: Called with the number of blocks done.
-    """
     shares = []
     for i, block in enumerate(blocks):
         seen = observe(block, calls[i], hidden, SquareAccumulator, label=f"{blocks_name}.{i}")
@@ -80,7 +105,7 @@ def outlier_shares(
         together = torch.cat(scores)
         shares.append((together > threshold * together.mean()).float().mean().item())
         hidden = seen.outputs
-        advance(i + 1)
+        advance(1)
     return shares
 
 

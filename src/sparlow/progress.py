@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sparlow.report import LayerRecord
 
@@ -30,6 +30,27 @@ class Progress:
 
 
 Notify = Callable[[Progress], None]
+
+
+def labelled(notify: Notify, *, before: str = "", after: str = "") -> Notify:
+    """Tell the same with more around the name of every stage, for one run of several."""
+
+    def tell(step: Progress) -> None:
+        notify(replace(step, stage=f"{before}{step.stage}{after}"))
+
+    return tell
+
+
+def counting(notify: Notify, stage: str, total: int) -> Callable[[int], None]:
+    """A function that takes how many more are done and tells how many that are in all."""
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        notify(Progress(stage, done, total))
+
+    return advance
 
 
 class Clock:

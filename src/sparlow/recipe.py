@@ -102,9 +102,9 @@ class Recipe:
         for name in ("damping", "relative_damping", "owl_spread", "owl_threshold"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"{name} must be a number that is not negative, not {getattr(self, name)}.")
-        for name, low in (("compression", 0), ("rank_share", 0)):
+        for name in ("compression", "rank_share"):
             value = getattr(self, name)
-            if value is not None and not low <= value < 1:
+            if value is not None and not 0 <= value < 1:
                 raise InputError(f"{name} must be a fraction from 0 up to below 1, not {value}.")
         if self.match_preset not in MATCH_PRESETS:
             raise InputError(

@@ -1,6 +1,5 @@
 """Calibration text that the model writes itself, for when no data can be used (Williams et al., arXiv 2410.17170)."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ def own_windows(
     seqlen: int,
     seed: int,
     fingerprint: str,
-    advance: Callable[[int], None] = lambda _: None,
 ) -> Tensor:
     """Return (samples, seqlen) int64 token ids: the beginning-of-text token, then what the model goes on with.
 
@@ -37,7 +35,6 @@ def own_windows(
         seqlen: Tokens in each, the first included.
         seed: Of the draws; the global generator stays as it is.
         fingerprint: Of the model, to find the windows again.
-        advance: Called with the number of windows finished at a time.
 
     Raises:
         InputError: The model has no beginning-of-text token.
@@ -48,12 +45,12 @@ def own_windows(
     start = _beginning(model)
     with torch.random.fork_rng(_devices(model)):
         torch.manual_seed(seed)
-        windows = torch.cat([_draw(model, start, count, seqlen, advance) for count in _counts(samples)])
+        windows = torch.cat([_draw(model, start, count, seqlen) for count in _counts(samples)])
     _keep(windows, cached)
     return windows
 
 
-def _draw(model: PreTrainedModel, start: int, count: int, seqlen: int, advance: Callable[[int], None]) -> Tensor:
+def _draw(model: PreTrainedModel, start: int, count: int, seqlen: int) -> Tensor:
     if seqlen == 1:
         return torch.full((count, 1), start)
     untyped: Any = model  # generate is a mixin's
@@ -71,7 +68,6 @@ def _draw(model: PreTrainedModel, start: int, count: int, seqlen: int, advance: 
         pad_token_id=start,
         use_cache=True,
     )
-    advance(count)
     return tokens.cpu()
 
 
