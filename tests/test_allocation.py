@@ -1,3 +1,5 @@
+from itertools import product
+
 import pytest
 import torch
 from hypothesis import given
@@ -5,7 +7,18 @@ from hypothesis import strategies as st
 
 import sparlow
 from families import save_tiny, tiny
-from sparlow.allocation import Budget, Rule, matches, owl_densities, ratio_rank, ratio_share, ratio_sparsity
+from sparlow.allocation import (
+    Budget,
+    Offer,
+    Rule,
+    error_driven,
+    matches,
+    offered,
+    owl_densities,
+    ratio_rank,
+    ratio_share,
+    ratio_sparsity,
+)
 from sparlow.errors import InputError
 from sparlow.journal import NAME
 from sparlow.linalg.patterns import NM, Unstructured, parse_pattern
@@ -19,6 +32,7 @@ fractions = st.floats(0.01, 0.99)
 shapes = st.tuples(st.integers(1, 4096), st.integers(1, 4096))
 WINDOWS = torch.randint(2, 97, (8, 16), generator=torch.Generator().manual_seed(1))
 OWL = Recipe(algorithm="wanda", pattern="0.5", allocate="owl", owl_threshold=2.0)
+BY_ERROR = Recipe(algorithm="eora", options={"prune": "magnitude"}, rank=3, allocate="error")
 
 
 # Arithmetic
@@ -63,6 +77,48 @@ def test_owl_keeps_the_mean_and_the_order_and_spans_twice_the_spread(outliers, s
 def test_owl_out_of_range_is_refused():
     with pytest.raises(InputError, match="lower --owl-spread"):
         owl_densities([0.0, 0.1, 0.1, 0.1], 0.95, 0.08)
+
+
+def offers(curves):
+    """Offers of layers whose errors at 0, 1, 2, … values are given."""
+    return {
+        name: [Offer(Budget(NM(2, 4), values), values, error) for values, error in enumerate(curve)]
+        for name, curve in curves.items()
+    }
+
+
+falling = st.lists(st.integers(0, 9), min_size=1, max_size=5).map(
+    lambda drops: [float(sum(sorted(drops)[:n])) for n in range(len(drops), -1, -1)]  # steep first: convex
+)
+
+
+@given(curves=st.dictionaries(st.text("abcd", min_size=1, max_size=2), falling, min_size=1, max_size=4), data=st.data())
+def test_errors_of_even_price_are_brought_down_as_far_as_any_choice_can(curves, data):
+    values = data.draw(st.integers(0, sum(len(curve) - 1 for curve in curves.values())))
+    chosen = error_driven(offers(curves), values)
+    assert sum(budget.rank for budget in chosen.values()) <= values
+    choices = product(*(range(len(curve)) for curve in curves.values()))
+    best = min(
+        sum(curve[n] for curve, n in zip(curves.values(), choice, strict=True))
+        for choice in choices
+        if sum(choice) <= values
+    )
+    assert sum(curves[name][budget.rank] for name, budget in chosen.items()) == pytest.approx(best)
+
+
+def test_an_offer_above_the_line_between_its_neighbours_is_never_taken():
+    curves = {"a": [9.0, 8.9, 0.0], "b": [5.0, 4.0, 3.5]}
+    assert [error_driven(offers(curves), n)["a"].rank for n in range(5)] == [0, 0, 2, 2, 2]
+    assert [error_driven(offers(curves), n)["b"].rank for n in range(5)] == [0, 1, 0, 1, 2]
+
+
+def test_offers_lie_around_the_uniform_budget():
+    found = offered(Budget(Unstructured(0.5), 8), (64, 48), low_rank=True)
+    assert {pattern.sparsity for pattern in found} == {0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7}
+    assert found[Unstructured(0.7)] == list(range(0, 20, 2))  # 20 * (64 + 48) is more than the weight has to spare
+    assert offered(Budget(NM(2, 4), 8), (64, 48), low_rank=True) == {NM(2, 4): list(range(0, 14, 2))}
+    assert offered(Budget(NM(2, 4), 0), (64, 48), low_rank=True) == {NM(2, 4): [0]}
+    assert offered(Budget(NM(2, 4), 13), (16, 12), low_rank=True)[NM(2, 4)][-1] == 13  # what was asked for is offered
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "0.5", "0.512345678901"])
@@ -143,19 +199,56 @@ def test_owl_spends_as_much_as_uniform():
     assert owl.values["linears_dense"] == uniform.values["linears_dense"]
 
 
-def test_what_the_data_decided_is_not_measured_again(tmp_path, monkeypatch):
+@pytest.mark.parametrize("pattern", ["2:4", "0.6"])
+def test_an_allocation_by_error_keeps_no_more_and_errs_less(pattern):
+    uniform = compress(tiny("llama"), BY_ERROR.changed(pattern=pattern, allocate="uniform"))
+    by_error = compress(tiny("llama"), BY_ERROR.changed(pattern=pattern))
+    assert len({(layer.pattern, layer.rank) for layer in by_error.layers}) > 3
+    kept, allowed = (report.values["linears_compressed"] for report in (by_error, uniform))
+    assert 0.99 * allowed < kept <= allowed
+    if pattern == "0.6":  # at 2:4 all layers of a random model are as hard as each other
+        assert by_error.mean_relative_error < 0.98 * uniform.mean_relative_error
+
+
+def test_an_allocation_by_error_moves_densities_of_a_pruner():
+    recipe = Recipe(algorithm="wanda", pattern="0.5", allocate="error")
+    report = compress(tiny("llama"), recipe)
+    assert {layer.rank for layer in report.layers} == {0}
+    densities = [layer.density for layer in report.layers]
+    assert max(densities) - min(densities) > 0.05
+
+
+def test_an_allocation_by_error_leaves_layers_with_a_rule_alone():
+    rules = (Rule("down_proj", rank=2), Rule("q_proj", pattern="4:8"))
+    report = compress(tiny("llama"), BY_ERROR.changed(layers=rules))
+    found = {layer.name: (layer.pattern, layer.rank) for layer in report.layers}
+    assert found["mlp.down_proj"] == ("2:4", 2)
+    assert found["self_attn.q_proj"] == ("4:8", 3)
+
+
+def test_an_allocation_by_error_needs_something_to_move():
+    with pytest.raises(InputError, match="moves ranks, and there is no low-rank part"):
+        Recipe(algorithm="wanda", allocate="error")
+    with pytest.raises(InputError, match="moves ranks, and there is no low-rank part"):
+        Recipe(rank=0, allocate="error")
+
+
+@pytest.mark.parametrize("recipe", [OWL, BY_ERROR], ids=["owl", "error"])
+def test_what_the_data_decided_is_not_measured_again(recipe, tmp_path, monkeypatch):
     save_tiny("gpt_neox", tmp_path / "model")
-    whole = compress(tmp_path / "model", OWL, out=tmp_path / "whole")
+    whole = compress(tmp_path / "model", recipe, out=tmp_path / "whole")
 
     def stop(step):
         if step.stage == "blocks" and step.done == 1:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        compress(tmp_path / "model", OWL, out=tmp_path / "out", notify=stop)
-    monkeypatch.setattr("sparlow.job.outlier_weighed", lambda *_: pytest.fail("measured again"))
-    report = compress(tmp_path / "model", OWL, out=tmp_path / "out")
-    assert [layer.density for layer in report.layers] == [layer.density for layer in whole.layers]
+        compress(tmp_path / "model", recipe, out=tmp_path / "out", notify=stop)
+    monkeypatch.setattr("sparlow.job.allocated_by_data", lambda *_: pytest.fail("measured again"))
+    report = compress(tmp_path / "model", recipe, out=tmp_path / "out")
+    assert [(layer.density, layer.rank) for layer in report.layers] == [
+        (layer.density, layer.rank) for layer in whole.layers
+    ]
     for shard in (tmp_path / "whole").glob("*.safetensors"):
         assert shard.read_bytes() == (tmp_path / "out" / shard.name).read_bytes()
     assert verify_artefact(tmp_path / "out") == []

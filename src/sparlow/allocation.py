@@ -7,13 +7,14 @@ Nothing here looks at a tensor. What the data say comes in as numbers: outlier s
 """
 
 import fnmatch
+import heapq
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from sparlow.errors import InputError
-from sparlow.linalg.patterns import Pattern, parse_pattern
+from sparlow.linalg.patterns import Pattern, Unstructured, parse_pattern
 
 Shape = tuple[int, int]  # (out, in)
 
@@ -132,3 +133,85 @@ def owl_densities(outliers: Sequence[float], sparsity: float, spread: float) -> 
             f"{min(densities):.3f} to {max(densities):.3f}: lower --owl-spread."
         )
     return densities
+
+
+# By error: a global budget goes where the errors fall most
+
+RANK_STEPS, RANK_GROWTH = 4, 8  # ranks offered: multiples of a quarter of the uniform one, up to eight times it
+DENSITY_STEP, DENSITY_STEPS = 0.05, 4  # densities offered: so many steps below the uniform one and above it
+FEWEST = 0.05  # no density falls below
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """One of the budgets a layer might get: the values it keeps and the relative error that would remain."""
+
+    budget: Budget
+    values: int
+    error: float
+
+
+def offered(uniform: Budget, shape: Shape, *, low_rank: bool) -> dict[Pattern, list[int]]:
+    """The patterns and ranks worth looking at for a layer (out, in): around its ``uniform`` budget.
+
+    Args:
+        uniform: What it would get otherwise.
+        shape: (out, in).
+        low_rank: Whether the method has a low-rank part.
+    """
+    rank = uniform.rank
+    grid = range(0, min(RANK_GROWTH * rank, *shape) + 1, max(rank // RANK_STEPS, 1)) if low_rank and rank else [0]
+    patterns: set[Pattern] = {uniform.pattern}
+    if isinstance(uniform.pattern, Unstructured):
+        steps = (uniform.pattern.sparsity + DENSITY_STEP * i for i in range(-DENSITY_STEPS, DENSITY_STEPS + 1))
+        patterns |= {Unstructured(round(s, 12)) for s in steps if 0 <= s <= 1 - FEWEST}
+    ranks = sorted({*grid, rank})
+    most = max(shape[0] * shape[1], uniform.values(shape))
+    return {p: [r for r in ranks if Budget(p, r).values(shape) <= most] for p in sorted(patterns, key=str)}
+
+
+def error_driven(offers: Mapping[str, Sequence[Offer]], values: int) -> dict[str, Budget]:
+    """Choose an offer for every layer, so that they keep ``values`` at most and the sum of errors is small.
+
+    Of each layer only the offers on the lower convex hull of (values, error) count. All begin with their cheapest; the
+    step that lowers an error most for each value is taken next, as long as it can be paid. But for the last steps,
+    this is the optimum over all choices (Lagrange).
+    """
+    hulls = {name: _lower_hull(those) for name, those in offers.items()}
+    taken = dict.fromkeys(hulls, 0)
+    left = values - sum(hull[0].values for hull in hulls.values())
+
+    def steepness(name: str) -> float:
+        now, then = hulls[name][taken[name] : taken[name] + 2]
+        return (then.error - now.error) / (then.values - now.values)  # negative; the heap gives the lowest first
+
+    steps = [(steepness(name), name) for name, hull in hulls.items() if len(hull) > 1]
+    heapq.heapify(steps)
+    while steps:
+        _, name = heapq.heappop(steps)
+        hull = hulls[name]
+        price = hull[taken[name] + 1].values - hull[taken[name]].values
+        if price > left:
+            continue  # a cheaper step of another layer may still fit
+        left -= price
+        taken[name] += 1
+        if taken[name] + 1 < len(hull):
+            heapq.heappush(steps, (steepness(name), name))
+    return {name: hull[taken[name]].budget for name, hull in hulls.items()}
+
+
+def _lower_hull(offers: Sequence[Offer]) -> list[Offer]:
+    """The offers from which each further value buys less and less, cheapest first; errors fall along it."""
+    hull: list[Offer] = []
+    for offer in sorted(offers, key=lambda o: (o.values, o.error)):
+        if hull and offer.error >= hull[-1].error:
+            continue
+        while len(hull) > 1 and _bends_up(hull[-2], hull[-1], offer):
+            hull.pop()
+        hull.append(offer)
+    return hull
+
+
+def _bends_up(a: Offer, b: Offer, c: Offer) -> bool:
+    """Whether b lies above the line from a to c."""
+    return (b.error - a.error) * (c.values - a.values) > (c.error - a.error) * (b.values - a.values)

@@ -23,10 +23,11 @@ from sparlow.model.recording import Recording, record
 from sparlow.model.source import OpenedModel, for_computing
 from sparlow.model.storage import Storage
 from sparlow.page import write_reports
-from sparlow.pipeline import budgets, compress_block, name_what_is_not_finite, outlier_weighed, require_finite
+from sparlow.pipeline import budgets, compress_block, name_what_is_not_finite, require_finite
 from sparlow.progress import Clock, Notify, Progress, counting
 from sparlow.recipe import Recipe
 from sparlow.report import LayerRecord, Report, peak_memory, reset_peak_memory
+from sparlow.survey import Walk, allocated_by_data
 from sparlow.text import fingerprint as text_fingerprint
 
 MICRO_BATCH_TOKENS = 4096  # tokens that pass through a block at a time
@@ -193,15 +194,9 @@ class Job:
             self.allocated = {name: Budget.from_dict(data) for name, data in self.journal.allocation.items()}
         else:
             advance = counting(self.notify, "allocation", len(self.blocks))
+            walk = Walk(self.blocks_name, self.blocks, recording.calls, recording.hidden, advance)
             with self.clock("statistics"):
-                self.allocated = outlier_weighed(
-                    (self.blocks_name, self.blocks),
-                    recording.calls,
-                    recording.hidden,
-                    self.recipe,
-                    self.budgets,
-                    advance,
-                )
+                self.allocated = allocated_by_data(walk, self.recipe, self.budgets)
         self.budgets |= self.allocated
 
     def restored(self, i: int, block: nn.Module, journal: Journal) -> tuple[list[LayerRecord], list[dict[str, Any]]]:

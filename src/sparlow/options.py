@@ -47,7 +47,7 @@ def given_options(
         typer.Option(help="Fraction of the values removed; with --pattern or --rank-share, sets the rank."),
     ] = None,
     rank_share: Annotated[float | None, typer.Option(help="Of the values kept, for the low-rank part.")] = None,
-    allocate: Annotated[str | None, typer.Option(help="uniform or owl. [default: uniform]")] = None,
+    allocate: Annotated[str | None, typer.Option(help="uniform, owl or error. [default: uniform]")] = None,
     owl: Annotated[bool | None, typer.Option("--owl/--no-owl", help="The same as --allocate owl or uniform.")] = None,
     owl_spread: Annotated[
         float | None, typer.Option(help="Densities of blocks span twice this. [default: 0.08]")

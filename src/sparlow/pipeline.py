@@ -7,10 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from sparlow.algorithms import check_budget, solve
-from sparlow.allocation import Budget, matches, owl_densities
+from sparlow.allocation import Budget, matches
 from sparlow.errors import InputError, RunError
-from sparlow.linalg.gram import Gram, GramAccumulator, SquareAccumulator
-from sparlow.linalg.patterns import Unstructured
+from sparlow.linalg.gram import Gram, GramAccumulator
 from sparlow.model.blocks import Call, linears
 from sparlow.model.layers import SparseLowRankLinear
 from sparlow.model.observing import Observation, observe
@@ -54,59 +53,6 @@ def require_finite(blocks_name: str, blocks: Iterable[nn.Module], names: Collect
             name = f"{blocks_name}.{i}.{layer}"
             if name in names and not torch.isfinite(linear.weight).all():
                 raise InputError(f"{name}: the weight holds NaN or infinity; the model is damaged.")
-
-
-@torch.no_grad()
-def outlier_weighed(
-    where: tuple[str, nn.ModuleList],
-    calls: Sequence[Mapping[int, Call]],
-    hidden: list[Tensor],
-    recipe: Recipe,
-    budgets: Mapping[str, Budget],
-    advance: Callable[[int], None],
-) -> dict[str, Budget]:
-    """Walk the dense blocks once; return the budgets by OWL, of the layers to which no rule gives a pattern.
-
-    An outlier is a score |W_ij|·√H_jj above M times the mean over all linear layers of its block (arXiv 2310.05175).
-
-    Args:
-        where: Name of the list of blocks, and all of them, dense.
-        calls: How each is called, by number of windows.
-        hidden: Inputs of the first, (b, seqlen, d) each.
-        recipe: Sparsity, spread, M, and the rules.
-        budgets: What each layer may keep otherwise, by its full name.
-        advance: Called with 1 after every block.
-    """
-    blocks_name, blocks = where
-    shares = _outlier_shares(blocks_name, blocks, calls, hidden, recipe.owl_threshold, advance)
-    densities = owl_densities(shares, recipe.sparsity, recipe.owl_spread)
-    names = ((f"{blocks_name}.{i}.{name}", densities[i]) for i, block in enumerate(blocks) for name in linears(block))
-    return {
-        name: Budget(Unstructured(round(1 - density, 12)), budgets[name].rank)
-        for name, density in names
-        if name in budgets and not recipe.rules_pattern(name)
-    }
-
-
-def _outlier_shares(
-    blocks_name: str,
-    blocks: Iterable[nn.Module],
-    calls: Sequence[Mapping[int, Call]],
-    hidden: list[Tensor],
-    threshold: float,
-    advance: Callable[[int], None],
-) -> list[float]:
-    shares = []
-    for i, block in enumerate(blocks):
-        seen = observe(block, calls[i], hidden, SquareAccumulator, label=f"{blocks_name}.{i}")
-        norms = {name: seen.statistics[owner].sum.sqrt() for name, owner in seen.owner.items()}
-        layers = linears(block)
-        scores = [(layers[name].weight.float().abs() * norm).flatten() for name, norm in norms.items()]
-        together = torch.cat(scores)
-        shares.append((together > threshold * together.mean()).float().mean().item())
-        hidden = seen.outputs
-        advance(1)
-    return shares
 
 
 def name_what_is_not_finite(

@@ -17,7 +17,7 @@ from sparlow.linalg.patterns import NM, Pattern, Unstructured, parse_pattern
 
 OPTIONAL = ("pattern", "rank", "compression", "rank_share", "match_epochs", "match_lr", "match_batch")  # may be None
 DEFAULT_PATTERN = "2:4"
-ALLOCATIONS = ("uniform", "owl")
+ALLOCATIONS = ("uniform", "owl", "error")
 MATCH_PRESETS = ("default", "paper")
 GIVEN_WINDOWS = "windows"  # what a recipe calls a calibration by token windows given directly
 OWN_TEXT = "self"  # the calibration that the model writes itself
@@ -38,7 +38,9 @@ class Recipe:
         compression: Fraction of the values of every layer that is removed; instead of a rank. With a pattern the
             low-rank part gets what is left; without one, ``rank_share`` of it. A pruner removes just this fraction.
         rank_share: Share of the values kept that goes to the low-rank part.
-        allocate: "uniform", or "owl": more for blocks with more outliers (needs an unstructured pattern).
+        allocate: "uniform"; "owl": more for blocks with more outliers (needs an unstructured pattern); or "error":
+            as many values in all, given where the layers' relative errors fall most (ranks, and densities where the
+            pattern is unstructured).
         owl_spread: Of OWL, λ: the densities of the blocks span 2λ.
         owl_threshold: Of OWL, M: an outlier exceeds so many times the mean score of its block.
         match: Train every block towards the dense one's outputs after its layers are compressed.
@@ -131,8 +133,14 @@ class Recipe:
             raise InputError("Beside --compression give either --rank-share or --pattern: the rest follows.")
         if self.compression is not None and self.pattern is not None and prunes:
             raise InputError(f"{self.algorithm} only prunes: give --pattern or --compression, not both.")
-        if isinstance(self._uniform((1, 1)).pattern, NM) and self.allocate == "owl":
+        uniform = self._uniform((1, 1))
+        if isinstance(uniform.pattern, NM) and self.allocate == "owl":
             raise InputError("OWL gives every block a density of its own: give an unstructured --pattern such as 0.5.")
+        if isinstance(uniform.pattern, NM) and self.allocate == "error" and not (uniform.rank or self.compression):
+            raise InputError(
+                f"With {uniform.pattern} an allocation by error moves ranks, and there is no low-rank part here: "
+                "give a --rank, or an unstructured --pattern such as 0.5."
+            )
 
     def budget(self, name: str, shape: Shape) -> Budget | None:
         """What a layer may keep before the data have a say; None if it stays dense.
@@ -150,6 +158,10 @@ class Recipe:
                 pattern = pattern if rule.pattern is None else parse_pattern(rule.pattern)
                 rank = rank if rule.rank is None else rule.rank
         return Budget(pattern, rank)
+
+    def has_rule(self, name: str) -> bool:
+        """Whether a rule says anything about the layer of this full name."""
+        return any(matches(rule.match, name) for rule in self.layers)
 
     def rules_pattern(self, name: str) -> bool:
         """Whether a rule gives the layer of this full name a pattern, which an allocation then leaves alone."""

@@ -1,0 +1,101 @@
+"""The survey: walk the dense blocks once, before any is compressed, so that the data decide what each layer keeps."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sparlow.allocation import Budget, Offer, error_driven, offered, owl_densities
+from sparlow.linalg.curves import error_curve
+from sparlow.linalg.gram import Gram, GramAccumulator, SquareAccumulator
+from sparlow.linalg.patterns import Unstructured
+from sparlow.model.blocks import Call, linears
+from sparlow.model.observing import Kind, Observation, observe
+from sparlow.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Walk:
+    """All that a walk along the dense blocks takes.
+
+    Attributes:
+        blocks_name: Name of the list of blocks in the model.
+        blocks: All of them, dense.
+        calls: How each is called, by number of windows.
+        hidden: Inputs of the first, (b, seqlen, d) each.
+        advance: Called with 1 after every block.
+    """
+
+    blocks_name: str
+    blocks: nn.ModuleList
+    calls: Sequence[Mapping[int, Call]]
+    hidden: list[Tensor]
+    advance: Callable[[int], None]
+
+    def observed(
+        self, statistic: Callable[[int, torch.device], Kind]
+    ) -> Iterator[tuple[str, nn.Module, Observation[Kind]]]:
+        """Each block's name, itself, and what one pass of it shows."""
+        hidden = self.hidden
+        for i, block in enumerate(self.blocks):
+            name = f"{self.blocks_name}.{i}"
+            seen = observe(block, self.calls[i], hidden, statistic, label=name)
+            yield name, block, seen
+            hidden = seen.outputs
+            self.advance(1)
+
+
+@torch.no_grad()
+def allocated_by_data(walk: Walk, recipe: Recipe, budgets: Mapping[str, Budget]) -> dict[str, Budget]:
+    """Return the budgets that ``recipe.allocate`` takes from the data; layers that a rule decides are left alone.
+
+    Args:
+        walk: Along the dense model.
+        recipe: What to do.
+        budgets: What each layer may keep otherwise, by its full name.
+    """
+    return {"owl": _outlier_weighed, "error": _error_driven}[recipe.allocate](walk, recipe, budgets)
+
+
+def _outlier_weighed(walk: Walk, recipe: Recipe, budgets: Mapping[str, Budget]) -> dict[str, Budget]:
+    """An outlier is a score |W_ij|·√H_jj above M times the mean over all linears of its block (arXiv 2310.05175)."""
+    shares: dict[str, float] = {}
+    for block_name, block, seen in walk.observed(SquareAccumulator):
+        norms = {name: seen.statistics[owner].sum.sqrt() for name, owner in seen.owner.items()}
+        layers = linears(block)
+        scores = torch.cat([(layers[name].weight.float().abs() * norm).flatten() for name, norm in norms.items()])
+        shares[block_name] = (scores > recipe.owl_threshold * scores.mean()).float().mean().item()
+    densities = owl_densities(list(shares.values()), recipe.sparsity, recipe.owl_spread)
+    sparsities = {name: round(1 - density, 12) for name, density in zip(shares, densities, strict=True)}
+    return {
+        name: Budget(Unstructured(sparsities[block_name]), budget.rank)
+        for name, budget in budgets.items()
+        for block_name in shares
+        if name.startswith(f"{block_name}.") and not recipe.rules_pattern(name)
+    }
+
+
+def _error_driven(walk: Walk, recipe: Recipe, budgets: Mapping[str, Budget]) -> dict[str, Budget]:
+    """Ranks and densities where the layers' relative errors fall most for each value kept; as many values in all."""
+    low_rank = recipe.found_algorithm.kind != "pruner"
+    offers: dict[str, list[Offer]] = {}
+    values = 0
+    for block_name, block, seen in walk.observed(GramAccumulator):
+        layers = linears(block)
+        for owner, statistic in seen.statistics.items():
+            H = statistic.second_moment(sum(len(x) for x in seen.outputs))
+            gram = Gram.damped(H, absolute=recipe.damping, relative=recipe.relative_damping)
+            for layer in (layer for layer, whose in seen.owner.items() if whose == owner):
+                name = f"{block_name}.{layer}"
+                if name not in budgets or recipe.has_rule(name):
+                    continue
+                W = layers[layer].weight.float()
+                shape = (W.shape[0], W.shape[1])
+                values += budgets[name].values(shape)
+                offers[name] = [
+                    Offer(Budget(pattern, rank), Budget(pattern, rank).values(shape), error)
+                    for pattern, ranks in offered(budgets[name], shape, low_rank=low_rank).items()
+                    for rank, error in zip(ranks, error_curve(W, gram, pattern, ranks), strict=True)
+                ]
+    return error_driven(offers, values)
