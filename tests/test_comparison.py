@@ -75,6 +75,26 @@ def test_every_method_has_a_row_with_the_figures_of_its_own_report(done):
     assert found.rows[0].mean_relative_error > found.rows[1].mean_relative_error > found.rows[2].mean_relative_error
 
 
+def test_every_method_without_and_with_matching(place, tmp_path):
+    recipes = recipes_for(base(place, match_epochs=2), ("wanda", "3basil"), OPTIONS, match="both")
+    assert [(name, recipe.match) for name, recipe in recipes.items()] == [
+        ("wanda", False),
+        ("wanda+match", True),
+        ("3basil", False),
+        ("3basil+match", True),
+    ]
+    found = compare(place / "model", recipes, out=tmp_path / "out", evaluate=[str(place / "text.txt")])
+    assert [row.name for row in found.rows] == list(recipes)
+    for name, recipe in recipes.items():
+        assert len(Report.from_file(tmp_path / "out" / name / "report.json").matching) == (3 if recipe.match else 0)
+
+
+def test_matching_or_not_is_as_the_recipe_says_unless_it_is_said(place):
+    assert recipes_for(base(place, match=True), ("wanda",), {})["wanda"].match
+    assert not recipes_for(base(place, match=True), ("wanda",), {}, match="no")["wanda"].match
+    assert recipes_for(base(place), ("wanda",), {}, match="yes")["wanda"].match
+
+
 def test_a_row_is_what_compress_gives_alone(done, place, tmp_path):
     out, found = done
     recipe = base(place, algorithm="3basil", options=OPTIONS["3basil"])
@@ -251,6 +271,7 @@ def test_the_command_prints_the_table(place, tmp_path, capsys):
         (["--algorithms", "wanda,nothing"], "There is no algorithm 'nothing'"),
         (["--algorithms", "wanda", "--option", "effort=1"], "write ALGORITHM.key=value"),
         (["--algorithms", "wanda", "--pattern", "2:5"], "Pattern 2:5"),
+        (["--algorithms", "wanda", "--match", "maybe"], "--match maybe is not understood: give no, yes or both."),
         (["--algorithms", "wanda", "--owl", "--allocate", "uniform"], "--owl and --allocate uniform contradict"),
     ],
 )

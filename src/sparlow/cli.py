@@ -109,13 +109,16 @@ def compare(
     given: Given,
     algorithms: Annotated[str, typer.Option(help="Comma-separated names, or all.")] = "all",
     option: Annotated[list[str] | None, typer.Option(help="ALGORITHM.key=value; repeatable.")] = None,
+    match: Annotated[
+        str | None, typer.Option(help="Match blocks: no, yes, or both for every algorithm without and with it.")
+    ] = None,
 ) -> None:
     """Compress MODEL by many algorithms on the same text: one table and figures in --out."""
     from sparlow.comparison import compare as run_comparison
     from sparlow.comparison import recipes_for
 
     names = list(variants()) if algorithms == "all" else split(algorithms)
-    recipes = recipes_for(given.recipe(), names, parse_named_pairs(option or []))
+    recipes = recipes_for(given.recipe(), names, parse_named_pairs(option or []), match)
     with _resumable(), console.progress() as notify:
         found = run_comparison(model, recipes, out=out, **given.run, notify=notify)
     console.show_comparison(found)

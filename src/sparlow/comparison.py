@@ -22,6 +22,7 @@ from sparlow.progress import Notify, labelled
 from sparlow.recipe import Recipe
 from sparlow.report import Report, machine, plain, versions
 
+MATCHED = "+match"  # what a method's name ends in where it stands beside itself without matching
 VERSION = 1  # of the keys of compare.json
 NAME = "compare.json"
 TEXT = ("calibration", "samples", "seqlen", "seed")  # what the methods of one comparison must share
@@ -87,12 +88,24 @@ class Comparison:
             partial.write_text(text + "\n", encoding="utf-8")
 
 
-def recipes_for(base: Recipe, names: Sequence[str], options: Mapping[str, Mapping[str, object]]) -> dict[str, Recipe]:
+def recipes_for(
+    base: Recipe, names: Sequence[str], options: Mapping[str, Mapping[str, object]], match: str | None = None
+) -> dict[str, Recipe]:
     """The recipe of each method: ``base`` with its name and options, without a low-rank part if it only prunes.
+
+    Args:
+        base: What they share.
+        names: Of the methods.
+        options: Of each method, by its name.
+        match: "no", "yes", or "both": every method without, and once more with matching under the name NAME+match;
+            None for what ``base`` says.
 
     Raises:
         InputError: A name is unknown or given twice, an option is not its own, or options name a method not compared.
     """
+    matched = {None: (base.match,), "no": (False,), "yes": (True,), "both": (False, True)}
+    if match not in matched:
+        raise InputError(f"--match {match} is not understood: give no, yes or both.")
     if len(set(names)) < len(names) or not names:
         raise InputError(f"Name the algorithms to compare, each once, not: {', '.join(names) or 'none'}.")
     unused = [name for name in options if name not in names]
@@ -103,7 +116,8 @@ def recipes_for(base: Recipe, names: Sequence[str], options: Mapping[str, Mappin
         changes: dict[str, Any] = {"algorithm": name, "options": options.get(name, {})}
         if find(name)[0].kind == "pruner":
             changes |= {"rank": None, "rank_share": None, "compression": None if base.pattern else base.compression}
-        found[name] = replace(base, **changes)
+        for matching in matched[match]:
+            found[f"{name}{MATCHED if match == 'both' and matching else ''}"] = replace(base, match=matching, **changes)
     return found
 
 

@@ -103,8 +103,12 @@ def given_options(
 
 
 def takes_recipe(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the options of ``given_options`` to a command, whose parameter ``given`` receives what they make."""
-    shared, own = inspect.signature(given_options).parameters, inspect.signature(command).parameters
+    """Add the options of ``given_options`` to a command, whose parameter ``given`` receives what they make.
+
+    An option that the command has itself, under the same name, is not added.
+    """
+    own = inspect.signature(command).parameters
+    shared = {n: p for n, p in inspect.signature(given_options).parameters.items() if n not in own}
 
     @functools.wraps(command)
     def wrapper(**values: Any) -> None:  # noqa: ANN401 - options have many types
