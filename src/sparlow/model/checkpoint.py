@@ -33,6 +33,7 @@ from sparlow.model.shards import (
     read_index,
     read_json,
     replacing,
+    sync_folder,
     write_shard,
 )
 
@@ -124,6 +125,7 @@ class CheckpointWriter:
                 model.generation_config.to_json_file(path, keys_to_pop=["compile_config"])
             if tokenizer is not None:
                 tokenizer.save_pretrained(self._folder)
+            sync_folder(self._folder)  # what was not written by us
             self._write_config(model, None if plain else SparlowConfig(layer_records(headers)))
         except (InputError, OSError) as problem:
             raise RunError(f"cannot finish {self._folder}: {problem}") from problem

@@ -56,21 +56,29 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
+        partial.unlink(missing_ok=True)  # of a run that was killed, or a link that leads elsewhere
         yield partial
-        with partial.open("r+b") as file:
-            os.fsync(file.fileno())
+        _sync(partial)
         partial.replace(path)
-        _sync_directory(path.parent)
+        _sync(path.parent)
     except (OSError, SafetensorError) as problem:
         raise RunError(f"cannot write {path}: {problem}") from problem
     finally:
         partial.unlink(missing_ok=True)
 
 
-def _sync_directory(folder: Path) -> None:
-    if os.name == "nt":  # directories cannot be opened there
+def sync_folder(folder: Path) -> None:
+    """Bring every file of a directory to the disk for good, before something else there says that they are whole."""
+    for path in folder.iterdir():
+        if path.is_file() and not path.is_symlink():
+            _sync(path)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():  # directories cannot be opened there
         return
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)
     finally:

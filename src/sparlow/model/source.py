@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from sparlow.errors import InputError
+from sparlow.model.shards import sync_folder
 
 _DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -156,6 +157,7 @@ def _converted(file: Path) -> Path:
         with tempfile.TemporaryDirectory(dir=entry.parent, prefix=".converting-") as scratch:
             made = Path(scratch) / entry.name
             _convert(file, made)
+            sync_folder(made)
             if not entry.is_dir():
                 made.rename(entry)
     return entry
