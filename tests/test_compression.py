@@ -2,6 +2,7 @@ import copy
 import hashlib
 import json
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
@@ -235,6 +236,35 @@ def test_a_model_object_a_directory_and_a_text_give_the_same_bytes(whole, folder
     compress(tiny("gpt_neox"), calibration=windows, out=tmp_path / "object")
     compress(folder, QUICK.changed(samples=8, seqlen=16), calibration=text, out=tmp_path / "path")
     assert checksums(tmp_path / "object") == checksums(tmp_path / "path") == checksums(out)
+
+
+def test_nothing_is_asked_of_the_network(folder, text, tmp_path, monkeypatch):
+    asked = []
+
+    def connect(_, address):
+        asked.append(address)
+        raise OSError("no network here")
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *_, **__: connect(None, host))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    recipe = PRUNE.changed(calibration=str(text), samples=4, seqlen=16)
+    sparlow.compress(folder, recipe, out=tmp_path / "out", evaluate=(str(text), "builtin"), limit=2)
+    sparlow.evaluate(sparlow.load(tmp_path / "out"), tiny_tokenizer(), perplexity_on=[str(text)], seqlen=16)
+    assert asked == []
+
+
+def test_counts_are_those_of_the_layers(whole):
+    _, report = whole
+    assert report.counts == {
+        "layers": 12,
+        "extra_damping": sum(row.damping > 0 for row in report.layers),
+        "dead_inputs": 0,
+        "unsettled": sum(not row.settled for row in report.layers),
+        "without_data": 0,
+    }
+    assert report.counts["unsettled"] == sum(any("settled" in w for w in row.warnings) for row in report.layers) > 0
+    assert {row.tokens for row in report.layers} == {8 * 16}
 
 
 def test_without_out_nothing_is_written(folder, tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ import pytest
 from sparlow.errors import InputError
 from sparlow.journal import Journal, read_records
 from sparlow.model.shards import ShardRecord, sha256
-from sparlow.output import NAME, check_folder
+from sparlow.output import LOCK, NAME, check_folder
 from sparlow.recipe import Recipe
 from sparlow.report import LayerRecord
 
@@ -203,7 +203,10 @@ def test_new_empty_and_unfinished_directories_may_be_written_to(overwrite, tmp_p
     (tmp_path / "empty").mkdir()
     (tmp_path / "unfinished").mkdir()
     begun(tmp_path / "unfinished")
-    for name in ("new", "empty", "unfinished"):
+    (tmp_path / "hardly begun").mkdir()
+    for name in (LOCK, f".{NAME}.partial"):  # of a run that was killed before its first record
+        (tmp_path / "hardly begun" / name).write_bytes(b"")
+    for name in ("new", "empty", "unfinished", "hardly begun"):
         check_folder(tmp_path / name, overwrite=overwrite)
     assert not (tmp_path / "new").exists()
 

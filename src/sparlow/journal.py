@@ -13,7 +13,9 @@ from typing import Any
 
 from sparlow.allocation import Budget
 from sparlow.errors import InputError
-from sparlow.model.shards import ShardRecord, plain_name, read_json, replacing, sha256
+from sparlow.model.places import plain_name, within
+from sparlow.model.shards import ShardRecord, read_json, replacing, sha256
+from sparlow.model.sums import small_sums
 from sparlow.output import LOCK, NAME
 from sparlow.report import LayerRecord, plain
 
@@ -94,7 +96,7 @@ class Journal:
         if block >= self.blocks_done:
             return False
         file = self.state["blocks"][block]["file"]
-        path, record = self.folder / plain_name(file), self.state["shards"][file]
+        path, record = within(self.folder, plain_name(file)), self.state["shards"][file]
         return path.exists() and path.stat().st_size == record["bytes"] and sha256(path) == record["sha256"]
 
     def begin(self, dense: Mapping[str, float], allocation: Mapping[str, Mapping[str, object]]) -> None:
@@ -148,6 +150,7 @@ class Journal:
 
     def finish(self, dense: Mapping[str, float], compressed: Mapping[str, float]) -> None:
         """Declare the result whole, with its perplexities by fingerprint of the text; the last write of a run."""
+        self.state.setdefault("opens_as", small_sums(self.folder))
         self.state |= {"finished": True, "dense": dict(dense), "compressed": dict(compressed)}
         self._write()
 

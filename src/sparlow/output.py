@@ -8,10 +8,11 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from sparlow.errors import InputError
-from sparlow.model.shards import read_json
+from sparlow.model.shards import RECORD, partial_of, read_json
 
-NAME = "sparlow.json"  # the journal, by which a directory is known as ours
+NAME = RECORD
 LOCK = ".sparlow.lock"  # there only while a process writes, or after one that was killed; the lock itself dies with it
+_BEFORE_THE_FIRST_RECORD = {LOCK, partial_of(Path(NAME)).name}  # what a run leaves that is killed so early
 _KEYS = {"format", "finished", "fingerprint", "blocks_name", "dense", "shards", "blocks"}
 
 
@@ -65,7 +66,7 @@ def check_folder(folder: Path, *, overwrite: bool, finished: bool = False) -> No
         return
     if not folder.is_dir():
         raise InputError(f"{folder} is a file: give a directory with --out.")
-    if all(path.name == LOCK for path in folder.iterdir()):
+    if {path.name for path in folder.iterdir()} <= _BEFORE_THE_FIRST_RECORD:
         return
     found = read_json(folder / NAME) if (folder / NAME).exists() else {}
     if not found.keys() >= _KEYS:

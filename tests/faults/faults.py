@@ -248,9 +248,9 @@ def main():
         print("| fault | tries | lost work, blocks at most | wrong results |\n|---|---|---|---|", flush=True)  # noqa: T201
         wrong = []
         for row in rows:
-            print(row, flush=True)  # noqa: T201
+            print(row, *row.wrong, sep="\n", flush=True)  # noqa: T201
             wrong += row.wrong
-    sys.exit("\n".join(wrong))
+    sys.exit(bool(wrong))
 
 
 if __name__ == "__main__":
