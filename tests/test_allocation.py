@@ -20,11 +20,11 @@ from sparlow.allocation import (
     ratio_sparsity,
 )
 from sparlow.errors import InputError
-from sparlow.journal import NAME
 from sparlow.linalg.patterns import NM, Unstructured, parse_pattern
 from sparlow.model.blocks import decoder_blocks, linears
 from sparlow.model.inspection import describe
 from sparlow.model.layers import compressed_layers
+from sparlow.output import NAME
 from sparlow.recipe import Recipe
 from sparlow.verification import verify_artefact
 

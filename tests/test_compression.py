@@ -2,6 +2,8 @@ import copy
 import hashlib
 import json
 import shutil
+import socket
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,12 +13,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import oracles
 import sparlow
 from families import VOCABULARY, save_tiny, tiny, tiny_tokenizer
-from sparlow.errors import InputError, RunError
-from sparlow.journal import NAME, Journal
+from sparlow.errors import InputError
+from sparlow.journal import Journal
 from sparlow.model.blocks import decoder_blocks, linears
 from sparlow.model.inspection import describe
 from sparlow.model.layers import compressed_layers
 from sparlow.model.shards import write_shard
+from sparlow.output import LOCK, NAME
 from sparlow.recipe import Recipe
 from sparlow.report import Report
 from sparlow.text import calibration_windows
@@ -40,6 +43,7 @@ KEYS = {  # of report.json: design 4b, and which model and which version of the 
     "matching",
     "finetuning",
     "not_compressed",
+    "counts",
     "warnings",
     "model",
     "version",
@@ -56,6 +60,9 @@ LAYER_KEYS = {
     "seconds",
     "damping",
     "warnings",
+    "tokens",
+    "dead_inputs",
+    "settled",
 }
 
 
@@ -229,6 +236,35 @@ def test_a_model_object_a_directory_and_a_text_give_the_same_bytes(whole, folder
     compress(tiny("gpt_neox"), calibration=windows, out=tmp_path / "object")
     compress(folder, QUICK.changed(samples=8, seqlen=16), calibration=text, out=tmp_path / "path")
     assert checksums(tmp_path / "object") == checksums(tmp_path / "path") == checksums(out)
+
+
+def test_nothing_is_asked_of_the_network(folder, text, tmp_path, monkeypatch):
+    asked = []
+
+    def connect(_, address):
+        asked.append(address)
+        raise OSError("no network here")
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *_, **__: connect(None, host))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    recipe = PRUNE.changed(calibration=str(text), samples=4, seqlen=16)
+    sparlow.compress(folder, recipe, out=tmp_path / "out", evaluate=(str(text), "builtin"), limit=2)
+    sparlow.evaluate(sparlow.load(tmp_path / "out"), tiny_tokenizer(), perplexity_on=[str(text)], seqlen=16)
+    assert asked == []
+
+
+def test_counts_are_those_of_the_layers(whole):
+    _, report = whole
+    assert report.counts == {
+        "layers": 12,
+        "extra_damping": sum(row.damping > 0 for row in report.layers),
+        "dead_inputs": 0,
+        "unsettled": sum(not row.settled for row in report.layers),
+        "without_data": 0,
+    }
+    assert report.counts["unsettled"] == sum(any("settled" in w for w in row.warnings) for row in report.layers) > 0
+    assert {row.tokens for row in report.layers} == {8 * 16}
 
 
 def test_without_out_nothing_is_written(folder, tmp_path, monkeypatch):
@@ -668,13 +704,67 @@ def flip(path, position=-1):
 
 
 @pytest.mark.parametrize("spoil", [flip, lambda path: path.unlink()], ids=["one bit", "missing"])
-def test_a_damaged_shard_stops_the_run(spoil, folder, tmp_path):
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_damaged_shard_is_written_again_and_no_other(spoil, number, folder, undisturbed, tmp_path):
     interrupted(folder, tmp_path, Stop("blocks", 2))
-    spoil(tmp_path / "model-00002-of-00004.safetensors")
-    with pytest.raises(RunError, match=r"model-00002-of-00004.safetensors is missing or damaged"):
+    spoil(tmp_path / f"model-0000{number}-of-00004.safetensors")
+    solved = []
+    report = compress(folder, out=tmp_path, notify=lambda step: solved.append(step.layer))
+    assert {layer.block for layer in solved if layer} == {number - 1, 2}
+    assert checksums(tmp_path) == checksums(undisturbed[0])
+    (warning,) = set(report.warnings) - set(undisturbed[1].warnings)
+    assert f"the shard of block {number - 1} was damaged" in warning
+
+
+def test_blocks_after_one_that_comes_out_differently_are_done_again(folder, undisturbed, tmp_path):
+    interrupted(folder, tmp_path, Stop("blocks", 2))
+    state = json.loads((tmp_path / NAME).read_text())
+    state["shards"]["model-00001-of-00004.safetensors"]["sha256"] = "0" * 64  # as of another machine
+    (tmp_path / NAME).write_text(json.dumps(state))
+    solved = []
+    compress(folder, out=tmp_path, notify=lambda step: solved.append(step.layer))
+    assert {layer.block for layer in solved if layer} == {0, 1, 2}
+    assert checksums(tmp_path) == checksums(undisturbed[0])
+
+
+def test_a_replacement_that_is_killed_while_it_clears_leaves_nothing_of_the_old(old, folder, undisturbed, monkeypatch):
+    out, _ = old
+    unlink, removed = Path.unlink, []
+
+    def dying(self, **options):
+        if self.parent == out and not self.name.startswith("."):
+            if len(removed) == 3:
+                raise KeyboardInterrupt
+            removed.append(self)
+        unlink(self, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", dying)
+        interrupted(folder, out, lambda _: None, overwrite=True)
+    compress(folder, out=out)  # the same, without being told to overwrite again
+    assert checksums(out) == checksums(undisturbed[0])
+    assert everything(out).keys() == everything(undisturbed[0]).keys()
+
+
+def test_two_runs_do_not_write_to_one_directory(folder, undisturbed, tmp_path):
+    refused = []
+
+    def second(step):
+        if (step.stage, step.done) == ("blocks", 1) and not refused:
+            with pytest.raises(InputError, match=f"Another process is writing to {tmp_path / 'out'}") as caught:
+                compress(folder, out=tmp_path / "out", overwrite=True)
+            refused.append(caught)
+
+    compress(folder, out=tmp_path / "out", notify=second)
+    assert refused
+    assert checksums(tmp_path / "out") == checksums(undisturbed[0])
+    assert not (tmp_path / "out" / LOCK).exists()
+
+
+def test_a_directory_that_cannot_be_locked(folder, tmp_path):
+    (tmp_path / LOCK).mkdir()
+    with pytest.raises(InputError, match="cannot be written to and locked"):
         compress(folder, out=tmp_path)
-    compress(folder, out=tmp_path, overwrite=True)
-    sparlow.load(tmp_path)
 
 
 # Results that are there already
@@ -830,7 +920,7 @@ def test_a_damaged_head_is_told_from_a_damaged_block(text, tmp_path):
     with torch.no_grad():
         model.lm_head.weight[0, 0] = float("nan")
     options = {"tokenizer": tiny_tokenizer(), "evaluate": [str(text)], "out": tmp_path / "out"}
-    with pytest.raises(InputError, match="head or embedding is damaged"):
+    with pytest.raises(InputError, match="lm_head: the weight holds NaN"):
         compress(model, PRUNE, **options)
     assert not (tmp_path / "out").exists()
 

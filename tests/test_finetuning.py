@@ -5,6 +5,7 @@ import math
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -16,10 +17,10 @@ from sparlow.cli import main
 from sparlow.errors import InputError, RunError
 from sparlow.evaluation import perplexity
 from sparlow.finetuning import Parent
-from sparlow.journal import NAME
 from sparlow.model.blocks import decoder_blocks, linears
 from sparlow.model.inspection import changed_sparse_parts, describe
 from sparlow.model.layers import SparseLowRankLinear, compressed_layers
+from sparlow.output import NAME
 from sparlow.recipe import Recipe
 from sparlow.report import Report
 from sparlow.text import evaluation_windows, training_windows
@@ -317,6 +318,18 @@ def shards(folder):
     return {file.name: file.read_bytes() for file in folder.glob("*.safetensors")}
 
 
+def test_random_generators_come_back():
+    from sparlow import checkpoints
+
+    def draw():
+        return np.random.rand(3).tolist(), np.random.randn(1).tolist(), torch.rand(3).tolist()  # noqa: NPY002 - these
+
+    found = checkpoints._generators()
+    expected = draw()
+    checkpoints._set_generators(found)
+    assert draw() == expected
+
+
 @pytest.mark.parametrize("when", [3, 12])
 def test_a_killed_run_ends_as_it_would_have(place, undisturbed, tmp_path, when):
     out = tmp_path / "out"
@@ -325,7 +338,9 @@ def test_a_killed_run_ends_as_it_would_have(place, undisturbed, tmp_path, when):
     with pytest.raises(KilledError):
         tune(place, "mixed", out, steps=STEPS, accumulate=2, notify=kill_at(when))
     assert not (out / "config.json").exists()
-    (out / "checkpoints" / "checkpoint-12").mkdir()  # one that was being written
+    (checkpoint,) = (out / "checkpoints").iterdir()
+    assert {path.suffix for path in checkpoint.iterdir()} <= {".safetensors", ".json", ".md"}  # no pickle
+    (out / "checkpoints" / "checkpoint-12").mkdir()  # one that was being written by something else
     seen = []
     report = tune(place, "mixed", out, steps=STEPS, accumulate=2, notify=seen.append)
     first = (when - 1) // 2 * 2 + 1  # a checkpoint is written after every second step

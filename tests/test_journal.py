@@ -2,9 +2,10 @@ import json
 
 import pytest
 
-from sparlow.errors import InputError, RunError
-from sparlow.journal import NAME, Journal, check_folder, read_records
+from sparlow.errors import InputError
+from sparlow.journal import Journal, read_records
 from sparlow.model.shards import ShardRecord, sha256
+from sparlow.output import LOCK, NAME, check_folder
 from sparlow.recipe import Recipe
 from sparlow.report import LayerRecord
 
@@ -163,8 +164,9 @@ def test_overwriting_forgets_at_once_and_removes_with_the_first_record(tmp_path)
 
 def test_a_shard_as_it_was_recorded_passes(tmp_path):
     run = begun(tmp_path)
-    run.check_shard(0)
-    journal(tmp_path).check_shard(1)
+    assert run.has(0)
+    assert journal(tmp_path).has(1)
+    assert not journal(tmp_path).has(2)
 
 
 @pytest.mark.parametrize(
@@ -176,12 +178,21 @@ def test_a_shard_as_it_was_recorded_passes(tmp_path):
     ],
     ids=["missing", "longer", "one byte"],
 )
-def test_a_shard_that_is_another_is_named(spoil, tmp_path):
+def test_a_shard_that_is_another_is_not_had(spoil, tmp_path):
     run = begun(tmp_path)
     spoil(tmp_path / "model-00002-of-00003.safetensors")
-    run.check_shard(0)
-    with pytest.raises(RunError, match=r"model-00002-of-00003.safetensors is missing or damaged.*--overwrite"):
-        run.check_shard(1)
+    assert (run.has(0), run.has(1)) == (True, False)
+
+
+@pytest.mark.parametrize("file", ["../model-00001-of-00003.safetensors", "/etc/passwd"])
+def test_a_record_does_not_lead_out_of_the_directory(file, tmp_path):
+    begun(tmp_path)
+    state = json.loads((tmp_path / NAME).read_text())
+    state["blocks"][0]["file"] = file
+    state["shards"][file] = {"bytes": 100, "sha256": ""}
+    (tmp_path / NAME).write_text(json.dumps(state))
+    with pytest.raises(InputError, match="not the name of a safetensors file"):
+        journal(tmp_path)
 
 
 # Whether a directory may be written to
@@ -192,7 +203,10 @@ def test_new_empty_and_unfinished_directories_may_be_written_to(overwrite, tmp_p
     (tmp_path / "empty").mkdir()
     (tmp_path / "unfinished").mkdir()
     begun(tmp_path / "unfinished")
-    for name in ("new", "empty", "unfinished"):
+    (tmp_path / "hardly begun").mkdir()
+    for name in (LOCK, f".{NAME}.partial"):  # of a run that was killed before its first record
+        (tmp_path / "hardly begun" / name).write_bytes(b"")
+    for name in ("new", "empty", "unfinished", "hardly begun"):
         check_folder(tmp_path / name, overwrite=overwrite)
     assert not (tmp_path / "new").exists()
 

@@ -3,6 +3,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sparlow.algorithms import algorithms
 from sparlow.allocation import Budget, Rule
@@ -308,3 +310,28 @@ def test_a_file_that_cannot_be_read(tmp_path):
     for path in (tmp_path / "none.toml", tmp_path, tmp_path / "latin.toml"):
         with pytest.raises(InputError, match=f"The recipe {path} cannot be read"):
             Recipe.from_file(path)
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(["wanda", "2:4"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(st.dictionaries(st.sampled_from([*FIELDS, "colour"]), ANYTHING, max_size=4))
+def test_whatever_a_recipe_is_made_from_it_is_refused_in_a_sentence_or_comes_back(data):
+    try:
+        recipe = Recipe.from_dict(data)
+    except InputError as error:
+        assert str(error)  # noqa: PT017 - both are right
+    else:
+        assert Recipe.from_toml(recipe.to_toml()) == recipe
+
+
+@given(st.text(max_size=60))
+def test_whatever_a_file_says_is_refused_in_a_sentence_or_read(text):
+    try:
+        assert isinstance(Recipe.from_toml(text), Recipe)
+    except InputError as error:
+        assert str(error)  # noqa: PT017 - both are right

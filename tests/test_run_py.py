@@ -11,8 +11,8 @@ import sparlow
 from families import save_tiny
 from sparlow import cli
 from sparlow.algorithms import find
-from sparlow.journal import NAME
 from sparlow.model.layers import compressed_layers
+from sparlow.output import NAME
 from sparlow.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]

@@ -345,6 +345,24 @@ def test_text_that_is_not_utf8_is_refused(words, write):
         evaluation_windows(write("latin.txt", b"caf\xe9"), words, seqlen=2)
 
 
+def test_a_parquet_file_that_unpacks_to_far_more_than_it_takes_is_refused(words, tmp_path):
+    path = tmp_path / "bomb.parquet"
+    pq.write_table(pa.table({"text": ["a " * 2**20] * 64}), path, compression="zstd")
+    assert path.stat().st_size < 2**20
+    with pytest.raises(InputError, match="unpacks to more than"):
+        evaluation_windows(str(path), words, seqlen=2)
+
+
+def test_a_parquet_file_that_is_damaged_inside(words, tmp_path):
+    path = tmp_path / "damaged.parquet"
+    pq.write_table(pa.table({"text": [f"number {i}" for i in range(999)]}), path, compression="zstd")
+    data = bytearray(path.read_bytes())
+    data[20:400] = bytes(380)
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=r"damaged.parquet (is not a parquet file|cannot be read)"):
+        evaluation_windows(str(path), words, seqlen=2)
+
+
 @pytest.mark.parametrize("name", ["missing.txt", "a/b/c", "data/train.jsonl", "./x", "/no/such", "data/x.parquet"])
 def test_a_missing_file_is_called_a_file(words, hub, name):
     stand_in = hub()

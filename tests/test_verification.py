@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 import sparlow
 from families import tiny
 from sparlow.errors import InputError
-from sparlow.journal import NAME
 from sparlow.model.shards import sha256
+from sparlow.output import NAME
 from sparlow.recipe import Recipe
 from sparlow.verification import recorded_patterns, verify_artefact
 

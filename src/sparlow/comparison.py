@@ -14,9 +14,9 @@ from sparlow.compression import open_dense, windows_to_calibrate, windows_to_eva
 from sparlow.errors import InputError, RunError
 from sparlow.figures import draw, require_matplotlib
 from sparlow.job import Job
-from sparlow.journal import check_folder
 from sparlow.model.blocks import decoder_blocks
 from sparlow.model.shards import replacing
+from sparlow.output import check_folder, claimed
 from sparlow.pipeline import budgets
 from sparlow.progress import Notify, labelled
 from sparlow.recipe import Recipe
@@ -171,9 +171,10 @@ def compare(
     for name, recipe in recipes.items():
         opened, storage = fresh.pop() if fresh else opening(recipe)
         job = Job(opened, storage, recipe, windows, labelled(notify, before=f"{name}: "))
-        job.write_to(out / name, overwrite=overwrite)
-        job.known_dense |= known
-        _run(name, job, texts, found)
+        with claimed(out / name, overwrite=overwrite, finished=True):
+            job.write_to(out / name, overwrite=overwrite)
+            job.known_dense |= known
+            _run(name, job, texts, found)
         known |= job.known_dense
         del job, opened  # compressed in place; freed before the next is opened
         found.write(out)

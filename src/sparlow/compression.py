@@ -1,6 +1,7 @@
 """``sparlow.compress``: open the model, cut the text, run the job."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,10 +12,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sparlow.errors import InputError
 from sparlow.evaluation import require_context, require_tokenizer
 from sparlow.job import Job
-from sparlow.journal import check_folder
 from sparlow.model.sampling import own_windows
 from sparlow.model.source import OpenedModel, fingerprint, for_computing, open_model
 from sparlow.model.storage import Storage
+from sparlow.output import claimed
 from sparlow.progress import Notify
 from sparlow.recipe import GIVEN_WINDOWS, OWN_TEXT, Recipe
 from sparlow.report import Report
@@ -60,16 +61,15 @@ def compress(
         RunError: The run could not go on; with ``out``, the same call resumes it.
     """
     recipe = with_calibration(recipe or Recipe(), calibration)
-    if out is not None:
-        check_folder(Path(out), overwrite=overwrite)
-    opened, storage = open_dense(model, tokenizer, recipe, device, trust_remote_code=trust_remote_code)
-    windows = windows_to_calibrate(calibration, opened, recipe)
-    # cut before the run, so that a missing file is noticed at once
-    evaluation = windows_to_evaluate(evaluate, opened, evaluate_seqlen or recipe.seqlen, limit)
-    job = Job(opened, storage, recipe, windows, notify)
-    if out is not None:
-        job.write_to(Path(out), overwrite=overwrite)
-    return job.go(evaluation)
+    with nullcontext() if out is None else claimed(Path(out), overwrite=overwrite):
+        opened, storage = open_dense(model, tokenizer, recipe, device, trust_remote_code=trust_remote_code)
+        windows = windows_to_calibrate(calibration, opened, recipe)
+        # cut before the run, so that a missing file is noticed at once
+        evaluation = windows_to_evaluate(evaluate, opened, evaluate_seqlen or recipe.seqlen, limit)
+        job = Job(opened, storage, recipe, windows, notify)
+        if out is not None:
+            job.write_to(Path(out), overwrite=overwrite)
+        return job.go(evaluation)
 
 
 def open_dense(

@@ -15,7 +15,7 @@ from sparlow.algorithms import Algorithm
 from sparlow.comparison import Comparison
 from sparlow.evaluation import Evaluation
 from sparlow.model.inspection import LayerInfo
-from sparlow.page import megabytes, perplexities_of_finetuning, summary_rows
+from sparlow.page import megabytes, perplexities_of_finetuning, remarks, summary_rows
 from sparlow.progress import Notify, Progress
 from sparlow.report import Report
 from sparlow.tasks import TaskResult
@@ -66,6 +66,7 @@ def show_report(report: Report) -> None:
     )
     kept = sum(row["parameters"] for row in report.not_compressed)
     out.print(f"{kept:,} parameters in {len(report.not_compressed)} modules stay as they are", highlight=False)
+    out.print(remarks(report), highlight=False)
     for warning in report.warnings[:10]:
         out.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False)
     if len(report.warnings) > 10:  # noqa: PLR2004 - a screenful

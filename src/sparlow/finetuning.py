@@ -15,10 +15,10 @@ from typing import Any
 from sparlow.compression import pick_device, windows_to_evaluate
 from sparlow.errors import InputError
 from sparlow.evaluation import require_context, require_tokenizer
-from sparlow.journal import NAME, check_folder
 from sparlow.model.checkpoint import read_layers
 from sparlow.model.shards import read_json
 from sparlow.model.source import open_model
+from sparlow.output import NAME, claimed
 from sparlow.progress import Notify
 from sparlow.report import Report
 from sparlow.text import training_windows
@@ -89,17 +89,18 @@ def finetune(
     device = pick_device(device)
     check_possible(plan, device)
     places = Places(Path(folder), Path(out), None if peft is None else Path(peft))
-    places.check(overwrite=overwrite)
-    parent = Parent.read(places.folder)
-    ranks = parent.ranks_to_train(rank)
-    opened = open_model(str(folder), device=device, trust_remote_code=trust_remote_code)
-    require_context(opened.model, block_size, "block-size")
-    tokenizer = require_tokenizer(opened.tokenizer, opened.name)
-    windows = training_windows(dataset, tokenizer, samples=plan.windows, seqlen=block_size, seed=seed)
-    evaluation = windows_to_evaluate(evaluate, opened, parent.report.recipe["seqlen"], limit)
-    run = FineTuning(parent, opened, places, plan, ranks, notify)
-    run.begin(windows, overwrite=overwrite)
-    return run.go(windows, evaluation)
+    places.check()
+    with claimed(places.out, overwrite=overwrite):
+        parent = Parent.read(places.folder)
+        ranks = parent.ranks_to_train(rank)
+        opened = open_model(str(folder), device=device, trust_remote_code=trust_remote_code)
+        require_context(opened.model, block_size, "block-size")
+        tokenizer = require_tokenizer(opened.tokenizer, opened.name)
+        windows = training_windows(dataset, tokenizer, samples=plan.windows, seqlen=block_size, seed=seed)
+        evaluation = windows_to_evaluate(evaluate, opened, parent.report.recipe["seqlen"], limit)
+        run = FineTuning(parent, opened, places, plan, ranks, notify)
+        run.begin(windows, overwrite=overwrite)
+        return run.go(windows, evaluation)
 
 
 def _require_packages() -> None:
@@ -172,7 +173,7 @@ class Places:
     out: Path
     peft: Path | None
 
-    def check(self, *, overwrite: bool) -> None:
+    def check(self) -> None:
         """See that nothing is lost by writing.
 
         Raises:
@@ -183,7 +184,6 @@ class Places:
         folder, out = self.folder.resolve(), self.out.resolve()
         if out in (folder, *folder.parents):
             raise InputError(f"Writing to {self.out} would replace {self.folder}: give another --out.")
-        check_folder(self.out, overwrite=overwrite)
         if self.peft is None:
             return
         if self.peft.resolve() in (folder, *folder.parents, out, *out.parents):

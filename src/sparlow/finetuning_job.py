@@ -121,7 +121,10 @@ class FineTuning:
 
     def perplexity(self, stage: str, windows: Tensor) -> float:
         """Measure the model as it is; ``stage`` is what the progress bar says."""
-        return perplexity(self.model, windows, counting(self.notify, stage, len(windows)))
+        value = perplexity(self.model, windows, counting(self.notify, stage, len(windows)))
+        if value != value:  # noqa: PLR0124 - NaN
+            raise RunError(f"The {stage} is not a number: the model's activations leave the range of their type.")
+        return value
 
     def train(self, windows: Tensor) -> list[float]:
         """Put the trained U and V into the model, rounded as they will be stored; return the losses."""
@@ -144,7 +147,7 @@ class FineTuning:
         """
         writer = self.writer(self.places.out, self.model)
         for i, (block, record) in enumerate(zip(self.blocks, self.parent.state["blocks"], strict=True)):
-            if i >= self.journal.blocks_done:
+            if not self.journal.has(i):
                 layers = [self.with_rank(LayerRecord.from_dict(row)) for row in record["layers"]]
                 self.journal.note_copied(writer.write_block(i, block), record, layers)
         rest = writer.write_rest(self.model)

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparlow.allocation import Budget
-from sparlow.errors import InputError
+from sparlow.errors import InputError, RunError
 from sparlow.evaluation import perplexity
 from sparlow.journal import Journal
-from sparlow.model.blocks import Call, decoder_blocks, linears, not_compressed, run_block
+from sparlow.model.blocks import Call, decoder_blocks, linears, not_compressed, run_compressed
 from sparlow.model.checkpoint import CheckpointWriter, load, read_block
 from sparlow.model.layers import compressed_layers
 from sparlow.model.matching import PRESETS, Plan, match, round_through
@@ -54,7 +54,7 @@ class Job:
         self.model = opened.model
         self.blocks_name, self.blocks = decoder_blocks(self.model)
         self.budgets = budgets(self.blocks_name, self.blocks, recipe)
-        require_finite(self.blocks_name, self.blocks, self.budgets)
+        require_finite(self.model)
         self.clock = Clock()
         self.report = Report(recipe=recipe.to_dict(), model=opened.name)
         self.report.bytes = {"dense": self.storage.bytes_of(self.model), "linears_dense": 0, "linears_compressed": 0}
@@ -93,8 +93,7 @@ class Job:
             attach(self.model)
             self.finish_files()
             for name, windows in evaluation.items():
-                value = self.perplexity("compressed perplexity", windows, self.model)
-                self.report.compressed["perplexity"][name] = value
+                self.report.compressed["perplexity"][name] = self.perplexity_after(name, windows, self.model)
         self.complete_report()
         if self.journal:
             write_reports(self.report, self.journal.folder)
@@ -114,7 +113,7 @@ class Job:
             text = text_fingerprint(windows)
             if text not in known:
                 model = model or self.loaded(journal.folder)
-                known[text] = self.perplexity("compressed perplexity", windows, model)
+                known[text] = self.perplexity_after(name, windows, model)
             self.report.compressed["perplexity"][name] = known[text]
         if model is not None:
             for part, new in ((whole.dense, self.report.dense), (whole.compressed, self.report.compressed)):
@@ -150,6 +149,13 @@ class Job:
         with self.clock("evaluate"):
             return perplexity(model, windows, counting(self.notify, stage, len(windows)))
 
+    def perplexity_after(self, name: str, windows: Tensor, model: PreTrainedModel) -> float:
+        """Measure the compressed model; RunError if that gives no number."""
+        value = self.perplexity("compressed perplexity", windows, model)
+        if value != value:  # noqa: PLR0124 - NaN
+            raise RunError(f"The compressed model's perplexity on {name} is not a number: use --dtype float32.")
+        return value
+
     @torch.no_grad()
     def walk(self) -> None:
         """Compress block after block, each fed by the compressed ones before it."""
@@ -170,7 +176,7 @@ class Job:
             )
         for i, block in enumerate(self.blocks):
             dense = {name: self.storage.bytes_of(linear) for name, linear in linears(block).items()}
-            if self.journal and i < self.journal.blocks_done:
+            if self.journal and self.journal.has(i):
                 layers, matching = self.restored(i, block, self.journal)
             else:
                 layers, matching = self.compressed(i, block, recording.calls[i], hidden)
@@ -183,7 +189,7 @@ class Job:
             if i + 1 == len(self.blocks):  # nobody reads what leaves the last block
                 hidden = []
             with self.clock("walk"):
-                hidden = [run_block(block, x, recording.calls[i][len(x)]).to(x.device) for x in hidden]
+                hidden = run_compressed(block, hidden, recording.calls[i], f"{self.blocks_name}.{i}")
             self.notify(Progress("blocks", i + 1, len(self.blocks)))
 
     def allocate(self, recording: Recording) -> None:
@@ -201,7 +207,6 @@ class Job:
 
     def restored(self, i: int, block: nn.Module, journal: Journal) -> tuple[list[LayerRecord], list[dict[str, Any]]]:
         """Take a block that an earlier run finished from its shard; return its records."""
-        journal.check_shard(i)
         read_block(journal.folder, self.blocks_name, i, block)
         block.to(self.model.dtype)
         return journal.layers(i), journal.matching(i)
@@ -210,6 +215,8 @@ class Job:
         self, i: int, block: nn.Module, calls: Mapping[int, Call], hidden: list[Tensor]
     ) -> tuple[list[LayerRecord], list[dict[str, Any]]]:
         """Compress a block, match it if the recipe says so and, if there is a directory, write it."""
+        if self.journal and i < self.journal.blocks_done:
+            self.report.warnings.append(f"the shard of block {i} was damaged after it was written; it was done again")
 
         def on_layer(layer: LayerRecord) -> None:
             self.notify(Progress("blocks", i, len(self.blocks), layer))

@@ -5,20 +5,21 @@ stands there; a shard without a record is written again. ``finished`` becomes tr
 """
 
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sparlow.errors import InputError, RunError
+from sparlow.allocation import Budget
+from sparlow.errors import InputError
+from sparlow.model.places import plain_name, within
 from sparlow.model.shards import ShardRecord, read_json, replacing, sha256
+from sparlow.model.sums import small_sums
+from sparlow.output import LOCK, NAME
 from sparlow.report import LayerRecord, plain
 
-NAME = "sparlow.json"
 FORMAT = 1
-_KEYS = {"format", "finished", "fingerprint", "blocks_name", "dense", "shards", "blocks"}
 
 
 class Journal:
@@ -38,7 +39,6 @@ class Journal:
         self, folder: Path, fingerprint: Mapping[str, Any], blocks_name: str, *, overwrite: bool = False
     ) -> None:
         self.folder = folder
-        self._clear = False
         self.state: dict[str, Any] = {
             "format": FORMAT,
             "finished": False,
@@ -51,9 +51,9 @@ class Journal:
             "blocks": [],
         }
         if (folder / NAME).exists():
-            found = read_json(folder / NAME)
+            found = read_state(folder)
             if overwrite and not self._goes_on(found):
-                self._clear = True
+                self.state["clearing"] = True
                 return
             _refuse_another(folder, found.get("fingerprint", {}), self.state["fingerprint"])
             self.state = found
@@ -88,24 +88,16 @@ class Journal:
         return [LayerRecord.from_dict(row) for row in self.state["blocks"][block]["layers"]]
 
     def _goes_on(self, found: Mapping[str, Any]) -> bool:
-        """Whether a directory holds an unfinished and undamaged part of this very run."""
-        same = found.get("fingerprint") == self.state["fingerprint"]
-        return (
-            same
-            and not found.get("finished")
-            and all(self._sound(file, record) for file, record in found["shards"].items())
-        )
+        """Whether a directory holds an unfinished part of this very run."""
+        return found.get("fingerprint") == self.state["fingerprint"] and not found.get("finished")
 
-    def _sound(self, file: str, record: Mapping[str, Any]) -> bool:
-        path = self.folder / file
-        return path.exists() and path.stat().st_size == record["bytes"] and sha256(path) == record["sha256"]
-
-    def check_shard(self, block: int) -> None:
-        """Raise RunError unless the shard of a finished block is the one that was recorded."""
+    def has(self, block: int) -> bool:
+        """Whether the shard of a block was recorded, and is on disk as it was written."""
+        if block >= self.blocks_done:
+            return False
         file = self.state["blocks"][block]["file"]
-        if not self._sound(file, self.state["shards"][file]):
-            path = self.folder / file
-            raise RunError(f"{path} is missing or damaged since it was written: start again with --overwrite.")
+        path, record = within(self.folder, plain_name(file)), self.state["shards"][file]
+        return path.exists() and path.stat().st_size == record["bytes"] and sha256(path) == record["sha256"]
 
     def begin(self, dense: Mapping[str, float], allocation: Mapping[str, Mapping[str, object]]) -> None:
         """Make the directory and record the dense model's perplexities and what the data decided."""
@@ -131,15 +123,22 @@ class Journal:
     ) -> None:
         """Record a finished block, whose shard is on disk already, and the seconds spent up to here."""
         self.state["seconds"] = dict(seconds)
-        rows = [asdict(layer) for layer in layers]
-        self.state["shards"][shard.file] = {"bytes": shard.bytes, "sha256": shard.sha256}
-        self.state["blocks"].append({"file": shard.file, "layers": rows, "matching": list(matching)})
-        self._write()
+        self._note(shard, {"matching": list(matching)}, layers)
 
     def note_copied(self, shard: ShardRecord, block: Mapping[str, Any], layers: Sequence[LayerRecord]) -> None:
         """Record a block of another result that was written anew: its record there, with the layers as they are now."""
-        self.state["shards"][shard.file] = {"bytes": shard.bytes, "sha256": shard.sha256}
-        self.state["blocks"].append({**block, "file": shard.file, "layers": [asdict(layer) for layer in layers]})
+        self._note(shard, block, layers)
+
+    def _note(self, shard: ShardRecord, block: Mapping[str, Any], layers: Sequence[LayerRecord]) -> None:
+        """Record a block, for the first time or again; those after it stay if it came out as it was."""
+        row = {**block, "file": shard.file, "layers": [asdict(layer) for layer in layers]}
+        sums, blocks = {"bytes": shard.bytes, "sha256": shard.sha256}, self.state["blocks"]
+        files = [known["file"] for known in blocks]
+        i = files.index(shard.file) if shard.file in files else len(files)
+        kept = i + 1 if self.state["shards"].get(shard.file) == sums else len(files)
+        blocks[i:kept] = [row]
+        self.state["shards"] = {known["file"]: self.state["shards"].get(known["file"]) for known in blocks}
+        self.state["shards"][shard.file] = sums
         self._write()
 
     def note_rest(self, rest: ShardRecord, recipe: str) -> None:
@@ -151,53 +150,56 @@ class Journal:
 
     def finish(self, dense: Mapping[str, float], compressed: Mapping[str, float]) -> None:
         """Declare the result whole, with its perplexities by fingerprint of the text; the last write of a run."""
+        self.state.setdefault("opens_as", small_sums(self.folder))
         self.state |= {"finished": True, "dense": dict(dense), "compressed": dict(compressed)}
         self._write()
 
     def _write(self) -> None:
-        if self._clear:
-            shutil.rmtree(self.folder)
-            self._clear = False
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._put()
+        if self.state.pop("clearing", False):  # on disk until all is gone: whoever is killed on the way goes on with it
+            for path in self.folder.iterdir():
+                if path.name not in (NAME, LOCK):
+                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            self._put()
+
+    def _put(self) -> None:
         with replacing(self.folder / NAME) as partial:
             partial.write_text(json.dumps(plain(self.state), indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def check_folder(folder: Path, *, overwrite: bool, finished: bool = False) -> None:
-    """See that ``folder`` may be written to: new, empty, an unfinished run, or any run of sparlow.
-
-    Args:
-        folder: The output directory.
-        overwrite: A finished run may be replaced.
-        finished: A finished run may be there, and stays as it is.
-
-    Raises:
-        InputError: It holds a finished result that is not wanted, or something that is not sparlow's.
-    """
-    if not folder.exists():
-        parent = next(parent for parent in folder.absolute().parents if parent.exists())
-        if not parent.is_dir() or not os.access(parent, os.W_OK):
-            raise InputError(f"{folder} cannot be made, because of {parent}: give another --out.")
-        return
-    if not folder.is_dir():
-        raise InputError(f"{folder} is a file: give a directory with --out.")
-    if not any(folder.iterdir()):
-        return
-    found = read_json(folder / NAME) if (folder / NAME).exists() else {}
-    if not found.keys() >= _KEYS:
-        raise InputError(f"{folder} is not empty and holds no run of sparlow: give another --out.")
-    if found["finished"] and not (overwrite or finished):
-        raise InputError(f"{folder} holds a finished result: give another --out, or --overwrite to replace it.")
-
-
 def read_records(folder: Path) -> dict[str, LayerRecord]:
     """The records of a directory's layers by their full names; InputError if ``sparlow.json`` cannot be read."""
+    state = read_state(folder)
+    layers = [LayerRecord.from_dict(row) for block in state["blocks"] for row in block["layers"]]
+    return {f"{state['blocks_name']}.{layer.block}.{layer.name}": layer for layer in layers}
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The object in ``sparlow.json``, with records that can be read; InputError if it is anything else."""
     state = read_json(folder / NAME)
+    if state.get("format", FORMAT) != FORMAT:
+        raise InputError(f"{folder / NAME} has format {state['format']}, this one reads {FORMAT}: upgrade sparlow.")
     try:
-        layers = [LayerRecord.from_dict(row) for block in state["blocks"] for row in block["layers"]]
-        return {f"{state['blocks_name']}.{layer.block}.{layer.name}": layer for layer in layers}
-    except (KeyError, TypeError, ValueError) as error:
+        _check_state(state)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise InputError(f"{folder / NAME} is not a record of sparlow: {error!r} is wrong or missing.") from None
+    return state
+
+
+def _check_state(state: Mapping[str, Any]) -> None:
+    """Read every part once as it will be read later; whatever is raised says that it is damaged."""
+    dict(state["fingerprint"]), state["finished"], str(state["blocks_name"])
+    for file, record in state["shards"].items():
+        plain_name(file), int(record["bytes"]), str(record["sha256"])
+    for block in state["blocks"]:
+        state["shards"][block["file"]], list(block.get("matching", []))
+        for row in block["layers"]:
+            LayerRecord.from_dict(row)
+    for numbers in (state["dense"], state.get("compressed", {}), state.get("seconds", {})):
+        [float(value) for value in numbers.values()]
+    for budget in state.get("allocation", {}).values():
+        Budget.from_dict(budget)
 
 
 def _refuse_another(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -32,6 +32,7 @@ def html(report: Report) -> str:
     parts = [
         f"<h1>{escape(title)}</h1>",
         _table(("", "dense", "compressed"), summary_rows(report)),
+        f"<p>{escape(remarks(report))}</p>",
         *(f'<p class="warning">{escape(warning)}</p>' for warning in report.warnings),
         *_finetuning(report),
         "<h2>Relative error by layer</h2>",
@@ -87,6 +88,18 @@ def summary_rows(report: Report) -> list[tuple[str, str, str]]:
     rows.append(("bits a linear weight", f"{dense_bits:.2f}", f"{report.bits_per_weight:.2f}"))
     rows.append(("mean relative error", "0", f"{report.mean_relative_error:.5f}"))
     return rows
+
+
+def remarks(report: Report) -> str:
+    """One sentence on what was not as it should be, in how many layers."""
+    said = {
+        "extra_damping": "needed extra damping",
+        "dead_inputs": "had dead inputs",
+        "unsettled": "had not settled when the solver ended",
+        "without_data": "saw no calibration token",
+    }
+    parts = [f"{report.counts[name]} {what}" for name, what in said.items() if report.counts.get(name)]
+    return f"Of {len(report.layers)} layers {', '.join(parts) or 'none needs a remark'}."
 
 
 def megabytes(size: float) -> str:

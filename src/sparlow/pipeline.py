@@ -1,6 +1,6 @@
 """The bridge: observe a decoder block, give each of its linear layers to an algorithm, put the answer in its place."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -46,13 +46,17 @@ def budgets(blocks_name: str, blocks: Iterable[nn.Module], recipe: Recipe) -> di
     return found
 
 
-def require_finite(blocks_name: str, blocks: Iterable[nn.Module], names: Collection[str]) -> None:
-    """Raise InputError at the first of the layers ``names`` whose weight is not finite, before anything is computed."""
-    for i, block in enumerate(blocks):
-        for layer, linear in linears(block).items():
-            name = f"{blocks_name}.{i}.{layer}"
-            if name in names and not torch.isfinite(linear.weight).all():
-                raise InputError(f"{name}: the weight holds NaN or infinity; the model is damaged.")
+def require_finite(module: nn.Module, prefix: str = "") -> None:
+    """Raise InputError at the first parameter of a module that is not finite; those on the meta device are passed over.
+
+    Args:
+        module: The whole model, or a part of it.
+        prefix: What goes before the names of its parameters, with the dot.
+    """
+    for name, parameter in module.named_parameters():
+        if not parameter.is_meta and not torch.isfinite(parameter).all():
+            layer, _, part = f"{prefix}{name}".rpartition(".")
+            raise InputError(f"{layer}: the {part} holds NaN or infinity; the model is damaged.")
 
 
 def name_what_is_not_finite(
@@ -101,13 +105,13 @@ def compress_block(
         seen = observe(block, calls, hidden, GramAccumulator, label=label)
     windows = sum(len(x) for x in hidden)
     records = []
-    for layer, linear, gram in _with_grams(block, seen, windows, recipe):
+    for layer, linear, gram, tokens in _with_grams(block, seen, windows, recipe):
         budget = budgets.get(f"{label}.{layer}")
         if budget is None:
             continue
         with clock("solve"):
             try:
-                record, compressed = _compress_layer(index, layer, linear, gram, recipe, budget, stored)
+                record, compressed = _compress_layer(index, layer, linear, gram, tokens, recipe, budget, stored)
             except RunError as error:
                 raise RunError(f"{label}.{layer}: {error}") from error
         block.set_submodule(layer, compressed)
@@ -118,20 +122,28 @@ def compress_block(
 
 def _with_grams(
     block: nn.Module, seen: Observation[GramAccumulator], windows: int, recipe: Recipe
-) -> Iterator[tuple[str, nn.Linear, Gram | None]]:
-    """Each linear with the Gram of its input; layers that share one follow each other, and it is freed after them."""
+) -> Iterator[tuple[str, nn.Linear, Gram | None, int]]:
+    """Each linear, the Gram of its input and the tokens in that; layers that share one follow each other."""
     layers = linears(block)
     for owner, statistic in seen.statistics.items():
         H = statistic.second_moment(windows)
-        gram = Gram.damped(H, absolute=recipe.damping, relative=recipe.relative_damping)
+        # of a layer that was called with no token at all, every input would count as dead
+        gram = Gram.damped(H, absolute=recipe.damping, relative=recipe.relative_damping) if statistic.tokens else None
         for name in (name for name in layers if seen.owner.get(name) == owner):
-            yield name, layers[name], gram
+            yield name, layers[name], gram, statistic.tokens
     for name in (name for name in layers if name not in seen.owner):
-        yield name, layers[name], None
+        yield name, layers[name], None, 0
 
 
 def _compress_layer(
-    index: int, name: str, linear: nn.Linear, gram: Gram | None, recipe: Recipe, budget: Budget, stored: torch.dtype
+    index: int,
+    name: str,
+    linear: nn.Linear,
+    gram: Gram | None,
+    tokens: int,
+    recipe: Recipe,
+    budget: Budget,
+    stored: torch.dtype,
 ) -> tuple[LayerRecord, SparseLowRankLinear]:
     W = linear.weight.to(stored)  # exact: it came in this type
     metric = Gram.identity(linear.in_features, W.device) if gram is None else gram
@@ -147,15 +159,18 @@ def _compress_layer(
         iterations=int(found.stats["iterations"]),
         seconds=float(found.stats["seconds"]),
         damping=float(found.stats["damping"]),
-        warnings=tuple(_warnings(found.stats, seen_data=gram is not None)),
+        warnings=tuple(_warnings(found.stats, tokens)),
+        tokens=tokens,
+        dead_inputs=int(found.stats["dead_columns"]),
+        settled=bool(found.stats.get("converged", True)),
     )
     bias = None if linear.bias is None else linear.bias.detach()
     S, U, V = (part.to(linear.weight.dtype) for part in (found.S, found.U, found.V))
     return record, SparseLowRankLinear(S, U, V, bias)
 
 
-def _warnings(stats: Mapping[str, Any], *, seen_data: bool) -> Iterator[str]:
-    if not seen_data:
+def _warnings(stats: Mapping[str, Any], tokens: int) -> Iterator[str]:
+    if not tokens:
         yield "no calibration token reached this layer, so it was compressed without data"
     if stats["damping"]:
         yield f"a factorisation needed {stats['damping']:.1g} of extra damping"

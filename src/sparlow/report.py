@@ -34,6 +34,9 @@ class LayerRecord:
         seconds: Of the solver.
         damping: What a factorisation needed beyond the recipe's damping; 0 if nothing.
         warnings: What a careful reader should know.
+        tokens: Of the calibration text that reached the layer.
+        dead_inputs: Input features that were always zero.
+        settled: Whether the solver had, when it ended.
     """
 
     block: int
@@ -47,6 +50,9 @@ class LayerRecord:
     seconds: float
     damping: float
     warnings: tuple[str, ...] = ()
+    tokens: int = 0
+    dead_inputs: int = 0
+    settled: bool = True
 
     @property
     def values(self) -> int:
@@ -56,9 +62,22 @@ class LayerRecord:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "LayerRecord":
-        """Read one row of ``layers`` in report.json."""
+        """Read one row of ``layers`` in report.json; ValueError, KeyError or TypeError if it is none."""
         rows, columns = data["shape"]
-        return cls(**{**data, "shape": (rows, columns), "warnings": tuple(data["warnings"])})
+        for name, kinds in _KINDS.items():
+            if name in data and type(data[name]) not in kinds:
+                raise TypeError(name)
+        if not all(type(size) is int and size > 0 for size in (rows, columns)):
+            raise TypeError("shape")
+        return cls(**{**data, "shape": (rows, columns), "warnings": tuple(map(str, data["warnings"]))})
+
+
+_KINDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("block", "rank", "iterations", "tokens", "dead_inputs"), (int,)),
+    **dict.fromkeys(("density", "relative_error", "seconds", "damping"), (float, int)),
+    **dict.fromkeys(("name", "pattern"), (str,)),
+    "settled": (bool,),
+}
 
 
 def versions() -> dict[str, str]:
@@ -92,6 +111,7 @@ class Report:
     matching: list[dict[str, Any]] = field(default_factory=list)
     not_compressed: list[dict[str, Any]] = field(default_factory=list)
     finetuning: dict[str, Any] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     version: int = VERSION
 
@@ -102,6 +122,13 @@ class Report:
 
     def add_up(self) -> None:
         """Fill in what follows from the layers and from ``linears_dense`` and ``linears_compressed`` of ``bytes``."""
+        self.counts = {
+            "layers": len(self.layers),
+            "extra_damping": sum(layer.damping > 0 for layer in self.layers),
+            "dead_inputs": sum(layer.dead_inputs > 0 for layer in self.layers),
+            "unsettled": sum(not layer.settled for layer in self.layers),
+            "without_data": sum(layer.tokens == 0 for layer in self.layers),
+        }
         sizes = self.bytes
         sizes["compressed"] = sizes["dense"] - sizes["linears_dense"] + sizes["linears_compressed"]
         self.values = {

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from sparlow.checkpoints import SafeTrainer, last_checkpoint
 from sparlow.errors import InputError, RunError
 from sparlow.progress import Notify, Progress
 
@@ -132,14 +133,14 @@ def train(
     Raises:
         RunError: The loss or the gradient is not finite, or there is too little memory.
     """
-    last = _last_checkpoint(checkpoints)
+    last = last_checkpoint(checkpoints)
     if last is not None and last[1].global_step == plan.steps:  # Trainer would do a step more
         untyped: Any = wrapped
         untyped.load_adapter(str(last[0]), "default", is_trainable=True)
         wrapped.eval()
         return _losses(last[1])
     with _unchanged(wrapped.config):
-        trainer = Trainer(wrapped, _arguments(plan, wrapped, checkpoints), train_dataset=Windows(windows))
+        trainer = SafeTrainer(wrapped, _arguments(plan, wrapped, checkpoints), train_dataset=Windows(windows))
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(_Watch(notify))
         try:
@@ -182,7 +183,6 @@ def _arguments(plan: Plan, wrapped: "PeftModel", folder: Path) -> TrainingArgume
         use_cpu=on_cpu,
         dataloader_pin_memory=not on_cpu,
         save_steps=math.ceil(plan.steps / _CHECKPOINTS),
-        save_total_limit=1,
         logging_steps=1,
         logging_nan_inf_filter=False,
         disable_tqdm=True,
@@ -190,16 +190,6 @@ def _arguments(plan: Plan, wrapped: "PeftModel", folder: Path) -> TrainingArgume
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # noqa: SLF001 - as Trainer does it itself: no DataParallel, whose batches would be larger
     return arguments
-
-
-def _last_checkpoint(folder: Path) -> tuple[Path, TrainerState] | None:
-    """Return the last checkpoint that is whole, with its state, which Trainer writes last."""
-    for path in sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True):
-        try:
-            return path, TrainerState.load_from_json(str(path / "trainer_state.json"))
-        except (OSError, ValueError):  # killed while it was written
-            continue
-    return None
 
 
 def _losses(state: TrainerState) -> list[float]:

@@ -5,10 +5,11 @@ from pathlib import Path
 from torch import Tensor
 
 from sparlow.errors import InputError
-from sparlow.journal import NAME, read_records
+from sparlow.journal import read_records
 from sparlow.linalg.patterns import parse_pattern
 from sparlow.model.checkpoint import read_layers
 from sparlow.model.inspection import verify
+from sparlow.output import NAME
 
 
 def recorded_patterns(directory: Path) -> dict[str, str]:

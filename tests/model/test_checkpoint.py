@@ -336,6 +336,29 @@ def test_names_that_are_no_plain_file_names(name):
         shards.plain_name(name)
 
 
+def test_a_link_that_leads_out_of_the_directory(folder, opening, tmp_path):
+    (folder / SHARD).rename(tmp_path / SHARD)
+    (folder / SHARD).symlink_to(tmp_path / SHARD)
+    with pytest.raises(InputError, match="leads out of the model's directory"):
+        opening(folder)
+
+
+def test_links_of_a_cache_of_the_hub_are_followed(folder, tmp_path, opening):
+    (tmp_path / "repository" / "blobs").mkdir(parents=True)
+    snapshot = tmp_path / "repository" / "snapshots" / "0123abc"
+    snapshot.mkdir(parents=True)
+    for path in folder.iterdir():
+        path.rename(tmp_path / "repository" / "blobs" / path.name)
+        (snapshot / path.name).symlink_to(tmp_path / "repository" / "blobs" / path.name)
+    opening(snapshot)
+
+
+def test_an_adapter_beside_the_model_is_not_opened(folder):
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "some/where"}')
+    with pytest.raises(InputError, match="holds an adapter"):
+        load(folder)
+
+
 def test_a_newer_format(folder, opening):
     edit(folder / "config.json", lambda config: config["quantization_config"].update(format=2, layers=[], more=1))
     with pytest.raises(InputError, match=r"newer sparlow \(format 2.*upgrade"):

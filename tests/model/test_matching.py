@@ -9,12 +9,12 @@ import torch
 import sparlow
 from families import save_tiny, tiny
 from sparlow.errors import RunError
-from sparlow.journal import NAME
 from sparlow.model.blocks import decoder_blocks, linears
 from sparlow.model.layers import SparseLowRankLinear, compressed_layers
 from sparlow.model.matching import PRESETS, Plan, match, round_through
 from sparlow.model.observing import observe
 from sparlow.model.recording import record
+from sparlow.output import NAME
 from sparlow.recipe import Recipe
 from sparlow.verification import verify_artefact
 
@@ -147,7 +147,7 @@ def test_micro_batches_add_up_to_a_step():
 def test_a_loss_that_is_not_finite_stops_the_run():
     block, calls, inputs, targets = problem()
     targets = [target * torch.inf for target in targets]
-    with pytest.raises(RunError, match=r"model.layers.3: matching diverged in epoch 1: lower --match-lr"):
+    with pytest.raises(RunError, match=r"model.layers.3: matching cannot begin: the loss is not finite at step 1"):
         match(block, calls, inputs, targets, PLAN, label="model.layers.3")
     assert len(compressed_layers(block)) == 7  # the block is whole again
 

@@ -5,7 +5,7 @@ called, ``observing.observe`` and ``run_block`` then need one block at a time.
 """
 
 import copy
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sparlow.errors import InputError
+from sparlow.errors import InputError, RunError
 
 _WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -152,6 +152,18 @@ def run_block(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
     device = next(block.parameters()).device
     call = call.to(device)
     return hidden_state(block(hidden.to(device), *call.args, **call.kwargs))
+
+
+def run_compressed(block: nn.Module, hidden: Iterable[Tensor], calls: Mapping[int, Call], label: str) -> list[Tensor]:
+    """Return what a compressed block gives for each of its inputs (b, seqlen, d), each on its input's device.
+
+    Raises:
+        RunError: it is not finite.
+    """
+    outputs = [run_block(block, x, calls[len(x)]).to(x.device) for x in hidden]
+    if not all(y.isfinite().all() for y in outputs):
+        raise RunError(f"{label}: the compressed block's output is not finite: raise the damping, or use float32.")
+    return outputs
 
 
 def hidden_state(output: Any) -> Tensor:  # noqa: ANN401 - what a foreign forward returns

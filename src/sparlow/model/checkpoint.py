@@ -23,6 +23,7 @@ from sparlow.model.layers import install
 from sparlow.model.quantizer import METHOD, SparlowConfig
 from sparlow.model.shards import (
     INDEX,
+    RECORD,
     Header,
     ShardRecord,
     by_layer,
@@ -33,8 +34,11 @@ from sparlow.model.shards import (
     read_index,
     read_json,
     replacing,
+    sync_folder,
     write_shard,
 )
+from sparlow.model.source import as_input_error
+from sparlow.model.sums import CONFIG, require_recorded, require_sane
 
 
 class CheckpointWriter:
@@ -123,7 +127,9 @@ class CheckpointWriter:
                 path = self._folder / "generation_config.json"
                 model.generation_config.to_json_file(path, keys_to_pop=["compile_config"])
             if tokenizer is not None:
-                tokenizer.save_pretrained(self._folder)
+                with as_input_error("the tokenizer cannot be written"):  # its library raises anything
+                    tokenizer.save_pretrained(self._folder)
+            sync_folder(self._folder)  # what was not written by us
             self._write_config(model, None if plain else SparlowConfig(layer_records(headers)))
         except (InputError, OSError) as problem:
             raise RunError(f"cannot finish {self._folder}: {problem}") from problem
@@ -187,9 +193,11 @@ def load(folder: str | Path, **options: Any) -> PreTrainedModel:  # noqa: ANN401
         InputError: it is no model that sparlow wrote, or it is unfinished, damaged or from a newer sparlow.
     """
     if Path(folder).is_dir():
-        read_layers(Path(folder))
-        read_index(Path(folder))
-    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+        _check_before_opening(Path(folder))
+    with as_input_error(f"cannot open {folder}"):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, output_loading_info=True, **{"trust_remote_code": False, "use_safetensors": True, **options}
+        )
     model: PreTrainedModel = loaded[0]
     info: dict[str, set[str]] = loaded[1]
     if getattr(model, "quantization_method", None) != METHOD:
@@ -198,6 +206,23 @@ def load(folder: str | Path, **options: Any) -> PreTrainedModel:  # noqa: ANN401
     if problems:
         raise InputError(f"the tensors in {folder} are not those of the model, for example {problems[0]}")
     return model
+
+
+def _check_before_opening(folder: Path) -> None:
+    """Look into the small files; nothing large is made from what they say.
+
+    Raises:
+        InputError: they cannot be trusted.
+    """
+    read_layers(folder)
+    if (folder / "adapter_config.json").exists():
+        raise InputError(f"{folder} holds an adapter beside the model, which would be opened too: move it elsewhere")
+    if (folder / RECORD).exists():
+        recorded = read_json(folder / RECORD).get("opens_as", {})
+        if not isinstance(recorded, dict):
+            raise InputError(f"{folder / RECORD} is not a record of sparlow")
+        require_recorded(folder, recorded)
+    require_sane(read_json(folder / CONFIG), len(read_index(folder)))
 
 
 def read_layers(folder: Path) -> dict[str, dict[str, int]]:

@@ -12,7 +12,8 @@ from torch import Tensor
 from sparlow.errors import InputError
 from sparlow.model.checkpoint import read_layers
 from sparlow.model.packing import unpack
-from sparlow.model.shards import Header, by_layer, check_parts, plain_name, read_headers, read_index, read_json, sha256
+from sparlow.model.places import plain_name
+from sparlow.model.shards import Header, by_layer, check_parts, read_headers, read_index, read_json, sha256
 
 
 @dataclass(frozen=True)

@@ -98,13 +98,13 @@ def match(
     with _packed(block) as values, torch.enable_grad():
         optimiser, schedule = _adam(block, values, plan, steps=plan.epochs * _steps(train, plan.batch))
         best = before = _judged(loss_of, judge)
+        _require_finite(block, [before], f"{label}: matching cannot begin")
         state, waited, epoch = _copy(block), 0, 0
         for epoch in range(1, plan.epochs + 1):
             shuffled = [train[i] for i in torch.randperm(len(train), generator=order).tolist()]
-            _epoch(shuffled, loss_of, optimiser, schedule, plan.batch)
+            losses = _epoch(shuffled, loss_of, optimiser, schedule, plan.batch)
             loss = _judged(loss_of, judge)
-            if not math.isfinite(loss):
-                raise RunError(f"{label}: matching diverged in epoch {epoch}: lower --match-lr.")
+            _require_finite(block, [*losses, loss], f"{label}: matching diverged in epoch {epoch}")
             waited = 0 if loss < best else waited + 1
             if loss < best:
                 best, state = loss, _copy(block)
@@ -145,15 +145,31 @@ def _epoch(
     optimiser: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
     batch: int,
-) -> None:
-    """One pass; gradients of micro-batches are added up until a step has its windows."""
+) -> list[float]:
+    """One pass; gradients of micro-batches are added up until a step has its windows. Return the loss at each step."""
+    losses = []
     for step in _grouped(pairs, batch):
         windows = sum(len(x) for x, _ in step)
+        whole = torch.zeros(())
         for x, target in step:
-            (loss_of(x, target) * (len(x) / windows)).backward()
+            part = loss_of(x, target) * (len(x) / windows)
+            part.backward()
+            whole = whole + part.detach()
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
         schedule.step()
+        losses.append(whole)
+    return [float(loss) for loss in torch.stack(losses)]  # only now: an accelerator would be waited for at each
+
+
+def _require_finite(block: nn.Module, losses: Sequence[float], what: str) -> None:
+    """Raise RunError with the first step whose loss is not finite, and the first parameter that is not either."""
+    step = next((i for i, loss in enumerate(losses, 1) if not math.isfinite(loss)), None)
+    if step is None:
+        return
+    damaged = next((name for name, p in block.named_parameters() if not p.isfinite().all()), None)
+    where = f", {damaged} is not finite by now" if damaged else ""
+    raise RunError(f"{what}: the loss is not finite at step {step}{where}: lower --match-lr.")
 
 
 def _grouped(pairs: Sequence[Pair], batch: int) -> Iterator[list[Pair]]:

@@ -6,7 +6,7 @@ they have in memory, whatever transformers would call them in a checkpoint of it
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from sparlow.errors import InputError
 from sparlow.model.layers import compressed_layers, install
 from sparlow.model.packing import unpack
-from sparlow.model.shards import by_layer, check_layer, packed_state, read_headers
+from sparlow.model.places import within
+from sparlow.model.shards import Header, by_layer, check_layer, packed_state, read_headers
 
 METHOD = "sparlow"
 FORMAT = 1  # raised when an older sparlow would misread what this one writes
@@ -94,9 +95,11 @@ class SparlowQuantizer(HfQuantizer):
         if checkpoint_files is None:
             return
         _check_places(checkpoint_files, str(model.config.name_or_path))
-        parts = by_layer(read_headers(map(Path, checkpoint_files)))
+        headers = read_headers(map(Path, checkpoint_files))
+        parts = by_layer(headers)
         for name, layer in installed.items():
             check_layer(name, parts.get(name, {}), layer, layers[name])
+        _check_rest(model, headers)
 
     def get_weight_conversions(self) -> list[WeightConverter]:
         """Return how values and mask become S."""
@@ -169,9 +172,20 @@ def _name_in(model: PreTrainedModel, name: str) -> str:
     return name if name.split(".", 1)[0] in top else name.removeprefix(f"{model.base_model_prefix}.")
 
 
+def _check_rest(model: PreTrainedModel, headers: Mapping[str, Header]) -> None:
+    """Refuse tensors of another shape than the skeleton's, which would be made up at the size that the config says."""
+    compressed = tuple(f"{name}." for name in compressed_layers(model))
+    for name, tensor in model.state_dict().items():
+        header = headers.get(name) or headers.get(f"{model.base_model_prefix}.{name}")
+        if header and not name.startswith(compressed) and header.shape != tuple(tensor.shape):
+            shapes = f"{tuple(tensor.shape)}, but the file holds {header.shape}"
+            raise InputError(f"{name} should have the shape {shapes}: config.json belongs to another model")
+
+
 def _check_places(files: Iterable[str], folder: str) -> None:
     """Refuse an index that leads out of the model's directory (a download is kept in its place by the hub client)."""
     root = Path(os.path.abspath(folder))  # noqa: PTH100 - resolve would follow links, which are how caches store files
     for file in files:
         if root.is_dir() and root not in Path(os.path.abspath(file)).parents:  # noqa: PTH100 - the same
             raise InputError(f"the index names {file}, which is not in the model's directory")
+        within(Path(file).parent, Path(file).name)

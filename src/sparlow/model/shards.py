@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from sparlow.errors import InputError, RunError
 from sparlow.model.layers import SparseLowRankLinear, compressed_layers
 from sparlow.model.packing import pack, packed_shapes
+from sparlow.model.places import plain_name, within
 
 INDEX = "model.safetensors.index.json"
+RECORD = "sparlow.json"  # the journal, by which a directory is known as ours
 SINGLE = "model.safetensors"  # what save_pretrained writes when one file is enough
 
 _DTYPES = {
@@ -54,23 +56,36 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         RunError: it cannot be written.
     """
-    partial = path.with_name(f".{path.name}.partial")
+    partial = partial_of(path)
     try:
+        partial.unlink(missing_ok=True)  # of a run that was killed, or a link that leads elsewhere
         yield partial
-        with partial.open("r+b") as file:
-            os.fsync(file.fileno())
+        _sync(partial)
         partial.replace(path)
-        _sync_directory(path.parent)
+        _sync(path.parent)
     except (OSError, SafetensorError) as problem:
         raise RunError(f"cannot write {path}: {problem}") from problem
     finally:
         partial.unlink(missing_ok=True)
 
 
-def _sync_directory(folder: Path) -> None:
-    if os.name == "nt":  # directories cannot be opened there
+def partial_of(path: Path) -> Path:
+    """Return where a file lies until it is whole."""
+    return path.with_name(f".{path.name}.partial")
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring every file of a directory to the disk for good, before something else there says that they are whole."""
+    for path in folder.iterdir():
+        if path.is_file() and not path.is_symlink():
+            _sync(path)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():  # directories cannot be opened there
         return
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)
     finally:
@@ -134,10 +149,12 @@ def read_json(path: Path) -> dict[str, Any]:
         InputError: there is none.
     """
     try:
-        content = json.loads(path.read_text("utf-8"))
+        content = json.loads(within(path.parent, path.name).read_text("utf-8"))
+    except InputError:
+        raise
     except FileNotFoundError as problem:
         raise InputError(f"{path} is missing: {path.parent} is no finished model of sparlow") from problem
-    except (OSError, ValueError) as problem:
+    except (OSError, ValueError, RecursionError) as problem:
         raise InputError(f"{path} cannot be read: {problem}") from problem
     if not isinstance(content, dict):
         raise InputError(f"{path} must hold one JSON object")
@@ -151,23 +168,13 @@ def read_index(folder: Path) -> dict[str, Path]:
         InputError: there is no index, or it leads out of the directory.
     """
     if not (folder / INDEX).exists() and (folder / SINGLE).exists():
-        return dict.fromkeys(read_headers([folder / SINGLE]), folder / SINGLE)
+        file = within(folder, SINGLE)
+        return dict.fromkeys(read_headers([file]), file)
     files = read_json(folder / INDEX).get("weight_map")
     if not isinstance(files, dict):
         raise InputError(f"{folder / INDEX} has no weight_map")
-    return {name: folder / plain_name(file) for name, file in files.items()}
-
-
-def plain_name(file: Any) -> str:  # noqa: ANN401 - what a JSON file holds
-    """Return the name of a safetensors file if it has no directory part.
-
-    Raises:
-        InputError: it could be outside of the model's directory, or is no safetensors file.
-    """
-    name = str(file)
-    if PurePosixPath(name).name == name == PureWindowsPath(name).name and name.endswith(".safetensors"):
-        return name
-    raise InputError(f"{file!r} is not the name of a safetensors file in the model's directory")
+    inside = {file: within(folder, plain_name(file)) for file in set(map(str, files.values()))}
+    return {name: inside[str(file)] for name, file in files.items()}
 
 
 def read_headers(files: Iterable[Path]) -> dict[str, Header]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from sparlow.errors import InputError
+from sparlow.model.shards import sync_folder
 
 _DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -90,6 +91,8 @@ def _located(name: str) -> str:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise InputError(f"{name} is no model directory: it has no config.json")
+        if (path / "adapter_config.json").is_file():  # it may name a base on the hub, which the user did not
+            raise InputError(f"{name} holds an adapter, which would be opened with the model: merge it or move it away")
         return str(path)
     if path.exists():
         raise InputError(f"{name} is neither a directory nor a .gguf file")
@@ -100,7 +103,7 @@ def _located(name: str) -> str:
 
 def _loaded(name: str, where: str, **options: Any) -> PreTrainedModel:  # noqa: ANN401 - options of from_pretrained
     untyped: Any = AutoModelForCausalLM
-    with _as_input_error(f"cannot open the model {name}"):
+    with as_input_error(f"cannot open the model {name}"):
         model, info = untyped.from_pretrained(where, output_loading_info=True, **options)
     missing = sorted(info["missing_keys"])
     if missing:  # transformers makes such weights up at random
@@ -112,16 +115,19 @@ def _tokenizer(name: str, where: str, options: dict[str, Any]) -> PreTrainedToke
     folder = Path(where)
     if folder.is_dir() and not any((folder / file).exists() for file in _TOKENIZER_FILES):
         return None
-    with _as_input_error(f"cannot open the tokenizer of {name}"):
+    with as_input_error(f"cannot open the tokenizer of {name}"):
         untyped: Any = AutoTokenizer
         tokenizer: PreTrainedTokenizerBase = untyped.from_pretrained(where, **options)
         return tokenizer
 
 
 @contextmanager
-def _as_input_error(what: str) -> Iterator[None]:
+def as_input_error(what: str) -> Iterator[None]:
+    """Turn whatever is raised by reading foreign files into an InputError that begins with ``what``."""
     try:
         yield
+    except InputError:
+        raise
     except Exception as error:  # foreign files make transformers, tokenizers and gguf raise anything, even Exception
         raise InputError(f"{what}: {_first_line(error)}") from error
 
@@ -156,6 +162,7 @@ def _converted(file: Path) -> Path:
         with tempfile.TemporaryDirectory(dir=entry.parent, prefix=".converting-") as scratch:
             made = Path(scratch) / entry.name
             _convert(file, made)
+            sync_folder(made)
             if not entry.is_dir():
                 made.rename(entry)
     return entry
@@ -167,7 +174,7 @@ def _convert(file: Path, folder: Path) -> None:
         if importlib.util.find_spec(package) is None:
             raise InputError(f'reading .gguf files needs the package {package}: pip install "sparlow[gguf]"')
     name, where = str(file), str(file.parent)
-    with _as_input_error(f"cannot open the tokenizer of {name}"):
+    with as_input_error(f"cannot open the tokenizer of {name}"):
         untyped: Any = AutoTokenizer
         tokenizer = untyped.from_pretrained(where, gguf_file=file.name)
     options: dict[str, Any] = {"gguf_file": file.name, "dtype": torch.float16}

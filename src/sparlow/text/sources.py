@@ -13,6 +13,8 @@ from sparlow.errors import InputError
 
 # Documents fetched ahead of use: enough to mix neighbours, little beside the some thousand that 128 long ones take.
 _SHUFFLE_BUFFER = 1_000
+_EXPANSION, _SMALL = 100, 2**24  # text shrinks to a tenth at best; a file may unpack to so many times its size and more
+_ROWS = 64  # of a parquet file at a time, so that a bomb is noticed early
 
 
 class Source(Protocol):
@@ -48,9 +50,18 @@ class LocalFile:
         """
         read = _READERS.get(self.path.suffix.lower(), _read_plain)
         try:
-            return in_order(read(self.path), seed)
+            return in_order(self._bounded(read(self.path)), seed)
         except OSError as error:
             raise InputError(f"{self.path} cannot be read: {error.strerror or error}.") from error
+
+    def _bounded(self, documents: Iterator[str]) -> Iterator[str]:
+        """Refuse a file that unpacks to far more than it takes on disk, while it does so."""
+        bound, characters = _EXPANSION * self.path.stat().st_size + _SMALL, 0
+        for text in documents:
+            characters += len(text)
+            if characters > bound:
+                raise InputError(f"{self.path} unpacks to more than {bound:,} characters: give the text itself.")
+            yield text
 
 
 def _read_plain(path: Path) -> Iterator[str]:
@@ -78,17 +89,19 @@ def _read_jsonl(path: Path) -> Iterator[str]:
 
 
 def _read_parquet(path: Path) -> Iterator[str]:
-    from pyarrow import ArrowInvalid
+    from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
     try:
-        table = ParquetFile(path)
-    except ArrowInvalid as error:
+        # a value that comes again and again is stored once, and stays so in memory
+        table = ParquetFile(path, read_dictionary=["text"])
+        _require_column(table.schema_arrow.names, "text", str(path))
+        batches = table.iter_batches(_ROWS, columns=["text"])
+        records = ({"text": value.as_py()} for batch in batches for value in batch.column(0))
+        for number, record in enumerate(records, start=1):
+            yield _text_of(record, "text", f"{path}, row {number:,}")
+    except ArrowException as error:
         raise InputError(f"{path} is not a parquet file: {error}.") from error
-    _require_column(table.schema_arrow.names, "text", str(path))
-    records = (record for batch in table.iter_batches(columns=["text"]) for record in batch.to_pylist())
-    for number, record in enumerate(records, start=1):
-        yield _text_of(record, "text", f"{path}, row {number:,}")
 
 
 _READERS: dict[str, Callable[[Path], Iterator[str]]] = {".jsonl": _read_jsonl, ".parquet": _read_parquet}

@@ -1,0 +1,257 @@
+"""Faults tried for real, and the table of what they cost: ``python tests/faults/faults.py``.
+
+Every fault strikes a run of the command line, which is then repeated and compared, bit for bit, with an undisturbed
+one. Lost work is the blocks that had to be solved again.
+"""
+
+import argparse
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bench import Bench, moments, small_disk
+
+
+@dataclass
+class Row:
+    """What came of the tries of one fault."""
+
+    fault: str
+    tries: int = 0
+    lost: int = 0  # blocks, at most in a try
+    wrong: list[str] = field(default_factory=list)
+
+    def note(self, lost, wrong):
+        self.tries += 1
+        self.lost = max(self.lost, lost)
+        self.wrong += wrong
+
+    def __str__(self):
+        return f"| {self.fault} | {self.tries} | {self.lost} | {len(self.wrong)} |"
+
+
+def again(bench, row, out, first):
+    """Repeat the command of a run that was stopped, and note the difference; the second run."""
+    run = bench.run(out)
+    code = run.end()
+    wrong = [f"{out.name}: exit code {code}: {run.said}"] if code else [f"{out.name}/{n}" for n in bench.wrong(out)]
+    row.note(len(first.solved & run.solved), wrong)
+    return run
+
+
+def expect(row, what, *, right):
+    """Note what should have been otherwise."""
+    if not right:
+        row.wrong.append(what)
+
+
+# Killed
+
+
+def killed(bench, tries=25):
+    row = Row("SIGKILL at a random moment")
+    for moment in moments(bench, tries, "kill"):
+        again(bench, row, *bench.stopped(bench.fresh(), moment, signal.SIGKILL))
+    return row
+
+
+def _die_at(call):
+    """Die at the so many-th time that anything is brought to the disk: before or after it takes its name."""
+    sync, calls = os.fsync, []
+
+    def counted(descriptor):
+        calls.append(descriptor)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        sync(descriptor)
+
+    os.fsync = counted
+
+
+def killed_while_writing(bench, tries=12):
+    row = Row("SIGKILL while a file is written or renamed")
+    for i in range(tries):
+        out = bench.fresh()
+        first = bench.run(out, _die_at, 1 + 3 * i)
+        code = first.end()
+        expect(row, f"was not killed: {code} {first.said}", right=code == -signal.SIGKILL)
+        again(bench, row, out, first)
+    return row
+
+
+def killed_again_and_again(bench, tries=2):
+    row = Row("SIGKILL four times in a row")
+    for i in range(tries):
+        out, lost, before = bench.fresh(), 0, set()
+        for part in (0.2, 0.4, 0.6, 0.8):
+            run = bench.run(out, _die_after, min(int(part * bench.blocks) + i, bench.blocks))
+            run.end()
+            lost, before = max(lost, len(before & run.solved)), before | run.solved
+        last = again(bench, row, out, run)
+        row.lost = max(row.lost, lost, len(before & last.solved))
+    return row
+
+
+def interrupted(bench, tries=5):
+    row = Row("Ctrl-C at a random moment")
+    for moment in moments(bench, tries, "interrupt"):
+        out, first = bench.stopped(bench.fresh(), moment, signal.SIGINT)
+        code = first.process.exitcode
+        # before the command line is there, Python itself ends the process
+        right = code in (130, -signal.SIGINT, 1) and ("sparlow" not in first.said or "stopped: " in first.said)
+        expect(row, f"exit code {code}: {first.said}", right=right)
+        again(bench, row, out, first)
+    return row
+
+
+# Disks
+
+
+def _limited(size):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def disk_full(bench, tries=6):
+    whole = sum(path.stat().st_size for path in bench.undisturbed.iterdir())
+    row = Row("disk full")
+    for i in range(tries):
+        size = int(whole * (i + 1) / (tries + 2))
+        folder = bench.fresh()
+        with small_disk(folder, size) as mounted:
+            out = folder / "out"
+            first = bench.run(out) if mounted else bench.run(out, _limited, size // 8)
+            code = first.end()
+            said = code == 1 and "error: " in first.said and "Traceback" not in first.said
+            expect(row, f"disk of {size} bytes: exit code {code}: {first.said}", right=said)
+            if mounted:
+                subprocess.run(["mount", "-o", f"remount,size={4 * whole}", folder], check=True)  # noqa: S607
+            again(bench, row, out, first)
+    return row
+
+
+def read_only(bench, tries=2):
+    row = Row("output becomes read-only")
+    for i in range(tries):
+        folder = bench.fresh()
+        with small_disk(folder, 2**24) as mounted:
+            out = folder / "out"
+            if not mounted and os.geteuid() == 0:
+                return row  # nothing is read-only for root
+            first = bench.run(out)
+            if i:  # within the run
+                while not list(out.glob("*.safetensors")) and first.process.exitcode is None:
+                    time.sleep(0.005)
+            else:
+                first.process.kill()
+                first.end()
+            _set_writable(folder, mounted, "ro")
+            refused = first if i else bench.run(out)
+            code = refused.end()
+            right = code == (1 if i else 2) and "error: " in refused.said and "Traceback" not in refused.said
+            expect(row, f"exit code {code}: {refused.said}", right=right)
+            _set_writable(folder, mounted, "rw")
+            again(bench, row, out, first)
+    return row
+
+
+def _set_writable(folder, mounted, how):
+    if mounted:
+        # a file that is open for writing keeps the system from changing over
+        while subprocess.run(["mount", "-o", f"remount,{how}", folder], capture_output=True).returncode:  # noqa: S607, PLW1510
+            time.sleep(0.005)
+    else:
+        for path in (folder, *folder.rglob("*")):
+            path.chmod(path.stat().st_mode & ~0o222 if how == "ro" else path.stat().st_mode | 0o200)
+
+
+def _die_after(block):
+    """Die when so many blocks are finished and recorded."""
+    from sparlow.journal import Journal
+
+    note = Journal.note_block
+
+    def noted(self, *rest):
+        note(self, *rest)
+        if self.blocks_done == block:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Journal.note_block = noted
+
+
+def corrupted(bench, tries=6):
+    row = Row("a shard damaged before the run goes on")
+    chance = random.Random(0)
+    half = max(bench.blocks // 2, 1)
+    for i in range(tries):
+        out = bench.fresh()
+        first = bench.run(out, _die_after, half)
+        first.end()
+        shard = sorted(out.glob("*.safetensors"))[i % half]
+        data = bytearray(shard.read_bytes())
+        data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+        if i % 3 == 2:
+            shard.unlink()
+        else:
+            shard.write_bytes(data if i % 3 else data[: chance.randrange(len(data))])
+        again(bench, row, out, first)
+    return row
+
+
+# Two at once
+
+
+def two_at_once(bench, tries=2):
+    row = Row("a second process on the same directory")
+    for _ in range(tries):
+        out = bench.fresh()
+        first = bench.run(out)
+        while not (out / "sparlow.json").exists() and first.process.exitcode is None:
+            time.sleep(0.005)
+        os.kill(first.process.pid, signal.SIGSTOP)  # so that it does not end before the other has looked
+        second = bench.run(out)
+        code = second.end()
+        os.kill(first.process.pid, signal.SIGCONT)
+        expect(row, f"{code}: {second.said}", right=code == 2 and "Another process" in second.said)
+        expect(row, first.said, right=first.end() == 0)
+        row.note(len(first.solved & second.solved), bench.wrong(out))
+    return row
+
+
+FAULTS = (
+    killed,
+    killed_while_writing,
+    killed_again_and_again,
+    interrupted,
+    disk_full,
+    read_only,
+    corrupted,
+    two_at_once,
+)
+
+
+def main():
+    """Print the table; with a model of one's own, of three kills only."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", nargs="?", type=Path, help="directory of a real model, for three kills")
+    parser.add_argument("options", nargs="*", help="of sparlow compress, after --")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as place:
+        bench = Bench(Path(place), given.model, given.options or ["--calibration", "builtin", "--samples", 8])
+        rows = [killed(bench, tries=3)] if given.model else (fault(bench) for fault in FAULTS)
+        print("| fault | tries | lost work, blocks at most | wrong results |\n|---|---|---|---|", flush=True)  # noqa: T201
+        wrong = []
+        for row in rows:
+            print(row, *row.wrong, sep="\n", flush=True)  # noqa: T201
+            wrong += row.wrong
+    sys.exit(bool(wrong))
+
+
+if __name__ == "__main__":
+    main()
