@@ -3,7 +3,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sparlow.algorithms import algorithms
@@ -312,6 +312,7 @@ def test_a_file_that_cannot_be_read(tmp_path):
             Recipe.from_file(path)
 
 
+PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 ANYTHING = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(["wanda", "2:4"]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
@@ -319,6 +320,7 @@ ANYTHING = st.recursive(
 )
 
 
+@PATIENT
 @given(st.dictionaries(st.sampled_from([*FIELDS, "colour"]), ANYTHING, max_size=4))
 def test_whatever_a_recipe_is_made_from_it_is_refused_in_a_sentence_or_comes_back(data):
     try:
@@ -329,6 +331,7 @@ def test_whatever_a_recipe_is_made_from_it_is_refused_in_a_sentence_or_comes_bac
         assert Recipe.from_toml(recipe.to_toml()) == recipe
 
 
+@PATIENT
 @given(st.text(max_size=60))
 def test_whatever_a_file_says_is_refused_in_a_sentence_or_read(text):
     try:

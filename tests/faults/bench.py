@@ -18,9 +18,7 @@ from pathlib import Path
 
 TESTS = Path(__file__).parents[1]
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(
-    ["sparlow.cli", "sparlow.comparison", "datasets", "transformers.models.llama.modeling_llama"]
-)
+SERVER.set_forkserver_preload()
 PATIENCE = 600  # seconds after which a run counts as hanging
 TEXT = "".join(chr(32 + (7 * i * i + i // 3) % 95) for i in range(900))
 BLOCKS = 4
@@ -148,9 +146,14 @@ class Bench:
         self.count += 1
         return self.place / f"out-{self.count}"
 
-    def wrong(self, out, undisturbed=None):
+    def finished(self, out):
+        """Whether the record there says that the result is whole."""
+        record = out / "sparlow.json"
+        return record.exists() and json.loads(record.read_text())["finished"]
+
+    def wrong(self, out):
         """The files that are not, bit for bit, those of the undisturbed run; of records, what is not about time."""
-        ours, theirs = _content(out), _content(undisturbed or self.undisturbed)
+        ours, theirs = _content(out), _content(self.undisturbed)
         return sorted(name for name in {*ours, *theirs} if ours.get(name) != theirs.get(name))
 
 
@@ -159,7 +162,8 @@ TIMED = ("seconds", "peak_memory", "warnings", "machine")
 
 def _content(folder):
     found = {path.name: path for path in folder.iterdir()}
-    found.pop("report.html", None)
+    for name in ("report.html", ".sparlow.lock"):  # the first tells times, the second is left by a kill at the end
+        found.pop(name, None)
     records = {name: _timeless(json.loads(found.pop(name).read_text())) for name in ("sparlow.json", "report.json")}
     return {name: path.read_bytes() for name, path in found.items()} | records
 

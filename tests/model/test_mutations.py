@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import sparlow
@@ -39,11 +40,13 @@ GROWTH = 2**30  # bytes by which the address space may grow
 def artefact(tmp_path_factory):
     """A finished directory, and the model in it."""
     folder = tmp_path_factory.mktemp("artefact") / "out"
+    transformers.utils.logging.disable_progress_bar()
     windows = torch.arange(64).view(4, 16)
     recipe = Recipe(rank=2, options={"effort": 0.1, "max_steps": 3})
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt_neox", **SIZES)).eval()
     sparlow.compress(model, recipe, calibration=windows, out=folder, evaluate=())
-    return folder, sparlow.load(folder).state_dict()
+    yield folder, sparlow.load(folder).state_dict()
+    transformers.utils.logging.enable_progress_bar()
 
 
 @contextmanager
@@ -166,7 +169,7 @@ def test_what_is_mutated_is_refused_or_loads_as_it_was(tries, artefact):
         chance = random.Random(i)
         name = chance.choice(FILES)
         (folder / name).write_bytes(mutate(chance, name, original[name]))
-        if chance.random() < 0.7 and name != "sparlow.json":
+        if chance.random() < 0.4 and name != "sparlow.json":
             (folder / "sparlow.json").unlink()  # nothing to compare with: only what is built may be trusted
         try:
             attempt(folder, expected, name, everything=i % 5 == 0)

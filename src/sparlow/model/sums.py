@@ -5,6 +5,7 @@ would give another model without anything looking broken.
 """
 
 import hashlib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from sparlow.model.shards import INDEX, sha256
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
+_COUNTS_LAYERS = re.compile(r"(n|num)_(\w+_)?layers?")
 _LONGEST_HEADER = 100_000_000  # what safetensors itself allows
 
 
@@ -67,6 +69,6 @@ def require_sane(config: Any, tensors: int) -> None:  # noqa: ANN401 - what a JS
     """
     items = config.items() if isinstance(config, dict) else enumerate(config) if isinstance(config, list) else ()
     for name, value in items:
-        if "layer" in str(name) and isinstance(value, int | float) and not value <= tensors:
+        if _COUNTS_LAYERS.fullmatch(str(name)) and isinstance(value, int | float) and not value <= tensors:
             raise InputError(f"{CONFIG} says {name} = {value}, and the shards hold {tensors} tensors")
         require_sane(value, tensors)

@@ -90,13 +90,12 @@ def _read_jsonl(path: Path) -> Iterator[str]:
 
 def _read_parquet(path: Path) -> Iterator[str]:
     from pyarrow import ArrowException
-    from pyarrow.parquet import ParquetFile
+    from pyarrow.parquet import ParquetFile, read_schema
 
     try:
+        _require_column(read_schema(path).names, "text", str(path))
         # a value that comes again and again is stored once, and stays so in memory
-        table = ParquetFile(path, read_dictionary=["text"])
-        _require_column(table.schema_arrow.names, "text", str(path))
-        batches = table.iter_batches(_ROWS, columns=["text"])
+        batches = ParquetFile(path, read_dictionary=["text"]).iter_batches(_ROWS, columns=["text"])
         records = ({"text": value.as_py()} for batch in batches for value in batch.column(0))
         for number, record in enumerate(records, start=1):
             yield _text_of(record, "text", f"{path}, row {number:,}")
