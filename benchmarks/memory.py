@@ -2,10 +2,11 @@
 
     python benchmarks/memory.py [--shape llama-3-8b] [--blocks 2,4] [--model FILE] [--option max_steps=2] [--json FILE]
 
-Writes a checkpoint with random weights in a shape (benchmarks/_shapes.py) into a temporary folder, compresses it to 2:4 +
-rank 64 on 16 × 256 tokens and measures its perplexity before and after; --model measures a model that is there instead.
-Printed are the peak of resident memory (that of the whole process; files mapped into memory count) and how much that is
-beyond the interpreter with its libraries. Few iterations take as much memory as many.
+Writes a checkpoint with random weights in a shape (benchmarks/_shapes.py) into a temporary folder, compresses it to 2:4
+and rank 64 on 16 × 256 tokens and measures its perplexity before and after; --model measures one that is there instead.
+Printed are the peak of resident memory (of the whole process; files mapped into memory count) and how much that is
+beyond the interpreter with its libraries. Few iterations take as much memory as many, and so does --brief, which cuts
+the refit of 3basil to one step.
 """
 
 import argparse
@@ -23,12 +24,17 @@ from _shapes import SHAPES, random_windows, write
 GB = 1e9
 
 
-def measure(folder: str, out: str, samples: int, seqlen: int, options: dict[str, str], algorithm: str) -> dict[str, Any]:
+def measure(
+    folder: str, out: str, samples: int, seqlen: int, options: dict[str, str], algorithm: str, *, brief: bool
+) -> dict[str, Any]:
     """Compress one model in this process."""
+    from sparlow.algorithms import three_basil
     from sparlow.compression import open_dense
     from sparlow.job import Job
     from sparlow.recipe import GIVEN_WINDOWS, Recipe
 
+    if brief:
+        three_basil.REFITS = three_basil.REFIT_STEPS = 1
     empty = _peak()
     rank = {"rank": 64} if algorithm == "3basil" else {}
     size = {"samples": samples, "seqlen": seqlen}
@@ -49,7 +55,8 @@ def _peak() -> int:
 def in_a_process(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Run ``measure`` in a process of its own."""
     with tempfile.TemporaryDirectory() as out:
-        call = [folder, out, args.samples, args.seqlen, dict(pair.split("=") for pair in args.option), args.algorithm]
+        call = {name: getattr(args, name) for name in ("samples", "seqlen", "algorithm", "brief")}
+        call |= {"folder": folder, "out": out, "options": dict(pair.split("=") for pair in args.option)}
         found = subprocess.run(  # noqa: S603 - this very script
             [sys.executable, __file__, "--child", json.dumps(call, default=str)], stdout=subprocess.PIPE, check=True
         )
@@ -65,13 +72,14 @@ def main() -> None:
     parser.add_argument("--model", help="directory or .gguf file to measure instead")
     parser.add_argument("--algorithm", default="3basil")
     parser.add_argument("--option", action="append", default=[], help="key=value of the algorithm; repeatable")
+    parser.add_argument("--brief", action="store_true", help="one step of refit")
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--seqlen", type=int, default=256)
     parser.add_argument("--json", type=Path, dest="json_file")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        print(json.dumps(measure(*json.loads(args.child))))
+        print(json.dumps(measure(**json.loads(args.child))))
         return
     found = {}
     for blocks in [0] if args.model else [int(count) for count in args.blocks.split(",")]:
@@ -81,7 +89,10 @@ def main() -> None:
             name = args.model or f"{args.shape}, {blocks} blocks"
             found[name] = one = in_a_process(args.model or Path(scratch), args)
         beyond = (one["peak"] - one["libraries"]) / GB
-        print(f"{name}: peak {one['peak'] / GB:.2f} GB, {beyond:.2f} GB beyond the libraries; {one['seconds']}", flush=True)
+        print(
+            f"{name}: peak {one['peak'] / GB:.2f} GB, {beyond:.2f} GB beyond the libraries; {one['seconds']}",
+            flush=True,
+        )
     if args.json_file:
         arguments = {name: value for name, value in vars(args).items() if name not in ("child", "json_file")}
         write_json(args.json_file, {"machine": machine(), "arguments": arguments, "cases": found})

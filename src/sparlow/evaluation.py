@@ -17,14 +17,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparlow.errors import InputError
 from sparlow.model.blocks import pass_through
-from sparlow.model.offload import place
 from sparlow.model.parts import Parts
-from sparlow.model.recording import behind_blocks, record
+from sparlow.model.recording import Recording, behind_blocks
 from sparlow.progress import Notify
 from sparlow.tasks import LoadedTasks, TaskResult, average, load_tasks, measure_tasks
 from sparlow.text import evaluation_windows
 
-TOKENS_AT_ONCE = 2048  # that pass through a model at a time
+TOKENS_AT_ONCE = 2048  # that pass through a model or a block at a time
 LOGITS_AT_ONCE = 2**24  # numbers: 64 MB in float32
 
 
@@ -62,10 +61,8 @@ def perplexity(model: PreTrainedModel, windows: Tensor, advance: Callable[[int],
 def perplexity_by_blocks(
     model: PreTrainedModel,
     windows: Tensor,
-    dense: Parts,
+    recording: Recording,
     parts: Parts,
-    *,
-    offload: str = "auto",
     advance: Callable[[int], None] = lambda _: None,
 ) -> float:
     """Perplexity of a chain of blocks, each of which passes over all windows when its turn comes.
@@ -73,28 +70,21 @@ def perplexity_by_blocks(
     Args:
         model: In eval mode; it may be a skeleton.
         windows: (n, seqlen) int64.
-        dense: Its parts; of the blocks only the first, to learn how they are called.
-        parts: What is measured: the same parts, or those of the compressed model.
-        offload: Where hidden states wait, see ``sparlow.model.offload``.
+        recording: What enters the blocks for these windows.
+        parts: What is measured.
         advance: Called with 1 after each block and at the end.
-
-    Raises:
-        InputError: The blocks are no chain.
     """
-    hidden_bytes = windows.numel() * model.config.get_text_config().hidden_size * dense.computing.itemsize
-    micro_batch = max(TOKENS_AT_ONCE // windows.shape[1], 1)
-    with dense.rest(), dense.block(0):
-        where = place(offload, hidden_bytes, dense.device)
-        recording = record(model, windows, micro_batch=micro_batch, place=where)
     hidden = recording.hidden
     for i, calls in enumerate(recording.calls):
         with parts.block(i) as block:
             hidden = pass_through(block, hidden, calls)
         advance(1)
     total = 0.0
-    with dense.rest():
-        for ids, x in zip(windows.split(micro_batch), hidden, strict=True):
-            pieces = _in_pieces(model, ids, x)
+    done = 0
+    with parts.rest():
+        for x in hidden:
+            pieces = _in_pieces(model, windows[done : done + len(x)], x)
+            done += len(x)
             total += _mean_losses(
                 _losses(behind_blocks(model, recording.output, some, state), after) for some, after, state in pieces
             )

@@ -1,6 +1,6 @@
 """One run: measure the dense model, walk its blocks, write, measure again, report."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -11,20 +11,20 @@ from torch import Tensor, nn
 
 from sparlow.allocation import Budget
 from sparlow.errors import InputError
-from sparlow.evaluation import perplexity_by_blocks
 from sparlow.journal import Journal
-from sparlow.model.blocks import Call, decoder_blocks, linears, not_compressed, pass_through
+from sparlow.measuring import Meter
+from sparlow.model.blocks import Call, linears, not_compressed, pass_through
 from sparlow.model.checkpoint import CheckpointWriter, Written, read_block
 from sparlow.model.layers import compressed_layers
 from sparlow.model.matching import PRESETS, Plan, match, round_through
-from sparlow.model.offload import Shelf, place
-from sparlow.model.parts import InMemory, Parts, one_by_one
+from sparlow.model.offload import Shelf
+from sparlow.model.parts import Parts
 from sparlow.model.quantizer import attach
-from sparlow.model.recording import Recording, record
+from sparlow.model.recording import Recording
 from sparlow.model.source import OpenedModel
 from sparlow.model.storage import Storage
 from sparlow.page import write_reports
-from sparlow.pipeline import budgets, compress_block, name_what_is_not_finite, outlier_weighed
+from sparlow.pipeline import budgets, compress_block, outlier_weighed
 from sparlow.progress import Clock, Notify, Progress, counting
 from sparlow.recipe import Recipe
 from sparlow.report import LayerRecord, Report, peak_memory, reset_peak_memory
@@ -60,15 +60,13 @@ class Job:
         offload: str = "auto",
     ) -> None:
         self.opened, self.recipe, self.windows, self.notify = opened, recipe, windows, notify
-        self.storage, self.offload = storage, offload
-        self.model = opened.model
-        self.blocks_name, self.blocks = decoder_blocks(self.model)
-        self.parts: Parts = opened.on_disk or InMemory(self.blocks)
+        self.storage, self.model, self.clock = storage, opened.model, Clock()
+        self.meter = Meter(opened, offload, self.clock, notify)
+        self.blocks_name, self.blocks, self.parts = self.meter.blocks_name, self.meter.blocks, self.meter.parts
         self.budgets = budgets(self.blocks_name, self.blocks, recipe)
         for name in self.budgets:
             if f"{name}.weight" in opened.damaged:
                 raise InputError(f"{name}: the weight holds NaN or infinity; the model is damaged.")
-        self.clock = Clock()
         self.report = Report(recipe=recipe.to_dict(), model=opened.name, warnings=list(opened.warnings))
         self.report.bytes = {"dense": self.storage.bytes_of(self.model), "linears_dense": 0, "linears_compressed": 0}
         self.plan = plan_of(recipe)
@@ -101,13 +99,13 @@ class Job:
         if self.journal:
             self.clock.add(self.journal.seconds)
         with self.clock("total"):
-            self.measure_dense(evaluation)
+            self.report.dense["perplexity"] = self.meter.dense(evaluation, self.known_dense, self.report.warnings)
             self.walk()
             if not self.opened.on_disk:
                 attach(self.model)
             self.finish_files()
             for name, windows in evaluation.items():
-                value = self.perplexity("compressed perplexity", windows, self.result)
+                value = self.meter.perplexity("compressed perplexity", windows, self.result)
                 self.report.compressed["perplexity"][name] = value
         self.complete_report()
         if self.journal:
@@ -121,14 +119,14 @@ class Job:
         """The report of a finished run, with perplexities on this text: as recorded, or measured now and recorded."""
         whole = Report.from_file(journal.folder / "report.json")
         self.report = replace(whole, dense={"perplexity": {}}, compressed={"perplexity": {}})
-        self.measure_dense(evaluation)
+        self.report.dense["perplexity"] = self.meter.dense(evaluation, self.known_dense, self.report.warnings)
         known = journal.compressed
         new = False
         for name, windows in evaluation.items():
             text = text_fingerprint(windows)
             if text not in known:
                 new = True
-                known[text] = self.perplexity("compressed perplexity", windows, self.result)
+                known[text] = self.meter.perplexity("compressed perplexity", windows, self.result)
             self.report.compressed["perplexity"][name] = known[text]
         if new:
             for part, more in ((whole.dense, self.report.dense), (whole.compressed, self.report.compressed)):
@@ -142,46 +140,12 @@ class Job:
         """The compressed model, as it was written if it was."""
         return Written(self.journal.folder, self.blocks_name, self.parts) if self.journal else self.parts
 
-    def measure_dense(self, evaluation: Mapping[str, Tensor]) -> None:
-        """The sanity gate: a number for the model as it came, before any number for what becomes of it."""
-        for name, windows in evaluation.items():
-            text = text_fingerprint(windows)
-            value = self.known_dense.get(text) or self.perplexity("dense perplexity", windows, self.parts)
-            self.known_dense[text] = value
-            if value != value:  # noqa: PLR0124 - NaN
-                recording = self.recorded(windows[:1], micro_batch=1)
-                name_what_is_not_finite(self.blocks_name, self.dense_blocks, recording)
-                raise InputError("The dense model's perplexity is not a number: its head or embedding is damaged.")
-            if value > self.model.config.get_text_config().vocab_size:
-                self.report.warnings.append(
-                    f"the dense model is no better than chance on {name}: perplexity {value:.0f}"
-                )
-            self.report.dense["perplexity"][name] = value
-
-    def perplexity(self, stage: str, windows: Tensor, parts: Parts) -> float:
-        """Measure and count the time; ``stage`` is what the progress bar says."""
-        advance = counting(self.notify, stage, len(self.blocks) + 1)
-        with self.clock("evaluate"):
-            return perplexity_by_blocks(self.model, windows, self.parts, parts, offload=self.offload, advance=advance)
-
-    def recorded(self, windows: Tensor, micro_batch: int, apart: int = 0) -> Recording:
-        """What enters the blocks for these windows."""
-        width = self.model.config.get_text_config().hidden_size
-        where = place(self.offload, windows.numel() * width * self.parts.computing.itemsize, self.parts.device)
-        with self.parts.rest(), self.parts.block(0):
-            return record(self.model, windows, micro_batch=micro_batch, apart=apart, place=where)
-
-    @property
-    def dense_blocks(self) -> Iterator[nn.Module]:
-        """The blocks before anything is done to them, one at a time."""
-        return one_by_one(self.parts, len(self.blocks))
-
     @torch.no_grad()
     def walk(self) -> None:
         """Compress block after block, each fed by the compressed ones before it."""
         with self.clock("walk"):
             micro_batch = max(MICRO_BATCH_TOKENS // self.windows.shape[1], 1)
-            recording = self.recorded(self.windows, micro_batch, self.held_out)
+            recording = self.meter.recorded(self.windows, micro_batch, self.held_out)
         self.allocate(recording)
         self.begin_files()
         hidden = recording.hidden
@@ -224,7 +188,7 @@ class Job:
             advance = counting(self.notify, "allocation", len(self.blocks))
             with self.clock("statistics"):
                 self.allocated = outlier_weighed(
-                    self.blocks_name, self.dense_blocks, recording, self.recipe, self.budgets, advance
+                    self.blocks_name, self.meter.dense_blocks, recording, self.recipe, self.budgets, advance
                 )
         self.budgets |= self.allocated
 
@@ -240,6 +204,10 @@ class Job:
         self, i: int, block: nn.Module, calls: Mapping[int, Call], hidden: Shelf
     ) -> tuple[list[LayerRecord], list[dict[str, Any]]]:
         """Compress a block, match it if the recipe says so and, if there is a directory, write it."""
+        if not self.recipe.match and not any(
+            f"{self.blocks_name}.{i}.{name}" in self.budgets for name in linears(block)
+        ):
+            return self.noted(i, block, [], [])  # it stays dense: no need to see what it reads
 
         def on_layer(layer: LayerRecord) -> None:
             self.notify(Progress("blocks", i, len(self.blocks), layer))
@@ -258,6 +226,12 @@ class Job:
             outputs=targets,
         )
         matching = [] if targets is None else [self.matched(i, block, calls, hidden, targets)]
+        return self.noted(i, block, layers, matching)
+
+    def noted(
+        self, i: int, block: nn.Module, layers: list[LayerRecord], matching: list[dict[str, Any]]
+    ) -> tuple[list[LayerRecord], list[dict[str, Any]]]:
+        """Write a finished block, if there is a directory; return its records."""
         if self.journal and self.writer:
             with self.clock("save"):
                 shard = self.writer.write_block(i, block)

@@ -8,11 +8,13 @@ from safetensors.torch import load_file, save_file
 import sparlow
 from families import EXTRAS, FAMILIES, save_tiny, tiny
 from sparlow import compression
-from sparlow.evaluation import perplexity, perplexity_by_blocks
+from sparlow.evaluation import perplexity
+from sparlow.measuring import Meter
 from sparlow.model.blocks import decoder_blocks
 from sparlow.model.offload import Shelf, place
-from sparlow.model.parts import InMemory, survey, whole
-from sparlow.model.source import for_computing, open_model
+from sparlow.model.parts import survey, whole
+from sparlow.model.source import OpenedModel, for_computing, open_model
+from sparlow.progress import Clock
 from sparlow.recipe import Recipe
 
 CPU = torch.device("cpu")
@@ -26,6 +28,11 @@ def stored(model):
 
 def same(found, expected):
     return found.dtype == expected.dtype and torch.equal(found, expected)
+
+
+def by_blocks(opened, offload="auto", notify=lambda _: None):
+    meter = Meter(opened, offload, Clock(), notify)
+    return meter.perplexity("dense perplexity", WINDOWS, meter.parts)
 
 
 def checksums(folder):
@@ -75,24 +82,21 @@ def test_a_streamed_run_gives_the_bytes_of_one_in_memory(name, tmp_path, monkeyp
 def test_perplexity_by_blocks_is_that_of_the_model(name, tmp_path):
     model = save_tiny(name, tmp_path)
     expected = perplexity(model, WINDOWS)
-    in_memory = InMemory(decoder_blocks(model)[1])
-    streamed = open_model(str(tmp_path), streamed=True)
     seen = []
-    found = perplexity_by_blocks(model, WINDOWS, in_memory, in_memory, advance=seen.append)
+    found = by_blocks(OpenedModel(model, None, name, ""), notify=seen.append)
     assert found == pytest.approx(expected, rel=1e-5)
-    assert len(seen) == len(decoder_blocks(model)[1]) + 1
-    on_disk = streamed.on_disk
-    assert perplexity_by_blocks(streamed.model, WINDOWS, on_disk, on_disk, offload="disk") == found
+    assert [step.done for step in seen] == list(range(1, len(decoder_blocks(model)[1]) + 2))
+    assert by_blocks(open_model(str(tmp_path), streamed=True), offload="disk") == found
 
 
 def test_logits_are_taken_a_few_at_a_time(tmp_path, monkeypatch):
     model = save_tiny("gemma2", tmp_path)
-    parts = InMemory(decoder_blocks(model)[1])
-    expected = perplexity_by_blocks(model, WINDOWS, parts, parts)
+    opened = OpenedModel(model, None, "tiny", "")
+    expected = by_blocks(opened)
     shapes = []
     model.lm_head.register_forward_hook(lambda *args: shapes.append(args[-1].numel()))
     monkeypatch.setattr("sparlow.evaluation.LOGITS_AT_ONCE", 3000)
-    assert perplexity_by_blocks(model, WINDOWS, parts, parts) == pytest.approx(expected, rel=1e-6)
+    assert by_blocks(opened) == pytest.approx(expected, rel=1e-6)
     assert max(shapes) <= 3000
 
 

@@ -58,7 +58,11 @@ class OnDisk:
             raise CannotStreamError("a weight of a decoder block is shared")
         self._mapping = get_model_conversion_mapping(skeleton)
         self._files = self._by_part(files)
-        self._config = LoadStateDictConfig(dtype=skeleton.dtype, device_map={"": device}, weight_mapping=self._mapping)
+        self._config = LoadStateDictConfig(
+            dtype=skeleton.dtype,
+            device_map={"": device},
+            weight_mapping=self._mapping,  # type: ignore[arg-type]  # a list of the two kinds' base class
+        )
         self._stored = {name: tensor.dtype for name, tensor in skeleton.state_dict().items()}
         _fill_buffers(skeleton, device, self.computing)
 
