@@ -2,15 +2,16 @@
 
     python benchmarks/scale.py [--samples 128] [--seqlen 2048] [--effort 1] [--compress] [--json FILE]
 
-Measures the throughput of a square product, a Cholesky factorisation with its inverse, and of a pass over memory, counts
-what 3basil at 2:4 + rank 64 does to each layer of Llama-3-8B, 70B and 405B, and prints the predicted hours on this machine
-and on accelerators. --compress also writes two blocks in the shape of the 8B with random weights, compresses them at full
-effort (on a slow core that takes hours) and prints the measured time beside the predicted one.
+Measures the throughput of a square product, a Cholesky factorisation with its inverse, and of a pass over memory,
+counts what 3basil at 2:4 + rank 64 does to each layer of Llama-3-8B, 70B and 405B, and prints the predicted hours on
+this machine and on accelerators. --compress also writes two blocks in the shape of the 8B with random weights,
+compresses them at full effort (on a slow core that takes hours) and prints the measured time beside the predicted
+one.
 
-Assumptions, which are printed too: every layer takes STEPS·effort iterations in levels of ten (layers of SmolLM2 take 130
-to 170 at default effort, benchmarks/results/solver_speed.json), then the refit; accelerators reach SHARE of their peak in
-float32, without TF32, in products, and a tenth of that in factorisations; reading, writing and everything that is not
-counted are free. It is a prediction, not a measurement.
+Assumptions, which are printed too: every layer takes STEPS·effort iterations in levels of ten (layers of SmolLM2 take
+130 to 170 at default effort, benchmarks/results/solver_speed.json), then the refit; accelerators reach SHARE of their
+peak in float32, without TF32, in products, and a tenth of that in factorisations; reading, writing and everything
+that is not counted are free. It is a prediction, not a measurement.
 """
 
 import argparse
@@ -142,9 +143,11 @@ def main() -> None:
     for name, speed in speeds.items():
         print(f"{name}: " + ", ".join(f"{part} {value / 1e9:,.0f} G/s" for part, value in asdict(speed).items()))
     print(
-        f"assumed: {STEPS}·effort iterations a layer; accelerators at {SHARE:.0%} of their float32 peak, factorisations at a"
+        f"assumed: {STEPS}·effort iterations a layer; accelerators at {SHARE:.0%} of their float32 peak, TF32 off, and"
     )
-    print("tenth of that; nothing but products, factorisations and passes over memory counts. A prediction.")
+    print(
+        "at a tenth of that in factorisations; only products, factorisations and passes over memory count. A prediction."
+    )
     found: dict[str, Any] = {}
     for name in args.shapes.split(","):
         work = Work()
