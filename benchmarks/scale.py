@@ -145,9 +145,7 @@ def main() -> None:
     print(
         f"assumed: {STEPS}·effort iterations a layer; accelerators at {SHARE:.0%} of their float32 peak, TF32 off, and"
     )
-    print(
-        "at a tenth of that in factorisations; only products, factorisations and passes over memory count. A prediction."
-    )
+    print("at a tenth of that in factorisations; nothing else but passes over memory counts. A prediction.")
     found: dict[str, Any] = {}
     for name in args.shapes.split(","):
         work = Work()

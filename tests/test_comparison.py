@@ -57,7 +57,7 @@ def counted(monkeypatch):
         monkeypatch.setattr(module, name, wrapper)
 
     counting(sparlow.pipeline, "solve", "layers")
-    counting(job, "perplexity", "perplexities")
+    counting(measuring, "perplexity_by_blocks", "perplexities")
     return counts
 
 
