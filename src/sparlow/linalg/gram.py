@@ -151,7 +151,9 @@ class Gram:
             return self._ridges[rho]
         shifted = self.correlation.clone()
         shifted.diagonal().add_(rho)
-        M = torch.cholesky_inverse(self._factorised(shifted, "H̃ + ρI")).mul_(rho)
+        factor = self._factorised(shifted, "H̃ + ρI")
+        del shifted  # of a wide layer, each of these is the largest matrix there is
+        M = torch.cholesky_inverse(factor).mul_(rho)
         if (len(self._ridges) + 1) * M.nbytes <= RIDGES_KEPT:
             self._ridges[rho] = M
         return M
