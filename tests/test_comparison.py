@@ -6,7 +6,7 @@ import pytest
 
 import sparlow.figures
 from families import save_tiny
-from sparlow import comparison, job
+from sparlow import comparison, measuring
 from sparlow.algorithms import algorithms, find, variants
 from sparlow.cli import main
 from sparlow.comparison import NAME, compare, recipes_for
@@ -57,7 +57,7 @@ def counted(monkeypatch):
         monkeypatch.setattr(module, name, wrapper)
 
     counting(sparlow.pipeline, "solve", "layers")
-    counting(job, "perplexity", "perplexities")
+    counting(measuring, "perplexity_by_blocks", "perplexities")
     return counts
 
 

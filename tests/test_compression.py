@@ -286,9 +286,9 @@ def test_steps_are_told_in_order(text):
     )
     assert list(dict.fromkeys(step.stage for step in steps)) == ["dense perplexity", "blocks", "compressed perplexity"]
     for stage, total in (
-        ("dense perplexity", len(TEXT) // 16),
+        ("dense perplexity", 4),  # the blocks, and what is behind them
         ("blocks", 3),
-        ("compressed perplexity", len(TEXT) // 16),
+        ("compressed perplexity", 4),
     ):
         mine = [step for step in steps if step.stage == stage]
         assert {step.total for step in mine} == {total}
@@ -640,13 +640,13 @@ def test_the_dense_perplexity_of_another_text_is_not_taken_for_this_one(folder, 
 
 def test_interrupted_before_the_first_block_leaves_nothing(folder, text, tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        measured(folder, text, tmp_path / "out", notify=Stop("dense perplexity", len(TEXT) // 16))
+        measured(folder, text, tmp_path / "out", notify=Stop("dense perplexity", 4))
     assert not (tmp_path / "out").exists()
 
 
 def test_interrupted_while_the_result_is_measured(folder, text, tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        measured(folder, text, tmp_path / "out", notify=Stop("compressed perplexity", len(TEXT) // 16))
+        measured(folder, text, tmp_path / "out", notify=Stop("compressed perplexity", 4))
     report = measured(folder, text, tmp_path / "out")
     assert Report.from_file(tmp_path / "out" / "report.json") == report
     assert report.compressed["perplexity"].keys() == {str(text)}

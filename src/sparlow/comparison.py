@@ -130,6 +130,7 @@ def compare(
     evaluate_seqlen: int | None = None,
     limit: int | None = None,
     device: str = "auto",
+    offload: str = "auto",
     overwrite: bool = False,
     trust_remote_code: bool = False,
     notify: Notify = lambda _: None,
@@ -144,6 +145,7 @@ def compare(
         evaluate_seqlen: Tokens in a window of these; the recipes' seqlen if left out.
         limit: At most so many windows of each.
         device: "auto", or torch's name of a device.
+        offload: As of ``sparlow.compress``.
         overwrite: Do everything again.
         trust_remote_code: Let the model bring Python code of its own.
         notify: Called after every step; stages begin with the method's name.
@@ -158,7 +160,9 @@ def compare(
     out, first = Path(out), next(iter(recipes.values()))
     seqlen = evaluate_seqlen or first.seqlen
     _check(recipes, out, overwrite=overwrite)
-    opening = functools.partial(open_dense, model, None, device=device, trust_remote_code=trust_remote_code)
+    opening = functools.partial(
+        open_dense, model, None, device=device, trust_remote_code=trust_remote_code, streamed=True
+    )
     opened, storage = opening(first)
     for recipe in recipes.values():
         budgets(*decoder_blocks(opened.model), recipe)
@@ -170,7 +174,7 @@ def compare(
     fresh = [(opened, storage)]
     for name, recipe in recipes.items():
         opened, storage = fresh.pop() if fresh else opening(recipe)
-        job = Job(opened, storage, recipe, windows, labelled(notify, before=f"{name}: "))
+        job = Job(opened, storage, recipe, windows, labelled(notify, before=f"{name}: "), offload=offload)
         with claimed(out / name, overwrite=overwrite, finished=True):
             job.write_to(out / name, overwrite=overwrite)
             job.known_dense |= known

@@ -12,8 +12,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sparlow.errors import InputError
 from sparlow.evaluation import require_context, require_tokenizer
 from sparlow.job import Job
+from sparlow.model.blocks import decoder_blocks
+from sparlow.model.parts import survey, whole
 from sparlow.model.sampling import own_windows
-from sparlow.model.source import OpenedModel, fingerprint, for_computing, open_model
+from sparlow.model.source import OpenedModel, for_computing, open_model
 from sparlow.model.storage import Storage
 from sparlow.output import claimed
 from sparlow.progress import Notify
@@ -33,6 +35,7 @@ def compress(
     evaluate_seqlen: int | None = None,
     limit: int | None = None,
     device: str = "auto",
+    offload: str = "auto",
     overwrite: bool = False,
     trust_remote_code: bool = False,
     notify: Notify = lambda _: None,
@@ -44,11 +47,13 @@ def compress(
         recipe: What to do; the defaults of ``Recipe`` if left out.
         calibration: Corpus, file, or token windows (n, seqlen) int64; instead of the recipe's.
         tokenizer: Needed with a transformers model if text is used.
-        out: Directory to write as the run proceeds; an unfinished one is resumed. Without it nothing is written.
+        out: Directory to write as the run proceeds; an unfinished one is resumed. A model that is named is then read
+            block by block and never in memory as a whole. Without it nothing is written.
         evaluate: Corpora or files on which perplexity is measured, dense first and compressed at the end.
         evaluate_seqlen: Tokens in a window of these; the recipe's seqlen if left out.
         limit: At most so many windows of each of these; all if left out.
         device: "auto" (an accelerator if there is one), or torch's name of a device. A model object stays where it is.
+        offload: Where hidden states wait while other blocks are worked on: "cpu", "disk", or "auto" for what fits.
         overwrite: Replace a result of sparlow in ``out``.
         trust_remote_code: Let a model bring Python code of its own.
         notify: Called after every step.
@@ -61,12 +66,16 @@ def compress(
         RunError: The run could not go on; with ``out``, the same call resumes it.
     """
     recipe = with_calibration(recipe or Recipe(), calibration)
+    # without a directory the result would have no place but memory
+    streamed = out is not None
     with nullcontext() if out is None else claimed(Path(out), overwrite=overwrite):
-        opened, storage = open_dense(model, tokenizer, recipe, device, trust_remote_code=trust_remote_code)
+        opened, storage = open_dense(
+            model, tokenizer, recipe, device, trust_remote_code=trust_remote_code, streamed=streamed
+        )
         windows = windows_to_calibrate(calibration, opened, recipe)
         # cut before the run, so that a missing file is noticed at once
         evaluation = windows_to_evaluate(evaluate, opened, evaluate_seqlen or recipe.seqlen, limit)
-        job = Job(opened, storage, recipe, windows, notify)
+        job = Job(opened, storage, recipe, windows, notify, offload=offload)
         if out is not None:
             job.write_to(Path(out), overwrite=overwrite)
         return job.go(evaluation)
@@ -79,14 +88,27 @@ def open_dense(
     device: str,
     *,
     trust_remote_code: bool,
+    streamed: bool,
 ) -> tuple[OpenedModel, Storage]:
-    """Return the model ready to compute, and the types it came in. An object is taken as it is."""
+    """Return the model ready to compute, and the types it came in. An object is taken as it is.
+
+    Args:
+        streamed: The weights of a model that is named stay on disk.
+    """
     if isinstance(model, PreTrainedModel):
         name = model.config.name_or_path or type(model).__name__
-        return OpenedModel(model.eval(), tokenizer, name, fingerprint(model)), Storage.of(model)
-    opened = open_model(str(model), dtype=recipe.dtype, device=pick_device(device), trust_remote_code=trust_remote_code)
+        seen = survey([model.state_dict(keep_vars=True)])
+        return OpenedModel(model.eval(), tokenizer, name, seen.fingerprint, seen.damaged), Storage.of(model)
+    opened = open_model(
+        str(model),
+        dtype=recipe.dtype,
+        device=pick_device(device),
+        trust_remote_code=trust_remote_code,
+        streamed=streamed,
+    )
     storage = Storage.of(opened.model)
-    return replace(opened, model=for_computing(opened.model), tokenizer=tokenizer or opened.tokenizer), storage
+    ready = opened.model if opened.on_disk else for_computing(opened.model)
+    return replace(opened, model=ready, tokenizer=tokenizer or opened.tokenizer), storage
 
 
 def pick_device(name: str) -> str:
@@ -120,8 +142,9 @@ def windows_to_calibrate(calibration: str | Path | Tensor | None, opened: Opened
         raise InputError("The recipe was made for token windows given directly: give them, or name a corpus or a file.")
     samples, seqlen, seed = recipe.samples, recipe.seqlen, recipe.seed
     if recipe.calibration == OWN_TEXT:
-        known = opened.fingerprint
-        return own_windows(opened.model, samples=samples, seqlen=seqlen, seed=seed, fingerprint=known)
+        parts, count = opened.on_disk, len(decoder_blocks(opened.model)[1])
+        with whole(parts, count) if parts else nullcontext():
+            return own_windows(opened.model, samples=samples, seqlen=seqlen, seed=seed, fingerprint=opened.fingerprint)
     tokenizer = require_tokenizer(opened.tokenizer, opened.name)
     return calibration_windows(recipe.calibration, tokenizer, samples=samples, seqlen=seqlen, seed=seed)
 

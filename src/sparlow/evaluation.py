@@ -6,7 +6,7 @@ in exactly these choices, so figures compare only at the same text and seqlen.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
@@ -16,11 +16,15 @@ from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparlow.errors import InputError
+from sparlow.model.blocks import pass_through
+from sparlow.model.parts import Parts
+from sparlow.model.recording import Recording, behind_blocks
 from sparlow.progress import Notify
 from sparlow.tasks import LoadedTasks, TaskResult, average, load_tasks, measure_tasks
 from sparlow.text import evaluation_windows
 
-TOKENS_AT_ONCE = 2048  # logits of this many tokens are held at a time: 400 MB in float32 for 50,000 words
+TOKENS_AT_ONCE = 2048  # that pass through a model or a block at a time
+LOGITS_AT_ONCE = 2**24  # numbers: 64 MB in float32
 
 
 class Evaluation(TypedDict):
@@ -45,13 +49,70 @@ def perplexity(model: PreTrainedModel, windows: Tensor, advance: Callable[[int],
     total = 0.0
     for batch in windows.split(max(TOKENS_AT_ONCE // windows.shape[1], 1)):
         ids = batch.to(model.device)  # (b, seqlen)
-        logits = model(ids, use_cache=False).logits[:, :-1].float()  # (b, seqlen − 1, vocabulary)
-        loss = functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-        total += loss.view(len(ids), -1).mean(1).double().sum().item()
+        logits = model(ids, use_cache=False).logits  # (b, seqlen, vocabulary)
+        pieces = _in_pieces(model, ids, logits)  # as copies of all of them would need several times their memory
+        total += _mean_losses(_losses(some, after) for _, after, some in pieces)
         advance(len(ids))
     model.train(training)
+    return _perplexity(total, len(windows))
+
+
+@torch.no_grad()
+def perplexity_by_blocks(
+    model: PreTrainedModel,
+    windows: Tensor,
+    recording: Recording,
+    parts: Parts,
+    advance: Callable[[int], None] = lambda _: None,
+) -> float:
+    """Perplexity of a chain of blocks, each of which passes over all windows when its turn comes.
+
+    Args:
+        model: In eval mode; it may be a skeleton.
+        windows: (n, seqlen) int64.
+        recording: What enters the blocks for these windows.
+        parts: What is measured.
+        advance: Called with 1 after each block and at the end.
+    """
+    hidden = recording.hidden
+    for i, calls in enumerate(recording.calls):
+        with parts.block(i) as block:
+            hidden = pass_through(block, hidden, calls)
+        advance(1)
+    total = 0.0
+    done = 0
+    with parts.rest():
+        for x in hidden:
+            pieces = _in_pieces(model, windows[done : done + len(x)], x)
+            done += len(x)
+            total += _mean_losses(
+                _losses(behind_blocks(model, recording.output, some, state), after) for some, after, state in pieces
+            )
+    advance(1)
+    return _perplexity(total, len(windows))
+
+
+def _in_pieces(model: PreTrainedModel, ids: Tensor, hidden: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Cut positions, so that few logits are there at a time: ids (b, n), what follows (b, n), ``hidden`` (b, n, …)."""
+    n = max(LOGITS_AT_ONCE // (model.config.get_text_config().vocab_size * len(ids)), 1)
+    return zip(ids[:, :-1].split(n, 1), ids[:, 1:].split(n, 1), hidden[:, :-1].split(n, 1), strict=True)
+
+
+def _losses(logits: Tensor, after: Tensor) -> Tensor:
+    """Negative log-likelihood (b, n) of the tokens ``after`` (b, n) by ``logits`` (b, n, vocabulary)."""
+    wanted = after.to(logits.device).flatten()
+    losses = functional.cross_entropy(logits.flatten(0, 1).float(), wanted, reduction="none")
+    return losses.view(after.shape)
+
+
+def _mean_losses(pieces: Iterable[Tensor]) -> float:
+    """Mean over the positions of each window, summed over the windows."""
+    return torch.cat(list(pieces), 1).mean(1).double().sum().item()
+
+
+def _perplexity(total: float, windows: int) -> float:
     try:
-        return math.exp(total / len(windows))
+        return math.exp(total / windows)
     except OverflowError:
         return math.inf
 

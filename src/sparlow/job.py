@@ -4,26 +4,27 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from sparlow.allocation import Budget
 from sparlow.errors import InputError, RunError
-from sparlow.evaluation import perplexity
 from sparlow.journal import Journal
-from sparlow.model.blocks import Call, decoder_blocks, linears, not_compressed, run_compressed
-from sparlow.model.checkpoint import CheckpointWriter, load, read_block
+from sparlow.measuring import Meter
+from sparlow.model.blocks import Call, linears, not_compressed, pass_through
+from sparlow.model.checkpoint import CheckpointWriter, Written, read_block
 from sparlow.model.layers import compressed_layers
 from sparlow.model.matching import PRESETS, Plan, match, round_through
+from sparlow.model.offload import Shelf
+from sparlow.model.parts import Parts
 from sparlow.model.quantizer import attach
-from sparlow.model.recording import Recording, record
-from sparlow.model.source import OpenedModel, for_computing
+from sparlow.model.recording import Recording
+from sparlow.model.source import OpenedModel
 from sparlow.model.storage import Storage
 from sparlow.page import write_reports
-from sparlow.pipeline import budgets, compress_block, name_what_is_not_finite, require_finite
+from sparlow.pipeline import budgets, compress_block
 from sparlow.progress import Clock, Notify, Progress, counting
 from sparlow.recipe import Recipe
 from sparlow.report import LayerRecord, Report, peak_memory, reset_peak_memory
@@ -38,25 +39,36 @@ class Job:
     """One compression from the checks to the report; writes only after ``write_to``.
 
     Args:
-        opened: The dense model, which is compressed in place.
+        opened: The dense model, which is compressed in place unless its weights stay on disk.
         storage: The types of the result's weights.
         recipe: What to do.
         windows: Calibration token ids (samples, seqlen) int64.
         notify: Called after every step.
+        offload: Where hidden states wait: auto, cpu or disk.
 
     Raises:
         InputError: A layer does not fit the recipe.
     """
 
-    def __init__(self, opened: OpenedModel, storage: Storage, recipe: Recipe, windows: Tensor, notify: Notify) -> None:
+    def __init__(
+        self,
+        opened: OpenedModel,
+        storage: Storage,
+        recipe: Recipe,
+        windows: Tensor,
+        notify: Notify,
+        *,
+        offload: str = "auto",
+    ) -> None:
         self.opened, self.recipe, self.windows, self.notify = opened, recipe, windows, notify
-        self.storage = storage
-        self.model = opened.model
-        self.blocks_name, self.blocks = decoder_blocks(self.model)
+        self.storage, self.model, self.clock = storage, opened.model, Clock()
+        self.meter = Meter(opened, offload, self.clock, notify)
+        self.blocks_name, self.blocks, self.parts = self.meter.blocks_name, self.meter.blocks, self.meter.parts
         self.budgets = budgets(self.blocks_name, self.blocks, recipe)
-        require_finite(self.model)
-        self.clock = Clock()
-        self.report = Report(recipe=recipe.to_dict(), model=opened.name)
+        for name in (name for name, _ in self.model.named_parameters() if name in opened.damaged):
+            layer, _, part = name.rpartition(".")
+            raise InputError(f"{layer}: the {part} holds NaN or infinity; the model is damaged.")
+        self.report = Report(recipe=recipe.to_dict(), model=opened.name, warnings=list(opened.warnings))
         self.report.bytes = {"dense": self.storage.bytes_of(self.model), "linears_dense": 0, "linears_compressed": 0}
         self.plan = plan_of(recipe)
         self.held_out = len(windows) // HELD_OUT if recipe.match and self.plan.patience else 0
@@ -88,12 +100,13 @@ class Job:
         if self.journal:
             self.clock.add(self.journal.seconds)
         with self.clock("total"):
-            self.measure_dense(evaluation)
+            self.report.dense["perplexity"] = self.meter.dense(evaluation, self.known_dense, self.report.warnings)
             self.walk()
-            attach(self.model)
+            if not self.opened.on_disk:
+                attach(self.model)
             self.finish_files()
             for name, windows in evaluation.items():
-                self.report.compressed["perplexity"][name] = self.perplexity_after(name, windows, self.model)
+                self.report.compressed["perplexity"][name] = self.perplexity_after(name, windows)
         self.complete_report()
         if self.journal:
             write_reports(self.report, self.journal.folder)
@@ -106,52 +119,30 @@ class Job:
         """The report of a finished run, with perplexities on this text: as recorded, or measured now and recorded."""
         whole = Report.from_file(journal.folder / "report.json")
         self.report = replace(whole, dense={"perplexity": {}}, compressed={"perplexity": {}})
-        self.measure_dense(evaluation)
+        self.report.dense["perplexity"] = self.meter.dense(evaluation, self.known_dense, self.report.warnings)
         known = journal.compressed
-        model = None
+        new = False
         for name, windows in evaluation.items():
             text = text_fingerprint(windows)
             if text not in known:
-                model = model or self.loaded(journal.folder)
-                known[text] = self.perplexity_after(name, windows, model)
+                new = True
+                known[text] = self.perplexity_after(name, windows)
             self.report.compressed["perplexity"][name] = known[text]
-        if model is not None:
-            for part, new in ((whole.dense, self.report.dense), (whole.compressed, self.report.compressed)):
-                part["perplexity"] |= new["perplexity"]  # what was measured before stays on record
+        if new:
+            for part, more in ((whole.dense, self.report.dense), (whole.compressed, self.report.compressed)):
+                part["perplexity"] |= more["perplexity"]  # what was measured before stays on record
             write_reports(whole, journal.folder)
             journal.finish(self.known_dense, known)
         return self.report
 
-    def loaded(self, folder: Path) -> PreTrainedModel:
-        """The finished result, where the dense model lies."""
-        model: Any = for_computing(load(folder))
-        compressed: PreTrainedModel = model.to(self.model.device)
-        return compressed
+    @property
+    def result(self) -> Parts:
+        """The compressed model, as it was written if it was."""
+        return Written(self.journal.folder, self.blocks_name, self.parts) if self.journal else self.parts
 
-    def measure_dense(self, evaluation: Mapping[str, Tensor]) -> None:
-        """The sanity gate: a number for the model as it came, before any number for what becomes of it."""
-        for name, windows in evaluation.items():
-            text = text_fingerprint(windows)
-            value = self.known_dense.get(text) or self.perplexity("dense perplexity", windows, self.model)
-            self.known_dense[text] = value
-            if value != value:  # noqa: PLR0124 - NaN
-                recording = record(self.model, windows[:1], micro_batch=1)
-                name_what_is_not_finite(self.blocks_name, self.blocks, recording.calls, recording.hidden)
-                raise InputError("The dense model's perplexity is not a number: its head or embedding is damaged.")
-            if value > self.model.config.get_text_config().vocab_size:
-                self.report.warnings.append(
-                    f"the dense model is no better than chance on {name}: perplexity {value:.0f}"
-                )
-            self.report.dense["perplexity"][name] = value
-
-    def perplexity(self, stage: str, windows: Tensor, model: PreTrainedModel) -> float:
-        """Measure and count the time; ``stage`` is what the progress bar says."""
-        with self.clock("evaluate"):
-            return perplexity(model, windows, counting(self.notify, stage, len(windows)))
-
-    def perplexity_after(self, name: str, windows: Tensor, model: PreTrainedModel) -> float:
+    def perplexity_after(self, name: str, windows: Tensor) -> float:
         """Measure the compressed model; RunError if that gives no number."""
-        value = self.perplexity("compressed perplexity", windows, model)
+        value = self.meter.perplexity("compressed perplexity", windows, self.result)
         if value != value:  # noqa: PLR0124 - NaN
             raise RunError(f"The compressed model's perplexity on {name} is not a number: use --dtype float32.")
         return value
@@ -161,9 +152,27 @@ class Job:
         """Compress block after block, each fed by the compressed ones before it."""
         with self.clock("walk"):
             micro_batch = max(MICRO_BATCH_TOKENS // self.windows.shape[1], 1)
-            recording = record(self.model, self.windows, micro_batch=micro_batch, apart=self.held_out)
+            recording = self.meter.recorded(self.windows, micro_batch, self.held_out)
         self.allocate(recording)
+        self.begin_files()
         hidden = recording.hidden
+        for i, calls in enumerate(recording.calls):
+            done = self.journal is not None and self.journal.has(i)
+            dense = {name: self.storage.bytes_of(linear) for name, linear in linears(self.blocks[i]).items()}
+            with self.parts.block(i, empty=done) as block:
+                layers, matching = self.restored(i, block) if done else self.compressed(i, block, calls, hidden)
+                sparse = compressed_layers(block).values()
+                self.report.bytes["linears_compressed"] += sum(map(self.storage.packed_bytes, sparse))
+                if i + 1 < len(self.blocks):  # nobody reads what leaves the last block
+                    with self.clock("walk"):
+                        hidden = pass_through(block, hidden, calls, label=f"{self.blocks_name}.{i}")
+            self.report.layers += layers
+            self.report.matching += matching
+            self.report.bytes["linears_dense"] += sum(dense[layer.name] for layer in layers)
+            self.notify(Progress("blocks", i + 1, len(self.blocks)))
+
+    def begin_files(self) -> None:
+        """Record what is known before the first block, if there is a directory."""
         if self.journal:
             self.journal.begin(self.known_dense, {n: b.to_dict() for n, b in self.allocated.items()})
             self.writer = CheckpointWriter(
@@ -172,25 +181,9 @@ class Job:
                 self.blocks_name,
                 len(self.blocks),
                 dtype=self.storage.dtype,
+                computed=self.parts.computing,
                 kept=self.storage.exceptions,
             )
-        for i, block in enumerate(self.blocks):
-            dense = {name: self.storage.bytes_of(linear) for name, linear in linears(block).items()}
-            if self.journal and self.journal.has(i):
-                layers, matching = self.restored(i, block, self.journal)
-            else:
-                layers, matching = self.compressed(i, block, recording.calls[i], hidden)
-            self.report.layers += layers
-            self.report.matching += matching
-            self.report.bytes["linears_dense"] += sum(dense[layer.name] for layer in layers)
-            self.report.bytes["linears_compressed"] += sum(
-                map(self.storage.packed_bytes, compressed_layers(block).values())
-            )
-            if i + 1 == len(self.blocks):  # nobody reads what leaves the last block
-                hidden = []
-            with self.clock("walk"):
-                hidden = run_compressed(block, hidden, recording.calls[i], f"{self.blocks_name}.{i}")
-            self.notify(Progress("blocks", i + 1, len(self.blocks)))
 
     def allocate(self, recording: Recording) -> None:
         """Let the data decide on the budgets, where the recipe wants it, unless an earlier part of the run did."""
@@ -200,28 +193,34 @@ class Job:
             self.allocated = {name: Budget.from_dict(data) for name, data in self.journal.allocation.items()}
         else:
             advance = counting(self.notify, "allocation", len(self.blocks))
-            walk = Walk(self.blocks_name, self.blocks, recording.calls, recording.hidden, advance)
+            walk = Walk(self.blocks_name, self.meter.dense_blocks, recording, advance)
             with self.clock("statistics"):
                 self.allocated = allocated_by_data(walk, self.recipe, self.budgets)
         self.budgets |= self.allocated
 
-    def restored(self, i: int, block: nn.Module, journal: Journal) -> tuple[list[LayerRecord], list[dict[str, Any]]]:
+    def restored(self, i: int, block: nn.Module) -> tuple[list[LayerRecord], list[dict[str, Any]]]:
         """Take a block that an earlier run finished from its shard; return its records."""
+        journal = cast("Journal", self.journal)
         read_block(journal.folder, self.blocks_name, i, block)
-        block.to(self.model.dtype)
+        block.to(self.parts.device, self.parts.computing)
         return journal.layers(i), journal.matching(i)
 
     def compressed(
-        self, i: int, block: nn.Module, calls: Mapping[int, Call], hidden: list[Tensor]
+        self, i: int, block: nn.Module, calls: Mapping[int, Call], hidden: Shelf
     ) -> tuple[list[LayerRecord], list[dict[str, Any]]]:
         """Compress a block, match it if the recipe says so and, if there is a directory, write it."""
         if self.journal and i < self.journal.blocks_done:
             self.report.warnings.append(f"the shard of block {i} was damaged after it was written; it was done again")
+        if not self.recipe.match and not any(
+            f"{self.blocks_name}.{i}.{name}" in self.budgets for name in linears(block)
+        ):
+            return self.noted(i, block, [], [])  # it stays dense: no need to see what it reads
 
         def on_layer(layer: LayerRecord) -> None:
             self.notify(Progress("blocks", i, len(self.blocks), layer))
 
-        layers, targets = compress_block(
+        targets = hidden.fresh() if self.recipe.match else None
+        layers = compress_block(
             block,
             (self.blocks_name, i),
             calls,
@@ -231,8 +230,15 @@ class Job:
             self.storage.dtype,
             self.clock,
             on_layer,
+            outputs=targets,
         )
-        matching = [self.matched(i, block, calls, hidden, targets)] if self.recipe.match else []
+        matching = [] if targets is None else [self.matched(i, block, calls, hidden, targets)]
+        return self.noted(i, block, layers, matching)
+
+    def noted(
+        self, i: int, block: nn.Module, layers: list[LayerRecord], matching: list[dict[str, Any]]
+    ) -> tuple[list[LayerRecord], list[dict[str, Any]]]:
+        """Write a finished block, if there is a directory; return its records."""
         if self.journal and self.writer:
             with self.clock("save"):
                 shard = self.writer.write_block(i, block)
@@ -240,7 +246,7 @@ class Job:
         return layers, matching
 
     def matched(
-        self, i: int, block: nn.Module, calls: Mapping[int, Call], hidden: list[Tensor], targets: list[Tensor]
+        self, i: int, block: nn.Module, calls: Mapping[int, Call], hidden: Shelf, targets: Shelf
     ) -> dict[str, Any]:
         """Train a compressed block towards its targets, rounded as it will be stored; return the row for the report."""
         label = f"{self.blocks_name}.{i}"
@@ -254,7 +260,7 @@ class Job:
     def finish_files(self) -> None:
         """Write what lies outside of the blocks and the files that make the directory a model."""
         if self.journal and self.writer:
-            with self.clock("save"):
+            with self.clock("save"), self.parts.rest():
                 rest = self.writer.write_rest(self.model)
                 self.writer.finish(self.model, self.opened.tokenizer)
                 self.journal.note_rest(rest, self.recipe.to_toml())

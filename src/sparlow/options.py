@@ -73,6 +73,7 @@ def given_options(
     relative_damping: Annotated[float | None, typer.Option(help="Times diag(H), added. [default: 0.005]")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16, float16. [default: auto]")] = None,
     device: Device = "auto",
+    offload: Annotated[str, typer.Option(help="Where hidden states wait: cpu, disk, or auto for what fits.")] = "auto",
     evaluate: Evaluate = "builtin",
     evaluate_seqlen: Annotated[
         int | None, typer.Option(help="Tokens a window of these. [default: as --seqlen]")
@@ -93,6 +94,7 @@ def given_options(
             )
     run = {
         "device": device,
+        "offload": offload,
         "evaluate": split(evaluate),
         "evaluate_seqlen": evaluate_seqlen,
         "limit": limit,

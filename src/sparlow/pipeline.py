@@ -1,18 +1,20 @@
 """The bridge: observe a decoder block, give each of its linear layers to an algorithm, put the answer in its place."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sparlow.algorithms import check_budget, solve
 from sparlow.allocation import Budget, matches
 from sparlow.errors import InputError, RunError
-from sparlow.linalg.gram import Gram, GramAccumulator
+from sparlow.linalg.gram import Gram, GramAccumulator, SquareAccumulator
 from sparlow.model.blocks import Call, linears
 from sparlow.model.layers import SparseLowRankLinear
 from sparlow.model.observing import Observation, observe
+from sparlow.model.offload import Shelf
+from sparlow.model.recording import Recording
 from sparlow.progress import Clock
 from sparlow.recipe import Recipe
 from sparlow.report import LayerRecord
@@ -46,25 +48,13 @@ def budgets(blocks_name: str, blocks: Iterable[nn.Module], recipe: Recipe) -> di
     return found
 
 
-def require_finite(module: nn.Module, prefix: str = "") -> None:
-    """Raise InputError at the first parameter of a module that is not finite; those on the meta device are passed over.
-
-    Args:
-        module: The whole model, or a part of it.
-        prefix: What goes before the names of its parameters, with the dot.
-    """
-    for name, parameter in module.named_parameters():
-        if not parameter.is_meta and not torch.isfinite(parameter).all():
-            layer, _, part = f"{prefix}{name}".rpartition(".")
-            raise InputError(f"{layer}: the {part} holds NaN or infinity; the model is damaged.")
-
-
-def name_what_is_not_finite(
-    blocks_name: str, blocks: Iterable[nn.Module], calls: Sequence[Mapping[int, Call]], hidden: list[Tensor]
-) -> None:
+def name_what_is_not_finite(blocks_name: str, blocks: Iterable[nn.Module], recording: Recording) -> None:
     """Walk the dense blocks until one gives NaN or infinity, and raise InputError with its first layer that does."""
+    hidden = recording.hidden
     for i, block in enumerate(blocks):
-        hidden = observe(block, calls[i], hidden, GramAccumulator, label=f"{blocks_name}.{i}").outputs
+        outputs = hidden.fresh()
+        observe(block, recording.calls[i], hidden, SquareAccumulator, outputs=outputs, label=f"{blocks_name}.{i}")
+        hidden = outputs
 
 
 @torch.no_grad()
@@ -72,13 +62,15 @@ def compress_block(
     block: nn.Module,
     where: tuple[str, int],
     calls: Mapping[int, Call],
-    hidden: Sequence[Tensor],
+    hidden: Shelf,
     recipe: Recipe,
     budgets: Mapping[str, Budget],
     stored: torch.dtype,
     clock: Clock,
     on_layer: Callable[[LayerRecord], None],
-) -> tuple[list[LayerRecord], list[Tensor]]:
+    *,
+    outputs: Shelf | None = None,
+) -> list[LayerRecord]:
     """Replace the linear layers of one block by compressed ones.
 
     Args:
@@ -91,9 +83,10 @@ def compress_block(
         stored: Type that S, U, V are rounded to; the layers themselves compute in the block's.
         clock: Counts "statistics" and "solve".
         on_layer: Called with every finished layer.
+        outputs: Takes the outputs of the dense block, (b, seqlen, d) each, if they are wanted.
 
     Returns:
-        One record a layer, and the outputs of the dense block, (b, seqlen, d) each.
+        One record a layer.
 
     Raises:
         InputError: The block's numbers are not finite.
@@ -102,7 +95,7 @@ def compress_block(
     name, index = where
     label = f"{name}.{index}"
     with clock("statistics"):
-        seen = observe(block, calls, hidden, GramAccumulator, label=label)
+        seen = observe(block, calls, hidden, GramAccumulator, outputs=outputs, label=label)
     windows = sum(len(x) for x in hidden)
     records = []
     for layer, linear, gram, tokens in _with_grams(block, seen, windows, recipe):
@@ -117,20 +110,25 @@ def compress_block(
         block.set_submodule(layer, compressed)
         records.append(record)
         on_layer(record)
-    return records, seen.outputs
+    return records
 
 
 def _with_grams(
     block: nn.Module, seen: Observation[GramAccumulator], windows: int, recipe: Recipe
 ) -> Iterator[tuple[str, nn.Linear, Gram | None, int]]:
-    """Each linear, the Gram of its input and the tokens in that; layers that share one follow each other."""
+    """Each linear, the Gram of its input and the tokens in that; layers that share one follow each other.
+
+    A Gram is freed after its layers. The widest comes last, when the others are gone: its solve needs the most memory.
+    """
     layers = linears(block)
-    for owner, statistic in seen.statistics.items():
-        H = statistic.second_moment(windows)
+    for owner in sorted(seen.statistics, key=lambda name: layers[name].in_features):
+        statistic = seen.statistics.pop(owner)
+        tokens, H = statistic.tokens, statistic.second_moment(windows)
         # of a layer that was called with no token at all, every input would count as dead
-        gram = Gram.damped(H, absolute=recipe.damping, relative=recipe.relative_damping) if statistic.tokens else None
+        gram = Gram.damped(H, absolute=recipe.damping, relative=recipe.relative_damping) if tokens else None
+        del statistic, H
         for name in (name for name in layers if seen.owner.get(name) == owner):
-            yield name, layers[name], gram, statistic.tokens
+            yield name, layers[name], gram, tokens
     for name in (name for name in layers if name not in seen.owner):
         yield name, layers[name], None, 0
 

@@ -1,17 +1,18 @@
 """The survey: walk the dense blocks once, before any is compressed, so that the data decide what each layer keeps."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sparlow.allocation import Budget, Offer, error_driven, offered, owl_densities
 from sparlow.linalg.curves import error_curve
 from sparlow.linalg.gram import Gram, GramAccumulator, SquareAccumulator
 from sparlow.linalg.patterns import Unstructured
-from sparlow.model.blocks import Call, linears
+from sparlow.model.blocks import linears
 from sparlow.model.observing import Kind, Observation, observe
+from sparlow.model.recording import Recording
 from sparlow.recipe import Recipe
 
 
@@ -21,28 +22,26 @@ class Walk:
 
     Attributes:
         blocks_name: Name of the list of blocks in the model.
-        blocks: All of them, dense.
-        calls: How each is called, by number of windows.
-        hidden: Inputs of the first, (b, seqlen, d) each.
+        blocks: All of them, dense, of which one at a time is needed.
+        recording: What enters the first, and how each is called.
         advance: Called with 1 after every block.
     """
 
     blocks_name: str
-    blocks: nn.ModuleList
-    calls: Sequence[Mapping[int, Call]]
-    hidden: list[Tensor]
+    blocks: Iterable[nn.Module]
+    recording: Recording
     advance: Callable[[int], None]
 
     def observed(
         self, statistic: Callable[[int, torch.device], Kind]
     ) -> Iterator[tuple[str, nn.Module, Observation[Kind]]]:
         """Each block's name, itself, and what one pass of it shows."""
-        hidden = self.hidden
+        hidden = self.recording.hidden
         for i, block in enumerate(self.blocks):
-            name = f"{self.blocks_name}.{i}"
-            seen = observe(block, self.calls[i], hidden, statistic, label=name)
+            name, outputs = f"{self.blocks_name}.{i}", hidden.fresh()
+            seen = observe(block, self.recording.calls[i], hidden, statistic, outputs=outputs, label=name)
             yield name, block, seen
-            hidden = seen.outputs
+            hidden = outputs
             self.advance(1)
 
 
@@ -84,7 +83,7 @@ def _error_driven(walk: Walk, recipe: Recipe, budgets: Mapping[str, Budget]) -> 
     for block_name, block, seen in walk.observed(GramAccumulator):
         layers = linears(block)
         for owner, statistic in seen.statistics.items():
-            H = statistic.second_moment(sum(len(x) for x in seen.outputs))
+            H = statistic.second_moment(sum(len(x) for x in walk.recording.hidden))
             gram = Gram.damped(H, absolute=recipe.damping, relative=recipe.relative_damping)
             for layer in (layer for layer, whose in seen.owner.items() if whose == owner):
                 name = f"{block_name}.{layer}"

@@ -9,6 +9,7 @@ from families import EXTRAS, FAMILIES, tiny
 from sparlow.errors import InputError
 from sparlow.model.blocks import Call, decoder_blocks, linears, not_compressed, run_block
 from sparlow.model.observing import observe
+from sparlow.model.offload import Shelf
 from sparlow.model.recording import record
 
 SEQLEN = 20  # longer than the sliding windows
@@ -98,8 +99,9 @@ class TestRecordAndRun:
         x = recording.hidden[0]
         states, _ = own_pass(model, blocks, windows)
         for block, calls, expected in zip(blocks, recording.calls, states, strict=True):
-            seen = observe(block, calls, [x], Products)
-            (x,) = seen.outputs
+            outputs = Shelf("cpu")
+            observe(block, calls, [x], Products, outputs=outputs)
+            (x,) = outputs
             assert x.dtype == torch.bfloat16
             assert torch.equal(x, expected)
 
@@ -416,11 +418,10 @@ class TestObserve:
     @pytest.mark.parametrize("name", FAMILIES + EXTRAS)
     def test_gives_outputs_and_statistics_in_one_pass(self, name, second_block):
         block, calls, hidden = second_block(name)
-        seen = observe(block, calls, hidden, Products)
+        outputs = Shelf("cpu")
+        seen = observe(block, calls, hidden, Products, outputs=outputs)
         with torch.no_grad():
-            assert all(
-                torch.equal(y, run_block(block, x, calls[len(x)])) for x, y in zip(hidden, seen.outputs, strict=True)
-            )
+            assert all(torch.equal(y, run_block(block, x, calls[len(x)])) for x, y in zip(hidden, outputs, strict=True))
         expected = products_of_each(block, calls, hidden)
         assert seen.owner.keys() == expected.keys()
         for layer, owner in seen.owner.items():

@@ -13,6 +13,7 @@ from sparlow.model.blocks import decoder_blocks, linears
 from sparlow.model.layers import SparseLowRankLinear, compressed_layers
 from sparlow.model.matching import PRESETS, Plan, match, round_through
 from sparlow.model.observing import observe
+from sparlow.model.offload import Shelf
 from sparlow.model.recording import record
 from sparlow.output import NAME
 from sparlow.recipe import Recipe
@@ -35,14 +36,15 @@ def problem(family="llama", rank=2, seed=0):
     model = tiny(family)
     _, blocks = decoder_blocks(model)
     recording = record(model, WINDOWS, micro_batch=4, apart=2)
-    seen = observe(blocks[0], recording.calls[0], recording.hidden, Nothing)
+    outputs = Shelf("cpu")
+    observe(blocks[0], recording.calls[0], recording.hidden, Nothing, outputs=outputs)
     draw = torch.Generator().manual_seed(seed)
     for name, linear in linears(blocks[0]).items():
         W = linear.weight.detach()
         keep = torch.rand(W.shape, generator=draw) < 0.5
         U, V = torch.randn(len(W), rank, generator=draw) * 0.01, torch.randn(rank, W.shape[1], generator=draw) * 0.01
         blocks[0].set_submodule(name, SparseLowRankLinear(W * keep, U, V, linear.bias))
-    return blocks[0], recording.calls[0], recording.hidden, seen.outputs
+    return blocks[0], recording.calls[0], recording.hidden, outputs
 
 
 def supports(block):
@@ -136,7 +138,8 @@ def test_micro_batches_add_up_to_a_step():
         recording = record(model, WINDOWS[:8], micro_batch=size)
         block, _, _, _ = problem()
         dense = decoder_blocks(tiny("llama"))[1][0]
-        targets = observe(dense, recording.calls[0], recording.hidden, Nothing).outputs
+        targets = Shelf("cpu")
+        observe(dense, recording.calls[0], recording.hidden, Nothing, outputs=targets)
         plan = replace(PLAN, batch=8, epochs=1, relative=True)
         match(block, recording.calls[0], recording.hidden, targets, plan)
         blocks.append(block)

@@ -114,6 +114,7 @@ class _Loop:
         self.Z += self.Y * (1 - 1 / factor)
         self.Y /= factor
         self.rho *= factor
+        del self.M  # so that there is room for the next
         self.M = self.gram.ridge(self.rho)
 
 

@@ -1,5 +1,6 @@
 """Second moments of a layer's inputs, H = (2 / windows) Σ x xᵀ, and the factorisations that solvers share."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -10,6 +11,7 @@ from sparlow.errors import InputError, RunError
 
 ESCALATION = 10.0  # factor by which damping is raised when a factorisation fails
 ESCALATIONS = 6  # how often, before the layer is given up
+PANELS = 4  # of a sum of products: five eighths of the work, see docs/performance.md
 RIDGES_KEPT = 2**28  # bytes of ridge inverses that a Gram remembers
 
 
@@ -29,12 +31,22 @@ class GramAccumulator:
     def add(self, x: Tensor) -> None:
         """Add the inputs ``x`` (..., features)."""
         x = x.reshape(-1, x.shape[-1]).to(self.sum.device, self.sum.dtype)  # (tokens, features)
-        self.sum.addmm_(x.T, x)
+        for start, end in self._panels():
+            self.sum[:end, start:end].addmm_(x[:, :end].T, x[:, start:end])
         self.tokens += x.shape[0]
 
     def second_moment(self, windows: int) -> Tensor:
         """Return H = (2 / windows) Σ x xᵀ (features, features), undamped, in float32."""
-        return (self.sum * (2 / windows)).float()
+        H = (self.sum * (2 / windows)).float()
+        for start, end in self._panels():
+            H[start:end, :start] = H[:start, start:end].T
+        return H
+
+    def _panels(self) -> Iterator[tuple[int, int]]:
+        """Columns of the sum, which is symmetric: of each panel the part below its own rows is not computed."""
+        features = len(self.sum)
+        width = -(-features // PANELS)
+        return ((start, min(start + width, features)) for start in range(0, features, width))
 
 
 class SquareAccumulator:
@@ -82,7 +94,9 @@ class Gram:
             raise InputError("H holds NaN, infinity or a negative diagonal: check the calibration activations.")
         dead = diagonal == 0
         added = absolute * diagonal.mean() + relative * diagonal
-        return cls(H + torch.diag(torch.where(dead, 1.0, added)), dead)
+        H = H.clone()
+        H.diagonal().add_(torch.where(dead, 1.0, added))
+        return cls(H, dead)
 
     @classmethod
     def identity(cls, features: int, device: torch.device | None = None) -> "Gram":
@@ -97,7 +111,7 @@ class Gram:
     @cached_property
     def correlation(self) -> Tensor:
         """H̃ = E⁻¹ H E⁻¹ (in, in), E = diag(H)^½: unit diagonal, the coordinates in which ADMM is well conditioned."""
-        return self.H / self.scale / self.scale[:, None]
+        return (self.H / self.scale).div_(self.scale[:, None])
 
     @cached_property
     def cholesky(self) -> Tensor:
@@ -137,7 +151,9 @@ class Gram:
             return self._ridges[rho]
         shifted = self.correlation.clone()
         shifted.diagonal().add_(rho)
-        M = torch.cholesky_inverse(self._factorised(shifted, "H̃ + ρI")).mul_(rho)
+        factor = self._factorised(shifted, "H̃ + ρI")
+        del shifted  # of a wide layer, each of these is the largest matrix there is
+        M = torch.cholesky_inverse(factor).mul_(rho)
         if (len(self._ridges) + 1) * M.nbytes <= RIDGES_KEPT:
             self._ridges[rho] = M
         return M

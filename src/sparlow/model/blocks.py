@@ -5,7 +5,7 @@ called, ``observing.observe`` and ``run_block`` then need one block at a time.
 """
 
 import copy
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparlow.errors import InputError, RunError
+from sparlow.model.offload import Shelf
 
 _WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -154,15 +155,24 @@ def run_block(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
     return hidden_state(block(hidden.to(device), *call.args, **call.kwargs))
 
 
-def run_compressed(block: nn.Module, hidden: Iterable[Tensor], calls: Mapping[int, Call], label: str) -> list[Tensor]:
-    """Return what a compressed block gives for each of its inputs (b, seqlen, d), each on its input's device.
+def pass_through(block: nn.Module, hidden: Shelf, calls: Mapping[int, Call], *, label: str = "block") -> Shelf:
+    """Return what a block makes of all hidden states (b, seqlen, d), kept where they were.
+
+    Args:
+        block: Any of the chain.
+        hidden: Its inputs.
+        calls: How it is called, by number of windows.
+        label: How errors call the block.
 
     Raises:
-        RunError: it is not finite.
+        RunError: An output is not finite.
     """
-    outputs = [run_block(block, x, calls[len(x)]).to(x.device) for x in hidden]
-    if not all(y.isfinite().all() for y in outputs):
-        raise RunError(f"{label}: the compressed block's output is not finite: raise the damping, or use float32.")
+    outputs = hidden.fresh()
+    for x in hidden:
+        y = run_block(block, x, calls[len(x)])
+        if not y.isfinite().all():
+            raise RunError(f"{label}: the block's output is not finite: raise the damping, or use --dtype float32.")
+        outputs.append(y)
     return outputs
 
 

@@ -7,8 +7,9 @@ transformers: ``AutoModelForCausalLM.from_pretrained(folder)`` is enough to open
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from collections.abc import Set as AbstractSet
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from transformers.dynamic_module_utils import custom_object_save
 
 from sparlow.errors import InputError, RunError
-from sparlow.model.layers import install
+from sparlow.model.layers import compressed_layers, install
+from sparlow.model.parts import Parts
 from sparlow.model.quantizer import METHOD, SparlowConfig
 from sparlow.model.shards import (
     INDEX,
@@ -50,6 +52,7 @@ class CheckpointWriter:
         blocks_name: name of the list of blocks in the model.
         count: number of blocks.
         dtype: type of the stored weights, where the model computes in another; its own if left out.
+        computed: type it computes in; its own if left out.
         kept: names of the weights that keep their type all the same.
 
     Raises:
@@ -64,10 +67,11 @@ class CheckpointWriter:
         count: int,
         *,
         dtype: torch.dtype | None = None,
+        computed: torch.dtype | None = None,
         kept: AbstractSet[str] = frozenset(),
     ) -> None:
         self._folder, self._blocks_name, self._count = Path(folder), blocks_name, count
-        self._computed, self._stored, self._kept = model.dtype, dtype or model.dtype, kept
+        self._computed, self._stored, self._kept = computed or model.dtype, dtype or model.dtype, kept
         self._tied = dict(model.all_tied_weights_keys)
         inside = sorted(k for pair in self._tied.items() for k in pair if k.startswith(f"{blocks_name}."))
         if inside:
@@ -180,6 +184,32 @@ def read_block(folder: str | Path, blocks_name: str, i: int, block: nn.Module) -
         block.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as problem:
         raise InputError(f"{paths[0].name} does not fit block {i}: {' '.join(str(problem).split())}") from problem
+
+
+class Written:
+    """The parts of a compressed model, see ``parts.Parts``: its blocks as they were written.
+
+    Args:
+        folder: where they were written to.
+        blocks_name: name of the list of blocks in the model.
+        dense: the parts of the model that was compressed.
+    """
+
+    def __init__(self, folder: Path, blocks_name: str, dense: Parts) -> None:
+        self.device, self.computing = dense.device, dense.computing
+        self._folder, self._name, self._dense = folder, blocks_name, dense
+
+    def rest(self) -> AbstractContextManager[None]:
+        """See ``Parts``; nothing outside of the blocks was changed."""
+        return self._dense.rest()
+
+    @contextmanager
+    def block(self, i: int, *, empty: bool = False) -> Iterator[nn.Module]:
+        """See ``Parts``."""
+        with self._dense.block(i, empty=True) as block:
+            if not (empty or compressed_layers(block)):  # in memory they have stayed
+                read_block(self._folder, self._name, i, block)
+            yield block.to(self.device, self.computing)
 
 
 def load(folder: str | Path, **options: Any) -> PreTrainedModel:  # noqa: ANN401 - those of from_pretrained

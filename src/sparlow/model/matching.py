@@ -12,7 +12,7 @@ are held out, and training stops when their loss does not fall any more; a highe
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -89,8 +89,9 @@ def match(
         RunError: The loss is not finite.
     """
     start = time.perf_counter()
-    pairs = list(zip(inputs, targets, strict=True))
-    train, judge = (pairs[:-held_out], pairs[-held_out:]) if held_out else (pairs, pairs)
+    parted = len(inputs) - held_out
+    train = _Pairs(inputs, targets, range(parted))
+    judge = _Pairs(inputs, targets, range(parted, len(inputs))) if held_out else train
     device = next(block.parameters()).device
     calls = {size: call.to(device) for size, call in calls.items()}
     loss_of = _loss(block, calls, device, relative=plan.relative)
@@ -101,8 +102,8 @@ def match(
         _require_finite(block, [before], f"{label}: matching cannot begin")
         state, waited, epoch = _copy(block), 0, 0
         for epoch in range(1, plan.epochs + 1):
-            shuffled = [train[i] for i in torch.randperm(len(train), generator=order).tolist()]
-            losses = _epoch(shuffled, loss_of, optimiser, schedule, plan.batch)
+            shuffled = torch.randperm(parted, generator=order).tolist()
+            losses = _epoch(_Pairs(inputs, targets, shuffled), loss_of, optimiser, schedule, plan.batch)
             loss = _judged(loss_of, judge)
             _require_finite(block, [*losses, loss], f"{label}: matching diverged in epoch {epoch}")
             waited = 0 if loss < best else waited + 1
@@ -116,6 +117,31 @@ def match(
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # (inputs, targets) of one micro-batch → mean over its tokens
 Pair = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """Some micro-batches with their targets, read when their turn comes."""
+
+    inputs: Sequence[Tensor]
+    targets: Sequence[Tensor]
+    chosen: Sequence[int]
+
+    def __iter__(self) -> Iterator[Pair]:
+        return ((self.inputs[i], self.targets[i]) for i in self.chosen)
+
+
+def loss_on(
+    block: nn.Module,
+    calls: Mapping[int, Call],
+    inputs: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    *,
+    relative: bool,
+) -> float:
+    """Return what ``match`` would minimise, for windows of its own; the arguments are those of ``match``."""
+    device = next(block.parameters()).device
+    return _judged(_loss(block, calls, device, relative=relative), _Pairs(inputs, targets, range(len(inputs))))
 
 
 def _loss(block: nn.Module, calls: Mapping[int, Call], device: torch.device, *, relative: bool) -> Loss:
@@ -133,14 +159,17 @@ def _loss(block: nn.Module, calls: Mapping[int, Call], device: torch.device, *, 
 
 
 @torch.no_grad()
-def _judged(loss_of: Loss, pairs: Sequence[Pair]) -> float:
+def _judged(loss_of: Loss, pairs: Iterable[Pair]) -> float:
     """Mean over windows."""
-    total = sum((loss_of(x, target) * len(x) for x, target in pairs), torch.zeros(()))
-    return float(total) / sum(len(x) for x, _ in pairs)
+    total, windows = torch.zeros(()), 0
+    for x, target in pairs:
+        total = total + loss_of(x, target) * len(x)
+        windows += len(x)
+    return float(total) / windows
 
 
 def _epoch(
-    pairs: Sequence[Pair],
+    pairs: Iterable[Pair],
     loss_of: Loss,
     optimiser: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
@@ -172,7 +201,7 @@ def _require_finite(block: nn.Module, losses: Sequence[float], what: str) -> Non
     raise RunError(f"{what}: the loss is not finite at step {step}{where}: lower --match-lr.")
 
 
-def _grouped(pairs: Sequence[Pair], batch: int) -> Iterator[list[Pair]]:
+def _grouped(pairs: Iterable[Pair], batch: int) -> Iterator[list[Pair]]:
     group: list[Pair] = []
     for pair in pairs:
         group.append(pair)
@@ -183,7 +212,7 @@ def _grouped(pairs: Sequence[Pair], batch: int) -> Iterator[list[Pair]]:
         yield group
 
 
-def _steps(pairs: Sequence[Pair], batch: int) -> int:
+def _steps(pairs: Iterable[Pair], batch: int) -> int:
     return max(math.ceil(sum(len(x) for x, _ in pairs) / batch), 1)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sparlow.errors import InputError
 from sparlow.model.blocks import Call, linears, run_block
+from sparlow.model.offload import Shelf
 
 
 class Statistic(Protocol):
@@ -25,15 +26,13 @@ Kind = TypeVar("Kind", bound=Statistic)
 
 @dataclass(frozen=True)
 class Observation(Generic[Kind]):
-    """What one pass of a block shows.
+    """What the linears of a block read in one pass.
 
     Attributes:
-        outputs: (b, seqlen, d) for each micro-batch, where its input lies.
         statistics: one for each distinct input, under the name of the first linear that reads it.
         owner: for each linear the name its statistic has; a linear that is never called has none.
     """
 
-    outputs: list[Tensor]
     statistics: dict[str, Kind]
     owner: dict[str, str]
 
@@ -45,6 +44,7 @@ def observe(
     hidden: Iterable[Tensor],
     new_statistic: Callable[[int, torch.device], Kind],
     *,
+    outputs: Shelf | None = None,
     label: str = "block",
 ) -> Observation[Kind]:
     """Run a block once over all micro-batches for both its outputs and the statistics of its linears' inputs.
@@ -55,6 +55,7 @@ def observe(
         calls: the block's calls by number of windows, from ``record``.
         hidden: the block's inputs, (b, seqlen, d) each.
         new_statistic: makes an empty statistic of inputs (..., in) from ``in`` and their device.
+        outputs: takes the outputs; they are not kept if left out.
         label: how errors call the block.
 
     Raises:
@@ -62,7 +63,7 @@ def observe(
     """
     device = next(block.parameters()).device
     calls = {size: call.to(device) for size, call in calls.items()}
-    seen: Observation[Kind] = Observation([], {}, {})
+    seen: Observation[Kind] = Observation({}, {})
     for x in hidden:
         with _inputs_noted(block, label) as inputs:
             y = run_block(block, x, calls[len(x)])
@@ -71,7 +72,8 @@ def observe(
                 f"{label}: {_not_finite(block, inputs)} is not finite (NaN or inf); "
                 "use --dtype float32 or check the model's weights"
             )
-        seen.outputs.append(y.to(x.device))
+        if outputs is not None:
+            outputs.append(y)
         _add(seen, inputs, new_statistic)
     return seen
 

@@ -1,5 +1,7 @@
 """Learn what enters the chain of decoder blocks, and how each block is called.
 
+``behind_blocks`` goes the rest of the way: from what leaves the last block to the logits.
+
 Masks and rotary tables differ from block to block, so every block's own are kept; the model is checked to be a chain.
 """
 
@@ -15,6 +17,7 @@ from transformers import PreTrainedModel
 
 from sparlow.errors import InputError
 from sparlow.model.blocks import Call, decoder_blocks, hidden_state, output_head, tensors_in
+from sparlow.model.offload import Shelf
 
 
 @dataclass(frozen=True)
@@ -24,14 +27,23 @@ class Recording:
     Attributes:
         hidden: inputs of block 0, one (windows, seqlen, d) tensor a micro-batch.
         calls: for each block its call by number of windows in a micro-batch (the last one may be smaller).
+        output: the form of what a block returns, without its hidden state.
     """
 
-    hidden: list[Tensor]
+    hidden: Shelf
     calls: list[dict[int, Call]]
+    output: Any = None
 
 
 @torch.no_grad()
-def record(model: PreTrainedModel, windows: Tensor, *, micro_batch: int, apart: int = 0) -> Recording:
+def record(
+    model: PreTrainedModel,
+    windows: Tensor,
+    *,
+    micro_batch: int,
+    apart: int = 0,
+    place: torch.device | str | None = None,
+) -> Recording:
     """Run everything in front of the blocks, and of the blocks only the first.
 
     The other blocks only pass their hidden state on, so their weights may be on the meta device.
@@ -41,13 +53,14 @@ def record(model: PreTrainedModel, windows: Tensor, *, micro_batch: int, apart: 
         windows: (n, seqlen) int64 token ids.
         micro_batch: windows at a time.
         apart: so many windows at the end make a micro-batch of their own.
+        place: where hidden states are kept, see ``offload.Shelf``; where the model lies if left out.
 
     Raises:
         InputError: the blocks are no chain that can be replayed.
     """
     _, blocks = decoder_blocks(model)
-    recorder = _Recorder(blocks)
     device = next(model.get_input_embeddings().parameters()).device
+    recorder = _Recorder(blocks, Shelf(device if place is None else place))
     with ExitStack() as stack:
         for i, block in enumerate(blocks):
             stack.enter_context(_forward_replaced(block, recorder.stand_in(i, block.forward)))
@@ -60,7 +73,33 @@ def record(model: PreTrainedModel, windows: Tensor, *, micro_batch: int, apart: 
             with suppress(_Stop):
                 model(ids.to(device), use_cache=False)
             recorder.end()
-    return Recording(recorder.hidden, recorder.calls)
+    return Recording(recorder.hidden, recorder.calls, recorder.output)
+
+
+@torch.no_grad()
+def behind_blocks(model: PreTrainedModel, output: Any, ids: Tensor, hidden: Tensor) -> Tensor:  # noqa: ANN401 - foreign
+    """Return the logits (b, n, vocabulary); blocks are not run, and may be on the meta device.
+
+    What is behind the blocks looks at each token by itself, so any n tokens will do, the context need not be there.
+
+    Args:
+        model: in eval mode.
+        output: of a ``Recording``.
+        ids: (b, n) int64 token ids.
+        hidden: (b, n, d) what the last block gave for them, on any device.
+    """
+    device = next(model.get_input_embeddings().parameters()).device
+    state = hidden.to(device)
+    with ExitStack() as stack:
+        for block in decoder_blocks(model)[1]:
+            stack.enter_context(_forward_replaced(block, lambda *_, **__: _with_state(output, state)))
+        logits: Tensor = model(ids.to(device), use_cache=False).logits
+        return logits
+
+
+def _with_state(output: Any, state: Tensor | None) -> Any:  # noqa: ANN401 - what a foreign forward returns
+    """Return the output of a block with another hidden state."""
+    return type(output)((state, *output[1:])) if isinstance(output, tuple | list) else state
 
 
 class _Stop(Exception):  # noqa: N818 - control flow of our own; never leaves this module
@@ -90,13 +129,17 @@ class _Recorder:
     Of later ones only what enters block 0 is kept.
     """
 
-    def __init__(self, blocks: nn.ModuleList) -> None:
-        self.hidden: list[Tensor] = []
+    def __init__(self, blocks: nn.ModuleList, hidden: Shelf) -> None:
+        self.hidden = hidden
         self.calls: list[dict[int, Call]] = [{} for _ in blocks]
         self._output: Any = None  # what block 0 returned, and what every other block returns
         self._state = torch.empty(0)  # the hidden state in it
         self._name = next(iter(inspect.signature(blocks[0].forward).parameters))  # of the hidden state
         self._runs: dict[int, int] = {}  # micro-batches of this size so far
+
+    @property
+    def output(self) -> Any:  # noqa: ANN401 - what a foreign forward returns
+        return _with_state(self._output, None)
 
     def begin(self, ids: Tensor) -> None:
         self._shape = ids.shape

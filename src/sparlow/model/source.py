@@ -1,11 +1,11 @@
 """Open a model: a directory of transformers, a hub id, or a .gguf file."""
 
+import functools
 import hashlib
 import importlib.util
 import os
 import tempfile
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +13,13 @@ from typing import Any, cast
 
 import torch
 import transformers
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from sparlow.errors import InputError
+from sparlow.model.parts import survey
 from sparlow.model.shards import sync_folder
+from sparlow.model.streaming import CannotStreamError, OnDisk, stored_tensors
 
 _DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -31,17 +33,29 @@ class OpenedModel:
         model: in eval mode, on the device asked for.
         tokenizer: ``None`` if the directory has none; token windows must then be given.
         name: what the user called it.
-        fingerprint: of the model as opened, see ``fingerprint``.
+        fingerprint: of the model as opened, see ``parts.Survey``.
+        damaged: names of the tensors that hold NaN or infinity.
+        on_disk: its parts, where the model itself is a skeleton without weights.
+        warnings: what the user should know.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
     name: str
     fingerprint: str
+    damaged: frozenset[str] = frozenset()
+    on_disk: OnDisk | None = None
+    warnings: tuple[str, ...] = ()
 
 
 def open_model(
-    name: str, *, dtype: str = "auto", device: str = "cpu", trust_remote_code: bool = False, revision: str | None = None
+    name: str,
+    *,
+    dtype: str = "auto",
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    streamed: bool = False,
 ) -> OpenedModel:
     """Open a model from a directory, the hub or a .gguf file; its weights are read from safetensors only.
 
@@ -51,6 +65,8 @@ def open_model(
         device: where the model is put, as torch names it.
         trust_remote_code: run Python code that comes with the model.
         revision: of the hub's repository.
+        streamed: leave the weights on disk, to be read part by part, see ``OpenedModel.on_disk``; where that cannot be,
+            the model is opened whole and ``warnings`` says so.
 
     Raises:
         InputError: nothing usable is there, or the dtype or the device does not exist.
@@ -60,9 +76,31 @@ def open_model(
     _check_device(device)
     where = _located(name)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
-    model: Any = _loaded(name, where, dtype=_DTYPES[dtype], use_safetensors=True, **options)
+    loading = functools.partial(_loaded, name, where, dtype=_DTYPES[dtype], use_safetensors=True, **options)
+    warnings: tuple[str, ...] = ()
+    if streamed:
+        try:
+            return _skeleton(name, where, loading, torch.device(device), options)
+        except CannotStreamError as problem:
+            warnings = (f"the whole model was held in memory, because {problem}",)
+    model: Any = loading()
     model = model.to(device).eval()
-    return OpenedModel(model, _tokenizer(name, where, options), name, fingerprint(model))
+    seen = survey([model.state_dict(keep_vars=True)])
+    tokenizer = _tokenizer(name, where, options)
+    return OpenedModel(model, tokenizer, name, seen.fingerprint, seen.damaged, warnings=warnings)
+
+
+def _skeleton(
+    name: str, where: str, loading: Callable[..., PreTrainedModel], device: torch.device, options: dict[str, Any]
+) -> OpenedModel:
+    with as_input_error(f"cannot open the model {name}"):
+        config = AutoConfig.from_pretrained(where, **options)
+    if getattr(config, "quantization_config", None) is not None:
+        raise CannotStreamError("its weights are packed")
+    model: Any = loading(device_map="meta")
+    parts = OnDisk(model.eval(), stored_tensors(where, options["revision"]), device)
+    seen = survey(parts.states())
+    return OpenedModel(model, _tokenizer(name, where, options), name, seen.fingerprint, seen.damaged, on_disk=parts)
 
 
 def for_computing(model: PreTrainedModel) -> PreTrainedModel:
@@ -190,23 +228,5 @@ def _convert(file: Path, folder: Path) -> None:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Return a sha256 over names, dtypes, shapes and bytes of all stored tensors, tied ones once.
-
-    It is the same on every device, and after saving and loading.
-    """
-    seen: set[int] = set()
-    tensors: list[tuple[str, Tensor]] = []
-    for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            tensors.append((name, tensor.detach()))
-    total = hashlib.sha256()
-    with ThreadPoolExecutor() as pool:  # hashing releases the interpreter's lock
-        for (name, tensor), digest in zip(tensors, pool.map(_digest, [t for _, t in tensors]), strict=True):
-            total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {digest}\n".encode())
-    return total.hexdigest()
-
-
-def _digest(tensor: Tensor) -> str:
-    data = tensor.cpu().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(data.numpy().data).hexdigest()
+    """Return the fingerprint of a model in memory, see ``parts.Survey``."""
+    return survey([model.state_dict(keep_vars=True)]).fingerprint

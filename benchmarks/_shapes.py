@@ -1,0 +1,90 @@
+"""Checkpoints in the shape of published models, with random weights: what size costs without downloading anything."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import LlamaConfig
+
+from sparlow.model.shards import INDEX
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Widths of a decoder with grouped attention and a gated MLP."""
+
+    hidden: int
+    inner: int
+    heads: int
+    groups: int
+    vocabulary: int
+    blocks: int
+
+    @property
+    def key(self) -> int:
+        """Features of keys, and of values."""
+        return self.hidden // self.heads * self.groups
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """(out, in) of the linear layers of a block."""
+        d, key, inner = self.hidden, self.key, self.inner
+        attention = {"q_proj": (d, d), "k_proj": (key, d), "v_proj": (key, d), "o_proj": (d, d)}
+        mlp = {"gate_proj": (inner, d), "up_proj": (inner, d), "down_proj": (d, inner)}
+        named = {f"self_attn.{name}": shape for name, shape in attention.items()}
+        return named | {f"mlp.{name}": shape for name, shape in mlp.items()}
+
+
+SHAPES = {
+    "llama-3-8b": Shape(4096, 14336, 32, 8, 128256, 32),
+    "llama-3-70b": Shape(8192, 28672, 64, 8, 128256, 80),
+    "llama-3-405b": Shape(16384, 53248, 128, 8, 128256, 126),
+    "small": Shape(1024, 3584, 16, 4, 16384, 4),  # an eighth of the work in every product, for a quick look
+}
+
+
+def write(shape: Shape, blocks: int, folder: Path, *, seed: int = 0) -> None:
+    """Write a checkpoint with so many blocks in bfloat16, one file a block, never holding more than one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = LlamaConfig(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.inner,
+        num_hidden_layers=blocks,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.groups,
+        max_position_embeddings=8192,
+        tie_word_embeddings=False,
+        dtype="bfloat16",
+        architectures=["LlamaForCausalLM"],
+    )
+    config.save_pretrained(folder)
+    generator = torch.Generator().manual_seed(seed)
+    where: dict[str, str] = {}
+    for i, state in enumerate(_states(shape, blocks, generator)):
+        file = f"model-{i + 1:05d}-of-{blocks + 1:05d}.safetensors"
+        save_file(state, folder / file, {"format": "pt"})
+        where |= dict.fromkeys(state, file)
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": where}))
+
+
+def _states(shape: Shape, blocks: int, generator: torch.Generator) -> Iterator[dict[str, Tensor]]:
+    def random(*size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
+
+    ones = torch.ones(shape.hidden, dtype=torch.bfloat16)
+    for i in range(blocks):
+        state = {f"model.layers.{i}.{name}.weight": random(*size) for name, size in shape.linears.items()}
+        norms = ("input_layernorm", "post_attention_layernorm")
+        yield state | {f"model.layers.{i}.{name}.weight": ones.clone() for name in norms}
+    table = (shape.vocabulary, shape.hidden)
+    yield {"model.embed_tokens.weight": random(*table), "lm_head.weight": random(*table), "model.norm.weight": ones}
+
+
+def random_windows(vocabulary: int, samples: int, seqlen: int) -> Tensor:
+    """Token ids (samples, seqlen) int64."""
+    return torch.randint(0, vocabulary, (samples, seqlen), generator=torch.Generator().manual_seed(1))

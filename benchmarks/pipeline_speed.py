@@ -1,0 +1,140 @@
+"""Where the time of a whole compression goes, and how that compares with the paper's schedule in the same pipeline.
+
+    python benchmarks/pipeline_speed.py MODEL --calibration c4.jsonl --evaluate wikitext2_test.raw [--blocks 8]
+        [--against-paper] [--match] [--json FILE]
+
+Prints the seconds of the walk, the statistics, the solves, saving and measuring, from the report's own clock, and the
+perplexities. --blocks compresses only so many blocks at the front and leaves the rest dense. --against-paper does the
+same with ``schedule=paper``. --match compresses every block once, trains two copies of it by the default preset and by
+the paper's on the same inputs, and judges both on windows that neither was trained on, by both presets' losses; the
+default one goes on to the next block.
+"""
+
+import argparse
+import copy
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from _layers import machine, write_json
+
+from sparlow import compress
+from sparlow.compression import open_dense, windows_to_calibrate
+from sparlow.job import HELD_OUT, plan_of
+from sparlow.model.blocks import decoder_blocks, pass_through
+from sparlow.model.matching import loss_on, match
+from sparlow.model.recording import record
+from sparlow.model.source import open_model
+from sparlow.pipeline import budgets, compress_block
+from sparlow.progress import Clock
+from sparlow.recipe import Recipe
+
+PARTS = ("walk", "statistics", "solve", "matching", "save", "evaluate")
+
+
+def whole(args: argparse.Namespace, recipe: Recipe) -> dict[str, Any]:
+    """One compression from files to files."""
+    with tempfile.TemporaryDirectory() as out:
+        found = compress(
+            args.model,
+            recipe,
+            out=Path(out) / "out",
+            evaluate=[args.evaluate],
+            evaluate_seqlen=args.evaluate_seqlen,
+            limit=args.limit,
+            device="cpu",
+        )
+    perplexities = {"dense": found.dense["perplexity"], "compressed": found.compressed["perplexity"]}
+    seconds = {**found.seconds, "compression": found.seconds["total"] - found.seconds["evaluate"]}
+    return {"seconds": seconds, "perplexity": perplexities, "mean_relative_error": found.mean_relative_error}
+
+
+def show(name: str, run: dict[str, Any]) -> None:
+    """Print one run."""
+    seconds = run["seconds"]
+    parts = ", ".join(f"{part} {seconds[part]:.1f}" for part in PARTS)
+    (dense,), (compressed,) = (run["perplexity"][which].values() for which in ("dense", "compressed"))
+    print(
+        f"{name}: {seconds['compression']:.1f} s without measuring ({parts}); perplexity {dense:.2f}, {compressed:.2f}"
+    )
+
+
+def matched(args: argparse.Namespace, recipe: Recipe) -> list[dict[str, Any]]:
+    """Both presets, block by block."""
+    opened, storage = open_dense(args.model, None, recipe, "cpu", trust_remote_code=False, streamed=False)
+    name, blocks = decoder_blocks(opened.model)
+    allowed, windows = budgets(name, blocks, recipe), windows_to_calibrate(None, opened, recipe)
+    apart = len(windows) // HELD_OUT  # neither is trained on these
+    recording = record(opened.model, windows, micro_batch=max(4096 // recipe.seqlen, 1), apart=apart)
+    hidden, rows = recording.hidden, []
+    for i in range(min(args.blocks or len(blocks), len(blocks))):
+        calls, targets, clock = recording.calls[i], hidden.fresh(), Clock()
+        block, where = blocks[i], (name, i)
+        compress_block(
+            block, where, calls, hidden, recipe, allowed, storage.dtype, clock, lambda _: None, outputs=targets
+        )
+        row: dict[str, Any] = {"block": i}
+        for preset in ("paper", "default"):
+            block = copy.deepcopy(blocks[i])
+            plan = plan_of(recipe.changed(match=True, match_preset=preset))
+            # the default one sets aside the last of what it is given to stop by; the paper's trains on all of it
+            held = 1 if plan.patience else 0
+            done = match(block, calls, hidden[:-1], targets[:-1], plan, held_out=held, seed=i)
+            judged = {
+                kind: loss_on(block, calls, hidden[-1:], targets[-1:], relative=kind == "relative")
+                for kind in ("relative", "plain")
+            }
+            row[preset] = {"seconds": done.seconds, "epochs": done.epochs, **judged}
+        rows.append(row)
+        print(f"block {i}: " + "; ".join(f"{p} {_words(row[p])}" for p in ("default", "paper")), flush=True)
+        with torch.no_grad():
+            hidden = pass_through(block, hidden, calls)
+    return rows
+
+
+def _behind(model: str, blocks: int) -> list[str]:
+    """Names of the blocks that stay dense."""
+    name, found = decoder_blocks(open_model(model, streamed=True).model)
+    return [f"{name}.{i}.*" for i in range(blocks, len(found))]
+
+
+def _words(found: dict[str, float]) -> str:
+    return f"relative {found['relative']:.5f}, plain {found['plain']:.5f}, {found['seconds']:.1f} s"
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", help="directory, hub id or .gguf file")
+    parser.add_argument("--calibration", default="builtin")
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--seqlen", type=int, default=512)
+    parser.add_argument("--evaluate", default="builtin")
+    parser.add_argument("--evaluate-seqlen", type=int, default=1024)
+    parser.add_argument("--limit", type=int, default=24)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--pattern", default="2:4")
+    parser.add_argument("--blocks", type=int, help="compress only so many at the front")
+    parser.add_argument("--against-paper", action="store_true")
+    parser.add_argument("--match", action="store_true")
+    parser.add_argument("--json", type=Path, dest="json_file")
+    args = parser.parse_args()
+    given = {name: getattr(args, name) for name in ("calibration", "samples", "seqlen", "rank", "pattern")}
+    recipe = Recipe(**given, ignore=_behind(args.model, args.blocks) if args.blocks else ())
+    found: dict[str, Any] = {"ours": whole(args, recipe)}
+    show("ours", found["ours"])
+    if args.against_paper:
+        found["paper"] = whole(args, recipe.changed(options={"schedule": "paper"}))
+        show("paper", found["paper"])
+        for part in ("solve", "compression"):
+            found[f"ratio_{part}"] = found["paper"]["seconds"][part] / found["ours"]["seconds"][part]
+            print(f"{part}: {found[f'ratio_{part}']:.2f} times faster")
+    if args.match:
+        found["matching"] = matched(args, recipe)
+    if args.json_file:
+        write_json(args.json_file, {"machine": machine(), "arguments": vars(args), **found})
+
+
+if __name__ == "__main__":
+    main()

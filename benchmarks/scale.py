@@ -1,0 +1,168 @@
+"""What models too large for this machine would take: a model of the time, from products measured here.
+
+    python benchmarks/scale.py [--samples 128] [--seqlen 2048] [--effort 1] [--compress] [--json FILE]
+
+Measures the throughput of a square product, a Cholesky factorisation with its inverse, and of a pass over memory,
+counts what 3basil at 2:4 + rank 64 does to each layer of Llama-3-8B, 70B and 405B, and prints the predicted hours on
+this machine and on accelerators. --compress also writes two blocks in the shape of the 8B with random weights,
+compresses them at full effort (on a slow core that takes hours) and prints the measured time beside the predicted
+one.
+
+Assumptions, which are printed too: every layer takes STEPS·effort iterations in levels of ten (layers of SmolLM2 take
+130 to 170 at default effort, benchmarks/results/solver_speed.json), then the refit; accelerators reach SHARE of their
+peak in float32, without TF32, in products, and a tenth of that in factorisations; reading, writing and everything
+that is not counted are free. It is a prediction, not a measurement.
+"""
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from _layers import machine, write_json
+from _shapes import SHAPES, Shape, random_windows, write
+
+from sparlow import Recipe, compress
+from sparlow.algorithms.three_basil import REFIT_STEPS, REFITS
+
+STEPS = 160  # iterations of a layer at effort 1
+EVERY = 10  # iterations at one ρ, each of which costs a factorisation and an inverse
+SHARE = 0.5  # of the peak that large products reach
+RANK = 64
+PASSES = 14  # over (out, in) in an iteration: reads and writes of what is not a product
+SIDE = 2048  # of the matrices measured here
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Of one machine: operations a second in products and factorisations, and bytes a second."""
+
+    products: float
+    factorisations: float
+    memory: float
+
+
+ACCELERATORS = {  # peak of float32 without TF32, which torch leaves off, and of memory, as their maker states them
+    "A100 80GB": Speed(19.5e12 * SHARE, 1.95e12 * SHARE, 2.0e12 * SHARE),
+    "H100 SXM": Speed(67e12 * SHARE, 6.7e12 * SHARE, 3.35e12 * SHARE),
+}
+
+
+@dataclass
+class Work:
+    """Operations in products and factorisations, and bytes read and written."""
+
+    products: float = 0.0
+    factorisations: float = 0.0
+    memory: float = 0.0
+
+    def add(self, other: "Work", times: float = 1) -> None:
+        """Count other work so many times."""
+        self.products += other.products * times
+        self.factorisations += other.factorisations * times
+        self.memory += other.memory * times
+
+    def seconds(self, speed: Speed) -> float:
+        """Time on a machine, one thing after the other."""
+        return self.products / speed.products + self.factorisations / speed.factorisations + self.memory / speed.memory
+
+
+def solve(out: int, features: int, effort: float) -> Work:
+    """3basil on one layer: iterations, levels of ρ, refits, the final error; 4 bytes a number."""
+    steps = STEPS * effort
+    dense = 2.0 * out * features**2  # operations of (out, in) times (in, in)
+    skinny = 3 * 2.0 * out * features * RANK + 2.0 * RANK * features**2
+    levels = steps / (EVERY * effort)
+    return Work(
+        products=steps * (dense + skinny) + REFITS * ((REFIT_STEPS + 1) * dense + skinny) + 2 * dense,
+        factorisations=levels * features**3,  # n³/3 for the factor, 2n³/3 for the inverse
+        memory=steps * PASSES * 4.0 * out * features,
+    )
+
+
+def one_block(shape: Shape, tokens: int, effort: float) -> Work:
+    """Two passes over the tokens (dense with statistics, compressed), Gram matrices, solves."""
+    block = Work()
+    weights = sum(out * features for out, features in shape.linears.values())
+    inputs = (shape.hidden, shape.hidden, shape.hidden, shape.inner)  # of q k v, of o, of gate and up, of down
+    passes = Work(products=2 * 2.0 * tokens * weights, memory=4 * 4.0 * tokens * shape.hidden)
+    grams = Work(products=sum(2.0 * tokens * features**2 for features in inputs))
+    for out, features in shape.linears.values():
+        block.add(solve(out, features, effort))
+    block.add(passes)
+    block.add(grams)
+    return block
+
+
+def here() -> Speed:
+    """Measure this machine, on the threads that torch has."""
+    A, out = torch.randn(SIDE, SIDE), torch.empty(SIDE, SIDE)
+    G = A @ A.T / SIDE + torch.eye(SIDE)
+    product = _best(lambda: torch.mm(A, A, out=out))
+    inverse = _best(lambda: torch.cholesky_inverse(torch.linalg.cholesky(G)))
+    add = _best(lambda: torch.add(A, A, out=out))
+    return Speed(2 * SIDE**3 / product, SIDE**3 / inverse, 3 * 4 * SIDE**2 / add)
+
+
+def _best(call: Callable[[], object]) -> float:
+    """The least time of several: what else runs on the machine only adds to it."""
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def compressed(shape: Shape, args: argparse.Namespace) -> float:
+    """Seconds a block of a real run on random weights, without saving and measuring."""
+    with tempfile.TemporaryDirectory() as scratch:
+        write(shape, 2, Path(scratch) / "dense")
+        windows = random_windows(shape.vocabulary, args.samples, args.seqlen)
+        recipe = Recipe(pattern="2:4", rank=RANK, options={"effort": args.effort})
+        folder = Path(scratch) / "out"
+        report = compress(Path(scratch) / "dense", recipe, calibration=windows, evaluate=(), out=folder, device="cpu")
+    return sum(report.seconds[part] for part in ("walk", "statistics", "solve")) / 2
+
+
+def main() -> None:
+    """Measure, predict and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--seqlen", type=int, default=2048)
+    parser.add_argument("--effort", type=float, default=1.0)
+    parser.add_argument("--shapes", default="llama-3-8b,llama-3-70b,llama-3-405b")
+    parser.add_argument("--compress", action="store_true", help="the first of the shapes, two blocks of it")
+    parser.add_argument("--json", type=Path, dest="json_file")
+    args = parser.parse_args()
+    speeds = {"this machine": here(), **ACCELERATORS}
+    for name, speed in speeds.items():
+        print(f"{name}: " + ", ".join(f"{part} {value / 1e9:,.0f} G/s" for part, value in asdict(speed).items()))
+    print(
+        f"assumed: {STEPS}·effort iterations a layer; accelerators at {SHARE:.0%} of their float32 peak, TF32 off, and"
+    )
+    print("at a tenth of that in factorisations; nothing else but passes over memory counts. A prediction.")
+    found: dict[str, Any] = {}
+    for name in args.shapes.split(","):
+        work = Work()
+        work.add(one_block(SHAPES[name], args.samples * args.seqlen, args.effort), SHAPES[name].blocks)
+        hours = {where: work.seconds(speed) / 3600 for where, speed in speeds.items()}
+        found[name] = {"work": asdict(work), "hours": hours}
+        print(f"{name}: " + ", ".join(f"{where} {value:,.1f} h" for where, value in hours.items()))
+    if args.compress:
+        shape = SHAPES[args.shapes.split(",")[0]]
+        predicted = one_block(shape, args.samples * args.seqlen, args.effort).seconds(speeds["this machine"])
+        measured = compressed(shape, args)
+        found["block"] = {"predicted": predicted, "measured": measured}
+        print(f"a block here: predicted {predicted:.0f} s, measured {measured:.0f} s")
+    if args.json_file:
+        speed_rows = {name: asdict(speed) for name, speed in speeds.items()}
+        write_json(args.json_file, {"machine": machine(), "arguments": vars(args), "speeds": speed_rows, **found})
+
+
+if __name__ == "__main__":
+    main()

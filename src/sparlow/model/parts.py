@@ -1,0 +1,108 @@
+"""A model part by part: one decoder block at a time, or everything outside of the blocks.
+
+Whoever needs weights asks for them here, and need not know whether they lie in memory or are read when their turn comes
+(``streaming.OnDisk``).
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class Parts(Protocol):
+    """Weights on demand, in the type they compute in, on the device they compute on."""
+
+    device: torch.device
+    computing: torch.dtype
+
+    def rest(self) -> AbstractContextManager[None]:
+        """Everything outside of the blocks has its weights inside of this context."""
+
+    def block(self, i: int, *, empty: bool = False) -> AbstractContextManager[nn.Module]:
+        """Give block i; what becomes of it is forgotten at the end where the model lies on disk.
+
+        Args:
+            i: Its number.
+            empty: Its weights are not needed: they come from elsewhere.
+        """
+
+
+class InMemory:
+    """A model that is there as a whole; its blocks are changed in place."""
+
+    def __init__(self, blocks: nn.ModuleList) -> None:
+        first = next(blocks.parameters())
+        self.device, self.computing = first.device, first.dtype
+        self._blocks = blocks
+
+    def rest(self) -> AbstractContextManager[None]:
+        """See ``Parts``."""
+        return nullcontext()
+
+    def block(self, i: int, *, empty: bool = False) -> AbstractContextManager[nn.Module]:  # noqa: ARG002 - it is there
+        """See ``Parts``."""
+        return nullcontext(self._blocks[i])
+
+
+@contextmanager
+def whole(parts: Parts, count: int) -> Iterator[None]:
+    """All of a model has its weights inside of this context."""
+    with ExitStack() as stack:
+        stack.enter_context(parts.rest())
+        for i in range(count):
+            stack.enter_context(parts.block(i))
+        yield
+
+
+def one_by_one(parts: Parts, count: int) -> Iterator[nn.Module]:
+    """Yield the blocks, each with its weights until the next is asked for."""
+    for i in range(count):
+        with parts.block(i) as block:
+            yield block
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What one look at every stored tensor shows.
+
+    Attributes:
+        fingerprint: sha256 over names, dtypes, shapes and bytes of all of them, tied ones once; the same on every
+            device, and after saving and loading.
+        damaged: names of those that hold NaN or infinity.
+    """
+
+    fingerprint: str
+    damaged: frozenset[str]
+
+
+def survey(states: Iterable[Mapping[str, Tensor]]) -> Survey:
+    """Look at a model as it is stored.
+
+    Args:
+        states: tensors by name (``state_dict(keep_vars=True)``), all at once or part by part; tied ones in one part.
+    """
+    lines: dict[str, str] = {}
+    damaged: set[str] = set()
+    with ThreadPoolExecutor() as pool:  # hashing releases the interpreter's lock
+        for state in states:
+            once: dict[int, tuple[str, Tensor]] = {}
+            for name, tensor in sorted(state.items()):
+                once.setdefault(id(tensor), (name, tensor.detach()))
+            tensors = dict(once.values())
+            for (name, tensor), digest in zip(tensors.items(), pool.map(_digest, tensors.values()), strict=True):
+                lines[name] = f"{name} {tensor.dtype} {tuple(tensor.shape)} {digest}\n"
+                if tensor.is_floating_point() and not tensor.isfinite().all():
+                    damaged.add(name)
+    text = "".join(lines[name] for name in sorted(lines))
+    return Survey(hashlib.sha256(text.encode()).hexdigest(), frozenset(damaged))
+
+
+def _digest(tensor: Tensor) -> str:
+    data = tensor.cpu().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(data.numpy().data).hexdigest()
