@@ -18,7 +18,7 @@ from pathlib import Path
 
 TESTS = Path(__file__).parents[1]
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload()
+SERVER.set_forkserver_preload(["sparlow.cli", "datasets", "transformers.models.llama.modeling_llama"])
 PATIENCE = 600  # seconds after which a run counts as hanging
 TEXT = "".join(chr(32 + (7 * i * i + i // 3) % 95) for i in range(900))
 BLOCKS = 4
