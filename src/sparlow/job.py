@@ -18,7 +18,7 @@ from sparlow.model.checkpoint import CheckpointWriter, Written, read_block
 from sparlow.model.layers import compressed_layers
 from sparlow.model.matching import PRESETS, Plan, match, round_through
 from sparlow.model.offload import Shelf
-from sparlow.model.parts import Parts
+from sparlow.model.parts import Parts, ready
 from sparlow.model.quantizer import attach
 from sparlow.model.recording import Recording
 from sparlow.model.source import OpenedModel
@@ -202,7 +202,7 @@ class Job:
         """Take a block that an earlier run finished from its shard; return its records."""
         journal = cast("Journal", self.journal)
         read_block(journal.folder, self.blocks_name, i, block)
-        block.to(self.parts.device, self.parts.computing)
+        ready(block, self.parts)
         return journal.layers(i), journal.matching(i)
 
     def compressed(

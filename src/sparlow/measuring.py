@@ -30,7 +30,7 @@ class Meter:
     def __init__(self, opened: OpenedModel, offload: str, clock: Clock, notify: Notify) -> None:
         self._model, self._offload, self._clock, self._notify = opened.model, offload, clock, notify
         self.blocks_name, self.blocks = decoder_blocks(opened.model)
-        self.parts: Parts = opened.on_disk or InMemory(self.blocks)
+        self.parts: Parts = opened.on_disk or InMemory(self.blocks, opened.model.dtype)
 
     @property
     def dense_blocks(self) -> Iterator[nn.Module]:

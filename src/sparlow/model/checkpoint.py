@@ -21,7 +21,7 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from sparlow.errors import InputError, RunError
 from sparlow.model.layers import compressed_layers, install
-from sparlow.model.parts import Parts
+from sparlow.model.parts import Parts, ready
 from sparlow.model.quantizer import METHOD, SparlowConfig
 from sparlow.model.shards import (
     INDEX,
@@ -209,7 +209,8 @@ class Written:
         with self._dense.block(i, empty=True) as block:
             if not (empty or compressed_layers(block)):  # in memory they have stayed
                 read_block(self._folder, self._name, i, block)
-            yield block.to(self.device, self.computing)
+                ready(block, self)
+            yield block
 
 
 def load(folder: str | Path, **options: Any) -> PreTrainedModel:  # noqa: ANN401 - those of from_pretrained

@@ -34,11 +34,10 @@ class Parts(Protocol):
 
 
 class InMemory:
-    """A model that is there as a whole; its blocks are changed in place."""
+    """A model that is there as a whole and computes in ``computing``; its blocks are changed in place."""
 
-    def __init__(self, blocks: nn.ModuleList) -> None:
-        first = next(blocks.parameters())
-        self.device, self.computing = first.device, first.dtype
+    def __init__(self, blocks: nn.ModuleList, computing: torch.dtype) -> None:
+        self.device, self.computing = next(blocks.parameters()).device, computing
         self._blocks = blocks
 
     def rest(self) -> AbstractContextManager[None]:
@@ -48,6 +47,14 @@ class InMemory:
     def block(self, i: int, *, empty: bool = False) -> AbstractContextManager[nn.Module]:  # noqa: ARG002 - it is there
         """See ``Parts``."""
         return nullcontext(self._blocks[i])
+
+
+def ready(module: nn.Module, parts: Parts) -> nn.Module:
+    """Put what was read where the parts compute; half precision becomes float32 if that is what they compute in.
+
+    Otherwise each tensor keeps its type: some have one of their own, such as a router's bias in float32.
+    """
+    return module.to(parts.device, torch.float32 if parts.computing == torch.float32 else None)
 
 
 @contextmanager

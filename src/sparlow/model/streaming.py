@@ -27,6 +27,7 @@ from transformers.utils import logging
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from sparlow.model.blocks import decoder_blocks
+from sparlow.model.parts import ready
 from sparlow.model.shards import INDEX, SINGLE
 
 CHUNK = 2**22  # bytes read ahead at a time
@@ -64,7 +65,10 @@ class OnDisk:
             weight_mapping=self._mapping,  # type: ignore[arg-type]  # a list of the two kinds' base class
         )
         self._stored = {name: tensor.dtype for name, tensor in skeleton.state_dict().items()}
-        _fill_buffers(skeleton, device, self.computing)
+        _fill_buffers(skeleton)
+        for name, buffer in list(skeleton.named_non_persistent_buffers()):
+            wide = torch.float32 if half and buffer.is_floating_point() else None
+            setattr(skeleton.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], buffer.to(device, wide))
 
     def states(self) -> Iterator[dict[str, Tensor]]:
         """Yield the tensors of every part as stored, tied ones as the same object, the rest first."""
@@ -79,12 +83,12 @@ class OnDisk:
     def rest(self) -> Iterator[None]:
         """See ``Parts``."""
         self._read(None)
-        for _, module in self._outside():
+        for _, module in self._outside() if self.computing == torch.float32 else ():
             for p in module.parameters(recurse=False):
-                p.data = p.data.to(self.computing)  # not a new one: it may be tied
+                p.data = p.data.float()  # not a new one: it may be tied
             for name, buffer in module.named_buffers(recurse=False):
                 if buffer.is_floating_point():
-                    setattr(module, name, buffer.to(self.computing))
+                    setattr(module, name, buffer.float())
         try:
             yield
         finally:
@@ -100,7 +104,7 @@ class OnDisk:
         with self._loaded(i) as block:
             if i + 1 < len(self._blocks):  # by the time it is asked for, the system has it in memory
                 Thread(target=_read_ahead, args=(self._files[i + 1],), daemon=True).start()
-            yield block.to(self.computing)
+            yield ready(block, self)
 
     @contextmanager
     def _loaded(self, i: int) -> Iterator[nn.Module]:
@@ -178,7 +182,7 @@ def _is_parameter(tensor: Tensor) -> bool:
     return isinstance(tensor, nn.Parameter)
 
 
-def _fill_buffers(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> None:
+def _fill_buffers(model: PreTrainedModel) -> None:
     """Compute the buffers that are not stored, such as rotary frequencies, as ``from_pretrained`` does."""
     owners = {name: model.get_submodule(name.rpartition(".")[0]) for name, _ in model.named_non_persistent_buffers()}
     for name, buffer in list(model.named_non_persistent_buffers()):
@@ -186,9 +190,6 @@ def _fill_buffers(model: PreTrainedModel, device: torch.device, dtype: torch.dty
     for module in model.modules():
         vars(module)["_is_hf_initialized"] = module not in owners.values()  # transformers' mark
     model.initialize_weights()
-    for name, buffer in list(model.named_non_persistent_buffers()):
-        wanted = dtype if buffer.is_floating_point() else None
-        setattr(owners[name], name.rpartition(".")[2], buffer.to(device, wanted))
 
 
 def stored_tensors(where: str, revision: str | None) -> dict[str, Path]:
