@@ -151,16 +151,19 @@ class Job:
     def walk(self) -> None:
         """Compress block after block, each fed by the compressed ones before it."""
         with self.clock("walk"):
-            micro_batch = max(MICRO_BATCH_TOKENS // self.windows.shape[1], 1)
-            recording = self.meter.recorded(self.windows, micro_batch, self.held_out)
+            recording = self.meter.recorded(self.windows, self.micro_batch, self.held_out)
         self.allocate(recording)
         self.begin_files()
         hidden = recording.hidden
+        truth = hidden if self.recipe.match and self.plan.dense_targets else None  # the same place in the dense model
         for i, calls in enumerate(recording.calls):
             done = self.journal is not None and self.journal.has(i)
             dense = {name: self.storage.bytes_of(linear) for name, linear in linears(self.blocks[i]).items()}
-            with self.parts.block(i, empty=done) as block:
-                layers, matching = self.restored(i, block) if done else self.compressed(i, block, calls, hidden)
+            with self.parts.block(i, empty=done and truth is None) as block:
+                if truth is not None:
+                    with self.clock("matching"):
+                        truth = pass_through(block, truth, calls)
+                layers, matching = self.restored(i, block) if done else self.compressed(i, block, calls, hidden, truth)
                 sparse = compressed_layers(block).values()
                 self.report.bytes["linears_compressed"] += sum(map(self.storage.packed_bytes, sparse))
                 if i + 1 < len(self.blocks):  # nobody reads what leaves the last block
@@ -170,6 +173,12 @@ class Job:
             self.report.matching += matching
             self.report.bytes["linears_dense"] += sum(dense[layer.name] for layer in layers)
             self.notify(Progress("blocks", i + 1, len(self.blocks)))
+
+    @property
+    def micro_batch(self) -> int:
+        """Windows that pass through a block at a time; while matching, no more than a step takes."""
+        fitting = max(MICRO_BATCH_TOKENS // self.windows.shape[1], 1)
+        return min(fitting, self.plan.batch) if self.recipe.match else fitting
 
     def begin_files(self) -> None:
         """Record what is known before the first block, if there is a directory."""
@@ -206,9 +215,12 @@ class Job:
         return journal.layers(i), journal.matching(i)
 
     def compressed(
-        self, i: int, block: nn.Module, calls: Mapping[int, Call], hidden: Shelf
+        self, i: int, block: nn.Module, calls: Mapping[int, Call], hidden: Shelf, truth: Shelf | None
     ) -> tuple[list[LayerRecord], list[dict[str, Any]]]:
-        """Compress a block, match it if the recipe says so and, if there is a directory, write it."""
+        """Compress a block, match it if the recipe says so and, if there is a directory, write it.
+
+        Targets of matching are ``truth`` or, without it, what the dense block makes of ``hidden``.
+        """
         if self.journal and i < self.journal.blocks_done:
             self.report.warnings.append(f"the shard of block {i} was damaged after it was written; it was done again")
         if not self.recipe.match and not any(
@@ -219,7 +231,7 @@ class Job:
         def on_layer(layer: LayerRecord) -> None:
             self.notify(Progress("blocks", i, len(self.blocks), layer))
 
-        targets = hidden.fresh() if self.recipe.match else None
+        outputs = hidden.fresh() if self.recipe.match and truth is None else None
         layers = compress_block(
             block,
             (self.blocks_name, i),
@@ -230,8 +242,9 @@ class Job:
             self.storage.dtype,
             self.clock,
             on_layer,
-            outputs=targets,
+            outputs=outputs,
         )
+        targets = outputs if truth is None else truth
         matching = [] if targets is None else [self.matched(i, block, calls, hidden, targets)]
         return self.noted(i, block, layers, matching)
 

@@ -205,10 +205,51 @@ def test_matching_leaves_every_support_as_the_method_found_it(algorithm, tmp_pat
     assert with_match.seconds["matching"] > 0
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_matched_run_that_was_stopped_ends_in_the_same_bits(dtype, tmp_path):
+def leaving(model):
+    """What leaves each block, all windows together."""
+    found = []
+    hooks = [
+        block.register_forward_hook(lambda _m, _x, y: found.append(y[0] if isinstance(y, tuple) else y))
+        for block in decoder_blocks(model)[1]
+    ]
+    with torch.no_grad():
+        model(WINDOWS)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def test_by_default_a_block_makes_up_for_those_before_it(tmp_path):
+    save_tiny("llama", tmp_path / "model")
+    nearly_still = {"algorithm": "wanda", "rank": None, "options": {}, "match_epochs": 1, "match_lr": 1e-12}
+    report = run(tmp_path / "model", tmp_path / "out", **nearly_still)
+    dense, compressed = leaving(tiny("llama")), leaving(sparlow.load(tmp_path / "out"))
+    for row, x, y in zip(report.matching, dense, compressed, strict=True):
+        relative = (x - y).square().sum(-1) / x.square().sum(-1)
+        assert row["loss_before"] == pytest.approx(relative.mean().item(), rel=1e-2)  # norms have moved a little
+    own = run(tmp_path / "model", tmp_path / "own", match_preset="paper", **nearly_still)
+    assert own.matching[2]["loss_before"] < 0.8 * report.matching[2]["loss_before"]
+
+
+def test_a_step_takes_as_many_windows_as_it_says(tmp_path, monkeypatch):
+    sizes = set()
+
+    def spy(block, calls, inputs, *args, **options):
+        sizes.update(len(x) for x in inputs)
+        return match(block, calls, inputs, *args, **options)
+
+    monkeypatch.setattr("sparlow.job.match", spy)
+    save_tiny("llama", tmp_path / "model")
+    run(tmp_path / "model", tmp_path / "out", match_batch=4)
+    assert sizes == {4, 2}  # ten windows
+
+
+@pytest.mark.parametrize(
+    ("dtype", "preset"), [(torch.float32, "default"), (torch.bfloat16, "default"), (torch.float32, "paper")]
+)
+def test_a_matched_run_that_was_stopped_ends_in_the_same_bits(dtype, preset, tmp_path):
     save_tiny("llama", tmp_path / "model", dtype=dtype)
-    whole = run(tmp_path / "model", tmp_path / "whole")
+    whole = run(tmp_path / "model", tmp_path / "whole", match_preset=preset)
 
     def stop(step):
         if step.stage == "blocks" and step.done == 1:
@@ -219,7 +260,7 @@ def test_a_matched_run_that_was_stopped_ends_in_the_same_bits(dtype, tmp_path):
         sparlow.compress(
             tmp_path / "model", recipe, calibration=WINDOWS, evaluate=(), out=tmp_path / "out", notify=stop
         )
-    report = run(tmp_path / "model", tmp_path / "out")
+    report = run(tmp_path / "model", tmp_path / "out", match_preset=preset)
     for shard in (tmp_path / "whole").glob("*.safetensors"):
         assert shard.read_bytes() == (tmp_path / "out" / shard.name).read_bytes()
     assert [{**row, "seconds": 0} for row in report.matching] == [{**row, "seconds": 0} for row in whole.matching]

@@ -5,9 +5,10 @@
 Section 4 of the 3BASiL paper (Makni et al., 2025, arXiv 2603.01376). x are the inputs that come out of the compressed
 blocks before. Adam sees the kept entries of S alone, in one vector a layer: its moments take half the memory at 2:4.
 
-Beyond the paper, and each can be set (``Plan``): the error of a token is measured against that token's own size, for
-the next block begins with a norm, and a few tokens with massive features would else decide everything; some windows
-are held out, and training stops when their loss does not fall any more; a higher rate needs fewer epochs.
+Beyond the paper, and each can be set (``Plan``): the target is what the dense model has at this place, so that a block
+makes up for the blocks before it too; the error of a token is measured against that token's own size, for the next
+block begins with a norm, and a few tokens with massive features would else decide everything; some windows are held
+out, and training stops when their loss does not fall any more; a higher rate and smaller steps need fewer epochs.
 """
 
 import math
@@ -36,6 +37,8 @@ class Plan:
         batch: Windows a step.
         relative: Measure each token's error against its own size instead of all tokens' together.
         patience: Epochs without gain on the held-out windows after which training ends; 0 for never.
+        dense_targets: The targets come from the dense model throughout (x from its own blocks before), not from the
+            dense block fed by the compressed blocks before.
     """
 
     epochs: int
@@ -44,10 +47,11 @@ class Plan:
     batch: int
     relative: bool
     patience: int
+    dense_targets: bool = False
 
 
 PRESETS = {
-    "default": Plan(epochs=8, lr=2e-4, rest_lr=2e-5, batch=8, relative=True, patience=2),
+    "default": Plan(epochs=3, lr=2e-4, rest_lr=2e-4, batch=2, relative=True, patience=1, dense_targets=True),
     "paper": Plan(epochs=20, lr=2e-5, rest_lr=2e-5, batch=8, relative=False, patience=0),
 }
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from sparlow.errors import InputError
 
 PLACES = ("auto", "cpu", "disk")
-AT_ONCE = 3  # copies of the hidden states: inputs of a block, its dense outputs, its outputs
+AT_ONCE = 4  # copies of the hidden states: inputs of a block, its outputs, targets, and the last of these before
 
 
 class Shelf(Sequence[Tensor]):
