@@ -23,7 +23,7 @@ from sparlow import compress
 from sparlow.compression import open_dense, windows_to_calibrate
 from sparlow.job import HELD_OUT, plan_of
 from sparlow.model.blocks import decoder_blocks, pass_through
-from sparlow.model.matching import loss_on, match
+from sparlow.model.matching import PRESETS, loss_on, match
 from sparlow.model.recording import record
 from sparlow.model.source import open_model
 from sparlow.pipeline import budgets, compress_block
@@ -66,7 +66,7 @@ def matched(args: argparse.Namespace, recipe: Recipe) -> list[dict[str, Any]]:
     name, blocks = decoder_blocks(opened.model)
     allowed, windows = budgets(name, blocks, recipe), windows_to_calibrate(None, opened, recipe)
     apart = len(windows) // HELD_OUT  # neither is trained on these
-    recording = record(opened.model, windows, micro_batch=max(4096 // recipe.seqlen, 1), apart=apart)
+    recording = record(opened.model, windows, micro_batch=PRESETS["default"].batch, apart=apart)
     hidden, rows = recording.hidden, []
     for i in range(min(args.blocks or len(blocks), len(blocks))):
         calls, targets, clock = recording.calls[i], hidden.fresh(), Clock()

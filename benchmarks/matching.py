@@ -1,0 +1,131 @@
+"""What each choice in transformer matching gives: the same compressed blocks, matched in several ways.
+
+    python benchmarks/matching.py MODEL COMPRESSED --calibration c4.jsonl --evaluate wikitext2_test.raw [--blocks 8]
+        [--variants default,paper] [--json FILE]
+
+COMPRESSED is what ``sparlow compress MODEL`` wrote, without matching. For each variant its first --blocks blocks are
+matched one after the other, each fed by those before it; the blocks behind them stay dense. Printed are the error of
+what leaves the last of them, relative to the dense model's and token by token, on windows that were not trained on;
+the perplexity; and the seconds. Solves do not see matched blocks here, so a whole run with --match may end lower.
+"""
+
+import argparse
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from _layers import machine, write_json
+from torch import Tensor
+
+import sparlow
+from sparlow.evaluation import perplexity
+from sparlow.model.blocks import decoder_blocks, pass_through
+from sparlow.model.matching import PRESETS, Plan, match, round_through
+from sparlow.model.recording import record
+from sparlow.model.source import for_computing, open_model
+from sparlow.text import calibration_windows, evaluation_windows
+
+DEFAULT = PRESETS["default"]
+VARIANTS: dict[str, Plan] = {
+    "none": replace(DEFAULT, epochs=0),
+    "paper": PRESETS["paper"],
+    "default": DEFAULT,
+    "own-targets": replace(DEFAULT, dense_targets=False),
+    "plain-loss": replace(DEFAULT, relative=False),
+    "batch-8": replace(DEFAULT, batch=8),
+    "half-rate": replace(DEFAULT, lr=DEFAULT.lr / 2, rest_lr=DEFAULT.rest_lr / 2),
+    "double-rate": replace(DEFAULT, lr=DEFAULT.lr * 2, rest_lr=DEFAULT.rest_lr * 2),
+    "six-epochs": replace(DEFAULT, epochs=6),
+    "norms-still": replace(DEFAULT, rest_lr=0.0),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One variant."""
+
+    name: str
+    error: float
+    perplexity: float
+    seconds: float
+    epochs: int
+
+
+def main() -> None:
+    """Match by every variant; print a line for each."""
+    args = _parser().parse_args()
+    unknown = [name for name in args.variants.split(",") if name not in VARIANTS]
+    if unknown:
+        raise SystemExit(f"There is no variant {unknown[0]!r}; there is: {', '.join(VARIANTS)}.")
+    opened = open_model(args.model)
+    train = calibration_windows(args.calibration, opened.tokenizer, samples=args.samples, seqlen=args.seqlen, seed=0)
+    text = evaluation_windows(args.evaluate, opened.tokenizer, seqlen=args.evaluate_seqlen, limit=args.limit)
+    rows = []
+    for name in args.variants.split(","):
+        rows.append(_run(name, args, train, text))
+        row = rows[-1]
+        print(
+            f"{name:12s} error {row.error:.5f}, perplexity {row.perplexity:.2f}, {row.epochs} epochs, "
+            f"{row.seconds:.0f} s matching",
+            flush=True,
+        )
+    if args.json:
+        settings = {key: value for key, value in vars(args).items() if key not in ("json", "model", "compressed")}
+        found: dict[str, Any] = {"settings": settings, "machine": machine(), "rows": [asdict(row) for row in rows]}
+        write_json(args.json, found)
+
+
+def _run(name: str, args: argparse.Namespace, train: Tensor, text: Tensor) -> Row:
+    plan = VARIANTS[name]
+    dense: Any = for_computing(open_model(args.model).model)
+    compressed: Any = for_computing(sparlow.load(args.compressed))
+    stored = open_model(args.model).model.dtype
+    held_out = max(len(train) // 16, 1)
+    micro_batch = min(max(4096 // args.seqlen, 1), plan.batch)
+    with torch.no_grad():
+        recording = record(dense, train, micro_batch=micro_batch, apart=held_out)
+    (_, blocks), (_, sparse) = decoder_blocks(dense), decoder_blocks(compressed)
+    hidden = truth = recording.hidden
+    seconds, epochs = 0.0, 0
+    for i, calls in enumerate(recording.calls[: args.blocks]):
+        with torch.no_grad():
+            own, truth = pass_through(blocks[i], hidden, calls), pass_through(blocks[i], truth, calls)
+        targets = truth if plan.dense_targets else own
+        start = time.perf_counter()
+        if plan.epochs:
+            epochs += match(sparse[i], calls, hidden, targets, plan, held_out=1, seed=i).epochs
+        seconds += time.perf_counter() - start
+        round_through(sparse[i], stored)
+        with torch.no_grad():
+            hidden = pass_through(sparse[i], hidden, calls)
+        blocks[i] = sparse[i]
+    return Row(name, _error(hidden[-1:], truth[-1:]), perplexity(dense, text), seconds, epochs)
+
+
+def _error(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+    """Mean over tokens of the error relative to the token's size."""
+    parts = [(x - y).square().sum(-1) / y.square().sum(-1) for x, y in zip(found, wanted, strict=True)]
+    return torch.cat([part.flatten() for part in parts]).mean().item()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", help="the dense model: directory, hub id or .gguf file")
+    parser.add_argument("compressed", help="what sparlow compress wrote from it")
+    parser.add_argument("--variants", default=",".join(VARIANTS), help="comma-separated; all by default")
+    parser.add_argument("--blocks", type=int, help="how many; all by default")
+    parser.add_argument("--calibration", default="builtin")
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--seqlen", type=int, default=512)
+    parser.add_argument("--evaluate", default="builtin")
+    parser.add_argument("--evaluate-seqlen", type=int, default=1024)
+    parser.add_argument("--limit", type=int)
+    parser.add_argument("--json", type=Path)
+    return parser
+
+
+if __name__ == "__main__":
+    main()
