@@ -273,7 +273,7 @@ class Job:
     def finish_files(self) -> None:
         """Write what lies outside of the blocks and the files that make the directory a model."""
         if self.journal and self.writer:
-            with self.clock("save"), self.parts.rest():
+            with self.clock("save"), self.parts.rest(stored=True):
                 rest = self.writer.write_rest(self.model)
                 self.writer.finish(self.model, self.opened.tokenizer)
                 self.journal.note_rest(rest, self.recipe.to_toml())

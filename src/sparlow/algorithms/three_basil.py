@@ -58,8 +58,11 @@ def three_basil(
     loop = _Loop(W * gram.scale, gram, pattern, rank, rho=0.1 if schedule == "paper" else 0.003)
     run = _paper if schedule == "paper" else _joint
     steps, change = run(loop, effort, max_steps)
-    S, U, V = _refit(loop, pattern)
     stats = {"iterations": steps, "rho": loop.rho, "support_change": change, "converged": change < SETTLED[schedule]}
+    mask = pattern.mask(loop.X.abs())
+    T, S, U, V = loop.T, loop.S * mask, loop.U, loop.V
+    del loop  # the rest makes room for the matrices of the refit
+    S, U, V = _refit(T, gram.correlation, mask, S, U, V)
     return Decomposition(S / gram.scale, U, V / gram.scale, stats)
 
 
@@ -167,12 +170,10 @@ def _run(
     return done, change
 
 
-def _refit(loop: _Loop, pattern: Pattern) -> tuple[Tensor, Tensor, Tensor]:
-    """Project exactly, then alternate least squares on the support with the low-rank fit."""
-    mask = pattern.mask(loop.X.abs())
-    S, U, V = loop.S * mask, loop.U, loop.V
+def _refit(T: Tensor, G: Tensor, mask: Tensor, S: Tensor, U: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Alternate least squares on the support with the low-rank fit."""
     for _ in range(REFITS):
-        S = fit_on_support(loop.T - U @ V, loop.G, S, mask, REFIT_STEPS)
+        S = fit_on_support(T - U @ V, G, S, mask, REFIT_STEPS)
         if V.shape[0]:
-            U, V = subspace_step(loop.T - S, loop.G, V)
+            U, V = subspace_step(T - S, G, V)
     return S, U, V

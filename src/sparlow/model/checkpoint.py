@@ -199,9 +199,9 @@ class Written:
         self.device, self.computing = dense.device, dense.computing
         self._folder, self._name, self._dense = folder, blocks_name, dense
 
-    def rest(self) -> AbstractContextManager[None]:
+    def rest(self, *, stored: bool = False) -> AbstractContextManager[None]:
         """See ``Parts``; nothing outside of the blocks was changed."""
-        return self._dense.rest()
+        return self._dense.rest(stored=stored)
 
     @contextmanager
     def block(self, i: int, *, empty: bool = False) -> Iterator[nn.Module]:

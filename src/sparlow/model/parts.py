@@ -21,8 +21,12 @@ class Parts(Protocol):
     device: torch.device
     computing: torch.dtype
 
-    def rest(self) -> AbstractContextManager[None]:
-        """Everything outside of the blocks has its weights inside of this context."""
+    def rest(self, *, stored: bool = False) -> AbstractContextManager[None]:
+        """Everything outside of the blocks has its weights inside of this context.
+
+        Args:
+            stored: They will not compute, and may be of the type they are stored in.
+        """
 
     def block(self, i: int, *, empty: bool = False) -> AbstractContextManager[nn.Module]:
         """Give block i; what becomes of it is forgotten at the end where the model lies on disk.
@@ -40,7 +44,7 @@ class InMemory:
         self.device, self.computing = next(blocks.parameters()).device, computing
         self._blocks = blocks
 
-    def rest(self) -> AbstractContextManager[None]:
+    def rest(self, *, stored: bool = False) -> AbstractContextManager[None]:  # noqa: ARG002 - as they are
         """See ``Parts``."""
         return nullcontext()
 

@@ -80,10 +80,10 @@ class OnDisk:
                 yield {f"{self._name}.{i}.{k}": t for k, t in block.state_dict(keep_vars=True).items()}
 
     @contextmanager
-    def rest(self) -> Iterator[None]:
+    def rest(self, *, stored: bool = False) -> Iterator[None]:
         """See ``Parts``."""
         self._read(None)
-        for _, module in self._outside() if self.computing == torch.float32 else ():
+        for _, module in () if stored or self.computing != torch.float32 else self._outside():
             for p in module.parameters(recurse=False):
                 p.data = p.data.float()  # not a new one: it may be tied
             for name, buffer in module.named_buffers(recurse=False):
