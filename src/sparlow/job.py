@@ -16,13 +16,14 @@ from sparlow.measuring import Meter
 from sparlow.model.blocks import Call, linears, not_compressed, pass_through
 from sparlow.model.checkpoint import CheckpointWriter, Written, read_block
 from sparlow.model.layers import compressed_layers
-from sparlow.model.matching import PRESETS, Plan, match, round_through
+from sparlow.model.matching import PRESETS, Plan, match
 from sparlow.model.offload import Shelf
 from sparlow.model.parts import Parts, ready
 from sparlow.model.quantizer import attach
 from sparlow.model.recording import Recording
 from sparlow.model.source import OpenedModel
 from sparlow.model.storage import Storage
+from sparlow.model.trainable import round_through
 from sparlow.page import write_reports
 from sparlow.pipeline import budgets, compress_block
 from sparlow.progress import Clock, Notify, Progress, counting

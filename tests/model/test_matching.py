@@ -11,10 +11,11 @@ from families import save_tiny, tiny
 from sparlow.errors import RunError
 from sparlow.model.blocks import decoder_blocks, linears
 from sparlow.model.layers import SparseLowRankLinear, compressed_layers
-from sparlow.model.matching import PRESETS, Plan, match, round_through
+from sparlow.model.matching import PRESETS, Plan, match
 from sparlow.model.observing import observe
 from sparlow.model.offload import Shelf
 from sparlow.model.recording import record
+from sparlow.model.trainable import round_through
 from sparlow.output import NAME
 from sparlow.recipe import Recipe
 from sparlow.verification import verify_artefact

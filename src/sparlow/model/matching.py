@@ -14,16 +14,14 @@ out, and training stops when their loss does not fall any more; a higher rate an
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from sparlow.errors import RunError
 from sparlow.model.blocks import Call, run_block
-from sparlow.model.layers import SparseLowRankLinear, compressed_layers
+from sparlow.model.trainable import Packed, packed
 
 
 @dataclass(frozen=True)
@@ -100,7 +98,7 @@ def match(
     calls = {size: call.to(device) for size, call in calls.items()}
     loss_of = _loss(block, calls, device, relative=plan.relative)
     order = torch.Generator().manual_seed(seed)
-    with _packed(block) as values, torch.enable_grad():
+    with packed(block) as values, torch.enable_grad():
         optimiser, schedule = _adam(block, values, plan, steps=plan.epochs * _steps(train, plan.batch))
         best = before = _judged(loss_of, judge)
         _require_finite(block, [before], f"{label}: matching cannot begin")
@@ -223,7 +221,7 @@ def _steps(pairs: Iterable[Pair], batch: int) -> int:
 def _adam(
     block: nn.Module, values: Sequence[nn.Parameter], plan: Plan, steps: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    low_rank = [p for layer in block.modules() if isinstance(layer, _Packed) for p in (layer.U, layer.V) if p.numel()]
+    low_rank = [p for layer in block.modules() if isinstance(layer, Packed) for p in (layer.U, layer.V) if p.numel()]
     compressed = {id(p) for p in (*values, *low_rank)}
     rest = [p for p in block.parameters() if id(p) not in compressed and p.numel()]
     groups = [{"params": [*values, *low_rank], "lr": plan.lr}, {"params": rest, "lr": plan.rest_lr}]
@@ -237,66 +235,3 @@ def _adam(
 
 def _copy(block: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in block.state_dict().items()}
-
-
-class _Packed(nn.Module):
-    """A compressed layer while it is trained: the kept entries of S as one vector, in float32."""
-
-    mask: Tensor
-
-    def __init__(self, layer: SparseLowRankLinear) -> None:
-        super().__init__()
-        S = layer.S.detach()
-        self.register_buffer("mask", S != 0, persistent=False)  # (out, in)
-        self.values = nn.Parameter(S[self.mask].float())
-        self.U, self.V = nn.Parameter(layer.U.detach().float()), nn.Parameter(layer.V.detach().float())
-        self.bias = layer.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        # one product with S + U V: its gradient gives those of S, U and V without products over tokens
-        S = torch.zeros(self.mask.shape, device=x.device).masked_scatter(self.mask, self.values)
-        return functional.linear(x, (S + self.U @ self.V).to(x.dtype), self.bias)
-
-    def unpack_into(self, layer: SparseLowRankLinear) -> None:
-        """Write the result back; a value that rounds to zero takes the smallest number instead, to stay kept."""
-        dtype = layer.S.dtype
-        values = self.values.detach().to(dtype)
-        values = torch.where(values == 0, torch.finfo(dtype).tiny, values)
-        with torch.no_grad():
-            layer.S.masked_scatter_(self.mask, values)
-            layer.U.copy_(self.U)
-            layer.V.copy_(self.V)
-
-
-@contextmanager
-def _packed(block: nn.Module) -> Iterator[list[nn.Parameter]]:
-    """Put packed layers in the place of the compressed ones; gradients are on, and off again afterwards."""
-    layers = compressed_layers(block)
-    packed = {name: _Packed(layer) for name, layer in layers.items()}
-    wanted: dict[nn.Parameter, bool] = {p: p.requires_grad for p in block.parameters()}
-    training = block.training
-    for name, layer in packed.items():
-        block.set_submodule(name, layer)
-    block.eval().requires_grad_()
-    try:
-        yield [layer.values for layer in packed.values()]
-        for name, compressed in layers.items():
-            packed[name].unpack_into(compressed)
-    finally:
-        for name, compressed in layers.items():
-            block.set_submodule(name, compressed)
-        for p, grad in wanted.items():
-            p.requires_grad_(grad)
-            p.grad = None
-        block.train(training)
-
-
-def round_through(block: nn.Module, dtype: torch.dtype, exceptions: Sequence[str] = ()) -> None:
-    """Round every parameter to ``dtype`` and back, as storing it does, those named in ``exceptions`` left alone."""
-    with torch.no_grad():
-        for name, p in block.named_parameters():
-            if name in exceptions:
-                continue
-            rounded = p.to(dtype).to(p.dtype)
-            lost = (rounded == 0) & (p != 0)  # of S, which must keep its support; of other tensors it does no harm
-            p.copy_(torch.where(lost, torch.finfo(dtype).tiny, rounded))
