@@ -41,6 +41,7 @@ KEYS = {  # of report.json: design 4b, and which model and which version of the 
     "peak_memory",
     "layers",
     "matching",
+    "distillation",
     "finetuning",
     "not_compressed",
     "counts",

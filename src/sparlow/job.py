@@ -11,14 +11,16 @@ from torch import Tensor, nn
 
 from sparlow.allocation import Budget
 from sparlow.errors import InputError, RunError
-from sparlow.journal import Journal
+from sparlow.journal import DISTILLED, Journal
 from sparlow.measuring import Meter
 from sparlow.model.blocks import Call, linears, not_compressed, pass_through
 from sparlow.model.checkpoint import CheckpointWriter, Written, read_block
+from sparlow.model.distilling import PLAN as DISTILLING
+from sparlow.model.distilling import distill
 from sparlow.model.layers import compressed_layers
 from sparlow.model.matching import PRESETS, Plan, match
 from sparlow.model.offload import Shelf
-from sparlow.model.parts import Parts, ready
+from sparlow.model.parts import Parts, ready, whole
 from sparlow.model.quantizer import attach
 from sparlow.model.recording import Recording
 from sparlow.model.source import OpenedModel
@@ -72,7 +74,8 @@ class Job:
         self.report = Report(recipe=recipe.to_dict(), model=opened.name, warnings=list(opened.warnings))
         self.report.bytes = {"dense": self.storage.bytes_of(self.model), "linears_dense": 0, "linears_compressed": 0}
         self.plan = plan_of(recipe)
-        self.held_out = len(windows) // HELD_OUT if recipe.match and self.plan.patience else 0
+        judged = recipe.distill or (recipe.match and self.plan.patience)
+        self.held_out = len(windows) // HELD_OUT if judged else 0
         self.known_dense: dict[str, float] = {}  # perplexity by fingerprint of the windows
         self.allocated: dict[str, Budget] = {}  # those of the budgets that the data decided
         self.journal: Journal | None = None
@@ -92,6 +95,7 @@ class Job:
         }
         self.journal = Journal(folder, decides, self.blocks_name, overwrite=overwrite)
         self.known_dense |= self.journal.dense
+        self.journal.settle()
 
     def go(self, evaluation: Mapping[str, Tensor]) -> Report:
         """Do what is not done yet; ``evaluation`` names token windows (n, seqlen) to measure perplexity on."""
@@ -102,7 +106,7 @@ class Job:
             self.clock.add(self.journal.seconds)
         with self.clock("total"):
             self.report.dense["perplexity"] = self.meter.dense(evaluation, self.known_dense, self.report.warnings)
-            self.walk()
+            self.distilled(*self.walk())
             if not self.opened.on_disk:
                 attach(self.model)
             self.finish_files()
@@ -149,14 +153,19 @@ class Job:
         return value
 
     @torch.no_grad()
-    def walk(self) -> None:
-        """Compress block after block, each fed by the compressed ones before it."""
+    def walk(self) -> tuple[Recording, Shelf | None]:
+        """Compress block after block, each fed by the compressed ones before it.
+
+        Returns:
+            What enters the blocks, and what leaves the last of the dense ones if anyone wants it.
+        """
         with self.clock("walk"):
             recording = self.meter.recorded(self.windows, self.micro_batch, self.held_out)
         self.allocate(recording)
         self.begin_files()
         hidden = recording.hidden
-        truth = hidden if self.recipe.match and self.plan.dense_targets else None  # the same place in the dense model
+        wanted = self.distills or (self.recipe.match and self.plan.dense_targets)
+        truth = hidden if wanted else None  # the same place in the dense model
         for i, calls in enumerate(recording.calls):
             done = self.journal is not None and self.journal.has(i)
             dense = {name: self.storage.bytes_of(linear) for name, linear in linears(self.blocks[i]).items()}
@@ -164,7 +173,8 @@ class Job:
                 if truth is not None:
                     with self.clock("matching"):
                         truth = pass_through(block, truth, calls)
-                layers, matching = self.restored(i, block) if done else self.compressed(i, block, calls, hidden, truth)
+                goal = truth if self.recipe.match and self.plan.dense_targets else None
+                layers, matching = self.restored(i, block) if done else self.compressed(i, block, calls, hidden, goal)
                 sparse = compressed_layers(block).values()
                 self.report.bytes["linears_compressed"] += sum(map(self.storage.packed_bytes, sparse))
                 if i + 1 < len(self.blocks):  # nobody reads what leaves the last block
@@ -174,26 +184,58 @@ class Job:
             self.report.matching += matching
             self.report.bytes["linears_dense"] += sum(dense[layer.name] for layer in layers)
             self.notify(Progress("blocks", i + 1, len(self.blocks)))
+        return recording, truth
+
+    @property
+    def distills(self) -> bool:
+        """Whether all blocks together are still to be trained."""
+        return bool(self.recipe.distill) and not (self.journal and self.journal.distillation)
+
+    def distilled(self, recording: Recording, truth: Shelf | None) -> None:
+        """Train all blocks together, if the recipe says so, and write them again."""
+        if self.journal:
+            self.report.distillation = self.journal.distillation
+        if truth is None or not self.distills:
+            return
+        plan = replace(DISTILLING, epochs=self.recipe.distill)
+        advance = counting(self.notify, "distillation", plan.epochs)
+        with self.clock("matching"), whole(self.result, len(self.blocks)):
+            apart, seed = int(self.held_out > 0), self.recipe.seed
+            blocks = list(self.blocks)
+            found = asdict(
+                distill(self.model, blocks, recording, truth, plan, held_out=apart, seed=seed, advance=advance)
+            )
+            for i, block in enumerate(blocks):
+                self.round(i, block)
+            if self.journal:
+                writer = self.new_writer(self.journal.folder / DISTILLED)
+                shards = [writer.write_block(i, block) for i, block in enumerate(blocks)]
+                self.journal.note_distilled(shards, found)
+        self.report.distillation = found
 
     @property
     def micro_batch(self) -> int:
-        """Windows that pass through a block at a time; while matching, no more than a step takes."""
-        fitting = max(MICRO_BATCH_TOKENS // self.windows.shape[1], 1)
-        return min(fitting, self.plan.batch) if self.recipe.match else fitting
+        """Windows that pass through a block at a time; while training, no more than a step takes."""
+        batches = [self.plan.batch] * self.recipe.match + [DISTILLING.batch] * bool(self.recipe.distill)
+        return min([max(MICRO_BATCH_TOKENS // self.windows.shape[1], 1), *batches])
 
     def begin_files(self) -> None:
         """Record what is known before the first block, if there is a directory."""
         if self.journal:
             self.journal.begin(self.known_dense, {n: b.to_dict() for n, b in self.allocated.items()})
-            self.writer = CheckpointWriter(
-                self.journal.folder,
-                self.model,
-                self.blocks_name,
-                len(self.blocks),
-                dtype=self.storage.dtype,
-                computed=self.parts.computing,
-                kept=self.storage.exceptions,
-            )
+            self.writer = self.new_writer(self.journal.folder)
+
+    def new_writer(self, folder: Path) -> CheckpointWriter:
+        """A writer of shards, in the types of the result."""
+        return CheckpointWriter(
+            folder,
+            self.model,
+            self.blocks_name,
+            len(self.blocks),
+            dtype=self.storage.dtype,
+            computed=self.parts.computing,
+            kept=self.storage.exceptions,
+        )
 
     def allocate(self, recording: Recording) -> None:
         """Let the data decide on the budgets, where the recipe wants it, unless an earlier part of the run did."""
@@ -267,9 +309,13 @@ class Job:
         with self.clock("matching"):
             seed, apart = self.recipe.seed + i, int(self.held_out > 0)
             found = match(block, calls, hidden, targets, self.plan, held_out=apart, seed=seed, label=label)
-            kept = [name.removeprefix(f"{label}.") for name in self.storage.exceptions]
-            round_through(block, self.storage.dtype, kept)
+            self.round(i, block)
         return {"block": i, **asdict(found)}
+
+    def round(self, i: int, block: nn.Module) -> None:
+        """Give a trained block the values it will have once it was stored."""
+        kept = [name.removeprefix(f"{self.blocks_name}.{i}.") for name in self.storage.exceptions]
+        round_through(block, self.storage.dtype, kept)
 
     def finish_files(self) -> None:
         """Write what lies outside of the blocks and the files that make the directory a model."""

@@ -14,12 +14,13 @@ from typing import Any
 from sparlow.allocation import Budget
 from sparlow.errors import InputError
 from sparlow.model.places import plain_name, within
-from sparlow.model.shards import ShardRecord, read_json, replacing, sha256
+from sparlow.model.shards import ShardRecord, read_json, replacing, sha256, sync_folder
 from sparlow.model.sums import small_sums
 from sparlow.output import LOCK, NAME
 from sparlow.report import LayerRecord, plain
 
 FORMAT = 1
+DISTILLED = "distilled"  # folder of what the last pass over all blocks wrote, until it is moved
 
 
 class Journal:
@@ -91,6 +92,11 @@ class Journal:
         """Whether a directory holds an unfinished part of this very run."""
         return found.get("fingerprint") == self.state["fingerprint"] and not found.get("finished")
 
+    @property
+    def distillation(self) -> dict[str, Any]:
+        """What the last pass over all blocks did, once their shards are what it made of them; empty before."""
+        return dict(self.state.get("distillation", {}))
+
     def has(self, block: int) -> bool:
         """Whether the shard of a block was recorded, and is on disk as it was written."""
         if block >= self.blocks_done:
@@ -98,6 +104,29 @@ class Journal:
         file = self.state["blocks"][block]["file"]
         path, record = within(self.folder, plain_name(file)), self.state["shards"][file]
         return path.exists() and path.stat().st_size == record["bytes"] and sha256(path) == record["sha256"]
+
+    def settle(self) -> None:
+        """Bring a last pass over all blocks that was killed to a state from which the run can go on.
+
+        Where it was recorded, what it made takes the place of the shards before it. Where a shard of it is damaged, all
+        blocks are forgotten: what they were made of is gone.
+        """
+        place = self.folder / DISTILLED
+        if self.distillation:
+            for path in sorted(place.glob("*.safetensors")):
+                path.replace(self.folder / path.name)
+            if not all(self.has(block) for block in range(self.blocks_done)):
+                self.state |= {"blocks": [], "shards": {}, "distillation": {}}
+        if place.is_dir():
+            sync_folder(self.folder)
+            shutil.rmtree(place)
+
+    def note_distilled(self, shards: Sequence[ShardRecord], found: Mapping[str, Any]) -> None:
+        """Record what the last pass made of all blocks; the shards lie in ``DISTILLED``, and are moved from there."""
+        self.state["shards"] |= {s.file: {"bytes": s.bytes, "sha256": s.sha256} for s in shards}
+        self.state["distillation"] = dict(found)
+        self._write()
+        self.settle()
 
     def begin(self, dense: Mapping[str, float], allocation: Mapping[str, Mapping[str, object]]) -> None:
         """Make the directory and record the dense model's perplexities and what the data decided."""

@@ -60,6 +60,10 @@ def given_options(
     match_epochs: Annotated[int | None, typer.Option(help="At most. [default: the preset's]")] = None,
     match_lr: Annotated[float | None, typer.Option(help="Of Adam for S, U, V. [default: the preset's]")] = None,
     match_batch: Annotated[int | None, typer.Option(help="Windows a step. [default: the preset's]")] = None,
+    distill: Annotated[
+        int | None,
+        typer.Option(help="Epochs of a last pass over all blocks towards the dense model's logits. [default: 0]"),
+    ] = None,
     ignore: Annotated[
         list[str] | None, typer.Option(help="Leave layers dense whose name ends so; * and ? work; repeatable.")
     ] = None,

@@ -48,6 +48,8 @@ class Recipe:
         match_epochs: At most so many; None for the preset's, as below.
         match_lr: Learning rate of Adam for S, U and V.
         match_batch: Windows a step.
+        distill: Epochs of a last pass over all blocks together towards the dense model's logits; 0 for none. It needs
+            the whole model in memory, with gradients.
         ignore: Layers that stay dense, by ``match`` as in a rule.
         layers: Rules for single layers; a later one wins.
         calibration: Name of a corpus, a file or a hub data set; "self" for text that the model writes itself; "windows"
@@ -74,6 +76,7 @@ class Recipe:
     match_epochs: int | None = None
     match_lr: float | None = None
     match_batch: int | None = None
+    distill: int = 0
     ignore: Sequence[str] = ()
     layers: Sequence[Rule] = ()
     calibration: str = "c4"
@@ -101,7 +104,7 @@ class Recipe:
         for name in ("samples", "seqlen"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, not {getattr(self, name)}.")
-        for name in ("damping", "relative_damping", "owl_spread", "owl_threshold"):
+        for name in ("damping", "relative_damping", "owl_spread", "owl_threshold", "distill"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"{name} must be a number that is not negative, not {getattr(self, name)}.")
         for name in ("compression", "rank_share"):
@@ -257,6 +260,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "match_epochs": (int,),
     "match_lr": (float, int),
     "match_batch": (int,),
+    "distill": (int,),
     "ignore": (Sequence,),
     "layers": (Sequence,),
     "calibration": (str,),

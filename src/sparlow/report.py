@@ -109,6 +109,7 @@ class Report:
     peak_memory: dict[str, int] = field(default_factory=dict)
     layers: list[LayerRecord] = field(default_factory=list)
     matching: list[dict[str, Any]] = field(default_factory=list)
+    distillation: dict[str, Any] = field(default_factory=dict)
     not_compressed: list[dict[str, Any]] = field(default_factory=list)
     finetuning: dict[str, Any] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)

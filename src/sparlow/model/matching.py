@@ -90,24 +90,41 @@ def match(
     Raises:
         RunError: The loss is not finite.
     """
+    device = next(block.parameters()).device
+    calls = {size: call.to(device) for size, call in calls.items()}
+    loss_of = _loss(block, calls, device, relative=plan.relative)
+    return fit(block, loss_of, inputs, targets, plan, held_out=held_out, seed=seed, label=f"{label}: matching")
+
+
+def fit(
+    block: nn.Module,
+    loss_of: "Loss",
+    inputs: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    plan: Plan,
+    *,
+    held_out: int,
+    seed: int,
+    label: str,
+    advance: Callable[[int], None] = lambda _: None,
+) -> Matched:
+    """Train the parameters of ``block`` by any loss; see ``match``. ``advance`` is called with 1 after every epoch."""
     start = time.perf_counter()
     parted = len(inputs) - held_out
     train = _Pairs(inputs, targets, range(parted))
     judge = _Pairs(inputs, targets, range(parted, len(inputs))) if held_out else train
-    device = next(block.parameters()).device
-    calls = {size: call.to(device) for size, call in calls.items()}
-    loss_of = _loss(block, calls, device, relative=plan.relative)
     order = torch.Generator().manual_seed(seed)
     with packed(block) as values, torch.enable_grad():
         optimiser, schedule = _adam(block, values, plan, steps=plan.epochs * _steps(train, plan.batch))
         best = before = _judged(loss_of, judge)
-        _require_finite(block, [before], f"{label}: matching cannot begin")
+        _require_finite(block, [before], f"{label} cannot begin")
         state, waited, epoch = _copy(block), 0, 0
         for epoch in range(1, plan.epochs + 1):
             shuffled = torch.randperm(parted, generator=order).tolist()
             losses = _epoch(_Pairs(inputs, targets, shuffled), loss_of, optimiser, schedule, plan.batch)
             loss = _judged(loss_of, judge)
-            _require_finite(block, [*losses, loss], f"{label}: matching diverged in epoch {epoch}")
+            _require_finite(block, [*losses, loss], f"{label} diverged in epoch {epoch}")
+            advance(1)
             waited = 0 if loss < best else waited + 1
             if loss < best:
                 best, state = loss, _copy(block)

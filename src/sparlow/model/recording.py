@@ -76,9 +76,8 @@ def record(
     return Recording(recorder.hidden, recorder.calls, recorder.output)
 
 
-@torch.no_grad()
 def behind_blocks(model: PreTrainedModel, output: Any, ids: Tensor, hidden: Tensor) -> Tensor:  # noqa: ANN401 - foreign
-    """Return the logits (b, n, vocabulary); blocks are not run, and may be on the meta device.
+    """Return the logits (b, n, vocabulary); blocks are not run, and may be on the meta device; gradients flow.
 
     What is behind the blocks looks at each token by itself, so any n tokens will do, the context need not be there.
 
