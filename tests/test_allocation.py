@@ -51,7 +51,7 @@ def test_a_ratio_keeps_what_it_says(compression, share, shape):
 @given(compression=fractions, density=fractions)
 def test_the_share_is_what_the_pattern_leaves(compression, density):
     pattern = Unstructured(1 - density)
-    if density >= 1 - compression:
+    if pattern.density >= 1 - compression:  # 1 − (1 − density), rounded
         with pytest.raises(InputError, match="give a compression below"):
             ratio_share(compression, pattern)
     else:

@@ -171,17 +171,21 @@ def compare(
         opened.name, first.to_dict(), {"seqlen": seqlen, "windows": {n: len(w) for n, w in texts.items()}}
     )
     known: dict[str, float] = {}
-    fresh = [(opened, storage)]
+    spoilt = False
     for name, recipe in recipes.items():
-        opened, storage = fresh.pop() if fresh else opening(recipe)
+        if spoilt:
+            opened, storage = opening(recipe)
         job = Job(opened, storage, recipe, windows, labelled(notify, before=f"{name}: "), offload=offload)
         with claimed(out / name, overwrite=overwrite, finished=True):
             job.write_to(out / name, overwrite=overwrite)
             job.known_dense |= known
             _run(name, job, texts, found)
         known |= job.known_dense
-        del job, opened  # compressed in place; freed before the next is opened
         found.write(out)
+        spoilt = not opened.on_disk
+        del job
+        if spoilt:  # compressed in place; freed before the next is opened
+            del opened
     draw(found, out)
     return found
 

@@ -18,13 +18,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sparlow.errors import InputError
 from sparlow.model.blocks import pass_through
 from sparlow.model.parts import Parts
-from sparlow.model.recording import Recording, behind_blocks
+from sparlow.model.recording import Recording, behind_blocks, tokens_at_once
 from sparlow.progress import Notify
 from sparlow.tasks import LoadedTasks, TaskResult, average, load_tasks, measure_tasks
 from sparlow.text import evaluation_windows
 
 TOKENS_AT_ONCE = 2048  # that pass through a model or a block at a time
-LOGITS_AT_ONCE = 2**24  # numbers: 64 MB in float32
 
 
 class Evaluation(TypedDict):
@@ -94,7 +93,7 @@ def perplexity_by_blocks(
 
 def _in_pieces(model: PreTrainedModel, ids: Tensor, hidden: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Cut positions, so that few logits are there at a time: ids (b, n), what follows (b, n), ``hidden`` (b, n, …)."""
-    n = max(LOGITS_AT_ONCE // (model.config.get_text_config().vocab_size * len(ids)), 1)
+    n = tokens_at_once(model, len(ids))
     return zip(ids[:, :-1].split(n, 1), ids[:, 1:].split(n, 1), hidden[:, :-1].split(n, 1), strict=True)
 
 

@@ -216,8 +216,10 @@ class Job:
     @property
     def micro_batch(self) -> int:
         """Windows that pass through a block at a time; while training, no more than a step takes."""
-        batches = [self.plan.batch] * self.recipe.match + [DISTILLING.batch] * bool(self.recipe.distill)
-        return min([max(MICRO_BATCH_TOKENS // self.windows.shape[1], 1), *batches])
+        windows = max(MICRO_BATCH_TOKENS // self.windows.shape[1], 1)
+        if self.recipe.match:
+            windows = min(windows, self.plan.batch)
+        return min(windows, DISTILLING.batch) if self.recipe.distill else windows
 
     def begin_files(self) -> None:
         """Record what is known before the first block, if there is a directory."""
@@ -307,7 +309,8 @@ class Job:
         """Train a compressed block towards its targets, rounded as it will be stored; return the row for the report."""
         label = f"{self.blocks_name}.{i}"
         with self.clock("matching"):
-            seed, apart = self.recipe.seed + i, int(self.held_out > 0)
+            # a plan that never stops early trains on all windows
+            seed, apart = self.recipe.seed + i, int(self.held_out > 0 and self.plan.patience > 0)
             found = match(block, calls, hidden, targets, self.plan, held_out=apart, seed=seed, label=label)
             self.round(i, block)
         return {"block": i, **asdict(found)}

@@ -98,7 +98,7 @@ def compress_block(
         seen = observe(block, calls, hidden, GramAccumulator, outputs=outputs, label=label)
     windows = sum(len(x) for x in hidden)
     records = []
-    for layer, linear, gram, tokens in _with_grams(block, seen, windows, recipe):
+    for layer, linear, gram, tokens in with_grams(block, seen, windows, recipe):
         budget = budgets.get(f"{label}.{layer}")
         if budget is None:
             continue
@@ -113,39 +113,43 @@ def compress_block(
     return records
 
 
-def _with_grams(
+def with_grams(
     block: nn.Module, seen: Observation[GramAccumulator], windows: int, recipe: Recipe
-) -> Iterator[tuple[str, nn.Linear, Gram | None, int]]:
-    """Each linear, the Gram of its input and the tokens in that; layers that share one follow each other.
+) -> Iterator[tuple[str, nn.Linear, Gram, int]]:
+    """Each linear, the damped Gram of its input and the tokens in that; layers that share one follow each other.
 
-    A Gram is freed after its layers. The widest comes last, when the others are gone: its solve needs the most memory.
+    Of a layer that no token reached it is the identity. A Gram is taken out of ``seen`` and freed after its layers. The
+    widest comes last, when the others are gone: its solve needs the most memory.
     """
     layers = linears(block)
+    reached = {name for name, owner in seen.owner.items() if seen.statistics[owner].tokens}
     for owner in sorted(seen.statistics, key=lambda name: layers[name].in_features):
         statistic = seen.statistics.pop(owner)
-        tokens, H = statistic.tokens, statistic.second_moment(windows)
-        # of a layer that was called with no token at all, every input would count as dead
-        gram = Gram.damped(H, absolute=recipe.damping, relative=recipe.relative_damping) if tokens else None
+        tokens = statistic.tokens
+        if not tokens:  # every input would count as dead
+            continue
+        H = statistic.second_moment(windows)
+        gram = Gram.damped(H, absolute=recipe.damping, relative=recipe.relative_damping)
         del statistic, H
         for name in (name for name in layers if seen.owner.get(name) == owner):
             yield name, layers[name], gram, tokens
-    for name in (name for name in layers if name not in seen.owner):
-        yield name, layers[name], None, 0
+    for name in (name for name in layers if name not in reached):
+        linear = layers[name]
+        yield name, linear, Gram.identity(linear.in_features, linear.weight.device), 0
 
 
 def _compress_layer(
     index: int,
     name: str,
     linear: nn.Linear,
-    gram: Gram | None,
+    gram: Gram,
     tokens: int,
     recipe: Recipe,
     budget: Budget,
     stored: torch.dtype,
 ) -> tuple[LayerRecord, SparseLowRankLinear]:
     W = linear.weight.to(stored)  # exact: it came in this type
-    metric = Gram.identity(linear.in_features, W.device) if gram is None else gram
-    found = solve(recipe.found_algorithm, W, metric, budget.pattern, budget.rank, recipe.parsed_options)
+    found = solve(recipe.found_algorithm, W, gram, budget.pattern, budget.rank, recipe.parsed_options)
     record = LayerRecord(
         block=index,
         name=name,

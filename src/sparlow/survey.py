@@ -13,6 +13,7 @@ from sparlow.linalg.patterns import Unstructured
 from sparlow.model.blocks import linears
 from sparlow.model.observing import Kind, Observation, observe
 from sparlow.model.recording import Recording
+from sparlow.pipeline import with_grams
 from sparlow.recipe import Recipe
 
 
@@ -80,21 +81,19 @@ def _error_driven(walk: Walk, recipe: Recipe, budgets: Mapping[str, Budget]) -> 
     low_rank = recipe.found_algorithm.kind != "pruner"
     offers: dict[str, list[Offer]] = {}
     values = 0
+    windows = sum(len(x) for x in walk.recording.hidden)
     for block_name, block, seen in walk.observed(GramAccumulator):
-        layers = linears(block)
-        for owner, statistic in seen.statistics.items():
-            H = statistic.second_moment(sum(len(x) for x in walk.recording.hidden))
-            gram = Gram.damped(H, absolute=recipe.damping, relative=recipe.relative_damping)
-            for layer in (layer for layer, whose in seen.owner.items() if whose == owner):
-                name = f"{block_name}.{layer}"
-                if name not in budgets or recipe.has_rule(name):
-                    continue
-                W = layers[layer].weight.float()
-                shape = (W.shape[0], W.shape[1])
-                values += budgets[name].values(shape)
-                offers[name] = [
-                    Offer(Budget(pattern, rank), Budget(pattern, rank).values(shape), error)
-                    for pattern, ranks in offered(budgets[name], shape, low_rank=low_rank).items()
-                    for rank, error in zip(ranks, error_curve(W, gram, pattern, ranks), strict=True)
-                ]
+        for layer, linear, gram, _ in with_grams(block, seen, windows, recipe):
+            name = f"{block_name}.{layer}"
+            if name in budgets and not recipe.has_rule(name):
+                values += budgets[name].values((linear.out_features, linear.in_features))
+                offers[name] = list(_offers(linear, gram, budgets[name], low_rank=low_rank))
     return error_driven(offers, values)
+
+
+def _offers(linear: nn.Linear, gram: Gram, uniform: Budget, *, low_rank: bool) -> Iterator[Offer]:
+    shape = (linear.out_features, linear.in_features)
+    for pattern, ranks in offered(uniform, shape, low_rank=low_rank).items():
+        errors = error_curve(linear.weight.float(), gram, pattern, ranks)
+        for budget, error in zip((Budget(pattern, rank) for rank in ranks), errors, strict=True):
+            yield Offer(budget, budget.values(shape), error)

@@ -55,7 +55,7 @@ def divergence(model, dense, windows):
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma2"])
 def test_losses_and_gradients_are_those_of_the_definition(family, monkeypatch):
-    monkeypatch.setattr(distilling, "LOGITS_AT_ONCE", 3 * 2 * 97)  # many pieces
+    monkeypatch.setattr("sparlow.model.recording.LOGITS_AT_ONCE", 3 * 2 * 97)  # many pieces
     model, dense, recording, wanted = problem(family)
     by_hand = copy.deepcopy(model)
     chain = distilling._Chain(list(decoder_blocks(model)[1]), recording.calls)

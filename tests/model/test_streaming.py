@@ -95,7 +95,7 @@ def test_logits_are_taken_a_few_at_a_time(tmp_path, monkeypatch):
     expected = by_blocks(opened)
     shapes = []
     model.lm_head.register_forward_hook(lambda *args: shapes.append(args[-1].numel()))
-    monkeypatch.setattr("sparlow.evaluation.LOGITS_AT_ONCE", 3000)
+    monkeypatch.setattr("sparlow.model.recording.LOGITS_AT_ONCE", 3000)
     assert by_blocks(opened) == pytest.approx(expected, rel=1e-6)
     assert max(shapes) <= 3000
 

@@ -18,9 +18,8 @@ from transformers import PreTrainedModel
 
 from sparlow.model.blocks import Call, run_block
 from sparlow.model.matching import Matched, Plan, fit
-from sparlow.model.recording import Recording, behind_blocks
+from sparlow.model.recording import Recording, behind_blocks, tokens_at_once
 
-LOGITS_AT_ONCE = 2**24  # numbers: 64 MB in float32
 PLAN = Plan(epochs=2, lr=1e-4, rest_lr=1e-4, batch=2, relative=False, patience=1)
 
 
@@ -92,7 +91,7 @@ class _Divergence:
         return functional.log_softmax(behind_blocks(self.model, self.output, ids, state).float(), dim=-1)
 
     def _pieces(self, held: Tensor, wanted: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        n = max(LOGITS_AT_ONCE // (self.model.config.get_text_config().vocab_size * len(held)), 1)
+        n = tokens_at_once(self.model, len(held))
         return zip(held.split(n, 1), wanted.split(n, 1), strict=True)
 
 
@@ -140,6 +139,7 @@ def distill(
             held_out=held_out,
             seed=seed,
             label="distillation",
+            advice="leave --distill out",
             advance=advance,
         )
     finally:

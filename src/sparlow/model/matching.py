@@ -93,7 +93,17 @@ def match(
     device = next(block.parameters()).device
     calls = {size: call.to(device) for size, call in calls.items()}
     loss_of = _loss(block, calls, device, relative=plan.relative)
-    return fit(block, loss_of, inputs, targets, plan, held_out=held_out, seed=seed, label=f"{label}: matching")
+    return fit(
+        block,
+        loss_of,
+        inputs,
+        targets,
+        plan,
+        held_out=held_out,
+        seed=seed,
+        label=f"{label}: matching",
+        advice="lower --match-lr",
+    )
 
 
 def fit(
@@ -106,9 +116,23 @@ def fit(
     held_out: int,
     seed: int,
     label: str,
+    advice: str,
     advance: Callable[[int], None] = lambda _: None,
 ) -> Matched:
-    """Train the parameters of ``block`` by any loss; see ``match``. ``advance`` is called with 1 after every epoch."""
+    """Train the parameters of ``block`` by any loss; see ``match``.
+
+    Args:
+        block: What ``loss_of`` runs.
+        loss_of: The loss of one micro-batch, from its input and target.
+        inputs: (b, seqlen, d) for each micro-batch.
+        targets: Likewise.
+        plan: How.
+        held_out: Micro-batches at the end that judge.
+        seed: Of their order.
+        label: How errors call the training.
+        advice: What errors tell the user to do.
+        advance: Called with 1 after every epoch.
+    """
     start = time.perf_counter()
     parted = len(inputs) - held_out
     train = _Pairs(inputs, targets, range(parted))
@@ -117,13 +141,13 @@ def fit(
     with packed(block) as values, torch.enable_grad():
         optimiser, schedule = _adam(block, values, plan, steps=plan.epochs * _steps(train, plan.batch))
         best = before = _judged(loss_of, judge)
-        _require_finite(block, [before], f"{label} cannot begin")
+        _require_finite(block, [before], f"{label} cannot begin", advice)
         state, waited, epoch = _copy(block), 0, 0
         for epoch in range(1, plan.epochs + 1):
             shuffled = torch.randperm(parted, generator=order).tolist()
             losses = _epoch(_Pairs(inputs, targets, shuffled), loss_of, optimiser, schedule, plan.batch)
             loss = _judged(loss_of, judge)
-            _require_finite(block, [*losses, loss], f"{label} diverged in epoch {epoch}")
+            _require_finite(block, [*losses, loss], f"{label} diverged in epoch {epoch}", advice)
             advance(1)
             waited = 0 if loss < best else waited + 1
             if loss < best:
@@ -210,14 +234,14 @@ def _epoch(
     return [float(loss) for loss in torch.stack(losses)]  # only now: an accelerator would be waited for at each
 
 
-def _require_finite(block: nn.Module, losses: Sequence[float], what: str) -> None:
+def _require_finite(block: nn.Module, losses: Sequence[float], what: str, advice: str) -> None:
     """Raise RunError with the first step whose loss is not finite, and the first parameter that is not either."""
     step = next((i for i, loss in enumerate(losses, 1) if not math.isfinite(loss)), None)
     if step is None:
         return
     damaged = next((name for name, p in block.named_parameters() if not p.isfinite().all()), None)
     where = f", {damaged} is not finite by now" if damaged else ""
-    raise RunError(f"{what}: the loss is not finite at step {step}{where}: lower --match-lr.")
+    raise RunError(f"{what}: the loss is not finite at step {step}{where}: {advice}.")
 
 
 def _grouped(pairs: Iterable[Pair], batch: int) -> Iterator[list[Pair]]:

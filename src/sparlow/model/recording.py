@@ -19,6 +19,8 @@ from sparlow.errors import InputError
 from sparlow.model.blocks import Call, decoder_blocks, hidden_state, output_head, tensors_in
 from sparlow.model.offload import Shelf
 
+LOGITS_AT_ONCE = 2**24  # numbers: 64 MB in float32
+
 
 @dataclass(frozen=True)
 class Recording:
@@ -94,6 +96,12 @@ def behind_blocks(model: PreTrainedModel, output: Any, ids: Tensor, hidden: Tens
             stack.enter_context(_forward_replaced(block, lambda *_, **__: _with_state(output, state)))
         logits: Tensor = model(ids.to(device), use_cache=False).logits
         return logits
+
+
+def tokens_at_once(model: PreTrainedModel, windows: int) -> int:
+    """Return how many tokens of each of so many windows may have their logits in memory together."""
+    words: int = model.config.get_text_config().vocab_size
+    return max(LOGITS_AT_ONCE // (words * windows), 1)
 
 
 def _with_state(output: Any, state: Tensor | None) -> Any:  # noqa: ANN401 - what a foreign forward returns
