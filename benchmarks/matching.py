@@ -23,7 +23,8 @@ from torch import Tensor
 import sparlow
 from sparlow.evaluation import perplexity
 from sparlow.model.blocks import decoder_blocks, pass_through
-from sparlow.model.matching import PRESETS, Plan, match
+from sparlow.model.fitting import Plan
+from sparlow.model.matching import PRESETS, match
 from sparlow.model.recording import record
 from sparlow.model.source import for_computing, open_model
 from sparlow.model.trainable import round_through

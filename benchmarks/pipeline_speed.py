@@ -21,7 +21,6 @@ from _layers import machine, write_json
 
 from sparlow import compress
 from sparlow.compression import open_dense, windows_to_calibrate
-from sparlow.job import HELD_OUT, plan_of
 from sparlow.model.blocks import decoder_blocks, pass_through
 from sparlow.model.matching import PRESETS, loss_on, match
 from sparlow.model.recording import record
@@ -29,6 +28,7 @@ from sparlow.model.source import open_model
 from sparlow.pipeline import budgets, compress_block
 from sparlow.progress import Clock
 from sparlow.recipe import Recipe
+from sparlow.teaching import HELD_OUT, plan_of
 
 PARTS = ("walk", "statistics", "solve", "matching", "save", "evaluate")
 

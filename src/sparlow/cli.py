@@ -18,6 +18,7 @@ from sparlow.algorithms import algorithms as registered
 from sparlow.algorithms import variants
 from sparlow.compression import compress as run_compression
 from sparlow.compression import pick_device
+from sparlow.distributed import is_first, require_one
 from sparlow.errors import InputError, RunError
 from sparlow.evaluation import Evaluation, require_tokenizer
 from sparlow.evaluation import evaluate as measure
@@ -62,6 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # a level lets its messages and bars through, see sparlow.tasks
     logging.getLogger("lm_eval").setLevel(logging.WARNING if debug else logging.NOTSET)
     try:
+        if arguments[:1] != ["compress"]:
+            require_one(" ".join(["sparlow", *arguments[:1]]))
+        console.out.quiet = not is_first()
         app(arguments)
     except (InputError, RunError, OSError) as error:
         if debug:

@@ -1,7 +1,7 @@
 """``sparlow.compress``: open the model, cut the text, run the job."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from sparlow.distributed import Processes, joined, local_device
 from sparlow.errors import InputError
 from sparlow.evaluation import require_context, require_tokenizer
 from sparlow.job import Job
@@ -68,17 +69,26 @@ def compress(
     recipe = with_calibration(recipe or Recipe(), calibration)
     # without a directory the result would have no place but memory
     streamed = out is not None
-    with nullcontext() if out is None else claimed(Path(out), overwrite=overwrite):
+    with joined() as processes, claimed_by_first(processes, out, overwrite=overwrite):
         opened, storage = open_dense(
             model, tokenizer, recipe, device, trust_remote_code=trust_remote_code, streamed=streamed
         )
         windows = windows_to_calibrate(calibration, opened, recipe)
         # cut before the run, so that a missing file is noticed at once
         evaluation = windows_to_evaluate(evaluate, opened, evaluate_seqlen or recipe.seqlen, limit)
-        job = Job(opened, storage, recipe, windows, notify, offload=offload)
+        job = Job(opened, storage, recipe, windows, notify, offload=offload, processes=processes)
         if out is not None:
             job.write_to(Path(out), overwrite=overwrite)
         return job.go(evaluation)
+
+
+def claimed_by_first(
+    processes: Processes, out: str | Path | None, *, overwrite: bool, finished: bool = False
+) -> AbstractContextManager[None]:
+    """See ``output.claimed``; the first of several processes claims the directory, if there is one, for all of them."""
+    if out is None or not processes.first:
+        return nullcontext()
+    return claimed(Path(out), overwrite=overwrite, finished=finished)
 
 
 def open_dense(
@@ -112,11 +122,11 @@ def open_dense(
 
 
 def pick_device(name: str) -> str:
-    """Resolve "auto": an accelerator if there is one, else the CPU."""
-    if name != "auto":
-        return name
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return "cpu" if accelerator is None else accelerator.type
+    """Resolve "auto": an accelerator if there is one, else the CPU; of several, this process's own."""
+    if name == "auto":
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        name = "cpu" if accelerator is None else accelerator.type
+    return local_device(name)
 
 
 def with_calibration(recipe: Recipe, calibration: str | Path | Tensor | None) -> Recipe:

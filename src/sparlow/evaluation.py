@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from sparlow.distributed import ALONE, Processes
 from sparlow.errors import InputError
 from sparlow.model.blocks import pass_through
 from sparlow.model.parts import Parts
@@ -59,36 +60,35 @@ def perplexity(model: PreTrainedModel, windows: Tensor, advance: Callable[[int],
 @torch.no_grad()
 def perplexity_by_blocks(
     model: PreTrainedModel,
-    windows: Tensor,
     recording: Recording,
     parts: Parts,
     advance: Callable[[int], None] = lambda _: None,
+    processes: Processes = ALONE,
 ) -> float:
     """Perplexity of a chain of blocks, each of which passes over all windows when its turn comes.
 
     Args:
         model: In eval mode; it may be a skeleton.
-        windows: (n, seqlen) int64.
-        recording: What enters the blocks for these windows.
+        recording: What enters the blocks for the windows to measure on.
         parts: What is measured.
         advance: Called with 1 after each block and at the end.
+        processes: Those that each have a part of the recording.
     """
     hidden = recording.hidden
     for i, calls in enumerate(recording.calls):
         with parts.block(i) as block:
             hidden = pass_through(block, hidden, calls)
         advance(1)
-    total = 0.0
-    done = 0
+    total, count = 0.0, 0
     with parts.rest():
-        for x in hidden:
-            pieces = _in_pieces(model, windows[done : done + len(x)], x)
-            done += len(x)
+        for ids, x in ((ids, x) for ids, x in zip(recording.ids, hidden, strict=True) if len(ids)):
+            pieces = _in_pieces(model, ids, x)
+            count += len(ids)
             total += _mean_losses(
                 _losses(behind_blocks(model, recording.output, some, state), after) for some, after, state in pieces
             )
     advance(1)
-    return _perplexity(total, len(windows))
+    return _perplexity(*processes.totals([total, count]))
 
 
 def _in_pieces(model: PreTrainedModel, ids: Tensor, hidden: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -109,7 +109,7 @@ def _mean_losses(pieces: Iterable[Tensor]) -> float:
     return torch.cat(list(pieces), 1).mean(1).double().sum().item()
 
 
-def _perplexity(total: float, windows: int) -> float:
+def _perplexity(total: float, windows: float) -> float:
     try:
         return math.exp(total / windows)
     except OverflowError:

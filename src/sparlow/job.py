@@ -10,32 +10,27 @@ import torch
 from torch import Tensor, nn
 
 from sparlow.allocation import Budget
+from sparlow.distributed import ALONE, Processes
 from sparlow.errors import InputError, RunError
 from sparlow.journal import DISTILLED, Journal
 from sparlow.measuring import Meter
 from sparlow.model.blocks import Call, linears, not_compressed, pass_through
 from sparlow.model.checkpoint import CheckpointWriter, Written, read_block
-from sparlow.model.distilling import PLAN as DISTILLING
-from sparlow.model.distilling import distill
 from sparlow.model.layers import compressed_layers
-from sparlow.model.matching import PRESETS, Plan, match
 from sparlow.model.offload import Shelf
 from sparlow.model.parts import Parts, ready, whole
 from sparlow.model.quantizer import attach
 from sparlow.model.recording import Recording
 from sparlow.model.source import OpenedModel
 from sparlow.model.storage import Storage
-from sparlow.model.trainable import round_through
 from sparlow.page import write_reports
 from sparlow.pipeline import budgets, compress_block
 from sparlow.progress import Clock, Notify, Progress, counting
 from sparlow.recipe import Recipe
 from sparlow.report import LayerRecord, Report, peak_memory, reset_peak_memory
 from sparlow.survey import Walk, allocated_by_data
+from sparlow.teaching import Teaching
 from sparlow.text import fingerprint as text_fingerprint
-
-MICRO_BATCH_TOKENS = 4096  # tokens that pass through a block at a time
-HELD_OUT = 16  # one calibration window of so many judges the training of a block
 
 
 class Job:
@@ -48,6 +43,7 @@ class Job:
         windows: Calibration token ids (samples, seqlen) int64.
         notify: Called after every step.
         offload: Where hidden states wait: auto, cpu or disk.
+        processes: Those that share the run; the first one writes, and only it tells of progress.
 
     Raises:
         InputError: A layer does not fit the recipe.
@@ -62,10 +58,13 @@ class Job:
         notify: Notify,
         *,
         offload: str = "auto",
+        processes: Processes = ALONE,
     ) -> None:
-        self.opened, self.recipe, self.windows, self.notify = opened, recipe, windows, notify
+        self.opened, self.recipe, self.processes = opened, recipe, processes
+        self.windows = processes.share(windows.contiguous())  # text sampled by the model may differ between machines
+        self.notify: Notify = notify if processes.first else lambda _: None
         self.storage, self.model, self.clock = storage, opened.model, Clock()
-        self.meter = Meter(opened, offload, self.clock, notify)
+        self.meter = Meter(opened, offload, self.clock, self.notify, processes)
         self.blocks_name, self.blocks, self.parts = self.meter.blocks_name, self.meter.blocks, self.meter.parts
         self.budgets = budgets(self.blocks_name, self.blocks, recipe)
         for name in (name for name, _ in self.model.named_parameters() if name in opened.damaged):
@@ -73,13 +72,11 @@ class Job:
             raise InputError(f"{layer}: the {part} holds NaN or infinity; the model is damaged.")
         self.report = Report(recipe=recipe.to_dict(), model=opened.name, warnings=list(opened.warnings))
         self.report.bytes = {"dense": self.storage.bytes_of(self.model), "linears_dense": 0, "linears_compressed": 0}
-        self.plan = plan_of(recipe)
-        judged = recipe.distill or (recipe.match and self.plan.patience)
-        self.held_out = len(windows) // HELD_OUT if judged else 0
+        self.teaching = Teaching(recipe, storage, self.blocks_name, windows, processes)
         self.known_dense: dict[str, float] = {}  # perplexity by fingerprint of the windows
         self.allocated: dict[str, Budget] = {}  # those of the budgets that the data decided
         self.journal: Journal | None = None
-        self.writer: CheckpointWriter | None = None
+        self.writer: CheckpointWriter | None = None  # only the first process has one
 
     def write_to(self, folder: Path, *, overwrite: bool) -> None:
         """Write shards and records to ``folder`` as the run proceeds, going on from what is there.
@@ -94,8 +91,10 @@ class Job:
             "version": version("sparlow"),
         }
         self.journal = Journal(folder, decides, self.blocks_name, overwrite=overwrite)
+        if self.processes.first:
+            self.journal.settle()
+        self.journal.state = self.processes.gathered(self.journal.state)[0]  # what the first one found holds for all
         self.known_dense |= self.journal.dense
-        self.journal.settle()
 
     def go(self, evaluation: Mapping[str, Tensor]) -> Report:
         """Do what is not done yet; ``evaluation`` names token windows (n, seqlen) to measure perplexity on."""
@@ -113,7 +112,7 @@ class Job:
             for name, windows in evaluation.items():
                 self.report.compressed["perplexity"][name] = self.perplexity_after(name, windows)
         self.complete_report()
-        if self.journal:
+        if self.journal and self.processes.first:
             write_reports(self.report, self.journal.folder)
             measured = self.report.compressed["perplexity"]
             found = {text_fingerprint(windows): measured[name] for name, windows in evaluation.items()}
@@ -133,7 +132,7 @@ class Job:
                 new = True
                 known[text] = self.perplexity_after(name, windows)
             self.report.compressed["perplexity"][name] = known[text]
-        if new:
+        if new and self.processes.first:
             for part, more in ((whole.dense, self.report.dense), (whole.compressed, self.report.compressed)):
                 part["perplexity"] |= more["perplexity"]  # what was measured before stays on record
             write_reports(whole, journal.folder)
@@ -160,20 +159,20 @@ class Job:
             What enters the blocks, and what leaves the last of the dense ones if anyone wants it.
         """
         with self.clock("walk"):
-            recording = self.meter.recorded(self.windows, self.micro_batch, self.held_out)
+            recording = self.meter.recorded(self.windows, self.teaching.micro_batch, self.teaching.held_out)
         self.allocate(recording)
         self.begin_files()
         hidden = recording.hidden
-        wanted = self.distills or (self.recipe.match and self.plan.dense_targets)
-        truth = hidden if wanted else None  # the same place in the dense model
+        # the same place in the dense model
+        truth = hidden if self.distills or self.teaching.dense_targets else None
         for i, calls in enumerate(recording.calls):
-            done = self.journal is not None and self.journal.has(i)
+            done = self.has(i)
             dense = {name: self.storage.bytes_of(linear) for name, linear in linears(self.blocks[i]).items()}
             with self.parts.block(i, empty=done and truth is None) as block:
                 if truth is not None:
                     with self.clock("matching"):
                         truth = pass_through(block, truth, calls)
-                goal = truth if self.recipe.match and self.plan.dense_targets else None
+                goal = truth if self.teaching.dense_targets else None
                 layers, matching = self.restored(i, block) if done else self.compressed(i, block, calls, hidden, goal)
                 sparse = compressed_layers(block).values()
                 self.report.bytes["linears_compressed"] += sum(map(self.storage.packed_bytes, sparse))
@@ -186,6 +185,11 @@ class Job:
             self.notify(Progress("blocks", i + 1, len(self.blocks)))
         return recording, truth
 
+    def has(self, i: int) -> bool:
+        """Whether an earlier run finished block i, as the first process sees it."""
+        found = self.journal is not None and self.processes.first and self.journal.has(i)
+        return bool(self.processes.gathered(found)[0])
+
     @property
     def distills(self) -> bool:
         """Whether all blocks together are still to be trained."""
@@ -197,33 +201,20 @@ class Job:
             self.report.distillation = self.journal.distillation
         if truth is None or not self.distills:
             return
-        plan = replace(DISTILLING, epochs=self.recipe.distill)
-        advance = counting(self.notify, "distillation", plan.epochs)
+        advance = counting(self.notify, "distillation", self.recipe.distill)
+        self.processes.wait()  # for the last shard
         with self.clock("matching"), whole(self.result, len(self.blocks)):
-            apart, seed = int(self.held_out > 0), self.recipe.seed
             blocks = list(self.blocks)
-            found = asdict(
-                distill(self.model, blocks, recording, truth, plan, held_out=apart, seed=seed, advance=advance)
-            )
-            for i, block in enumerate(blocks):
-                self.round(i, block)
-            if self.journal:
+            found = self.teaching.distilled(self.model, blocks, recording, truth, advance)
+            if self.journal and self.writer:
                 writer = self.new_writer(self.journal.folder / DISTILLED)
                 shards = [writer.write_block(i, block) for i, block in enumerate(blocks)]
                 self.journal.note_distilled(shards, found)
         self.report.distillation = found
 
-    @property
-    def micro_batch(self) -> int:
-        """Windows that pass through a block at a time; while training, no more than a step takes."""
-        windows = max(MICRO_BATCH_TOKENS // self.windows.shape[1], 1)
-        if self.recipe.match:
-            windows = min(windows, self.plan.batch)
-        return min(windows, DISTILLING.batch) if self.recipe.distill else windows
-
     def begin_files(self) -> None:
         """Record what is known before the first block, if there is a directory."""
-        if self.journal:
+        if self.journal and self.processes.first:
             self.journal.begin(self.known_dense, {n: b.to_dict() for n, b in self.allocated.items()})
             self.writer = self.new_writer(self.journal.folder)
 
@@ -247,7 +238,7 @@ class Job:
             self.allocated = {name: Budget.from_dict(data) for name, data in self.journal.allocation.items()}
         else:
             advance = counting(self.notify, "allocation", len(self.blocks))
-            walk = Walk(self.blocks_name, self.meter.dense_blocks, recording, advance)
+            walk = Walk(self.blocks_name, self.meter.dense_blocks, recording, advance, self.processes)
             with self.clock("statistics"):
                 self.allocated = allocated_by_data(walk, self.recipe, self.budgets)
         self.budgets |= self.allocated
@@ -288,10 +279,14 @@ class Job:
             self.clock,
             on_layer,
             outputs=outputs,
+            processes=self.processes,
         )
         targets = outputs if truth is None else truth
-        matching = [] if targets is None else [self.matched(i, block, calls, hidden, targets)]
-        return self.noted(i, block, layers, matching)
+        if targets is None:
+            return self.noted(i, block, layers, [])
+        with self.clock("matching"):
+            matching = self.teaching.matched(i, block, calls, hidden, targets)
+        return self.noted(i, block, layers, [matching])
 
     def noted(
         self, i: int, block: nn.Module, layers: list[LayerRecord], matching: list[dict[str, Any]]
@@ -303,23 +298,6 @@ class Job:
             self.journal.note_block(shard, layers, matching, self.clock.so_far())
         return layers, matching
 
-    def matched(
-        self, i: int, block: nn.Module, calls: Mapping[int, Call], hidden: Shelf, targets: Shelf
-    ) -> dict[str, Any]:
-        """Train a compressed block towards its targets, rounded as it will be stored; return the row for the report."""
-        label = f"{self.blocks_name}.{i}"
-        with self.clock("matching"):
-            # a plan that never stops early trains on all windows
-            seed, apart = self.recipe.seed + i, int(self.held_out > 0 and self.plan.patience > 0)
-            found = match(block, calls, hidden, targets, self.plan, held_out=apart, seed=seed, label=label)
-            self.round(i, block)
-        return {"block": i, **asdict(found)}
-
-    def round(self, i: int, block: nn.Module) -> None:
-        """Give a trained block the values it will have once it was stored."""
-        kept = [name.removeprefix(f"{self.blocks_name}.{i}.") for name in self.storage.exceptions]
-        round_through(block, self.storage.dtype, kept)
-
     def finish_files(self) -> None:
         """Write what lies outside of the blocks and the files that make the directory a model."""
         if self.journal and self.writer:
@@ -327,23 +305,16 @@ class Job:
                 rest = self.writer.write_rest(self.model)
                 self.writer.finish(self.model, self.opened.tokenizer)
                 self.journal.note_rest(rest, self.recipe.to_toml())
+        self.processes.wait()  # the others read what the first has written
 
     def complete_report(self) -> None:
         """Add up what the layers and the clock say."""
         report = self.report
         report.add_up()
         report.seconds, report.peak_memory = self.clock.seconds, peak_memory()
+        if self.processes.size > 1:
+            sent = round(self.processes.sent / len(self.blocks))
+            report.processes = {"count": self.processes.size, "bytes_per_block": sent}
         names = {layer: f"{self.blocks_name}.{layer.block}.{layer.name}" for layer in report.layers}
         report.warnings += [f"{names[layer]}: {warning}" for layer in report.layers for warning in layer.warnings]
         report.not_compressed = [asdict(row) for row in not_compressed(self.model, names.values())]
-
-
-def plan_of(recipe: Recipe) -> Plan:
-    """The preset of matching, with what the recipe says otherwise."""
-    preset = PRESETS[recipe.match_preset]
-    return replace(
-        preset,
-        epochs=recipe.match_epochs or preset.epochs,  # none of these may be 0
-        lr=recipe.match_lr or preset.lr,
-        batch=recipe.match_batch or preset.batch,
-    )

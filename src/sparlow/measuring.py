@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from sparlow.distributed import ALONE, Processes
 from sparlow.errors import InputError
 from sparlow.evaluation import TOKENS_AT_ONCE, perplexity_by_blocks
 from sparlow.model.blocks import decoder_blocks
@@ -25,9 +26,13 @@ class Meter:
         offload: Where hidden states wait: auto, cpu or disk.
         clock: Counts "evaluate".
         notify: Called after every step.
+        processes: Those that divide the text.
     """
 
-    def __init__(self, opened: OpenedModel, offload: str, clock: Clock, notify: Notify) -> None:
+    def __init__(
+        self, opened: OpenedModel, offload: str, clock: Clock, notify: Notify, processes: Processes = ALONE
+    ) -> None:
+        self._processes = processes
         self._model, self._offload, self._clock, self._notify = opened.model, offload, clock, notify
         self.blocks_name, self.blocks = decoder_blocks(opened.model)
         self.parts: Parts = opened.on_disk or InMemory(self.blocks, opened.model.dtype)
@@ -40,17 +45,21 @@ class Meter:
     def recorded(self, windows: Tensor, micro_batch: int, apart: int = 0) -> Recording:
         """What enters the blocks for these windows, see ``record``."""
         width = self._model.config.get_text_config().hidden_size
-        where = place(self._offload, windows.numel() * width * self.parts.computing.itemsize, self.parts.device)
+        size = windows.numel() * width * self.parts.computing.itemsize // self._processes.size
+        where = place(self._offload, size, self.parts.device)
         with self.parts.rest(), self.parts.block(0):
-            return record(self._model, windows, micro_batch=micro_batch, apart=apart, place=where)
+            return record(
+                self._model, windows, micro_batch=micro_batch, apart=apart, place=where, processes=self._processes
+            )
 
     @torch.no_grad()
     def perplexity(self, stage: str, windows: Tensor, parts: Parts) -> float:
         """Perplexity of the model with these parts; ``stage`` is what the progress bar says."""
         advance = counting(self._notify, stage, len(self.blocks) + 1)
         with self._clock("evaluate"):
-            recording = self.recorded(windows, max(TOKENS_AT_ONCE // windows.shape[1], 1))
-            return perplexity_by_blocks(self._model, windows, recording, parts, advance)
+            at_once = max(TOKENS_AT_ONCE // windows.shape[1], 1) * self._processes.size
+            recording = self.recorded(windows, at_once)
+            return perplexity_by_blocks(self._model, recording, parts, advance, self._processes)
 
     def dense(self, evaluation: Mapping[str, Tensor], known: dict[str, float], warnings: list[str]) -> dict[str, float]:
         """The sanity gate: a number for the model as it came, before any number for what becomes of it.

@@ -113,6 +113,7 @@ class Report:
     not_compressed: list[dict[str, Any]] = field(default_factory=list)
     finetuning: dict[str, Any] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
+    processes: dict[str, int] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     version: int = VERSION
 

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from sparlow.allocation import Budget, Offer, error_driven, offered, owl_densities
+from sparlow.distributed import ALONE, Processes
 from sparlow.linalg.curves import error_curve
-from sparlow.linalg.gram import Gram, GramAccumulator, SquareAccumulator
+from sparlow.linalg.gram import GramAccumulator, SquareAccumulator
 from sparlow.linalg.patterns import Unstructured
 from sparlow.model.blocks import linears
 from sparlow.model.observing import Kind, Observation, observe
@@ -26,12 +27,14 @@ class Walk:
         blocks: All of them, dense, of which one at a time is needed.
         recording: What enters the first, and how each is called.
         advance: Called with 1 after every block.
+        processes: Those that divide the text.
     """
 
     blocks_name: str
     blocks: Iterable[nn.Module]
     recording: Recording
     advance: Callable[[int], None]
+    processes: Processes = ALONE
 
     def observed(
         self, statistic: Callable[[int, torch.device], Kind]
@@ -40,7 +43,8 @@ class Walk:
         hidden = self.recording.hidden
         for i, block in enumerate(self.blocks):
             name, outputs = f"{self.blocks_name}.{i}", hidden.fresh()
-            seen = observe(block, self.recording.calls[i], hidden, statistic, outputs=outputs, label=name)
+            calls = self.recording.calls[i]
+            seen = observe(block, calls, hidden, statistic, outputs=outputs, label=name, processes=self.processes)
             yield name, block, seen
             hidden = outputs
             self.advance(1)
@@ -62,7 +66,8 @@ def _outlier_weighed(walk: Walk, recipe: Recipe, budgets: Mapping[str, Budget]) 
     """An outlier is a score |W_ij|·√H_jj above M times the mean over all linears of its block (arXiv 2310.05175)."""
     shares: dict[str, float] = {}
     for block_name, block, seen in walk.observed(SquareAccumulator):
-        norms = {name: seen.statistics[owner].sum.sqrt() for name, owner in seen.owner.items()}
+        sums = {owner: walk.processes.sum(statistic.sum) for owner, statistic in seen.statistics.items()}
+        norms = {name: sums[owner].sqrt() for name, owner in seen.owner.items()}
         layers = linears(block)
         scores = torch.cat([(layers[name].weight.float().abs() * norm).flatten() for name, norm in norms.items()])
         shares[block_name] = (scores > recipe.owl_threshold * scores.mean()).float().mean().item()
@@ -81,19 +86,24 @@ def _error_driven(walk: Walk, recipe: Recipe, budgets: Mapping[str, Budget]) -> 
     low_rank = recipe.found_algorithm.kind != "pruner"
     offers: dict[str, list[Offer]] = {}
     values = 0
-    windows = sum(len(x) for x in walk.recording.hidden)
     for block_name, block, seen in walk.observed(GramAccumulator):
-        for layer, linear, gram, _ in with_grams(block, seen, windows, recipe):
-            name = f"{block_name}.{layer}"
-            if name in budgets and not recipe.has_rule(name):
-                values += budgets[name].values((linear.out_features, linear.in_features))
-                offers[name] = list(_offers(linear, gram, budgets[name], low_rank=low_rank))
+        names = {layer: f"{block_name}.{layer}" for layer in linears(block)}
+        free = {n: m for n, m in linears(block).items() if names[n] in budgets and not recipe.has_rule(names[n])}
+        asked = {
+            n: offered(budgets[names[n]], (m.out_features, m.in_features), low_rank=low_rank) for n, m in free.items()
+        }
+        who = walk.processes.divided({n: float(m.weight.numel()) for n, m in free.items()})
+        errors = {
+            n: [error_curve(free[n].weight.float(), gram, pattern, ranks) for pattern, ranks in asked[n].items()]
+            for n, gram, _ in with_grams(block, seen, recipe, who, walk.processes)
+        }
+        errors = {n: curves for own in walk.processes.gathered(errors) for n, curves in own.items()}
+        for n, linear in free.items():
+            shape = (linear.out_features, linear.in_features)
+            values += budgets[names[n]].values(shape)
+            offers[names[n]] = [
+                Offer(Budget(pattern, rank), Budget(pattern, rank).values(shape), error)
+                for (pattern, ranks), curve in zip(asked[n].items(), errors[n], strict=True)
+                for rank, error in zip(ranks, curve, strict=True)
+            ]
     return error_driven(offers, values)
-
-
-def _offers(linear: nn.Linear, gram: Gram, uniform: Budget, *, low_rank: bool) -> Iterator[Offer]:
-    shape = (linear.out_features, linear.in_features)
-    for pattern, ranks in offered(uniform, shape, low_rank=low_rank).items():
-        errors = error_curve(linear.weight.float(), gram, pattern, ranks)
-        for budget, error in zip((Budget(pattern, rank) for rank in ranks), errors, strict=True):
-            yield Offer(budget, budget.values(shape), error)

@@ -1,25 +1,17 @@
-"""A place where runs are started, disturbed and compared with an undisturbed one.
-
-Interpreter, torch and transformers take seconds to start, so a server that has imported everything and computed
-nothing forks a process for every run (``multiprocessing``'s forkserver). Each is a whole run of the command line.
-"""
+"""A place where runs are started, disturbed and compared with an undisturbed one."""
 
 import json
-import multiprocessing
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from contextlib import contextmanager
 from pathlib import Path
 
+from processes import Run
+
 TESTS = Path(__file__).parents[1]
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["sparlow.cli", "datasets", "transformers.models.llama.modeling_llama"])
-PATIENCE = 600  # seconds after which a run counts as hanging
 TEXT = "".join(chr(32 + (7 * i * i + i // 3) % 95) for i in range(900))
 BLOCKS = 4
 TINY = {
@@ -31,68 +23,6 @@ TINY = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
 }
-
-
-class Run:
-    """One process with a command line of sparlow.
-
-    Args:
-        arguments: After ``sparlow``.
-        log: File for what it prints, and a line ``solved BLOCK`` for every layer that is finished.
-        prepare: Called in the process with ``argument`` before anything else.
-    """
-
-    def __init__(self, arguments, log, prepare=None, argument=None):
-        self.log = log
-        self.process = SERVER.Process(target=_run, args=([*map(str, arguments)], log, prepare, argument))
-        self.start = time.perf_counter()
-        self.process.start()
-
-    def end(self, patience=PATIENCE):
-        """Wait for it; its exit code, or minus the signal that killed it."""
-        self.process.join(patience)
-        if self.process.exitcode is None:
-            self.process.kill()
-            raise AssertionError(f"hangs: {self.log.read_text()}")
-        self.seconds = time.perf_counter() - self.start
-        return self.process.exitcode
-
-    @property
-    def said(self):
-        return self.log.read_text() if self.log.exists() else ""
-
-    @property
-    def solved(self):
-        """The blocks of which at least one layer was solved."""
-        return {int(line.split()[1]) for line in self.said.splitlines() if line.startswith("solved ")}
-
-
-def _run(arguments, log, prepare, argument):
-    """Be the process."""
-    import torch
-
-    from sparlow import cli, console
-
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for descriptor in (1, 2):
-        os.dup2(output, descriptor)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # multiprocessing ignores it
-    torch.set_num_threads(1)
-
-    @contextmanager
-    def progress():
-        def notify(step):
-            if step.layer:
-                os.write(1, f"solved {step.layer.block}\n".encode())
-            if step.stage == "fine-tuning":
-                os.write(1, f"step {step.done}\n".encode())
-
-        yield notify
-
-    console.progress = progress
-    if prepare:
-        prepare(argument)
-    cli.main(arguments)
 
 
 class Bench:

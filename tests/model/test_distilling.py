@@ -144,7 +144,7 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bits(when, whole, tmp_path, mo
 
     with monkeypatch.context() as patch:
         if when == "trained":
-            patch.setattr("sparlow.job.Job.round", stop)
+            patch.setattr("sparlow.teaching.Teaching._round", stop)
         elif when == "written":
             patch.setattr(Journal, "note_distilled", stop)
         elif when == "recorded":
@@ -159,7 +159,7 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bits(when, whole, tmp_path, mo
             tmp_path / "out" / "model-00001-of-00004.safetensors"
         )
     if when in ("recorded", "moved"):
-        monkeypatch.setattr("sparlow.job.distill", lambda *_, **__: pytest.fail("trained again"))
+        monkeypatch.setattr("sparlow.teaching.distill", lambda *_, **__: pytest.fail("trained again"))
     run(model, tmp_path / "out")
     assert same_shards(out, tmp_path / "out")
     assert verify_artefact(tmp_path / "out") == []

@@ -10,8 +10,9 @@ import sparlow
 from families import save_tiny, tiny
 from sparlow.errors import RunError
 from sparlow.model.blocks import decoder_blocks, linears
+from sparlow.model.fitting import Plan
 from sparlow.model.layers import SparseLowRankLinear, compressed_layers
-from sparlow.model.matching import PRESETS, Plan, match
+from sparlow.model.matching import PRESETS, match
 from sparlow.model.observing import observe
 from sparlow.model.offload import Shelf
 from sparlow.model.recording import record
@@ -239,7 +240,7 @@ def test_a_step_takes_as_many_windows_as_it_says(tmp_path, monkeypatch):
         sizes.update(len(x) for x in inputs)
         return match(block, calls, inputs, *args, **options)
 
-    monkeypatch.setattr("sparlow.job.match", spy)
+    monkeypatch.setattr("sparlow.teaching.match", spy)
     save_tiny("llama", tmp_path / "model")
     run(tmp_path / "model", tmp_path / "out", match_batch=4)
     assert sizes == {4, 2}  # ten windows

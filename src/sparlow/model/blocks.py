@@ -169,7 +169,7 @@ def pass_through(block: nn.Module, hidden: Shelf, calls: Mapping[int, Call], *, 
     """
     outputs = hidden.fresh()
     for x in hidden:
-        y = run_block(block, x, calls[len(x)])
+        y = run_block(block, x, calls[len(x)]) if len(x) else x
         if label is not None and not y.isfinite().all():
             raise RunError(f"{label}: the block's output is not finite: raise the damping, or use --dtype float32.")
         outputs.append(y)

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from sparlow.distributed import ALONE, Processes
 from sparlow.model.blocks import Call, run_block
-from sparlow.model.matching import Matched, Plan, fit
+from sparlow.model.fitting import Matched, Plan, fit
 from sparlow.model.recording import Recording, behind_blocks, tokens_at_once
 
 PLAN = Plan(epochs=2, lr=1e-4, rest_lr=1e-4, batch=2, relative=False, patience=1)
@@ -105,6 +106,7 @@ def distill(
     held_out: int = 0,
     seed: int = 0,
     advance: Callable[[int], None] = lambda _: None,
+    processes: Processes = ALONE,
 ) -> Matched:
     """Train all ``blocks`` in place and leave them with the parameters of the best epoch.
 
@@ -117,6 +119,7 @@ def distill(
         held_out: So many micro-batches at the end are not trained on, but decide which epoch was best.
         seed: Of the order of the micro-batches.
         advance: Called with 1 after every epoch.
+        processes: Those that divide every micro-batch; each has all blocks.
 
     Returns:
         Losses in nats a token.
@@ -141,6 +144,7 @@ def distill(
             label="distillation",
             advice="leave --distill out",
             advance=advance,
+            processes=processes,
         )
     finally:
         for p in outside:

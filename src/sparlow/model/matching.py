@@ -11,57 +11,19 @@ block begins with a norm, and a few tokens with massive features would else deci
 out, and training stops when their loss does not fall any more; a higher rate and smaller steps need fewer epochs.
 """
 
-import math
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from sparlow.errors import RunError
+from sparlow.distributed import ALONE, Processes
 from sparlow.model.blocks import Call, run_block
-from sparlow.model.trainable import Packed, packed
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How a block is matched.
-
-    Attributes:
-        epochs: At most.
-        lr: Of Adam for S, U and V; falls along a cosine to a fifth.
-        rest_lr: The same for norms, biases and layers that stayed dense.
-        batch: Windows a step.
-        relative: Measure each token's error against its own size instead of all tokens' together.
-        patience: Epochs without gain on the held-out windows after which training ends; 0 for never.
-        dense_targets: The targets come from the dense model throughout (x from its own blocks before), not from the
-            dense block fed by the compressed blocks before.
-    """
-
-    epochs: int
-    lr: float
-    rest_lr: float
-    batch: int
-    relative: bool
-    patience: int
-    dense_targets: bool = False
-
+from sparlow.model.fitting import Data, Loss, Matched, Plan, fit
 
 PRESETS = {
     "default": Plan(epochs=3, lr=2e-4, rest_lr=2e-4, batch=2, relative=True, patience=1, dense_targets=True),
     "paper": Plan(epochs=20, lr=2e-5, rest_lr=2e-5, batch=8, relative=False, patience=0),
 }
-
-
-@dataclass(frozen=True)
-class Matched:
-    """What matching did; losses are relative to the size of the targets, on the held-out windows if there are any."""
-
-    loss_before: float
-    loss_after: float
-    epochs: int
-    seconds: float
 
 
 def match(
@@ -74,6 +36,7 @@ def match(
     held_out: int = 0,
     seed: int = 0,
     label: str = "block",
+    processes: Processes = ALONE,
 ) -> Matched:
     """Train ``block`` in place, in eval mode, and leave it with the parameters of the best epoch.
 
@@ -86,6 +49,7 @@ def match(
         held_out: So many micro-batches at the end are not trained on, but decide which epoch was best.
         seed: Of the order of the micro-batches.
         label: How errors call the block.
+        processes: Those that divide every micro-batch; their gradients are added up.
 
     Raises:
         RunError: The loss is not finite.
@@ -103,75 +67,8 @@ def match(
         seed=seed,
         label=f"{label}: matching",
         advice="lower --match-lr",
+        processes=processes,
     )
-
-
-def fit(
-    block: nn.Module,
-    loss_of: "Loss",
-    inputs: Sequence[Tensor],
-    targets: Sequence[Tensor],
-    plan: Plan,
-    *,
-    held_out: int,
-    seed: int,
-    label: str,
-    advice: str,
-    advance: Callable[[int], None] = lambda _: None,
-) -> Matched:
-    """Train the parameters of ``block`` by any loss; see ``match``.
-
-    Args:
-        block: What ``loss_of`` runs.
-        loss_of: The loss of one micro-batch, from its input and target.
-        inputs: (b, seqlen, d) for each micro-batch.
-        targets: Likewise.
-        plan: How.
-        held_out: Micro-batches at the end that judge.
-        seed: Of their order.
-        label: How errors call the training.
-        advice: What errors tell the user to do.
-        advance: Called with 1 after every epoch.
-    """
-    start = time.perf_counter()
-    parted = len(inputs) - held_out
-    train = _Pairs(inputs, targets, range(parted))
-    judge = _Pairs(inputs, targets, range(parted, len(inputs))) if held_out else train
-    order = torch.Generator().manual_seed(seed)
-    with packed(block) as values, torch.enable_grad():
-        optimiser, schedule = _adam(block, values, plan, steps=plan.epochs * _steps(train, plan.batch))
-        best = before = _judged(loss_of, judge)
-        _require_finite(block, [before], f"{label} cannot begin", advice)
-        state, waited, epoch = _copy(block), 0, 0
-        for epoch in range(1, plan.epochs + 1):
-            shuffled = torch.randperm(parted, generator=order).tolist()
-            losses = _epoch(_Pairs(inputs, targets, shuffled), loss_of, optimiser, schedule, plan.batch)
-            loss = _judged(loss_of, judge)
-            _require_finite(block, [*losses, loss], f"{label} diverged in epoch {epoch}", advice)
-            advance(1)
-            waited = 0 if loss < best else waited + 1
-            if loss < best:
-                best, state = loss, _copy(block)
-            if plan.patience and waited >= plan.patience:
-                break
-        block.load_state_dict(state)
-    return Matched(before, best, epoch, time.perf_counter() - start)
-
-
-Loss = Callable[[Tensor, Tensor], Tensor]  # (inputs, targets) of one micro-batch → mean over its tokens
-Pair = tuple[Tensor, Tensor]
-
-
-@dataclass(frozen=True)
-class _Pairs:
-    """Some micro-batches with their targets, read when their turn comes."""
-
-    inputs: Sequence[Tensor]
-    targets: Sequence[Tensor]
-    chosen: Sequence[int]
-
-    def __iter__(self) -> Iterator[Pair]:
-        return ((self.inputs[i], self.targets[i]) for i in self.chosen)
 
 
 def loss_on(
@@ -184,7 +81,7 @@ def loss_on(
 ) -> float:
     """Return what ``match`` would minimise, for windows of its own; the arguments are those of ``match``."""
     device = next(block.parameters()).device
-    return _judged(_loss(block, calls, device, relative=relative), _Pairs(inputs, targets, range(len(inputs))))
+    return Data(inputs, targets, ALONE).judged(_loss(block, calls, device, relative=relative), range(len(inputs)))
 
 
 def _loss(block: nn.Module, calls: Mapping[int, Call], device: torch.device, *, relative: bool) -> Loss:
@@ -199,80 +96,3 @@ def _loss(block: nn.Module, calls: Mapping[int, Call], device: torch.device, *, 
         return (error / size.clamp_min(torch.finfo(size.dtype).tiny)).mean() if relative else error.sum() / size.sum()
 
     return loss
-
-
-@torch.no_grad()
-def _judged(loss_of: Loss, pairs: Iterable[Pair]) -> float:
-    """Mean over windows."""
-    total, windows = torch.zeros(()), 0
-    for x, target in pairs:
-        total = total + loss_of(x, target) * len(x)
-        windows += len(x)
-    return float(total) / windows
-
-
-def _epoch(
-    pairs: Iterable[Pair],
-    loss_of: Loss,
-    optimiser: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
-    batch: int,
-) -> list[float]:
-    """One pass; gradients of micro-batches are added up until a step has its windows. Return the loss at each step."""
-    losses = []
-    for step in _grouped(pairs, batch):
-        windows = sum(len(x) for x, _ in step)
-        whole = torch.zeros(())
-        for x, target in step:
-            part = loss_of(x, target) * (len(x) / windows)
-            part.backward()
-            whole = whole + part.detach()
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
-        schedule.step()
-        losses.append(whole)
-    return [float(loss) for loss in torch.stack(losses)]  # only now: an accelerator would be waited for at each
-
-
-def _require_finite(block: nn.Module, losses: Sequence[float], what: str, advice: str) -> None:
-    """Raise RunError with the first step whose loss is not finite, and the first parameter that is not either."""
-    step = next((i for i, loss in enumerate(losses, 1) if not math.isfinite(loss)), None)
-    if step is None:
-        return
-    damaged = next((name for name, p in block.named_parameters() if not p.isfinite().all()), None)
-    where = f", {damaged} is not finite by now" if damaged else ""
-    raise RunError(f"{what}: the loss is not finite at step {step}{where}: {advice}.")
-
-
-def _grouped(pairs: Iterable[Pair], batch: int) -> Iterator[list[Pair]]:
-    group: list[Pair] = []
-    for pair in pairs:
-        group.append(pair)
-        if sum(len(x) for x, _ in group) >= batch:
-            yield group
-            group = []
-    if group:
-        yield group
-
-
-def _steps(pairs: Iterable[Pair], batch: int) -> int:
-    return max(math.ceil(sum(len(x) for x, _ in pairs) / batch), 1)
-
-
-def _adam(
-    block: nn.Module, values: Sequence[nn.Parameter], plan: Plan, steps: int
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    low_rank = [p for layer in block.modules() if isinstance(layer, Packed) for p in (layer.U, layer.V) if p.numel()]
-    compressed = {id(p) for p in (*values, *low_rank)}
-    rest = [p for p in block.parameters() if id(p) not in compressed and p.numel()]
-    groups = [{"params": [*values, *low_rank], "lr": plan.lr}, {"params": rest, "lr": plan.rest_lr}]
-    optimiser = torch.optim.Adam([group for group in groups if group["params"]], fused=True)
-
-    def cosine(step: int) -> float:
-        return 0.2 + 0.8 * (1 + math.cos(math.pi * min(step / steps, 1))) / 2
-
-    return optimiser, torch.optim.lr_scheduler.LambdaLR(optimiser, cosine)
-
-
-def _copy(block: nn.Module) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in block.state_dict().items()}

@@ -3,12 +3,13 @@
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from sparlow.distributed import ALONE, Processes
 from sparlow.errors import InputError
 from sparlow.model.blocks import Call, linears, run_block
 from sparlow.model.offload import Shelf
@@ -31,10 +32,12 @@ class Observation(Generic[Kind]):
     Attributes:
         statistics: one for each distinct input, under the name of the first linear that reads it.
         owner: for each linear the name its statistic has; a linear that is never called has none.
+        windows: how many passed, here.
     """
 
     statistics: dict[str, Kind]
     owner: dict[str, str]
+    windows: int = 0
 
 
 @torch.no_grad()
@@ -46,6 +49,7 @@ def observe(
     *,
     outputs: Shelf | None = None,
     label: str = "block",
+    processes: Processes = ALONE,
 ) -> Observation[Kind]:
     """Run a block once over all micro-batches for both its outputs and the statistics of its linears' inputs.
 
@@ -57,6 +61,7 @@ def observe(
         new_statistic: makes an empty statistic of inputs (..., in) from ``in`` and their device.
         outputs: takes the outputs; they are not kept if left out.
         label: how errors call the block.
+        processes: those that each see a part of the text; afterwards all have the same statistics, each with its part.
 
     Raises:
         InputError: an output is not finite; the message names the first layer concerned.
@@ -64,7 +69,13 @@ def observe(
     device = next(block.parameters()).device
     calls = {size: call.to(device) for size, call in calls.items()}
     seen: Observation[Kind] = Observation({}, {})
+    windows = 0
     for x in hidden:
+        if not len(x):
+            if outputs is not None:
+                outputs.append(x)
+            continue
+        windows += len(x)
         with _inputs_noted(block, label) as inputs:
             y = run_block(block, x, calls[len(x)])
         if not y.isfinite().all():
@@ -75,7 +86,9 @@ def observe(
         if outputs is not None:
             outputs.append(y)
         _add(seen, inputs, new_statistic)
-    return seen
+    if processes.size > 1:
+        seen = _agreed(block, seen, new_statistic, device, processes)
+    return replace(seen, windows=windows)
 
 
 @contextmanager
@@ -119,6 +132,35 @@ def _add(
     for names in groups.values():
         for x in inputs.get(names[0], ()):
             seen.statistics[names[0]].add(x)
+
+
+def _agreed(
+    block: nn.Module,
+    seen: Observation[Kind],
+    new_statistic: Callable[[int, torch.device], Kind],
+    device: torch.device,
+    processes: Processes,
+) -> Observation[Kind]:
+    """Share statistics only between linears that share them in every process; what nobody reads here gets an empty one.
+
+    An expert, for one, may see tokens in some processes only.
+    """
+    owners = processes.gathered(seen.owner)
+    groups: dict[tuple[str | None, ...], list[str]] = {}
+    for name in linears(block):
+        key = tuple(owner.get(name) for owner in owners)
+        if any(key):
+            groups.setdefault(key, []).append(name)
+    layers, found = linears(block), Observation[Kind]({}, {})
+    for key, names in groups.items():
+        before = key[processes.rank]
+        if before is None:
+            statistic = new_statistic(layers[names[0]].in_features, device)
+        else:
+            statistic = seen.statistics[before] if names[0] == before else copy.deepcopy(seen.statistics[before])
+        found.statistics[names[0]] = statistic
+        found.owner.update(dict.fromkeys(names, names[0]))
+    return found
 
 
 def _not_finite(block: nn.Module, inputs: Mapping[str, list[Tensor]]) -> str:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from sparlow.distributed import ALONE, Processes
 from sparlow.errors import InputError
 from sparlow.model.blocks import Call, decoder_blocks, hidden_state, output_head, tensors_in
 from sparlow.model.offload import Shelf
@@ -27,12 +28,15 @@ class Recording:
     """What enters the chain of blocks, and how each block is called.
 
     Attributes:
-        hidden: inputs of block 0, one (windows, seqlen, d) tensor a micro-batch.
+        hidden: inputs of block 0, one (windows, seqlen, d) tensor a micro-batch; of several processes each has its
+            rows of every one, which may be none.
+        ids: the tokens they come from, (windows, seqlen) int64 each.
         calls: for each block its call by number of windows in a micro-batch (the last one may be smaller).
         output: the form of what a block returns, without its hidden state.
     """
 
     hidden: Shelf
+    ids: list[Tensor]
     calls: list[dict[int, Call]]
     output: Any = None
 
@@ -45,6 +49,7 @@ def record(
     micro_batch: int,
     apart: int = 0,
     place: torch.device | str | None = None,
+    processes: Processes = ALONE,
 ) -> Recording:
     """Run everything in front of the blocks, and of the blocks only the first.
 
@@ -56,6 +61,7 @@ def record(
         micro_batch: windows at a time.
         apart: so many windows at the end make a micro-batch of their own.
         place: where hidden states are kept, see ``offload.Shelf``; where the model lies if left out.
+        processes: those that divide every micro-batch.
 
     Raises:
         InputError: the blocks are no chain that can be replayed.
@@ -70,12 +76,16 @@ def record(
         if head is not None:  # logits of whole windows would cost more than all the rest
             stack.enter_context(_forward_replaced(head, _stop))
         together = len(windows) - apart
-        for ids in (*windows[:together].split(micro_batch), *((windows[together:],) if apart else ())):
-            recorder.begin(ids)
+        own = []
+        for batch in (*windows[:together].split(micro_batch), *((windows[together:],) if apart else ())):
+            ids = processes.own(batch)
+            own.append(ids)
+            seen = ids if len(ids) else batch[:1]  # where there is nothing to keep, its form is still learnt
+            recorder.begin(seen, keep=len(ids))
             with suppress(_Stop):
-                model(ids.to(device), use_cache=False)
+                model(seen.to(device), use_cache=False)
             recorder.end()
-    return Recording(recorder.hidden, recorder.calls, recorder.output)
+    return Recording(recorder.hidden, own, recorder.calls, recorder.output)
 
 
 def behind_blocks(model: PreTrainedModel, output: Any, ids: Tensor, hidden: Tensor) -> Tensor:  # noqa: ANN401 - foreign
@@ -148,8 +158,8 @@ class _Recorder:
     def output(self) -> Any:  # noqa: ANN401 - what a foreign forward returns
         return _with_state(self._output, None)
 
-    def begin(self, ids: Tensor) -> None:
-        self._shape = ids.shape
+    def begin(self, ids: Tensor, keep: int) -> None:
+        self._shape, self._keep = ids.shape, keep
         self._runs[len(ids)] = self._runs.get(len(ids), 0) + 1
         self._next = 0  # the block whose turn it is
 
@@ -161,7 +171,7 @@ class _Recorder:
         def call(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - a foreign forward's arguments
             x, rest = self._split(index, args, kwargs)
             if index == 0 and self._next == 0:
-                self.hidden.append(x)
+                self.hidden.append(x[: self._keep])
                 if self._runs[len(x)] > 2:  # noqa: PLR2004 - see the class
                     raise _Stop
                 self._output = forward(*args, **kwargs)

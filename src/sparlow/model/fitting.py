@@ -1,0 +1,219 @@
+"""Train the parameters of a compressed block, or of many, by any loss; zeros stay zero, the best epoch is kept."""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sparlow.distributed import ALONE, Processes
+from sparlow.errors import RunError
+from sparlow.model.trainable import Packed, packed
+
+Loss = Callable[[Tensor, Tensor], Tensor]  # (inputs, targets) of one micro-batch → mean over its tokens
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a block is matched.
+
+    Attributes:
+        epochs: At most.
+        lr: Of Adam for S, U and V; falls along a cosine to a fifth.
+        rest_lr: The same for norms, biases and layers that stayed dense.
+        batch: Windows a step.
+        relative: Measure each token's error against its own size instead of all tokens' together.
+        patience: Epochs without gain on the held-out windows after which training ends; 0 for never.
+        dense_targets: The targets come from the dense model throughout (x from its own blocks before), not from the
+            dense block fed by the compressed blocks before.
+    """
+
+    epochs: int
+    lr: float
+    rest_lr: float
+    batch: int
+    relative: bool
+    patience: int
+    dense_targets: bool = False
+
+
+@dataclass(frozen=True)
+class Matched:
+    """What matching did; losses are relative to the size of the targets, on the held-out windows if there are any."""
+
+    loss_before: float
+    loss_after: float
+    epochs: int
+    seconds: float
+
+
+def fit(
+    block: nn.Module,
+    loss_of: Loss,
+    inputs: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    plan: Plan,
+    *,
+    held_out: int,
+    seed: int,
+    label: str,
+    advice: str,
+    advance: Callable[[int], None] = lambda _: None,
+    processes: Processes = ALONE,
+) -> Matched:
+    """Train the parameters of ``block`` by any loss; see ``match``.
+
+    Args:
+        block: What ``loss_of`` runs.
+        loss_of: The loss of one micro-batch, from its input and target.
+        inputs: (b, seqlen, d) for each micro-batch.
+        targets: Likewise.
+        plan: How.
+        held_out: Micro-batches at the end that judge.
+        seed: Of their order.
+        label: How errors call the training.
+        advice: What errors tell the user to do.
+        advance: Called with 1 after every epoch.
+        processes: As of ``match``.
+    """
+    start = time.perf_counter()
+    parted = len(inputs) - held_out
+    data = Data(inputs, targets, processes)
+    train = range(parted)
+    judge = range(parted, len(inputs)) if held_out else train
+    order = torch.Generator().manual_seed(seed)
+    with packed(block) as values, torch.enable_grad():
+        optimiser, schedule = _adam(block, values, plan, steps=plan.epochs * len(list(data.steps(train, plan.batch))))
+        best = before = data.judged(loss_of, judge)
+        _require_finite(block, [before], f"{label} cannot begin", advice)
+        state, waited, epoch = _copy(block), 0, 0
+        for epoch in range(1, plan.epochs + 1):
+            shuffled = torch.randperm(parted, generator=order).tolist()
+            losses = _epoch(data, data.steps(shuffled, plan.batch), loss_of, optimiser, schedule)
+            loss = data.judged(loss_of, judge)
+            _require_finite(block, [*losses, loss], f"{label} diverged in epoch {epoch}", advice)
+            advance(1)
+            waited = 0 if loss < best else waited + 1
+            if loss < best:
+                best, state = loss, _copy(block)
+            if plan.patience and waited >= plan.patience:
+                break
+        block.load_state_dict(state)
+    for p in block.parameters():
+        processes.share(p.data)  # the same bits everywhere, whatever the machines
+    return Matched(before, best, epoch, time.perf_counter() - start)
+
+
+class Data:
+    """Micro-batches with their targets, read when their turn comes; of several processes each has a part of every one.
+
+    Args:
+        inputs: (b, seqlen, d) each, what this process has.
+        targets: Likewise.
+        processes: Those that share them.
+    """
+
+    def __init__(self, inputs: Sequence[Tensor], targets: Sequence[Tensor], processes: Processes) -> None:
+        self._inputs, self._targets, self._processes = inputs, targets, processes
+        self._windows = processes.totals([len(x) for x in inputs])  # of all processes together
+
+    def steps(self, chosen: Iterable[int], batch: int) -> Iterator[list[int]]:
+        """Group the chosen micro-batches, so that each group has the windows of a step."""
+        group: list[int] = []
+        for i in chosen:
+            group.append(i)
+            if self.windows(group) >= batch:
+                yield group
+                group = []
+        if group:
+            yield group
+
+    def windows(self, chosen: Iterable[int]) -> float:
+        """How many windows all processes have there."""
+        return sum(self._windows[i] for i in chosen)
+
+    def pairs(self, chosen: Iterable[int]) -> Iterator[tuple[Tensor, Tensor]]:
+        """What this process has of them."""
+        pairs = ((self._inputs[i], self._targets[i]) for i in chosen)
+        return ((x, target) for x, target in pairs if len(x))
+
+    @torch.no_grad()
+    def judged(self, loss_of: Loss, chosen: Sequence[int]) -> float:
+        """Mean of the loss over all windows there."""
+        total = torch.zeros(())
+        for x, target in self.pairs(chosen):
+            total = total + loss_of(x, target) * len(x)
+        return self._processes.totals([float(total)])[0] / self.windows(chosen)
+
+    def added_up(self, losses: Sequence[Tensor]) -> list[float]:
+        """Of each of these sums the part that this process has → the whole."""
+        return self._processes.totals(torch.stack(list(losses)).tolist())
+
+    def add_gradients(self, parameters: Sequence[Tensor]) -> None:
+        """Give every process the sum of all gradients; a parameter that none has a gradient of stays without."""
+        if self._processes.size == 1:
+            return
+        having = [
+            torch.zeros(1, device=p.device) if p.grad is None else torch.ones(1, device=p.device) for p in parameters
+        ]
+        parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        flat = self._processes.sum(torch.cat([part.flatten().float() for part in (*parts, *having)]))
+        *sums, counts = flat.split([*(p.numel() for p in parameters), len(parameters)])
+        for p, summed, count in zip(parameters, sums, counts.tolist(), strict=True):
+            p.grad = summed.view_as(p).to(p.dtype) if count else None
+
+
+def _epoch(
+    data: Data,
+    steps: Iterable[Sequence[int]],
+    loss_of: Loss,
+    optimiser: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+) -> list[float]:
+    """One pass; gradients of micro-batches are added up until a step has its windows. Return the loss at each step."""
+    losses = []
+    parameters = [p for group in optimiser.param_groups for p in group["params"]]
+    for step in steps:
+        windows = data.windows(step)
+        whole = torch.zeros((), device=parameters[0].device)
+        for x, target in data.pairs(step):
+            part = loss_of(x, target) * (len(x) / windows)
+            part.backward()
+            whole = whole + part.detach()
+        data.add_gradients(parameters)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        schedule.step()
+        losses.append(whole)
+    return data.added_up(losses)  # only now: an accelerator would be waited for at each
+
+
+def _require_finite(block: nn.Module, losses: Sequence[float], what: str, advice: str) -> None:
+    """Raise RunError with the first step whose loss is not finite, and the first parameter that is not either."""
+    step = next((i for i, loss in enumerate(losses, 1) if not math.isfinite(loss)), None)
+    if step is None:
+        return
+    damaged = next((name for name, p in block.named_parameters() if not p.isfinite().all()), None)
+    where = f", {damaged} is not finite by now" if damaged else ""
+    raise RunError(f"{what}: the loss is not finite at step {step}{where}: {advice}.")
+
+
+def _adam(
+    block: nn.Module, values: Sequence[nn.Parameter], plan: Plan, steps: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    low_rank = [p for layer in block.modules() if isinstance(layer, Packed) for p in (layer.U, layer.V) if p.numel()]
+    compressed = {id(p) for p in (*values, *low_rank)}
+    rest = [p for p in block.parameters() if id(p) not in compressed and p.numel()]
+    groups = [{"params": [*values, *low_rank], "lr": plan.lr}, {"params": rest, "lr": plan.rest_lr}]
+    optimiser = torch.optim.Adam([group for group in groups if group["params"]], fused=True)
+
+    def cosine(step: int) -> float:
+        return 0.2 + 0.8 * (1 + math.cos(math.pi * min(step / steps, 1))) / 2
+
+    return optimiser, torch.optim.lr_scheduler.LambdaLR(optimiser, cosine)
+
+
+def _copy(block: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in block.state_dict().items()}

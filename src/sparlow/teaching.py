@@ -1,0 +1,124 @@
+"""What a run trains, if the recipe says so: each compressed block towards the dense model, then all blocks together."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from sparlow.distributed import Processes
+from sparlow.model.blocks import Call
+from sparlow.model.distilling import PLAN as DISTILLING
+from sparlow.model.distilling import distill
+from sparlow.model.fitting import Plan
+from sparlow.model.matching import PRESETS, match
+from sparlow.model.offload import Shelf
+from sparlow.model.recording import Recording
+from sparlow.model.storage import Storage
+from sparlow.model.trainable import round_through
+from sparlow.recipe import Recipe
+
+MICRO_BATCH_TOKENS = 4096  # tokens that pass through a block at a time
+HELD_OUT = 16  # one calibration window of so many judges the training
+
+
+class Teaching:
+    """Matching and distillation of one run, and how its calibration windows are divided for them.
+
+    Args:
+        recipe: What to do.
+        storage: The types of the result, to which whatever was trained is rounded.
+        blocks_name: Name of the list of decoder blocks in the model.
+        windows: Calibration token ids (samples, seqlen).
+        processes: Those that divide them; a step has a window for each at least.
+    """
+
+    def __init__(
+        self, recipe: Recipe, storage: Storage, blocks_name: str, windows: Tensor, processes: Processes
+    ) -> None:
+        self._recipe, self._storage, self._blocks_name = recipe, storage, blocks_name
+        self._processes = processes
+        self._plan, self._last_plan = (_wide(plan, processes) for plan in (plan_of(recipe), DISTILLING))
+        judged = recipe.distill or (recipe.match and self._plan.patience)
+        self.held_out = len(windows) // HELD_OUT if judged else 0
+        self._windows_at_once = max(MICRO_BATCH_TOKENS // windows.shape[1], 1) * processes.size
+
+    @property
+    def dense_targets(self) -> bool:
+        """Whether blocks are matched to what the dense model has, not to what the dense block makes of their inputs."""
+        return self._recipe.match and self._plan.dense_targets
+
+    @property
+    def micro_batch(self) -> int:
+        """Windows that pass through a block at a time, in all processes; while training, no more than a step takes."""
+        windows = self._windows_at_once
+        if self._recipe.match:
+            windows = min(windows, self._plan.batch)
+        return min(windows, self._last_plan.batch) if self._recipe.distill else windows
+
+    def matched(
+        self, i: int, block: nn.Module, calls: Mapping[int, Call], hidden: Shelf, targets: Shelf
+    ) -> dict[str, Any]:
+        """Train a compressed block towards its targets, rounded as it will be stored; return the row for the report."""
+        # a plan that never stops early trains on all windows
+        seed, apart = self._recipe.seed + i, int(self.held_out > 0 and self._plan.patience > 0)
+        label = f"{self._blocks_name}.{i}"
+        found = match(
+            block,
+            calls,
+            hidden,
+            targets,
+            self._plan,
+            held_out=apart,
+            seed=seed,
+            label=label,
+            processes=self._processes,
+        )
+        self._round(i, block)
+        return {"block": i, **asdict(found)}
+
+    def distilled(
+        self,
+        model: PreTrainedModel,
+        blocks: Sequence[nn.Module],
+        recording: Recording,
+        truth: Shelf,
+        advance: Callable[[int], None],
+    ) -> dict[str, Any]:
+        """Train all blocks together towards ``truth``, rounded as they will be stored; return what the report says."""
+        found = distill(
+            model,
+            blocks,
+            recording,
+            truth,
+            replace(self._last_plan, epochs=self._recipe.distill),
+            held_out=int(self.held_out > 0),
+            seed=self._recipe.seed,
+            advance=advance,
+            processes=self._processes,
+        )
+        for i, block in enumerate(blocks):
+            self._round(i, block)
+        return asdict(found)
+
+    def _round(self, i: int, block: nn.Module) -> None:
+        """Give a trained block the values it will have once it was stored."""
+        kept = [name.removeprefix(f"{self._blocks_name}.{i}.") for name in self._storage.exceptions]
+        round_through(block, self._storage.dtype, kept)
+
+
+def _wide(plan: Plan, processes: Processes) -> Plan:
+    """The plan with as many windows a step as there are processes, at least."""
+    return replace(plan, batch=max(plan.batch, processes.size))
+
+
+def plan_of(recipe: Recipe) -> Plan:
+    """The preset of matching, with what the recipe says otherwise."""
+    preset = PRESETS[recipe.match_preset]
+    return replace(
+        preset,
+        epochs=recipe.match_epochs or preset.epochs,  # none of these may be 0
+        lr=recipe.match_lr or preset.lr,
+        batch=recipe.match_batch or preset.batch,
+    )

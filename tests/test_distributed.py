@@ -1,0 +1,162 @@
+"""Runs of two processes beside runs of one: the same model within rounding, and nothing written twice."""
+
+import json
+import os
+import signal
+import socket
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from families import save_tiny
+from processes import Run
+from sparlow.distributed import Processes, local_device, require_one
+from sparlow.errors import InputError
+from sparlow.report import Report
+from sparlow.verification import verify_artefact
+
+TEXT = "".join(chr(32 + (7 * i * i + i // 3) % 95) for i in range(900))
+OPTIONS = ["--samples", "7", "--seqlen", "16", "--rank", "4", "--option", "effort=0.1", "--option", "max_steps=4"]
+
+
+def free_port():
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        return place.getsockname()[1]
+
+
+def _join(variables):
+    """Be one of several, as torchrun has it."""
+    os.environ |= variables
+
+
+def started(model, out, more=(), size=2):
+    """Start ``size`` processes of one compression."""
+    text = model.parent / "text.txt"
+    text.write_text(TEXT)
+    command = ["compress", model, "--out", out, "--calibration", text, "--evaluate", text, *OPTIONS, *more]
+    shared = {"WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    found = []
+    for rank in range(size):
+        variables = {name: str(value) for name, value in ({**shared, "RANK": rank, "LOCAL_RANK": rank}).items()}
+        log = out.parent / f"{out.name}-{len(list(out.parent.glob('*.log')))}.log"
+        log.touch()
+        found.append(Run(command, log, _join, variables))
+    return found
+
+
+def ended(runs):
+    """Exit code and words of each."""
+    return [run.end() for run in runs], ["".join(_without_steps(run.said)) for run in runs]
+
+
+def _without_steps(words):
+    return (line for line in words.splitlines(keepends=True) if not line.startswith("solved "))
+
+
+def shards(folder):
+    return {path.name: load_file(path) for path in sorted(folder.glob("*.safetensors"))}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """One of linear layers only, and one with experts, some of which see no token in one process."""
+    folders = {name: tmp_path_factory.mktemp(name) / "model" for name in ("llama", "mixtral")}
+    for name, folder in folders.items():
+        save_tiny(name, folder)
+    return folders
+
+
+@pytest.fixture(scope="module")
+def model(models):
+    return models["llama"]
+
+
+MODES = {
+    "solves": [],
+    "error": ["--allocate", "error", "--pattern", "0.5"],
+    "matching": ["--match", "--match-batch", "4"],
+    "distillation": ["--distill", "1"],
+}
+
+
+@pytest.mark.parametrize(("family", "mode"), [("mixtral", "matching"), *(("llama", mode) for mode in MODES)])
+def test_two_processes_find_what_one_finds(family, mode, models, tmp_path):
+    model = models[family]
+    codes, words = ended(started(model, tmp_path / "alone", MODES[mode], size=1))
+    assert codes == [0], words
+    codes, words = ended(started(model, tmp_path / "two", MODES[mode]))
+    assert codes == [0, 0], words
+    assert "perplexity" in words[0]
+    assert words[1] == ""  # the first one speaks for all
+    assert verify_artefact(tmp_path / "two") == []
+    alone, two = (Report.from_file(tmp_path / name / "report.json") for name in ("alone", "two"))
+    for one, other in zip(alone.layers, two.layers, strict=True):
+        assert (one.name, one.pattern, one.rank, one.tokens) == (other.name, other.pattern, other.rank, other.tokens)
+        assert other.relative_error == pytest.approx(one.relative_error, rel=1e-3)
+    for part in ("dense", "compressed"):
+        (one,), (other,) = (getattr(report, part)["perplexity"].values() for report in (alone, two))
+        assert other == pytest.approx(one, rel=1e-5 if part == "dense" else 5e-3)
+    assert [row["epochs"] for row in alone.matching] == [row["epochs"] for row in two.matching]
+    assert two.processes["count"] == 2
+    assert two.processes["bytes_per_block"] > 0
+    assert alone.processes == {}
+
+
+def test_a_process_that_dies_ends_all_and_the_run_goes_on(model, tmp_path):
+    codes, words = ended(started(model, tmp_path / "whole"))
+    assert codes == [0, 0], words
+    out = tmp_path / "out"
+    processes = started(model, out)
+    while not any(out.glob("model-*.safetensors")):
+        assert all(run.process.exitcode is None for run in processes), ended(processes)
+        time.sleep(0.01)
+    os.kill(processes[1].process.pid, signal.SIGKILL)
+    codes, words = ended(processes)
+    assert codes == [1, -signal.SIGKILL]
+    assert "repeat the command" in words[0]
+    assert "Traceback" not in words[0]
+    assert not json.loads((out / "sparlow.json").read_text())["finished"]
+    codes, words = ended(started(model, out))
+    assert codes == [0, 0], words
+    expected, found = shards(tmp_path / "whole"), shards(out)
+    assert expected.keys() == found.keys()
+    for name in expected:
+        assert all(torch.equal(tensor, found[name][key]) for key, tensor in expected[name].items())
+
+
+def test_a_finished_directory_is_refused_by_all(model, tmp_path):
+    assert ended(started(model, tmp_path / "out"))[0] == [0, 0]
+    codes, words = ended(started(model, tmp_path / "out"))
+    assert codes[0] == 2
+    assert codes[1] in (1, 2)
+    assert "finished result" in words[0]
+    assert "Traceback" not in words[1]
+
+
+def test_other_commands_say_that_they_are_for_one_process(monkeypatch):
+    require_one("sparlow evaluate")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="sparlow evaluate works in one process"):
+        require_one("sparlow evaluate")
+
+
+def test_costly_layers_are_divided_first():
+    costs = {"a": 1.0, "b": 5.0, "c": 3.0, "d": 3.0}
+    assert Processes(0, 2).divided(costs) == {"b": 0, "c": 1, "d": 1, "a": 0}
+    assert set(Processes().divided(costs).values()) == {0}
+
+
+def test_shares_of_rows_are_all_rows():
+    rows = torch.arange(7)
+    shares = [Processes(rank, 3).own(rows) for rank in range(3)]
+    assert torch.equal(torch.cat(shares), rows)
+    assert {len(share) for share in shares} == {2, 3}
+
+
+def test_each_process_has_an_accelerator_of_its_own(monkeypatch):
+    assert local_device("cuda") == "cuda"
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert [local_device(name) for name in ("cuda", "cuda:0", "cpu")] == ["cuda:1", "cuda:0", "cpu"]
