@@ -2,9 +2,9 @@
 
     python benchmarks/distributed.py MODEL [--processes 2] [--json FILE] -- OPTIONS
 
-OPTIONS are those of ``sparlow compress``. Each process has one thread here, so that the same cores can be given to both.
-Printed are the largest difference between the relative errors of a layer, relative to the one process's; both
-perplexities; seconds without evaluation; and the bytes that a process gave to collective operations, a block.
+OPTIONS are those of ``sparlow compress``. Each process has one thread here. Printed are the largest difference between
+the relative errors of a layer, relative to the one process's; both perplexities; seconds without evaluation; and the
+bytes that a process gave to collective operations, a block.
 """
 
 import argparse

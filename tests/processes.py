@@ -7,12 +7,28 @@ nothing forks a process for every run (``multiprocessing``'s forkserver). Each i
 import multiprocessing
 import os
 import signal
+import socket
 import time
 from contextlib import contextmanager
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["sparlow.cli", "datasets", "transformers.models.llama.modeling_llama"])
 PATIENCE = 600  # seconds after which a run counts as hanging
+
+
+def together(size):
+    """What the environment of each of ``size`` processes of one run holds, as torchrun sets it."""
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        port = place.getsockname()[1]
+    shared = {"WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    everyone = [{**shared, "RANK": rank, "LOCAL_RANK": rank} for rank in range(size)]
+    return [{name: str(value) for name, value in variables.items()} for variables in everyone]
+
+
+def join(variables):
+    """Be one of several: the ``prepare`` of a ``Run``."""
+    os.environ |= variables
 
 
 class Run:

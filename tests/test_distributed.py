@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import time
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from families import save_tiny
-from processes import Run
+from processes import Run, join, together
 from sparlow.distributed import Processes, local_device, require_one
 from sparlow.errors import InputError
 from sparlow.report import Report
@@ -21,29 +20,16 @@ TEXT = "".join(chr(32 + (7 * i * i + i // 3) % 95) for i in range(900))
 OPTIONS = ["--samples", "7", "--seqlen", "16", "--rank", "4", "--option", "effort=0.1", "--option", "max_steps=4"]
 
 
-def free_port():
-    with socket.socket() as place:
-        place.bind(("127.0.0.1", 0))
-        return place.getsockname()[1]
-
-
-def _join(variables):
-    """Be one of several, as torchrun has it."""
-    os.environ |= variables
-
-
 def started(model, out, more=(), size=2):
     """Start ``size`` processes of one compression."""
     text = model.parent / "text.txt"
     text.write_text(TEXT)
     command = ["compress", model, "--out", out, "--calibration", text, "--evaluate", text, *OPTIONS, *more]
-    shared = {"WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     found = []
-    for rank in range(size):
-        variables = {name: str(value) for name, value in ({**shared, "RANK": rank, "LOCAL_RANK": rank}).items()}
+    for variables in together(size):
         log = out.parent / f"{out.name}-{len(list(out.parent.glob('*.log')))}.log"
         log.touch()
-        found.append(Run(command, log, _join, variables))
+        found.append(Run(command, log, join, variables))
     return found
 
 

@@ -81,13 +81,13 @@ class Bench:
         record = out / "sparlow.json"
         return record.exists() and json.loads(record.read_text())["finished"]
 
-    def wrong(self, out):
-        """The files that are not, bit for bit, those of the undisturbed run; of records, what is not about time."""
-        ours, theirs = _content(out), _content(self.undisturbed)
+    def wrong(self, out, right=None):
+        """The files that are not, bit for bit, those of an undisturbed run; of records, what is not about time."""
+        ours, theirs = _content(out), _content(right or self.undisturbed)
         return sorted(name for name in {*ours, *theirs} if ours.get(name) != theirs.get(name))
 
 
-TIMED = ("seconds", "peak_memory", "warnings", "machine")
+TIMED = ("seconds", "peak_memory", "warnings", "machine", "processes")
 
 
 def _content(folder):

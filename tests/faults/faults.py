@@ -16,7 +16,11 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # as pytest does
+
 from bench import Bench, moments, small_disk
+
+from processes import join, together
 
 
 @dataclass
@@ -111,6 +115,71 @@ def interrupted(bench, tries=5):
         right = code in (130, -signal.SIGINT, 1) and ("sparlow" not in first.said or "stopped: " in first.said)
         expect(row, f"exit code {code}: {first.said}", right=right)
         again(bench, row, out, first)
+    return row
+
+
+def one_of_two_killed(bench, tries=4):
+    row = Row("SIGKILL of one of two processes")
+    right, chance = bench.fresh(), random.Random(0)
+    ends = [run.end() for run in _pair(bench, right)]
+    expect(row, f"exit codes {ends}", right=ends == [0, 0])
+    for i in range(tries):
+        out = bench.fresh()
+        pair = _pair(bench, out)
+        while not any(run.solved for run in pair):  # before they have met, only torchrun would notice
+            time.sleep(0.005)
+        time.sleep(chance.uniform(0, bench.seconds / 4))
+        os.kill(pair[i % 2].process.pid, signal.SIGKILL)
+        ends = [run.end() for run in pair]
+        other = pair[1 - i % 2]
+        right_end = ends == [0, 0] or (other.process.exitcode == 1 and "repeat the command" in other.said)
+        expect(row, f"exit codes {ends}: {other.said}", right=right_end)
+        repeated = [] if bench.finished(out) else _pair(bench, out)
+        ends = [run.end() for run in repeated]
+        lost = set.union(*(run.solved for run in pair)) & set.union(set(), *(run.solved for run in repeated))
+        wrong = [f"{out.name}: {run.said}" for run in repeated if run.process.exitcode]
+        row.note(len(lost), wrong or [f"{out.name}/{name}" for name in bench.wrong(out, right)])
+    return row
+
+
+def _pair(bench, out):
+    return [bench.run(out, join, variables) for variables in together(2)]
+
+
+def fine_tuning_killed(bench, tries=3):
+    row = Row("SIGKILL while fine-tuning (lost: checkpoints)")
+    steps, chance = 20, random.Random(0)
+    text = bench.place / "text.txt"
+    options = [
+        "--dataset",
+        text,
+        "--steps",
+        steps,
+        "--block-size",
+        16,
+        "--batch",
+        2,
+        "--accumulate",
+        1,
+        "--evaluate",
+        text,
+    ]
+    right = bench.fresh()
+    undisturbed = bench.run(right, command=["finetune", bench.undisturbed, "--out", right, *options])
+    expect(row, undisturbed.said, right=undisturbed.end() == 0)
+    for _ in range(tries):
+        out = bench.fresh()
+        command = ["finetune", bench.undisturbed, "--out", out, *options]
+        first, last = bench.run(out, command=command), chance.randrange(3, steps)
+        while f"step {last}\n" not in first.said and first.process.exitcode is None:
+            time.sleep(0.002)
+        first.process.kill()
+        first.end()
+        again = bench.run(out, command=command)
+        code = again.end()
+        twice = [step for step in range(1, steps + 1) if all(f"step {step}\n" in run.said for run in (first, again))]
+        wrong = [f"{out.name}: exit code {code}: {again.said}"] if code else bench.wrong(out, right)
+        row.note(len(twice) // 2, wrong)  # there is a checkpoint after every second step
     return row
 
 
@@ -225,6 +294,8 @@ FAULTS = (
     killed_while_writing,
     killed_again_and_again,
     interrupted,
+    one_of_two_killed,
+    fine_tuning_killed,
     disk_full,
     read_only,
     corrupted,
