@@ -293,6 +293,12 @@ def test_a_failure_is_told_at_the_end(place, tmp_path, monkeypatch, capsys):
     assert comparison.NAME in {path.name for path in (tmp_path / "out").iterdir()}
 
 
+@pytest.mark.parametrize(("pattern", "expected"), [("2:4", "uniform"), ("0.5", "error")])
+def test_a_pruner_at_n_of_m_has_nothing_that_an_allocation_by_error_could_move(pattern, expected):
+    recipes = recipes_for(Recipe(pattern=pattern, rank=4, allocate="error"), ["wanda", "eora"], {})
+    assert {name: recipe.allocate for name, recipe in recipes.items()} == {"wanda": expected, "eora": "error"}
+
+
 def test_every_recipe_is_checked_before_the_first_is_begun(place, tmp_path):
     recipes = {"magnitude": base(place, algorithm="magnitude", rank=None)}
     recipes["wanda"] = base(place, algorithm="wanda", rank=None, pattern="2:5")

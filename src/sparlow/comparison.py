@@ -14,6 +14,7 @@ from sparlow.compression import open_dense, windows_to_calibrate, windows_to_eva
 from sparlow.errors import InputError, RunError
 from sparlow.figures import draw, require_matplotlib
 from sparlow.job import Job
+from sparlow.linalg.patterns import NM
 from sparlow.model.blocks import decoder_blocks
 from sparlow.model.shards import replacing
 from sparlow.output import check_folder, claimed
@@ -116,6 +117,8 @@ def recipes_for(
         changes: dict[str, Any] = {"algorithm": name, "options": options.get(name, {})}
         if find(name)[0].kind == "pruner":
             changes |= {"rank": None, "rank_share": None, "compression": None if base.pattern else base.compression}
+            if base.allocate == "error" and isinstance(base.pattern_of_all, NM):
+                changes["allocate"] = "uniform"  # without ranks there is nothing to move
         for matching in matched[match]:
             found[f"{name}{MATCHED if match == 'both' and matching else ''}"] = replace(base, match=matching, **changes)
     return found

@@ -171,9 +171,9 @@ class Recipe:
         return any(rule.pattern is not None and matches(rule.match, name) for rule in self.layers)
 
     @property
-    def sparsity(self) -> float:
-        """Fraction of S that is zero where no rule says otherwise."""
-        return 1 - self._uniform((1, 1)).pattern.density
+    def pattern_of_all(self) -> Pattern:
+        """The pattern of S where no rule says otherwise."""
+        return self._uniform((1, 1)).pattern
 
     def _uniform(self, shape: Shape) -> Budget:
         if self.compression is None:

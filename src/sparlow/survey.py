@@ -71,7 +71,7 @@ def _outlier_weighed(walk: Walk, recipe: Recipe, budgets: Mapping[str, Budget]) 
         layers = linears(block)
         scores = torch.cat([(layers[name].weight.float().abs() * norm).flatten() for name, norm in norms.items()])
         shares[block_name] = (scores > recipe.owl_threshold * scores.mean()).float().mean().item()
-    densities = owl_densities(list(shares.values()), recipe.sparsity, recipe.owl_spread)
+    densities = owl_densities(list(shares.values()), 1 - recipe.pattern_of_all.density, recipe.owl_spread)
     sparsities = {name: round(1 - density, 12) for name, density in zip(shares, densities, strict=True)}
     return {
         name: Budget(Unstructured(sparsities[block_name]), budget.rank)
