@@ -38,7 +38,7 @@ def solve(
     """
     check(algorithm, W, gram, pattern, rank)
     start = time.perf_counter()
-    weight = W.float() * ~gram.dead  # an input that is always zero needs no weight
+    weight = W.float().contiguous() * ~gram.dead  # an input that is always zero needs no weight
     try:
         found = _run(algorithm, weight, gram, pattern, rank, options)
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # it is there, and documented

@@ -3,15 +3,15 @@
     minimise  tr((W − S − L) H (W − S − L)ᵀ)   s.t.  S = D,  D on the pattern,  L = U V of rank ≤ r
 
 Everything below is in unit-diagonal coordinates: T = W E, G = E⁻¹ H E⁻¹, E = diag(H)^½; S, D, L are scaled alike, and Y
-is the multiplier of S = D divided by ρ. With M = ρ (G + ρI)⁻¹ the paper's ridge step is one product,
-S = R + (D − Y − R) M for R = T − L. The loop carries Z = D − Y, which is X = S + Y with the sign of its pruned entries
-flipped.
+is the multiplier of S = D divided by ρ. With M = ρ (G + ρI)⁻¹ the paper's ridge step is S = R + (Z − R) M for R = T − L
+and Z = D − Y, so X = S + Y = D − (Z − R) A with A = I − M: one product. D is what the pattern keeps of X, and Y the
+rest, so Z = 2 D − X; the loop carries X, D and Q = T − Z, of which Z − R = L − Q.
 
 Deviations from the paper, all of them measured (docs/performance.md):
 
 * ``schedule="joint"``, the default, takes the best L *together with* S instead of after it. For a given Z, minimising
-  over S in closed form leaves ρ tr((Q − L) (I − M) (Q − L)ᵀ) with Q = T − Z, because G (G + ρI)⁻¹ = I − M: L is the
-  best rank-r fit of Q in the metric I − M. Two blocks of ADMM remain instead of three, at the same cost a step, and
+  over S in closed form leaves ρ tr((Q − L) A (Q − L)ᵀ), because G (G + ρI)⁻¹ = A: L is the best rank-r fit of Q in the
+  metric A. Two blocks of ADMM remain instead of three, at the same cost a step, and
   the objective ends far lower in as many steps, because L no longer trails S.
 * L comes from one warm-started subspace step, not from an SVD; ρ starts at 0.003 and rises by a fixed factor, so that
   the result is decided by one dial, ``effort``: the steps spent at each ρ.
@@ -60,7 +60,7 @@ def three_basil(
     steps, change = run(loop, effort, max_steps)
     stats = {"iterations": steps, "rho": loop.rho, "support_change": change, "converged": change < SETTLED[schedule]}
     mask = pattern.mask(loop.X.abs())
-    T, S, U, V = loop.T, loop.S * mask, loop.U, loop.V
+    T, S, U, V = loop.T, loop.X * mask, loop.U, loop.V
     del loop  # the rest makes room for the matrices of the refit
     S, U, V = _refit(T, gram.correlation, mask, S, U, V)
     return Decomposition(S / gram.scale, U, V / gram.scale, stats)
@@ -71,54 +71,56 @@ class _Loop:
 
     def __init__(self, target: Tensor, gram: Gram, pattern: Pattern, rank: int, rho: float) -> None:
         self.T, self.G, self.gram, self.rho = target, gram.correlation, gram, rho
-        self.keep = pattern.tracker()
-        self.mask = self.keep(target.abs())  # (out, in) bool
-        self.seen = self.mask
+        self.project = pattern.projector()
         self.kept = max(pattern.kept((target.shape[0], target.shape[1])), 1)
-        self.X = torch.empty_like(target)  # S + Y (out, in)
-        self.Y = torch.zeros_like(target)  # scaled multiplier (out, in), zero on the support
-        self.Z = target * self.mask  # D − Y (out, in)
-        self.S = torch.empty_like(target)
-        self.R = torch.empty_like(target)  # T − L (out, in)
-        self.work = torch.empty_like(target)  # every step writes into these, and takes no new memory
+        self.D = self.project(target, torch.empty_like(target))  # (out, in)
+        self.X = self.D.clone()  # S + Y (out, in)
+        self.seen = self.D != 0
+        self.Q = target - self.D  # T − Z (out, in)
         self.U = target.new_zeros(target.shape[0], rank)
         self.V = random_factor(rank, target)  # (r, in)
-        self.M = gram.ridge(rho)
+        self.A = self._metric()
 
     def fit_jointly(self) -> None:
-        """L for the S that will follow: best fit of T − Z in the metric I − M."""
+        """L for the S that will follow: best fit of Q in the metric A."""
         if self.V.shape[0]:
-            Q = torch.sub(self.T, self.Z, out=self.work)
-            self.U = orthonormal(Q @ (self.V - self.V @ self.M).T)
-            self.V = self.U.T @ Q
+            self.U = orthonormal(self.Q @ (self.V @ self.A).T)
+            self.V = self.U.T @ self.Q
 
-    def fit_to_residual(self) -> None:
+    def fit_to_residual(self, S: Tensor) -> None:
         """L for the S just found: best fit of T − S in the metric G (the paper's third block)."""
         if self.V.shape[0]:
-            self.U, self.V = subspace_step(self.T - self.S, self.G, self.V)
+            self.U, self.V = subspace_step(self.T - S, self.G, self.V)
 
     def update(self) -> None:
-        """Ridge step for S, projection to D, ascent of Y."""
-        torch.addmm(self.T, self.U, self.V, alpha=-1, out=self.R)
-        torch.addmm(self.R, torch.sub(self.Z, self.R, out=self.work), self.M, out=self.S)
-        torch.add(self.S, self.Y, out=self.X)
-        self.mask = self.keep(torch.abs(self.X, out=self.work))
-        torch.sub(self.X, self.Y.copy_(self.mask).mul_(self.X), out=self.Y)  # as torch.where, in half its time
-        torch.sub(self.X, self.Y, alpha=2, out=self.Z)
+        """Ridge step for S, projection to D, ascent of Y; every step writes into what is there, and takes no memory."""
+        self.Q.addmm_(self.U, self.V, beta=-1)  # L − Q
+        self.X, self.D = self.D.addmm_(self.Q, self.A, alpha=-1), self.X
+        self.project(self.X, self.D)
+        self._follow()
+
+    def _follow(self) -> None:
+        """Let Q follow X and D."""
+        torch.add(self.T, self.X, out=self.Q).sub_(self.D, alpha=2)
 
     def support_change(self) -> float:
         """Share of the kept entries that changed since the last look."""
-        changed = (self.mask ^ self.seen).sum().item()
-        self.seen = self.mask
-        return changed / self.kept
+        before, self.seen = self.seen, self.D != 0
+        return (before ^ self.seen).sum().item() / self.kept
 
     def raise_rho(self, factor: float) -> None:
-        """ρ ← ρ·factor; the multiplier itself stays, so Y, which is divided by ρ, shrinks."""
-        self.Z += self.Y * (1 - 1 / factor)
-        self.Y /= factor
+        """ρ ← ρ·factor; the multiplier itself stays, so Y = X − D, which is divided by ρ, shrinks."""
+        self.X.lerp_(self.D, 1 - 1 / factor)
+        self._follow()
         self.rho *= factor
-        del self.M  # so that there is room for the next
-        self.M = self.gram.ridge(self.rho)
+        del self.A  # so that there is room for the next
+        self.A = self._metric()
+
+    def _metric(self) -> Tensor:
+        """A = I − M for this ρ (in, in)."""
+        A = self.gram.ridge(self.rho).neg()
+        A.diagonal().add_(1)
+        return A
 
 
 def _joint(loop: _Loop, effort: float, max_steps: int) -> tuple[int, float]:
@@ -137,8 +139,9 @@ def _paper(loop: _Loop, effort: float, max_steps: int) -> tuple[int, float]:
     """The paper's order and rule: ρ rises faster while the support moves; at least 100 steps. Effort stretches it."""
 
     def step() -> None:
+        Y = loop.X - loop.D
         loop.update()
-        loop.fit_to_residual()
+        loop.fit_to_residual(loop.X - Y)
 
     def growth(change: float) -> float:
         return 1.1 if change > 0.1 else 1.05 if change > 0.005 else 1.02  # noqa: PLR2004 - the paper's thresholds

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparlow.errors import InputError
 
-Tracker = Callable[[Tensor], Tensor]
+Projector = Callable[[Tensor, Tensor], Tensor]  # (X, out), contiguous → out, which is X with the pruned entries zero
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,13 +79,16 @@ class Unstructured:
         kept, allowed = int((S != 0).sum()), self.kept((S.shape[0], S.shape[1]))
         return f"{name} keeps {kept} values where {self} allows {allowed}" if kept > allowed else None
 
-    def tracker(self) -> Tracker:
-        """Return a cheaper ``mask`` for the iterates of a solver, exact only in the limit of small changes.
+    def projector(self) -> Projector:
+        """Return the projection of a solver's iterates X (out, in): cheaper than ``mask`` and a product.
 
         A selection costs more than a matrix product, so the threshold is carried from call to call and corrected by
-        one secant step on the count of entries above it. End with ``mask``, which is exact.
+        one secant step on the count of entries above it: exact only in the limit of small changes. End with ``mask``.
         """
-        return self.mask if self.per_row or self.sparsity == 0 else _ThresholdTracker(self.density)
+        return self._project if self.per_row or self.sparsity == 0 else _ThresholdProjector(self.density)
+
+    def _project(self, X: Tensor, out: Tensor) -> Tensor:
+        return out.copy_(self.mask(X.abs())).mul_(X)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,9 +151,9 @@ class NM:
         groups = int(((S != 0).reshape(-1, self.m).sum(1) > self.n).sum())
         return f"{name} keeps more than {self.n} of {self.m} in {groups} groups" if groups else None
 
-    def tracker(self) -> Tracker:
-        """Return ``mask`` itself: choosing within small groups is cheap."""
-        return self.mask
+    def projector(self) -> Projector:
+        """Return the projection of a solver's iterates, which keeps all of several entries that tie; see ``mask``."""
+        return _GroupProjector(self.n, self.m)
 
 
 Pattern = Unstructured | NM
@@ -202,8 +205,51 @@ def _kth_largest(scores: Tensor, k: int) -> Tensor:
     return torch.from_numpy(values).to(scores.dtype)
 
 
-class _ThresholdTracker:
-    """Follow the k-th largest score of a slowly moving matrix by its count alone."""
+class _GroupProjector:
+    """Keep of X what reaches the n-th largest of its m neighbours.
+
+    The members of all groups lie in rows, which a processor compares many at a time, and marks are numbers: torch takes
+    several times as long for strided comparisons, and for those that give bools.
+    """
+
+    def __init__(self, n: int, m: int) -> None:
+        self.n, self.m = n, m
+        self._rows = torch.empty(0)  # (m, groups); new memory for each call would cost more than the comparisons
+        self._buffers = self._rows  # (n + 2, groups)
+
+    def __call__(self, X: Tensor, out: Tensor) -> Tensor:
+        members = X.view(-1, self.m).T
+        if self._rows.shape != members.shape:
+            self._rows = torch.empty_like(members, memory_format=torch.contiguous_format)
+            self._buffers = X.new_empty(self.n + 2, members.shape[1])
+        for row, member in zip(self._rows, members, strict=True):
+            torch.abs(member, out=row)
+        threshold = self._nth_largest()
+        for row, member, kept in zip(self._rows, members, out.view(-1, self.m).T, strict=True):
+            torch.mul(row.ge_(threshold), member, out=kept)
+        return out
+
+    def _nth_largest(self) -> Tensor:
+        """Of each group, (groups,): every row sinks through the n largest so far, which stay in order."""
+        best: list[Tensor] = []
+        free = list(self._buffers)
+        for row in self._rows:
+            rest = row
+            for k, larger in enumerate(best):
+                lower = free.pop() if k < self.n - 1 else None  # what falls out at the end is not wanted
+                if lower is not None:
+                    torch.minimum(larger, rest, out=lower)
+                torch.maximum(larger, rest, out=larger)
+                if rest is not row:
+                    free.append(rest)
+                rest = row if lower is None else lower
+            if len(best) < self.n:
+                best.append(free.pop().copy_(row) if rest is row else rest)
+        return best[-1]
+
+
+class _ThresholdProjector:
+    """Keep of a slowly moving X what reaches the k-th largest magnitude, followed by its count alone."""
 
     REFRESH = 16  # calls between two exact selections
     PROBE = 0.02  # relative distance over which the slope of the count is measured
@@ -212,18 +258,18 @@ class _ThresholdTracker:
         self.density = density
         self.calls = 0
 
-    def __call__(self, scores: Tensor) -> Tensor:
-        wanted = max(round(self.density * scores.numel()), 1)
+    def __call__(self, X: Tensor, out: Tensor) -> Tensor:
+        wanted = max(round(self.density * X.numel()), 1)
+        scores = torch.abs(X, out=out)
         if self.calls % self.REFRESH == 0:
-            self.threshold = _kth_largest(scores.reshape(1, -1), wanted)[0]  # (1,)
+            self.threshold = _kth_largest(scores.view(1, -1), wanted)[0]  # (1,)
             if not self.threshold:  # more entries wanted than are not zero: no threshold tells those apart
-                return _largest(scores.reshape(1, -1), wanted).reshape(scores.shape)
+                return out.copy_(X)
             above = (scores >= self.threshold * (1 + self.PROBE)).sum()
             # entries that drop out when the threshold rises by its own size: how the count answers to it
             self.slope = ((scores >= self.threshold).sum() - above).clamp_min(1) / self.PROBE
         self.calls += 1
-        mask = scores >= self.threshold
-        excess = mask.count_nonzero() - wanted  # no .item(): nothing is copied to the host
-        step = (excess / self.slope).clamp(-0.1, 0.1)
-        self.threshold = self.threshold * (1 + step)
-        return mask
+        marks = scores.ge_(self.threshold)  # numbers: torch takes several times as long for bools
+        excess = marks.sum() - wanted  # no .item(): nothing is copied to the host
+        self.threshold = self.threshold * (1 + (excess / self.slope).clamp(-0.1, 0.1))
+        return marks.mul_(X)
