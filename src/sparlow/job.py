@@ -160,7 +160,8 @@ class Job:
             What enters the blocks, and what leaves the last of the dense ones if anyone wants it.
         """
         with self.clock("walk"):
-            recording = self.meter.recorded(self.windows, self.micro_batch, self.held_out)
+            at_once = micro_batch(self.recipe, self.windows.shape[1])
+            recording = self.meter.recorded(self.windows, at_once, self.held_out)
         self.allocate(recording)
         self.begin_files()
         hidden = recording.hidden
@@ -212,14 +213,6 @@ class Job:
                 shards = [writer.write_block(i, block) for i, block in enumerate(blocks)]
                 self.journal.note_distilled(shards, found)
         self.report.distillation = found
-
-    @property
-    def micro_batch(self) -> int:
-        """Windows that pass through a block at a time; while training, no more than a step takes."""
-        windows = max(MICRO_BATCH_TOKENS // self.windows.shape[1], 1)
-        if self.recipe.match:
-            windows = min(windows, self.plan.batch)
-        return min(windows, DISTILLING.batch) if self.recipe.distill else windows
 
     def begin_files(self) -> None:
         """Record what is known before the first block, if there is a directory."""
@@ -336,6 +329,14 @@ class Job:
         names = {layer: f"{self.blocks_name}.{layer.block}.{layer.name}" for layer in report.layers}
         report.warnings += [f"{names[layer]}: {warning}" for layer in report.layers for warning in layer.warnings]
         report.not_compressed = [asdict(row) for row in not_compressed(self.model, names.values())]
+
+
+def micro_batch(recipe: Recipe, seqlen: int) -> int:
+    """Windows that pass through a block at a time; while training, no more than a step takes."""
+    windows = max(MICRO_BATCH_TOKENS // seqlen, 1)
+    if recipe.match:
+        windows = min(windows, plan_of(recipe).batch)
+    return min(windows, DISTILLING.batch) if recipe.distill else windows
 
 
 def plan_of(recipe: Recipe) -> Plan:

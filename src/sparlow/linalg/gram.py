@@ -135,6 +135,11 @@ class Gram:
         """The most damping (in units of the diagonal) that a factorisation had to add so far; 0 if none had to."""
         return max(self._added, default=0.0)
 
+    @property
+    def remembered(self) -> int:
+        """Bytes of the ridge inverses it holds."""
+        return sum(M.nbytes for M in self._ridges.values())
+
     def _factorised(self, A: Tensor, what: str) -> Tensor:
         factor, damping = cholesky(A, what)
         if damping:
