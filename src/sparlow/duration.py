@@ -1,4 +1,4 @@
-"""The time a run needs, stage by stage: operations and bytes counted from shapes, over what this machine was seen to do."""
+"""The time a run needs, stage by stage: what is counted from shapes, over what this machine was seen to do."""
 
 from sparlow.linalg.gram import PANELS
 from sparlow.model.distilling import PLAN as DISTILLING

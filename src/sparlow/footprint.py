@@ -1,7 +1,7 @@
 """The memory and the disk a run needs, stage by stage: what the code holds at a time, counted from shapes.
 
-Where blocks run on the CPU, everything below is in main memory. Where they run on an accelerator, what computes is there,
-hidden states are where they wait, and main memory holds what is read from files (mapped, so it counts as resident).
+Where blocks run on the CPU, everything below is in main memory. Where they run on an accelerator, what computes is
+there, hidden states are where they wait, and main memory holds what is read from files (mapped, so it counts as resident).
 """
 
 from collections.abc import Iterator
@@ -17,6 +17,8 @@ from sparlow.probe import FLOAT, Workspace
 from sparlow.recipe import OWN_TEXT
 from sparlow.workload import Block, Workload
 
+LOADED_LATE = 30 * 10**6  # bytes of libraries that are loaded when they are first used
+LARGEST_HELD = 2**25  # bytes: freed tensors of up to so many teach glibc to hold twice as much on its heap
 WALKED = 3  # copies of the hidden states while a block passes them on: of the first block, the inputs, the outputs
 WAITING = 2  # copies otherwise
 LOGITS = 3  # of a piece at a time: as they come, in float32, their logarithms
@@ -96,6 +98,7 @@ class _Counted:
         self.on_cpu = work.device.type == "cpu"
         # what is always there: blocks grow by U and V
         whole = 0 if work.streamed or work.there else work.parameters * work.computing
+        self.allocator = LOADED_LATE + 2 * min(work.largest * work.computing, LARGEST_HELD)
         self.always = whole + (0 if work.streamed else sum(b.low_rank for b in work.blocks) * work.computing)
 
     def all(self) -> Iterator[Stage]:
@@ -119,7 +122,7 @@ class _Counted:
         self, name: str, computing: float, *, files: float = 0, hidden: float = 0, where: torch.device | str = "cpu"
     ) -> Stage:
         waiting = {"cpu": hidden, "disk": 0.0}.get(str(where))
-        cpu = files + (waiting or 0) + (self.always + computing if self.on_cpu else 0)
+        cpu = self.allocator + files + (waiting or 0) + (self.always + computing if self.on_cpu else 0)
         device = 0.0 if self.on_cpu else self.always + computing + (hidden if waiting is None else 0)
         if self.on_cpu and waiting is None:
             cpu += hidden
@@ -146,7 +149,7 @@ class _Counted:
             return self._stage("opening", 0)
         if not work.streamed:
             return self._stage("opening", 0, files=work.parameters * work.stored if self.converted else 0)
-        part = max(work.outside, max(b.parameters for b in work.blocks)) * work.stored
+        part = max(work.outside, *(b.parameters for b in work.blocks)) * work.stored
         look = work.largest * (work.stored + LOOKED_AT)
         return self._stage("opening", look + part, files=0 if self.on_cpu else part)
 

@@ -1,7 +1,7 @@
 """What this machine and an algorithm need, measured on small layers: seconds and bytes as laws in (out, in).
 
-No algorithm is known here by name. What each needs is a product with a Gram matrix for every step (out·in²), work on the
-Gram matrix alone (in³, which layers with the same input share), and passes over the weight (out·in); what it holds are
+No algorithm is known here by name. What each needs is a product with a Gram matrix for every step (out·in²), work on
+the Gram matrix alone (in³, which layers with the same input share), and passes over the weight (out·in); what it holds are
 matrices (in, in) and (out, in). So a few small layers tell the factors, and the shapes of a model the rest.
 """
 
@@ -48,7 +48,8 @@ class Workspace:
     def remembered(self, features: int) -> int:
         """Bytes of the inverses that a Gram of so many features does remember."""
         each = FLOAT * features**2
-        return min(self.levels, RIDGES_KEPT // each) * each
+        kept: int = min(self.levels, RIDGES_KEPT // each) * each
+        return kept
 
     def bytes(self, shape: Shape) -> int:
         """Of one layer (out, in)."""
@@ -222,7 +223,7 @@ def _fitting(side: int, budget: Budget) -> int:
 def _scaled(like: tuple[Shape, Budget], shape: Shape) -> Budget:
     """The budget of a smaller layer: the same pattern, and a rank that is as large beside its sides."""
     whole, budget = like
-    rank = min(round(budget.rank * min(shape) / min(whole)), min(shape))
+    rank = min(round(budget.rank * min(shape) / min(whole)), *shape)
     return Budget(budget.pattern, max(rank, 1) if budget.rank else 0)
 
 
