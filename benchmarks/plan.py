@@ -1,10 +1,10 @@
 """What `sparlow plan` foresees beside what a run then takes, each in a process of its own.
 
-    python benchmarks/plan.py [--widths 512,1024] [--blocks 2] [--model DIR] [--option effort=0.1] [--match] [--json FILE]
+    python benchmarks/plan.py [--widths 512,1024] [--blocks 2] [--model DIR] [--option effort=0.1] [--match] [--json F]
 
 Writes checkpoints with random weights (benchmarks/_shapes.py) of so many blocks into a temporary folder, calibrates on
-random windows and measures no perplexity; --model takes a model that is there instead, calibrates on the builtin text and
-measures perplexity on --limit windows of it. Printed are predicted and measured peak of resident memory (of the whole
+random windows and measures no perplexity; --model takes a model that is there instead, calibrates on the builtin text
+and measures perplexity on --limit windows of it. Printed are predicted and measured peak of resident memory (of the whole
 process; files mapped into memory count), predicted and measured seconds by stage, and the measured over the predicted.
 """
 

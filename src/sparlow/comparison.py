@@ -164,13 +164,8 @@ def compare(
     seqlen = evaluate_seqlen or first.seqlen
     _check(recipes, out, overwrite=overwrite)
     if not force:
-        how: dict[str, Any] = {
-            "evaluate": evaluate,
-            "evaluate_seqlen": evaluate_seqlen,
-            "limit": limit,
-            "device": device,
-        }
-        how |= {"offload": offload, "trust_remote_code": trust_remote_code, "streamed": True}
+        how: dict[str, Any] = {"evaluate": evaluate, "evaluate_seqlen": evaluate_seqlen, "limit": limit}
+        how |= {"device": device, "offload": offload, "trust_remote_code": trust_remote_code, "streamed": True}
         works = {out / name: foreseen(model, recipe, **how) for name, recipe in recipes.items()}
         require_room({folder: work for folder, work in works.items() if work})
     opening = functools.partial(

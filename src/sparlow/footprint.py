@@ -1,7 +1,8 @@
 """The memory and the disk a run needs, stage by stage: what the code holds at a time, counted from shapes.
 
 Where blocks run on the CPU, everything below is in main memory. Where they run on an accelerator, what computes is
-there, hidden states are where they wait, and main memory holds what is read from files (mapped, so it counts as resident).
+there, hidden states are where they wait, and main memory holds what is read from files (mapped, so it counts as
+resident).
 """
 
 from collections.abc import Iterator

@@ -1,8 +1,8 @@
 """What this machine and an algorithm need, measured on small layers: seconds and bytes as laws in (out, in).
 
 No algorithm is known here by name. What each needs is a product with a Gram matrix for every step (out·in²), work on
-the Gram matrix alone (in³, which layers with the same input share), and passes over the weight (out·in); what it holds are
-matrices (in, in) and (out, in). So a few small layers tell the factors, and the shapes of a model the rest.
+the Gram matrix alone (in³, which layers with the same input share), and passes over the weight (out·in); what it holds
+are matrices (in, in) and (out, in). So a few small layers tell the factors, and the shapes of a model the rest.
 """
 
 import hashlib
