@@ -4,8 +4,9 @@
 
 Writes checkpoints with random weights (benchmarks/_shapes.py) of so many blocks into a temporary folder, calibrates on
 random windows and measures no perplexity; --model takes a model that is there instead, calibrates on the builtin text
-and measures perplexity on --limit windows of it. Printed are predicted and measured peak of resident memory (of the whole
-process; files mapped into memory count), predicted and measured seconds by stage, and the measured over the predicted.
+and measures perplexity on --limit windows of it. Printed are predicted and measured peak of resident memory (of the
+whole process; files mapped into memory count), predicted and measured seconds by stage, and the measured over the
+predicted.
 """
 
 import argparse

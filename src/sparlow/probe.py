@@ -106,7 +106,7 @@ class _LiveBytes(TorchDispatchMode):
 
     def __init__(self, *given: Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # untyped in torch
-        self.peak = 0
+        self.peak: int = 0
         self._now = 0  # at most: what has died is counted until that matters
         self._given = {t.untyped_storage()._cdata for t in given}  # noqa: SLF001 - the identity of a storage
         self._live: dict[int, tuple[StorageWeakRef, int]] = {}
@@ -166,7 +166,7 @@ def _survey_peak(W: Tensor, H: Tensor, budget: Budget) -> int:
         shape = (W.shape[0], W.shape[1])
         for pattern, ranks in offered(budget, shape, low_rank=budget.rank > 0).items():
             error_curve(W.float(), gram, pattern, ranks)
-    return seen.peak
+    return int(seen.peak)
 
 
 def solver(recipe: Recipe, like: tuple[Shape, Budget], device: torch.device) -> Solver:

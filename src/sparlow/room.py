@@ -1,9 +1,10 @@
 """Whether memory and disk will do for a run, and what would make it fit; asked before any weight is read."""
 
+import itertools
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -112,44 +113,55 @@ def lacking(work: Workload, space: Workspace) -> str | None:
 
 
 def fitting(work: Workload, fits: Callable[[Workload], bool]) -> list[str]:
-    """Changes of options under which a run fits: one at a time, or, where none is enough, several."""
-    single = [words for words, changed in _changes(work) if fits(changed)]
-    fewer = [_first(_halved(work, name), fits) for name in ("samples", "seqlen")]
+    """Changes of options under which a run fits: one at a time or, where none is enough, as few together as will do."""
+    changes = _changes(work)
+    single = [words for words, change in changes if fits(change(work))]
+    fewer = [_fewest(work, name, fits) for name in ("samples", "seqlen")]
     found = [*single, *(words for words in fewer if words)]
-    if found:
+    for size in range(2, len(changes) + 1):
+        if not found:
+            found = [_spoken(those) for those in itertools.combinations(changes, size) if fits(_changed(work, those))]
+    if found or not changes:
         return found
-    together, said = work, []
-    for words, _ in _changes(work):
-        together = dict(_changes(together)).get(words, together)
-        said.append(words)
-    if said and fits(together):
-        return [" and ".join(said)]
-    last = _first(_halved(together, "samples"), fits)
-    return [" and ".join([*said, last])] if last else []
+    last = _fewest(_changed(work, changes), "samples", fits)
+    return [f"{_spoken(changes)} and {last}"] if last else []
 
 
-def _changes(work: Workload) -> Iterator[tuple[str, Workload]]:
-    """What can be asked for otherwise, as it is typed, and the run that it makes."""
-    recipe = work.recipe
+Change = tuple[str, Callable[[Workload], Workload]]  # as it is typed, and what it makes of a run
+
+
+def _changes(work: Workload) -> list[Change]:
+    """What can be asked for otherwise."""
+    found: list[Change] = []
     if work.place != "disk":
-        yield "--offload disk", replace(work, offload="disk")
-    if recipe.distill:
-        yield "no --distill", replace(work, recipe=recipe.changed(distill=0))
-    if recipe.match:
-        yield "--no-match", replace(work, recipe=recipe.changed(match=False))
+        found.append(("--offload disk", lambda w: replace(w, offload="disk")))
+    if work.recipe.distill:
+        found.append(("no --distill", lambda w: replace(w, recipe=w.recipe.changed(distill=0))))
+    if work.recipe.match:
+        found.append(("--no-match", lambda w: replace(w, recipe=w.recipe.changed(match=False))))
     if work.evaluation:
-        yield "--evaluate ''", replace(work, evaluation={})
+        found.append(("--evaluate ''", lambda w: replace(w, evaluation={})))
+    return found
 
 
-def _halved(work: Workload, name: str) -> Iterator[tuple[str, Workload]]:
+def _changed(work: Workload, changes: Sequence[Change]) -> Workload:
+    for _, change in changes:
+        work = change(work)
+    return work
+
+
+def _spoken(changes: Sequence[Change]) -> str:
+    return " and ".join(words for words, _ in changes)
+
+
+def _fewest(work: Workload, name: str, fits: Callable[[Workload], bool]) -> str | None:
+    """The first of half as many samples, or tokens in each, a quarter, … that fits."""
     count = getattr(work.recipe, name) // 2
     while count:
-        yield f"--{name} {count}", replace(work, recipe=work.recipe.changed(**{name: count}))
+        if fits(replace(work, recipe=work.recipe.changed(**{name: count}))):
+            return f"--{name} {count}"
         count //= 2
-
-
-def _first(changes: Iterator[tuple[str, Workload]], fits: Callable[[Workload], bool]) -> str | None:
-    return next((words for words, changed in changes if fits(changed)), None)
+    return None
 
 
 def require_disk(works: Mapping[Path, Workload]) -> None:

@@ -234,8 +234,8 @@ def workload(
     half = where.type == "cpu" and not there and stored in (torch.float16, torch.bfloat16)  # see source.for_computing
     config = model.config.get_text_config()
     seqlen = max(evaluate_seqlen or recipe.seqlen, 2)
-    for tokens, option in ((recipe.seqlen, "seqlen"), *(((seqlen, "evaluate-seqlen"),) if evaluate else ())):
-        require_context(model, tokens, option)
+    for tokens in (recipe.seqlen, seqlen if evaluate else recipe.seqlen):
+        require_context(model, tokens)
     return Workload(
         name=name,
         blocks=found,

@@ -74,9 +74,9 @@ def shared_inputs(model: PreTrainedModel) -> list[dict[str, str]]:
         for hook in _hooks(blocks, seen):
             stack.callback(hook.remove)
         # most models look into a mask of their own making, which has no values here; some take none of this form
-        if not (_runs(model, ids, {"attention_mask": mask}) or _runs(model, ids, {})):
-            return [{name: name for name in linears(block)} for block in blocks]
-    return [_owners(linears(block), inputs) for block, inputs in zip(blocks, seen, strict=True)]
+        _ = _runs(model, ids, {"attention_mask": mask}) or _runs(model, ids, {})
+    # where it stopped half-way, as at experts that choose by values, the first block stands for the others
+    return [_owners(linears(block), inputs or seen[0]) for block, inputs in zip(blocks, seen, strict=True)]
 
 
 def _hooks(blocks: nn.ModuleList, seen: list[dict[str, Tensor]]) -> Iterator[Any]:
@@ -102,4 +102,5 @@ def _runs(model: PreTrainedModel, ids: Tensor, options: Mapping[str, Tensor]) ->
 
 def _owners(layers: Mapping[str, nn.Linear], inputs: Mapping[str, Tensor]) -> dict[str, str]:
     first: dict[int, str] = {}
-    return {name: first.setdefault(id(inputs.get(name, name)), name) for name in layers}
+    read = {name: first.setdefault(id(x), name) for name, x in inputs.items() if name in layers}
+    return {name: read.get(name, name) for name in layers}
