@@ -46,6 +46,7 @@ def child(call: dict[str, Any]) -> dict[str, Any]:
     report = sparlow.compress(call["folder"], recipe, calibration=given, out=call["out"], device="cpu", **text)
     return {
         "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+        "cpu_seconds": time.process_time(),
         "seconds": {**report.seconds, "total": time.perf_counter() - start},
         "bytes": report.bytes,
     }
@@ -69,10 +70,11 @@ def compared(name: str, folder: Path, args: argparse.Namespace, *, vocabulary: i
     plan, run = (in_a_process({**call, "do": what}) for what in ("plan", "compress"))
     predicted, measured = plan["peak_memory"]["rss"], run["peak"]
     foreseen, taken = plan["seconds"]["total"], run["seconds"]["total"]
+    same = "equal" if plan["bytes"] == run["bytes"] else "not equal"
     print(
         f"{name}: memory {predicted / GB:.2f} GB predicted, {measured / GB:.2f} GB measured, "
         f"{measured / predicted:.2f} of it; time {foreseen:.0f} s predicted, {taken:.0f} s measured, "
-        f"{taken / foreseen:.2f} of it; bytes {'equal' if plan['bytes'] == run['bytes'] else 'not equal'}"
+        f"{taken / foreseen:.2f} of it ({run['cpu_seconds']:.0f} s of the processor); bytes {same}"
     )
     parts = {
         stage: (plan["seconds"][stage], sum(run["seconds"][part] for part in parts)) for stage, parts in STAGES.items()

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from sparlow import probe
 from sparlow.algorithms import find, variants
 from sparlow.allocation import Budget
 from sparlow.linalg.gram import RIDGES_KEPT
@@ -36,10 +37,15 @@ def test_small_layers_tell_what_larger_ones_take(name):
     W, H = _problem(shape, torch.device("cpu"))
     with _LiveBytes(W, H) as seen:
         gram = _solve(recipe, W, H, budget)
-    assert gram.remembered <= RIDGES_KEPT
     found = workspace(recipe, (shape, budget), torch.float32)
-    # a weight in float32 is not converted, so it is not counted twice
+    assert found.remembered(shape[1]) == pytest.approx(gram.remembered, abs=2 * 4 * shape[1] ** 2)
     assert found.bytes(shape) == pytest.approx(seen.peak, rel=0.15)
+
+
+def test_a_long_solve_is_not_followed_to_its_end(monkeypatch):
+    monkeypatch.setattr(probe, "WATCHED", 0.0)
+    recipe = short("3basil")
+    assert workspace(recipe, like(recipe), torch.float32).levels == BOUND.levels
 
 
 def test_tensors_are_counted_while_they_live():

@@ -12,9 +12,9 @@ from sparlow.probe import BOUND
 from sparlow.recipe import GIVEN_WINDOWS, Recipe
 from sparlow.workload import workload
 
-RECIPE = Recipe(algorithm="magnitude", samples=512, seqlen=64, calibration=GIVEN_WINDOWS)
-IDS = torch.arange(512 * 64).view(512, 64) % 128
-HIDDEN = 512 * 64 * 32 * 4
+RECIPE = Recipe(algorithm="magnitude", samples=256, seqlen=64, calibration=GIVEN_WINDOWS)
+IDS = torch.arange(256 * 64).view(256, 64) % 128
+HIDDEN = 256 * 64 * 32 * 4
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +54,10 @@ def test_too_little_memory_is_told_with_what_would_fit(folder, tmp_path, monkeyp
 
 
 def test_the_samples_that_are_named_fit_and_twice_as_many_do_not(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(room, "memory_available", lambda: needed(folder, RECIPE.changed(samples=128)) + 1000)
-    assert "or --samples 128 or" in refused(folder, tmp_path / "out")
-    refused(folder, tmp_path / "out", RECIPE.changed(samples=256))
-    compressed(folder, tmp_path / "out", RECIPE.changed(samples=128))
+    monkeypatch.setattr(room, "memory_available", lambda: needed(folder, RECIPE.changed(samples=64)) + 1000)
+    assert "or --samples 64 or" in refused(folder, tmp_path / "out")
+    refused(folder, tmp_path / "out", RECIPE.changed(samples=128))
+    compressed(folder, tmp_path / "out", RECIPE.changed(samples=64))
 
 
 def test_only_what_fits_is_named(folder, tmp_path, monkeypatch):
@@ -131,8 +131,8 @@ def test_hidden_states_on_disk_are_counted(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(room, "disk_available", lambda _: 3 * HIDDEN - 1)
     message = refused(folder, tmp_path / "out", offload="disk")
     assert "hidden states" in message
-    assert "--samples 256" in message
-    compressed(folder, tmp_path / "out", RECIPE.changed(samples=256), offload="disk")
+    assert "--samples 128" in message
+    compressed(folder, tmp_path / "out", RECIPE.changed(samples=128), offload="disk")
 
 
 def test_a_comparison_is_refused_as_a_whole(folder, tmp_path, monkeypatch):

@@ -26,6 +26,7 @@ from sparlow.recipe import Recipe
 FLOAT = 4  # bytes: solvers compute in float32
 SMALLEST, LARGEST = 64, 1024  # sides of the layers tried
 SECONDS = 8.0  # that the layers may take
+WATCHED = 3.0  # seconds for which the bytes of a layer are followed: loops repeat themselves
 MORE = 8  # times as long a layer of twice the side takes
 PRODUCT = 1024  # side of the product that is timed
 BUFFER = 2**24  # bytes that are hashed and copied
@@ -101,17 +102,24 @@ class Solver:
         return self.product * rows * columns**2 + shared + self.entry * rows * columns + self.call
 
 
+class _Enough(Exception):  # noqa: N818 - control flow of our own; never leaves this module
+    """Ends what was followed for long enough."""
+
+
 class _LiveBytes(TorchDispatchMode):
     """Follows the bytes of tensors that come into being inside; what kernels take for themselves is not seen."""
 
-    def __init__(self, *given: Tensor) -> None:
+    def __init__(self, *given: Tensor, seconds: float = float("inf")) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # untyped in torch
         self.peak: int = 0
+        self._end = time.perf_counter() + seconds
         self._now = 0  # at most: what has died is counted until that matters
         self._given = {t.untyped_storage()._cdata for t in given}  # noqa: SLF001 - the identity of a storage
         self._live: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN204 - torch's form
+        if time.perf_counter() > self._end:
+            raise _Enough
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
@@ -143,19 +151,24 @@ def workspace(recipe: Recipe, like: tuple[Shape, Budget], stored: torch.dtype) -
         like: Shape and budget of a layer; the small ones have its pattern and as large a rank for their size.
         stored: Type of the weights.
     """
-    rows, peaks, levels = [], [], 0
+    rows, peaks, whole = [], [], True
     for shape in _shapes(_fitting(SMALLEST, like[1])):
         budget = _scaled(like, shape)
         W, H = _problem(shape, torch.device("cpu"))
         W = W.to(stored)
-        with _LiveBytes(W, H) as seen:
-            gram = _solve(recipe, W, H, budget)
-        peak = seen.peak - gram.remembered
+        seen = _LiveBytes(W, H, seconds=WATCHED)
+        try:
+            with seen:
+                _solve(recipe, W, H, budget, remember=0)
+        except _Enough:
+            whole = False
+        peak = max(seen.peak, H.nbytes)  # the damped Gram matrix, if nothing else was seen
         if recipe.allocate == "error":
             peak = max(peak, _survey_peak(W, H, budget))
         rows.append([shape[1] ** 2, shape[0] * shape[1]])
         peaks.append(float(peak))
-        levels = max(levels, gram.remembered // (FLOAT * shape[1] ** 2))
+    # where that would take long, as many as fit
+    levels = _solve(recipe, W, H, budget).remembered // H.nbytes if whole else BOUND.levels
     square, matrix = _non_negative(rows, peaks)
     return Workspace(square, matrix, levels)
 
@@ -237,8 +250,8 @@ def _problem(shape: Shape, device: torch.device) -> tuple[Tensor, Tensor]:
     return W.to(device), (X.T @ X).to(device)
 
 
-def _solve(recipe: Recipe, W: Tensor, H: Tensor, budget: Budget) -> Gram:
-    gram = Gram.damped(H, absolute=recipe.damping, relative=recipe.relative_damping)
+def _solve(recipe: Recipe, W: Tensor, H: Tensor, budget: Budget, *, remember: int = RIDGES_KEPT) -> Gram:
+    gram = Gram.damped(H, absolute=recipe.damping, relative=recipe.relative_damping, remember=remember)
     solve(recipe.found_algorithm, W, gram, budget.pattern, budget.rank, recipe.parsed_options)
     return gram
 
