@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import sparlow
 from families import save_tiny, tiny_tokenizer
-from sparlow import cli, console, demo
+from sparlow import cli, console, demo, room
 from sparlow.algorithms import algorithms
 from sparlow.cli import main
 from sparlow.errors import InputError
@@ -350,6 +350,42 @@ def test_a_process_of_its_own(command, tmp_path):
     assert ended.stdout == ""
     assert re.fullmatch(r"error: .*query_key_value: .*2:5.*\n", ended.stderr)
     assert not (tmp_path / "out").exists()
+
+
+# plan, and what it keeps from running
+
+
+def test_plan_shows_what_compress_writes(command, capsys, tmp_path):
+    assert run("plan", *command[1:], "--json", tmp_path / "plan.json", "--no-time") == 0
+    shown = capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert run(*command) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert plan["bytes"] == report["bytes"]
+    assert f"{plan['bits_per_weight']:.2f} bits a weight" in shown
+    for kind in plan["layers"]:
+        assert f"{kind['bytes_kept']:,}" in shown
+    for row in (*plan["stages"], *plan["not_compressed"]):
+        assert row["name"] in shown
+    assert plan["seconds"] == {}
+
+
+def test_plan_takes_an_algorithm_and_its_options_as_compress_does(command, capsys):
+    arguments = ["plan", *command[1:], *BASIL, "--rank", 2, "--option", "max_steps=1", "--no-time"]
+    assert run(*arguments) == 0
+    assert "2:4     2" in capsys.readouterr().out
+    assert "did you mean 'effort'?" in run_and_fail(capsys, *arguments, "--option", "efort=1")
+    assert "there is no directory" in run_and_fail(capsys, "plan", "/no/such/model")
+
+
+@pytest.mark.parametrize("lacking", ["memory_available", "disk_available"])
+def test_what_will_not_do_is_refused_unless_forced(lacking, command, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(room, lacking, lambda *_: 1)
+    assert "--force" in run_and_fail(capsys, *command)
+    assert not (tmp_path / "out").exists()
+    assert run(*command, "--force") == 0
+    assert (tmp_path / "out" / "report.json").exists()
 
 
 # What is shown

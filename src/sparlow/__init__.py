@@ -12,6 +12,7 @@ from importlib.metadata import version
 from sparlow.algorithms import Decomposition, decompose, decomposer, pruner
 from sparlow.compression import compress
 from sparlow.errors import InputError, RunError
+from sparlow.estimate import Plan, plan
 from sparlow.evaluation import evaluate
 from sparlow.finetuning import finetune
 from sparlow.linalg.patterns import NM, Unstructured
@@ -26,6 +27,7 @@ __all__ = [
     "NM",
     "Decomposition",
     "InputError",
+    "Plan",
     "Progress",
     "Recipe",
     "Report",
@@ -38,5 +40,6 @@ __all__ = [
     "evaluate",
     "finetune",
     "load",
+    "plan",
     "pruner",
 ]

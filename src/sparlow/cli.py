@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.markup import escape
@@ -27,6 +27,8 @@ from sparlow.model.inspection import describe
 from sparlow.model.shards import replacing
 from sparlow.model.source import for_computing, open_model
 from sparlow.options import (
+    Algorithm,
+    AlgorithmOption,
     Device,
     Evaluate,
     Given,
@@ -34,7 +36,6 @@ from sparlow.options import (
     Overwrite,
     Trust,
     parse_named_pairs,
-    parse_pairs,
     split,
     takes_recipe,
 )
@@ -51,6 +52,7 @@ app = typer.Typer(
 
 Model = Annotated[str, typer.Argument(help="Hub id, directory, or .gguf file.")]
 Out = Annotated[Path, typer.Option(help="Directory to write; an unfinished one is resumed.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the result to this file too.")]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -91,18 +93,38 @@ def compress(
     model: Model,
     out: Out,
     given: Given,
-    algorithm: Annotated[str | None, typer.Option(help="See `sparlow algorithms`. [default: 3basil]")] = None,
-    option: Annotated[list[str] | None, typer.Option(help="key=value of the algorithm's own; repeatable.")] = None,
+    algorithm: Algorithm = None,
+    option: AlgorithmOption = None,
 ) -> None:
     """Compress MODEL into the directory --out, with its perplexity beside the dense one."""
-    changes: dict[str, Any] = {} if algorithm is None else {"algorithm": algorithm}
-    if option or (algorithm and algorithm != given.base.algorithm):
-        kept = {} if algorithm and algorithm != given.base.algorithm else given.base.options
-        changes["options"] = {**kept, **parse_pairs(option or [])}
+    recipe = given.recipe_of(algorithm, option)
     with _resumable(), console.progress() as notify:
-        report = run_compression(model, given.recipe(**changes), out=out, **given.run, notify=notify)
+        report = run_compression(model, recipe, out=out, **given.run, **given.write, notify=notify)
     console.show_report(report)
     console.out.print(f"written to {out}: open {out / 'report.html'}", markup=False, highlight=False)
+
+
+@app.command()
+@takes_recipe
+def plan(
+    model: Model,
+    given: Given,
+    algorithm: Algorithm = None,
+    option: AlgorithmOption = None,
+    out: Annotated[Path | None, typer.Option(help="Directory that would be written, to see what is free.")] = None,
+    timed: Annotated[
+        bool, typer.Option("--time/--no-time", help="Try the algorithm on small layers, to tell how long a run takes.")
+    ] = True,
+    json_file: JsonFile = None,
+) -> None:
+    """Foresee what compress would keep and need with the same options; reads the config of MODEL, and no weights."""
+    from sparlow.estimate import plan as foresee
+
+    found = foresee(model, given.recipe_of(algorithm, option), out=out, **given.run, timed=timed)
+    console.show_plan(found)
+    if json_file:
+        with replacing(json_file) as partial:
+            partial.write_text(found.to_json(), "utf-8")
 
 
 @app.command()
@@ -124,7 +146,7 @@ def compare(
     names = list(variants()) if algorithms == "all" else split(algorithms)
     recipes = recipes_for(given.recipe(), names, parse_named_pairs(option or []), match)
     with _resumable(), console.progress() as notify:
-        found = run_comparison(model, recipes, out=out, **given.run, notify=notify)
+        found = run_comparison(model, recipes, out=out, **given.run, **given.write, notify=notify)
     console.show_comparison(found)
     console.out.print(f"written to {out}: compare.json and two figures", markup=False, highlight=False)
     if found.failed:
@@ -148,7 +170,7 @@ def evaluate(
         int | None, typer.Option(help="At most so many windows of each corpus and questions of each task.")
     ] = None,
     baseline: Annotated[str | None, typer.Option(help="A second model, such as the dense one, shown beside.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the result to this file too.")] = None,
+    json_file: JsonFile = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
     device: Device = "auto",
     trust_remote_code: Trust = False,

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from sparlow.algorithms import find
-from sparlow.compression import open_dense, windows_to_calibrate, windows_to_evaluate
+from sparlow.compression import foreseen, open_dense, windows_to_calibrate, windows_to_evaluate
 from sparlow.errors import InputError, RunError
 from sparlow.figures import draw, require_matplotlib
 from sparlow.job import Job
@@ -22,6 +22,7 @@ from sparlow.pipeline import budgets
 from sparlow.progress import Notify, labelled
 from sparlow.recipe import Recipe
 from sparlow.report import Report, machine, plain, versions
+from sparlow.room import require_room
 
 MATCHED = "+match"  # what a method's name ends in where it stands beside itself without matching
 VERSION = 1  # of the keys of compare.json
@@ -135,6 +136,7 @@ def compare(
     device: str = "auto",
     offload: str = "auto",
     overwrite: bool = False,
+    force: bool = False,
     trust_remote_code: bool = False,
     notify: Notify = lambda _: None,
 ) -> Comparison:
@@ -150,6 +152,7 @@ def compare(
         device: "auto", or torch's name of a device.
         offload: As of ``sparlow.compress``.
         overwrite: Do everything again.
+        force: As of ``sparlow.compress``.
         trust_remote_code: Let the model bring Python code of its own.
         notify: Called after every step; stages begin with the method's name.
 
@@ -163,6 +166,11 @@ def compare(
     out, first = Path(out), next(iter(recipes.values()))
     seqlen = evaluate_seqlen or first.seqlen
     _check(recipes, out, overwrite=overwrite)
+    if not force:
+        how: dict[str, Any] = {"evaluate": evaluate, "evaluate_seqlen": evaluate_seqlen, "limit": limit}
+        how |= {"device": device, "offload": offload, "trust_remote_code": trust_remote_code, "streamed": True}
+        works = {out / name: foreseen(model, recipe, **how) for name, recipe in recipes.items()}
+        require_room({folder: work for folder, work in works.items() if work})
     opening = functools.partial(
         open_dense, model, None, device=device, trust_remote_code=trust_remote_code, streamed=True
     )

@@ -14,15 +14,18 @@ from sparlow.errors import InputError
 from sparlow.evaluation import require_context, require_tokenizer
 from sparlow.job import Job
 from sparlow.model.blocks import decoder_blocks
+from sparlow.model.outline import UnknownAheadError, outline
 from sparlow.model.parts import survey, whole
 from sparlow.model.sampling import own_windows
-from sparlow.model.source import OpenedModel, for_computing, open_model
+from sparlow.model.source import OpenedModel, for_computing, located, open_model
 from sparlow.model.storage import Storage
 from sparlow.output import claimed
 from sparlow.progress import Notify
 from sparlow.recipe import GIVEN_WINDOWS, OWN_TEXT, Recipe
 from sparlow.report import Report
+from sparlow.room import require_room
 from sparlow.text import calibration_windows, evaluation_windows
+from sparlow.workload import Workload, workload
 
 
 def compress(
@@ -38,6 +41,7 @@ def compress(
     device: str = "auto",
     offload: str = "auto",
     overwrite: bool = False,
+    force: bool = False,
     trust_remote_code: bool = False,
     notify: Notify = lambda _: None,
 ) -> Report:
@@ -56,6 +60,7 @@ def compress(
         device: "auto" (an accelerator if there is one), or torch's name of a device. A model object stays where it is.
         offload: Where hidden states wait while other blocks are worked on: "cpu", "disk", or "auto" for what fits.
         overwrite: Replace a result of sparlow in ``out``.
+        force: Begin even where memory or disk will not do by what ``sparlow.plan`` foresees.
         trust_remote_code: Let a model bring Python code of its own.
         notify: Called after every step.
 
@@ -63,13 +68,27 @@ def compress(
         The report, which is also written to ``out`` as ``report.json`` and ``report.html``.
 
     Raises:
-        InputError: Something given cannot be used; what it is.
+        InputError: Something given cannot be used, or memory or disk will not do; what it is.
         RunError: The run could not go on; with ``out``, the same call resumes it.
     """
     recipe = with_calibration(recipe or Recipe(), calibration)
     # without a directory the result would have no place but memory
     streamed = out is not None
     with joined() as processes, claimed_by_first(processes, out, overwrite=overwrite):
+        if not force:
+            work = foreseen(
+                model,
+                recipe,
+                evaluate=evaluate,
+                evaluate_seqlen=evaluate_seqlen,
+                limit=limit,
+                device=device,
+                offload=offload,
+                trust_remote_code=trust_remote_code,
+                streamed=streamed,
+            )
+            if work:
+                require_room({Path(out) if out else None: work})
         opened, storage = open_dense(
             model, tokenizer, recipe, device, trust_remote_code=trust_remote_code, streamed=streamed
         )
@@ -89,6 +108,36 @@ def claimed_by_first(
     if out is None or not processes.first:
         return nullcontext()
     return claimed(Path(out), overwrite=overwrite, finished=finished)
+
+
+def foreseen(
+    model: str | Path | PreTrainedModel,
+    recipe: Recipe,
+    *,
+    evaluate: Sequence[str],
+    evaluate_seqlen: int | None,
+    limit: int | None,
+    device: str,
+    offload: str,
+    trust_remote_code: bool,
+    streamed: bool,
+) -> Workload | None:
+    """Return what ``compress`` would have to do; None where that is only seen when the weights are opened."""
+    if not isinstance(model, PreTrainedModel):
+        try:
+            model = outline(located(str(model)), dtype=recipe.dtype, trust_remote_code=trust_remote_code)
+        except UnknownAheadError:
+            return None
+    return workload(
+        model,
+        recipe,
+        device=pick_device(device),
+        offload=offload,
+        evaluate=evaluate,
+        evaluate_seqlen=evaluate_seqlen,
+        limit=limit,
+        streamed=streamed,
+    )
 
 
 def open_dense(

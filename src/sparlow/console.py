@@ -13,6 +13,7 @@ from rich.table import Table
 
 from sparlow.algorithms import Algorithm
 from sparlow.comparison import Comparison
+from sparlow.estimate import Plan
 from sparlow.evaluation import Evaluation
 from sparlow.model.inspection import LayerInfo
 from sparlow.page import megabytes, perplexities_of_finetuning, remarks, summary_rows
@@ -86,6 +87,55 @@ def show_comparison(found: Comparison) -> None:
         measured = (f"{row.mean_relative_error:.5f}", f"{row.seconds:.0f}", megabytes(row.bytes))
         rows.append((row.name, *perplexities, *measured, f"{row.bits_per_weight:.2f}"))
     out.print(_table(head, rows))
+
+
+def show_plan(found: Plan) -> None:
+    """The result of ``sparlow plan``: layers, sizes, memory and time."""
+    kinds = [
+        (
+            kind.name,
+            str(kind.count),
+            f"{kind.shape[0]} × {kind.shape[1]}",
+            kind.pattern or "dense",
+            str(kind.rank),
+            f"{kind.parameters:,}",
+            f"{kind.bytes_dense:,}",
+            f"{kind.bytes_kept:,}",
+        )
+        for kind in found.layers
+    ]
+    out.print(_table(("layer", "count", "shape", "pattern", "rank", "parameters", "bytes", "kept"), kinds))
+    rows = [(row["name"], str(row["count"]), f"{row['parameters']:,}", row["why"]) for row in found.not_compressed]
+    out.print(_table(("not compressed", "count", "parameters", "why"), rows))
+    _show_sizes(found)
+    here = f"of {found.device}" if found.peak_memory["device"] else "of the device"
+    parts = [(stage.name, megabytes(found.baseline + stage.cpu), megabytes(stage.device)) for stage in found.stages]
+    parts.append(("peak", megabytes(found.peak_memory["rss"]), megabytes(found.peak_memory["device"])))
+    parts.append(("free now", _free(found.available["rss"]), _free(found.available["device"])))
+    out.print(_table(("memory at most", "main", here), parts))
+    if found.seconds:
+        times = [(stage, f"{spent:,.0f}") for stage, spent in found.seconds.items() if spent]
+        out.print(_table(("time", "seconds"), times))
+    out.print(f"probed for {found.probe['seconds']:.1f} s", highlight=False)
+    for note in found.notes:
+        out.print(f"note: {escape(note)}", highlight=False)
+
+
+def _show_sizes(found: Plan) -> None:
+    sizes, files = found.bytes, found.disk
+    second = f" ({megabytes(files.second)} of it for a while, for --distill)" if files.second else ""
+    hidden = f"; {megabytes(files.hidden)} of hidden states in temporary files" if files.hidden else ""
+    out.print(
+        f"whole model {megabytes(sizes['dense'])} → {megabytes(sizes['compressed'])}, linear layers "
+        f"{megabytes(sizes['linears_dense'])} → {megabytes(sizes['linears_compressed'])}, "
+        f"{found.bits_per_weight:.2f} bits a weight\n"
+        f"disk {megabytes(files.out)}{second}{hidden}; {_free(found.available['disk'])} are free",
+        highlight=False,
+    )
+
+
+def _free(size: int | None) -> str:
+    return "–" if size is None else megabytes(size)
 
 
 def show_finetuning(report: Report) -> None:

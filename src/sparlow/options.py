@@ -16,6 +16,8 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, …")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
 Evaluate = Annotated[str, typer.Option(help="Comma-separated corpora or files for perplexity.")]
 Limit = Annotated[int | None, typer.Option(help="At most so many windows of each corpus.")]
+Algorithm = Annotated[str | None, typer.Option(help="See `sparlow algorithms`. [default: 3basil]")]
+AlgorithmOption = Annotated[list[str] | None, typer.Option(help="key=value of the algorithm's own; repeatable.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a finished result in --out.")]
 
 
@@ -26,16 +28,26 @@ class Given:
     Attributes:
         base: The file's recipe, or the default one.
         changes: Fields of it that were typed.
-        run: Keyword arguments that ``sparlow.compress`` and ``sparlow.comparison.compare`` share.
+        run: Keyword arguments that ``sparlow.compress``, ``sparlow.comparison.compare`` and ``sparlow.plan`` share.
+        write: Those of them that only say what may be written.
     """
 
     base: Recipe
     changes: dict[str, Any]
     run: dict[str, Any]
+    write: dict[str, Any]
 
     def recipe(self, **more: object) -> Recipe:
         """The file's recipe with the options, and ``more``."""
         return self.base.changed(**self.changes, **more)
+
+    def recipe_of(self, algorithm: str | None, option: Sequence[str] | None) -> Recipe:
+        """The recipe with one algorithm; another one than the file's does not take over the file's options of it."""
+        more: dict[str, Any] = {} if algorithm is None else {"algorithm": algorithm}
+        if option or (algorithm and algorithm != self.base.algorithm):
+            kept = {} if algorithm and algorithm != self.base.algorithm else self.base.options
+            more["options"] = {**kept, **parse_pairs(option or [])}
+        return self.recipe(**more)
 
 
 def given_options(
@@ -84,6 +96,9 @@ def given_options(
     ] = None,
     limit: Limit = None,
     overwrite: Overwrite = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Begin even where memory or disk will not do by what is foreseen.")
+    ] = False,
     trust_remote_code: Trust = False,
 ) -> Given:
     """The options that make a recipe, the algorithm left out, and those of running it."""
@@ -102,10 +117,10 @@ def given_options(
         "evaluate": split(evaluate),
         "evaluate_seqlen": evaluate_seqlen,
         "limit": limit,
-        "overwrite": overwrite,
         "trust_remote_code": trust_remote_code,
     }
-    return Given(Recipe.from_file(recipe) if recipe else Recipe(), options, run)
+    write = {"overwrite": overwrite, "force": force}
+    return Given(Recipe.from_file(recipe) if recipe else Recipe(), options, run, write)
 
 
 def takes_recipe(command: Callable[..., None]) -> Callable[..., None]:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sparlow.distributed import Processes
+from sparlow.distributed import ALONE, Processes
 from sparlow.model.blocks import Call
 from sparlow.model.distilling import PLAN as DISTILLING
 from sparlow.model.distilling import distill
@@ -42,20 +42,12 @@ class Teaching:
         self._plan, self._last_plan = (_wide(plan, processes) for plan in (plan_of(recipe), DISTILLING))
         judged = recipe.distill or (recipe.match and self._plan.patience)
         self.held_out = len(windows) // HELD_OUT if judged else 0
-        self._windows_at_once = max(MICRO_BATCH_TOKENS // windows.shape[1], 1) * processes.size
+        self.micro_batch = micro_batch(recipe, windows.shape[1], processes)
 
     @property
     def dense_targets(self) -> bool:
         """Whether blocks are matched to what the dense model has, not to what the dense block makes of their inputs."""
         return self._recipe.match and self._plan.dense_targets
-
-    @property
-    def micro_batch(self) -> int:
-        """Windows that pass through a block at a time, in all processes; while training, no more than a step takes."""
-        windows = self._windows_at_once
-        if self._recipe.match:
-            windows = min(windows, self._plan.batch)
-        return min(windows, self._last_plan.batch) if self._recipe.distill else windows
 
     def matched(
         self, i: int, block: nn.Module, calls: Mapping[int, Call], hidden: Shelf, targets: Shelf
@@ -106,6 +98,14 @@ class Teaching:
         """Give a trained block the values it will have once it was stored."""
         kept = [name.removeprefix(f"{self._blocks_name}.{i}.") for name in self._storage.exceptions]
         round_through(block, self._storage.dtype, kept)
+
+
+def micro_batch(recipe: Recipe, seqlen: int, processes: Processes = ALONE) -> int:
+    """Windows that pass through a block at a time, in all processes; while training, no more than a step takes."""
+    windows = max(MICRO_BATCH_TOKENS // seqlen, 1) * processes.size
+    if recipe.match:
+        windows = min(windows, _wide(plan_of(recipe), processes).batch)
+    return min(windows, _wide(DISTILLING, processes).batch) if recipe.distill else windows
 
 
 def _wide(plan: Plan, processes: Processes) -> Plan:

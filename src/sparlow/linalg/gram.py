@@ -74,15 +74,18 @@ class Gram:
 
     H: Tensor  # (in, in)
     dead: Tensor  # (in,) bool: inputs that were always zero
+    remember: int = RIDGES_KEPT  # bytes of ridge inverses, at most
     _added: list[float] = field(default_factory=list, repr=False, compare=False)  # damping that factorisations needed
     _ridges: dict[float, Tensor] = field(default_factory=dict, repr=False, compare=False)  # by ρ
 
     @classmethod
-    def damped(cls, H: Tensor, *, absolute: float = 0.005, relative: float = 0.005) -> "Gram":
+    def damped(
+        cls, H: Tensor, *, absolute: float = 0.005, relative: float = 0.005, remember: int = RIDGES_KEPT
+    ) -> "Gram":
         """Return the Gram of ``H + absolute·mean(diag H)·I + relative·diag(H)``.
 
         A dead column (H_jj = 0) gets H_jj = 1. Raises InputError if H (in, in) is not square, finite and of
-        non-negative diagonal, or a damping is negative.
+        non-negative diagonal, or a damping is negative. Ridge inverses of ``remember`` bytes are kept, see ``ridge``.
         """
         if H.ndim != 2 or H.shape[0] != H.shape[1]:  # noqa: PLR2004 - a matrix has two dimensions
             raise InputError(f"H must be a square matrix (in, in), not of shape {tuple(H.shape)}.")
@@ -96,7 +99,7 @@ class Gram:
         added = absolute * diagonal.mean() + relative * diagonal
         H = H.clone()
         H.diagonal().add_(torch.where(dead, 1.0, added))
-        return cls(H, dead)
+        return cls(H, dead, remember)
 
     @classmethod
     def identity(cls, features: int, device: torch.device | None = None) -> "Gram":
@@ -135,6 +138,11 @@ class Gram:
         """The most damping (in units of the diagonal) that a factorisation had to add so far; 0 if none had to."""
         return max(self._added, default=0.0)
 
+    @property
+    def remembered(self) -> int:
+        """Bytes of the ridge inverses it holds."""
+        return sum(M.nbytes for M in self._ridges.values())
+
     def _factorised(self, A: Tensor, what: str) -> Tensor:
         factor, damping = cholesky(A, what)
         if damping:
@@ -144,8 +152,8 @@ class Gram:
     def ridge(self, rho: float) -> Tensor:
         """M_ρ = ρ (H̃ + ρI)⁻¹ (in, in), symmetric; remembered, so not to be written into.
 
-        The first that fit into ``RIDGES_KEPT`` stay: a solve that is repeated begins with the same ρ every time, and to
-        forget the oldest instead would mean to have none when it starts again.
+        The first that fit into ``remember`` bytes stay: a solve that is repeated begins with the same ρ every time, and
+        to forget the oldest instead would mean to have none when it starts again.
         """
         if rho in self._ridges:
             return self._ridges[rho]
@@ -154,7 +162,7 @@ class Gram:
         factor = self._factorised(shifted, "H̃ + ρI")
         del shifted  # of a wide layer, each of these is the largest matrix there is
         M = torch.cholesky_inverse(factor).mul_(rho)
-        if (len(self._ridges) + 1) * M.nbytes <= RIDGES_KEPT:
+        if (len(self._ridges) + 1) * M.nbytes <= self.remember:
             self._ridges[rho] = M
         return M
 

@@ -71,12 +71,11 @@ def open_model(
     Raises:
         InputError: nothing usable is there, or the dtype or the device does not exist.
     """
-    if dtype not in _DTYPES:
-        raise InputError(f"dtype must be one of {', '.join(_DTYPES)}, not {dtype!r}")
-    _check_device(device)
-    where = _located(name)
+    wanted = typed(dtype)
+    check_device(device)
+    where = located(name)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
-    loading = functools.partial(_loaded, name, where, dtype=_DTYPES[dtype], use_safetensors=True, **options)
+    loading = functools.partial(_loaded, name, where, dtype=wanted, use_safetensors=True, **options)
     warnings: tuple[str, ...] = ()
     if streamed:
         try:
@@ -114,15 +113,23 @@ def for_computing(model: PreTrainedModel) -> PreTrainedModel:
     return cast("PreTrainedModel", untyped.to(torch.float32)) if half else model
 
 
-def _check_device(device: str) -> None:
+def typed(dtype: str) -> Any:  # noqa: ANN401 - "auto" or a torch.dtype, as transformers takes it
+    """Return what transformers calls a type of weights; InputError if there is none of this name."""
+    if dtype not in _DTYPES:
+        raise InputError(f"dtype must be one of {', '.join(_DTYPES)}, not {dtype!r}")
+    return _DTYPES[dtype]
+
+
+def check_device(device: str) -> None:
+    """Raise InputError if torch has no such device here."""
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch without that backend asserts
         raise InputError(f"the device {device!r} cannot be used: {_first_line(error)}") from error
 
 
-def _located(name: str) -> str:
-    """Return what transformers can open: a directory or a hub id."""
+def located(name: str) -> str:
+    """Return what transformers can open, a directory or a hub id; a .gguf file is converted."""
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
         return str(_converted(path))

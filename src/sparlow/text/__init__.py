@@ -29,6 +29,19 @@ file joined by spaces and cut to 256 windows; everything else is joined by two l
 """
 
 from sparlow.text.corpora import CORPORA
-from sparlow.text.windows import calibration_windows, evaluation_windows, fingerprint, training_windows
+from sparlow.text.windows import (
+    calibration_windows,
+    evaluation_windows,
+    expected_windows,
+    fingerprint,
+    training_windows,
+)
 
-__all__ = ["CORPORA", "calibration_windows", "evaluation_windows", "fingerprint", "training_windows"]
+__all__ = [
+    "CORPORA",
+    "calibration_windows",
+    "evaluation_windows",
+    "expected_windows",
+    "fingerprint",
+    "training_windows",
+]

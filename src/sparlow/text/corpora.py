@@ -28,6 +28,7 @@ class Corpus:
         running_text: the documents are the lines of one text, so calibration joins them as well.
         first_documents: evaluation reads no more than these.
         first_windows: evaluation keeps no more than these.
+        characters: of the text for evaluation, about; None where that is not known before it is read.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Corpus:
     running_text: bool = False
     first_documents: int | None = None
     first_windows: int | None = None
+    characters: int | None = None
 
     def calibration_documents(self, seed: int) -> Iterator[str]:
         """The documents for calibration, one at a time in seeded order."""
@@ -63,6 +65,7 @@ _NAMED = (
         summary="Python's own language reference, a third of a megabyte of prose; needs no network",
         calibration=LanguageReference("calibration"),
         evaluation=LanguageReference("evaluation"),
+        characters=100_000,
     ),
     Corpus(
         name="c4",
@@ -79,6 +82,7 @@ _NAMED = (
         calibration=HubSplit(_WIKITEXT, ("train",), config=_WIKITEXT_CONFIG),
         evaluation=HubSplit(_WIKITEXT, ("test",), config=_WIKITEXT_CONFIG),
         running_text=True,
+        characters=1_300_000,
     ),
     Corpus(
         name="ptb",
@@ -91,6 +95,7 @@ _NAMED = (
         ),
         separator=" ",
         running_text=True,
+        characters=450_000,
     ),
 )
 
@@ -112,7 +117,7 @@ def find_corpus(name: str) -> Corpus:
         raise InputError(f"{name!r} is a directory: give one text file.")
     if path.exists():
         source = LocalFile(path)
-        return Corpus(name, "a local file", calibration=source, evaluation=source)
+        return Corpus(name, "a local file", calibration=source, evaluation=source, characters=path.stat().st_size)
     ending = path.suffix.lower()
     hub_id = _HUB_ID.fullmatch(name)
     if hub_id and ending not in _FILE_ENDINGS:

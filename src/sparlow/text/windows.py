@@ -15,6 +15,9 @@ from sparlow.text.corpora import find_corpus
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_CHARACTERS = 4  # a token of English, about; where a vocabulary is small, every character is one
+_SMALL_VOCABULARY = 1024
+_UNKNOWN_WINDOWS = 256  # of a text that is on the hub, as of c4
 _PATIENCE = 200  # documents a sample; of the first thousand of C4, 32 have 2048 tokens and 6 have 4096
 
 
@@ -113,6 +116,24 @@ def evaluation_windows(
         )
     count = min(bound for bound in (len(ids) // seqlen, found.first_windows, limit) if bound is not None)
     return torch.tensor(ids[: count * seqlen], dtype=torch.int64).view(count, seqlen)
+
+
+def expected_windows(corpus: str, vocabulary: int, *, seqlen: int, limit: int | None = None) -> int:
+    """Return about how many windows `evaluation_windows` will cut, before any text is read.
+
+    Args:
+        corpus: a name of `CORPORA`, the path of a file, or a hub data set.
+        vocabulary: tokens there are.
+        seqlen: tokens in a window.
+        limit: at most so many windows.
+
+    Raises:
+        InputError: there is no such corpus, or no such file.
+    """
+    found = find_corpus(corpus)
+    tokens = (found.characters or 0) // (_CHARACTERS if vocabulary > _SMALL_VOCABULARY else 1)
+    cut = _UNKNOWN_WINDOWS if found.characters is None else max(tokens // seqlen, 1)
+    return min(bound for bound in (cut, found.first_windows, limit) if bound is not None)
 
 
 def fingerprint(windows: Tensor) -> str:
