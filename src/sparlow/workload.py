@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from sparlow.allocation import Budget, Shape
 from sparlow.evaluation import require_context
 from sparlow.model.blocks import decoder_blocks, linears
-from sparlow.model.matching import Plan as Matching
+from sparlow.model.fitting import Plan as Matching
 from sparlow.model.offload import place
 from sparlow.model.outline import shared_inputs
 from sparlow.model.source import check_device
