@@ -1,6 +1,6 @@
 """One compression by several processes beside the same by one: how far apart they end, bytes sent, seconds.
 
-    python benchmarks/distributed.py MODEL [--processes 2] [--json FILE] -- OPTIONS
+    python benchmarks/distributed.py [--processes 2] [--json FILE] MODEL -- OPTIONS
 
 OPTIONS are those of ``sparlow compress``. Each process has one thread here. Printed are the largest difference between
 the relative errors of a layer, relative to the one process's; both perplexities; seconds without evaluation; and the
@@ -24,10 +24,11 @@ def main() -> None:
     """Run both and print the comparison."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model")
-    parser.add_argument("options", nargs="*", help="of sparlow compress, after --")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("options", nargs=argparse.REMAINDER, help="of sparlow compress, after --")
     args = parser.parse_args()
+    args.options = [option for option in args.options if option != "--"]
     with tempfile.TemporaryDirectory() as folder:
         alone = _run(Path(folder) / "alone", 1, args)
         several = _run(Path(folder) / "several", args.processes, args)
