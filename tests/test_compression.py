@@ -42,6 +42,7 @@ KEYS = {  # of report.json: design 4b, and which model and which version of the 
     "layers",
     "matching",
     "distillation",
+    "processes",
     "finetuning",
     "not_compressed",
     "counts",
