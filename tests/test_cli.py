@@ -1,9 +1,11 @@
+import contextlib
 import io
 import json
 import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -656,3 +658,18 @@ def test_help_tells_every_field_of_a_recipe(capsys):
         "algorithms",
         "demo",
     }
+
+
+def test_what_compiled_code_makes_of_ctrl_c_still_is_ctrl_c(monkeypatch, capsys):
+    def interrupted(*_, **__):
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        raise ValueError("could not determine the shape of object type")  # as a caller in C that lost the exception
+
+    monkeypatch.setattr("sparlow.cli.run_compression", interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit) as stop:
+        main(["compress", "model", "--out", "out"])
+    assert stop.value.code == 130
+    assert "stopped: the same command resumes" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is before

@@ -2,12 +2,15 @@
 
 import json
 import logging
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -317,9 +320,25 @@ def demo(
 
 @contextmanager
 def _resumable(unit: str = "finished block") -> Iterator[None]:
-    """Say how to go on after Ctrl-C, which typer then turns into the exit code 130."""
+    """Say how to go on after Ctrl-C, which typer then turns into the exit code 130.
+
+    Compiled code that is interrupted may swallow the exception and raise one of its own, so the signal itself is noted.
+    """
+    came: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        signal.default_int_handler(number, frame)
+
+    ours = threading.current_thread() is threading.main_thread()  # no other may handle signals
+    before = signal.signal(signal.SIGINT, note) if ours else None
     try:
         yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Exception) as error:
+        if not came and not isinstance(error, KeyboardInterrupt):
+            raise
         console.err.print(f"stopped: the same command resumes the run from its last {unit}")
-        raise
+        raise KeyboardInterrupt from error
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, before)
