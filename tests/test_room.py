@@ -6,7 +6,7 @@ from families import save_tiny
 from sparlow import room
 from sparlow.comparison import compare
 from sparlow.errors import InputError
-from sparlow.footprint import disk, peak, stages
+from sparlow.footprint import disk, stages
 from sparlow.model.outline import outline
 from sparlow.probe import BOUND
 from sparlow.recipe import GIVEN_WINDOWS, Recipe
@@ -27,7 +27,7 @@ def folder(tmp_path_factory):
 
 def needed(folder, recipe=RECIPE, **changes):
     work = workload(outline(str(folder)), recipe, device="cpu", **{"offload": "cpu", **changes})
-    return peak(stages(work, BOUND))[0].cpu
+    return max(stage.cpu for stage in stages(work, BOUND))
 
 
 def compressed(folder, out, recipe=RECIPE, **options):

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from sparlow.algorithms import find
-from sparlow.compression import foreseen, open_dense, windows_to_calibrate, windows_to_evaluate
+from sparlow.compression import foreseen, known_ahead, open_dense, windows_to_calibrate, windows_to_evaluate
 from sparlow.errors import InputError, RunError
 from sparlow.figures import draw, require_matplotlib
 from sparlow.job import Job
@@ -169,7 +169,8 @@ def compare(
     if not force:
         how: dict[str, Any] = {"evaluate": evaluate, "evaluate_seqlen": evaluate_seqlen, "limit": limit}
         how |= {"device": device, "offload": offload, "trust_remote_code": trust_remote_code, "streamed": True}
-        works = {out / name: foreseen(model, recipe, **how) for name, recipe in recipes.items()}
+        shape = known_ahead(model, first.dtype, trust_remote_code=trust_remote_code) or model  # one for all recipes
+        works = {out / name: foreseen(shape, recipe, **how) for name, recipe in recipes.items()}
         require_room({folder: work for folder, work in works.items() if work})
     opening = functools.partial(
         open_dense, model, None, device=device, trust_remote_code=trust_remote_code, streamed=True

@@ -101,13 +101,21 @@ def compress(
         return job.go(evaluation)
 
 
-def claimed_by_first(
-    processes: Processes, out: str | Path | None, *, overwrite: bool, finished: bool = False
-) -> AbstractContextManager[None]:
+def claimed_by_first(processes: Processes, out: str | Path | None, *, overwrite: bool) -> AbstractContextManager[None]:
     """See ``output.claimed``; the first of several processes claims the directory, if there is one, for all of them."""
     if out is None or not processes.first:
         return nullcontext()
-    return claimed(Path(out), overwrite=overwrite, finished=finished)
+    return claimed(Path(out), overwrite=overwrite)
+
+
+def known_ahead(model: str | Path | PreTrainedModel, dtype: str, *, trust_remote_code: bool) -> PreTrainedModel | None:
+    """Return the outline of a model, an object as it is; None where only its weights say what it holds."""
+    if isinstance(model, PreTrainedModel):
+        return model
+    try:
+        return outline(located(str(model)), dtype=dtype, trust_remote_code=trust_remote_code)
+    except UnknownAheadError:
+        return None
 
 
 def foreseen(
@@ -123,13 +131,11 @@ def foreseen(
     streamed: bool,
 ) -> Workload | None:
     """Return what ``compress`` would have to do; None where that is only seen when the weights are opened."""
-    if not isinstance(model, PreTrainedModel):
-        try:
-            model = outline(located(str(model)), dtype=recipe.dtype, trust_remote_code=trust_remote_code)
-        except UnknownAheadError:
-            return None
+    shape = known_ahead(model, recipe.dtype, trust_remote_code=trust_remote_code)
+    if shape is None:
+        return None
     return workload(
-        model,
+        shape,
         recipe,
         device=pick_device(device),
         offload=offload,

@@ -121,20 +121,15 @@ def joined() -> Iterator[Processes]:
     if not given and int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Processes()
         return
+    if not dist.is_available():
+        raise InputError("This torch has no torch.distributed: start one process, without torchrun.")
     if not given:
-        require_distributed()
         dist.init_process_group(timeout=PATIENCE)  # by default gloo for tensors on the CPU and NCCL for those on CUDA
     try:
         yield Processes(dist.get_rank(), dist.get_world_size())
     finally:
         if not given:
             dist.destroy_process_group()
-
-
-def require_distributed() -> None:
-    """Raise InputError if this torch cannot work in several processes."""
-    if not dist.is_available():
-        raise InputError("This torch has no torch.distributed: start one process, without torchrun.")
 
 
 def require_one(command: str) -> None:

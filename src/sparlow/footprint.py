@@ -76,11 +76,6 @@ def stages(work: Workload, space: Workspace) -> list[Stage]:
     return list(_Counted(work, space).all())
 
 
-def peak(counted: list[Stage]) -> tuple[Stage, Stage]:
-    """The stage that needs the most main memory, and the one that needs the most of the accelerator's."""
-    return max(counted, key=lambda s: s.cpu), max(counted, key=lambda s: s.device)
-
-
 def _targets(work: Workload) -> int:
     """Further copies of the hidden states: what the dense model has at this place."""
     recipe = work.recipe
