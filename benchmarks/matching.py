@@ -1,12 +1,13 @@
 """What each choice in transformer matching gives: the same compressed blocks, matched in several ways.
 
     python benchmarks/matching.py MODEL COMPRESSED --calibration c4.jsonl --evaluate wikitext2_test.raw [--blocks 8]
-        [--variants default,paper] [--json FILE]
+        [--variants blocks,paper] [--json FILE]
 
 COMPRESSED is what ``sparlow compress MODEL`` wrote, without matching. For each variant its first --blocks blocks are
 matched one after the other, each fed by those before it; the blocks behind them stay dense. Printed are the error of
 what leaves the last of them, relative to the dense model's and token by token, on windows that were not trained on;
-the perplexity; and the seconds. Solves do not see matched blocks here, so a whole run with --match may end lower.
+the perplexity; and the seconds. Solves do not see matched blocks here, so a whole run with
+--match --match-preset blocks may end lower.
 """
 
 import argparse
@@ -30,18 +31,18 @@ from sparlow.model.source import for_computing, open_model
 from sparlow.model.trainable import round_through
 from sparlow.text import calibration_windows, evaluation_windows
 
-DEFAULT = PRESETS["default"]
+BLOCKS = PRESETS["blocks"]
 VARIANTS: dict[str, Plan] = {
-    "none": replace(DEFAULT, epochs=0),
+    "none": replace(BLOCKS, epochs=0),
     "paper": PRESETS["paper"],
-    "default": DEFAULT,
-    "own-targets": replace(DEFAULT, dense_targets=False),
-    "plain-loss": replace(DEFAULT, relative=False),
-    "batch-8": replace(DEFAULT, batch=8),
-    "half-rate": replace(DEFAULT, lr=DEFAULT.lr / 2, rest_lr=DEFAULT.rest_lr / 2),
-    "double-rate": replace(DEFAULT, lr=DEFAULT.lr * 2, rest_lr=DEFAULT.rest_lr * 2),
-    "six-epochs": replace(DEFAULT, epochs=6),
-    "norms-still": replace(DEFAULT, rest_lr=0.0),
+    "blocks": BLOCKS,
+    "own-targets": replace(BLOCKS, dense_targets=False),
+    "plain-loss": replace(BLOCKS, relative=False),
+    "batch-8": replace(BLOCKS, batch=8),
+    "half-rate": replace(BLOCKS, lr=BLOCKS.lr / 2, rest_lr=BLOCKS.rest_lr / 2),
+    "double-rate": replace(BLOCKS, lr=BLOCKS.lr * 2, rest_lr=BLOCKS.rest_lr * 2),
+    "six-epochs": replace(BLOCKS, epochs=6),
+    "norms-still": replace(BLOCKS, rest_lr=0.0),
 }
 
 

@@ -5,9 +5,9 @@
 
 Prints the seconds of the walk, the statistics, the solves, saving and measuring, from the report's own clock, and the
 perplexities. --blocks compresses only so many blocks at the front and leaves the rest dense. --against-paper does the
-same with ``schedule=paper``. --match compresses every block once, trains two copies of it by the default preset and by
+same with ``schedule=paper``. --match compresses every block once, trains two copies of it by the preset "blocks" and by
 the paper's on the same inputs, and judges both on windows that neither was trained on, by both presets' losses; the
-default one goes on to the next block.
+first goes on to the next block.
 """
 
 import argparse
@@ -66,7 +66,7 @@ def matched(args: argparse.Namespace, recipe: Recipe) -> list[dict[str, Any]]:
     name, blocks = decoder_blocks(opened.model)
     allowed, windows = budgets(name, blocks, recipe), windows_to_calibrate(None, opened, recipe)
     apart = len(windows) // HELD_OUT  # neither is trained on these
-    recording = record(opened.model, windows, micro_batch=PRESETS["default"].batch, apart=apart)
+    recording = record(opened.model, windows, micro_batch=PRESETS["blocks"].batch, apart=apart)
     hidden, rows = recording.hidden, []
     for i in range(min(args.blocks or len(blocks), len(blocks))):
         calls, targets, clock = recording.calls[i], hidden.fresh(), Clock()
@@ -75,10 +75,10 @@ def matched(args: argparse.Namespace, recipe: Recipe) -> list[dict[str, Any]]:
             block, where, calls, hidden, recipe, allowed, storage.dtype, clock, lambda _: None, outputs=targets
         )
         row: dict[str, Any] = {"block": i}
-        for preset in ("paper", "default"):
+        for preset in ("paper", "blocks"):
             block = copy.deepcopy(blocks[i])
             plan = plan_of(recipe.changed(match=True, match_preset=preset))
-            # the default one sets aside the last of what it is given to stop by; the paper's trains on all of it
+            # the first sets aside the last of what it is given to stop by; the paper's trains on all of it
             held = 1 if plan.patience else 0
             done = match(block, calls, hidden[:-1], targets[:-1], plan, held_out=held, seed=i)
             judged = {
@@ -87,7 +87,7 @@ def matched(args: argparse.Namespace, recipe: Recipe) -> list[dict[str, Any]]:
             }
             row[preset] = {"seconds": done.seconds, "epochs": done.epochs, **judged}
         rows.append(row)
-        print(f"block {i}: " + "; ".join(f"{p} {_words(row[p])}" for p in ("default", "paper")), flush=True)
+        print(f"block {i}: " + "; ".join(f"{p} {_words(row[p])}" for p in ("blocks", "paper")), flush=True)
         with torch.no_grad():
             hidden = pass_through(block, hidden, calls)
     return rows

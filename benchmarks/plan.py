@@ -1,6 +1,7 @@
 """What `sparlow plan` foresees beside what a run then takes, each in a process of its own.
 
-    python benchmarks/plan.py [--widths 512,1024] [--blocks 2] [--model DIR] [--option effort=0.1] [--match] [--json F]
+    python benchmarks/plan.py [--widths 512,1024] [--blocks 2] [--model DIR] [--option effort=0.1]
+        [--match PRESET] [--json FILE]
 
 Writes checkpoints with random weights (benchmarks/_shapes.py) of so many blocks into a temporary folder, calibrates on
 random windows and measures no perplexity; --model takes a model that is there instead, calibrates on the builtin text
@@ -27,6 +28,7 @@ STAGES = {  # of a plan: what of a report it is
     "evaluate": ("evaluate",),
     "walk": ("walk", "statistics"),
     "solve": ("solve",),
+    "matching": ("matching",),
     "save": ("save",),
 }
 
@@ -65,7 +67,8 @@ def compared(name: str, folder: Path, args: argparse.Namespace, *, vocabulary: i
     """Plan, run, and print both."""
     recipe: dict[str, Any] = {"samples": args.samples, "seqlen": args.seqlen, "algorithm": args.algorithm}
     recipe |= {"pattern": args.pattern, "options": dict(pair.split("=") for pair in args.option)}
-    recipe |= {"match": args.match, "distill": args.distill}
+    if args.match:
+        recipe |= {"match": True, "match_preset": args.match}
     call = {"folder": str(folder), "recipe": recipe, "text": text, "limit": args.limit, "vocabulary": vocabulary}
     plan, run = (in_a_process({**call, "do": what}) for what in ("plan", "compress"))
     predicted, measured = plan["peak_memory"]["rss"], run["peak"]
@@ -79,7 +82,6 @@ def compared(name: str, folder: Path, args: argparse.Namespace, *, vocabulary: i
     parts = {
         stage: (plan["seconds"][stage], sum(run["seconds"][part] for part in parts)) for stage, parts in STAGES.items()
     }
-    parts["matching"] = (plan["seconds"]["matching"] + plan["seconds"]["distill"], run["seconds"]["matching"])
     print("   seconds: " + ", ".join(f"{stage} {p:.1f} → {m:.1f}" for stage, (p, m) in parts.items()))
     rows = (f"{s['name']} {(plan['baseline'] + s['cpu']) / GB:.2f}" for s in plan["stages"])
     print(f"   memory: before {plan['baseline'] / GB:.2f}, " + ", ".join(rows), flush=True)
@@ -95,8 +97,7 @@ def main() -> None:
     parser.add_argument("--algorithm", default="3basil")
     parser.add_argument("--pattern", default="2:4")
     parser.add_argument("--option", action="append", default=[], help="key=value of the algorithm; repeatable")
-    parser.add_argument("--match", action="store_true")
-    parser.add_argument("--distill", type=int, default=0)
+    parser.add_argument("--match", metavar="PRESET", help="also train, by this preset of --match-preset")
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--seqlen", type=int, default=256)
     parser.add_argument("--limit", type=int, default=8, help="windows of perplexity, with --model")

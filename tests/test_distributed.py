@@ -63,8 +63,8 @@ def model(models):
 MODES = {
     "solves": [],
     "error": ["--allocate", "error", "--pattern", "0.5"],
-    "matching": ["--match", "--match-batch", "4"],
-    "distillation": ["--distill", "1"],
+    "matching": ["--match", "--match-preset", "blocks", "--match-batch", "4"],
+    "distillation": ["--match", "--match-epochs", "1"],
 }
 
 

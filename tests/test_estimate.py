@@ -153,9 +153,13 @@ def test_hidden_states_are_counted_where_they_wait(folder):
 
 def test_each_option_that_takes_memory_is_counted(folder):
     plain = counted(worked(folder, RECIPES["rank"]))
-    more = worked(folder, RECIPES["rank"].changed(match=True, distill=1, calibration="self"))
-    assert counted(more).keys() - plain.keys() == {"matching", "distilling", "writing calibration text"}
-    assert disk(more).second == sum(block.kept_bytes(2) for block in more.blocks)
+    more = worked(folder, RECIPES["rank"].changed(match=True, calibration="self"))
+    assert counted(more).keys() - plain.keys() == {"distilling", "writing calibration text"}
+    by_block = worked(folder, RECIPES["rank"].changed(match=True, match_preset="blocks"))
+    assert counted(by_block).keys() - plain.keys() == {"matching"}
+    assert disk(by_block).second == 0
+    state = 4 * 4 * sum(block.trained for block in more.blocks)
+    assert disk(more).second == state + max(state, sum(block.kept_bytes(2) for block in more.blocks))
     assert disk(more).out == more.kept_bytes + disk(more).second
     whole = counted(worked(folder, RECIPES["rank"], streamed=False))
     assert all(whole[stage] > size for stage, size in plain.items() if stage in ("solving", "passing on", "saving"))

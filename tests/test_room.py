@@ -64,21 +64,21 @@ def test_only_what_fits_is_named(folder, tmp_path, monkeypatch):
     recipe = RECIPE.changed(samples=4096)
     monkeypatch.setattr(room, "memory_available", lambda: needed(folder, recipe) + HIDDEN)
     ids = torch.zeros(4096, 64, dtype=torch.int64)
-    with pytest.raises(InputError, match="no --distill") as refusal:
-        sparlow.compress(folder, recipe.changed(distill=1), calibration=ids, out=tmp_path, evaluate=(), offload="cpu")
-    assert "--no-match" not in str(refusal.value)
+    with pytest.raises(InputError, match="--no-match") as refusal:
+        sparlow.compress(folder, recipe.changed(match=True), calibration=ids, out=tmp_path, evaluate=(), offload="cpu")
     assert "--evaluate" not in str(refusal.value)
+    assert "--match-preset" not in str(refusal.value)  # that needs as many copies of the hidden states
 
 
 def test_where_no_option_is_enough_the_fewest_together_are_named(folder):
-    recipe = RECIPE.changed(distill=1, match=True)
+    recipe = RECIPE.changed(match=True)
     work = workload(outline(str(folder)), recipe, device="cpu", offload="cpu")
 
     def fits(changed):
-        return changed.place == "disk" and not changed.recipe.distill
+        return changed.place == "disk" and not changed.together
 
-    assert room.fitting(work, fits) == ["--offload disk and no --distill"]
-    everything = "--offload disk and no --distill and --no-match and --samples 64"
+    assert room.fitting(work, fits) == ["--offload disk and --match-preset blocks", "--offload disk and --no-match"]
+    everything = "--offload disk and --no-match and --samples 64"
     assert room.fitting(work, lambda w: fits(w) and not w.recipe.match and w.recipe.samples <= 64) == [everything]
     assert room.fitting(work, lambda w: w.recipe.samples <= 100) == ["--samples 64"]
     assert room.fitting(work, lambda _: False) == []
@@ -120,10 +120,10 @@ def test_too_little_disk_is_told_and_what_is_there_counts(folder, tmp_path, monk
 
 
 def test_disk_for_the_last_pass_is_counted(folder, tmp_path, monkeypatch):
-    recipe = RECIPE.changed(distill=1)
+    recipe = RECIPE.changed(match=True)
     size = disk(workload(outline(str(folder)), recipe, device="cpu", offload="cpu")).out
     monkeypatch.setattr(room, "disk_available", lambda _: size - 1)
-    assert "it fits with no --distill" in refused(folder, tmp_path / "out", recipe)
+    assert "it fits with --match-preset blocks or --no-match" in refused(folder, tmp_path / "out", recipe)
     compressed(folder, tmp_path / "out")
 
 

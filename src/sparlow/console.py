@@ -123,7 +123,7 @@ def show_plan(found: Plan) -> None:
 
 def _show_sizes(found: Plan) -> None:
     sizes, files = found.bytes, found.disk
-    second = f" ({megabytes(files.second)} of it for a while, for --distill)" if files.second else ""
+    second = f" ({megabytes(files.second)} of it for a while, for --match)" if files.second else ""
     hidden = f"; {megabytes(files.hidden)} of hidden states in temporary files" if files.hidden else ""
     out.print(
         f"whole model {megabytes(sizes['dense'])} → {megabytes(sizes['compressed'])}, linear layers "

@@ -1,7 +1,7 @@
 """The time a run needs, stage by stage: what is counted from shapes, over what this machine was seen to do."""
 
 from sparlow.linalg.gram import PANELS
-from sparlow.model.distilling import PLAN as DISTILLING
+from sparlow.model.fitting import Plan
 from sparlow.model.sampling import AT_ONCE
 from sparlow.probe import Solver, Speed
 from sparlow.recipe import OWN_TEXT
@@ -31,8 +31,7 @@ def seconds(work: Workload, speed: Speed, solver: Solver) -> dict[str, float]:
         "evaluate": counted.evaluating(),
         "walk": counted.walking(),
         "solve": sum(_solved(block, solver) for block in work.blocks),
-        "matching": counted.matching() if work.recipe.match else 0.0,
-        "distill": counted.distilling() if work.recipe.distill else 0.0,
+        "matching": counted.training(),
         "save": counted.saving(),
     }
     return {**found, "total": sum(found.values())}
@@ -99,7 +98,7 @@ class _Counted:
         tokens, seqlen = work.tokens, work.recipe.seqlen
         total = self._loading()
         for i, block in enumerate(work.blocks):
-            seen = block.compressed or work.recipe.match
+            seen = block.compressed or work.by_block
             grams = sum(HALF * 2 * tokens * features**2 for features in block.inputs.values()) if seen else 0
             surveyed = work.recipe.allocate != "uniform"
             total += (bool(seen) + surveyed) * self._pass(block, tokens, seqlen)
@@ -107,35 +106,29 @@ class _Counted:
             total += self._pass(block, tokens, seqlen, low_rank=True) if i + 1 < len(work.blocks) else 0.0
         return total
 
-    def _training(self, block: Block, epochs: int, batch: int) -> float:
+    def _trained(self, block: Block, plan: Plan) -> float:
         """All epochs of one block, the judgement after each included; the head is not counted."""
         work = self.work
         once = self._pass(block, work.tokens, work.recipe.seqlen)
-        steps = -(-work.recipe.samples // batch)
+        steps = -(-work.recipe.samples // plan.batch)
         weights = sum(layer.weights for layer in block.compressed)
         packed = steps * PACKED_PASSES * weights * self.size / self.speed.memory
-        return epochs * (BACKWARD * once + packed)
+        return plan.epochs * (BACKWARD * once + packed)
 
-    def matching(self) -> float:
-        """Targets and training of every block."""
-        work, plan = self.work, self.work.matching
+    def training(self) -> float:
+        """Targets, and all epochs of each block by itself or of all together, with the logits of both models then."""
+        work = self.work
+        plan = work.by_block or work.together
+        if not plan:
+            return 0.0
         goals = sum(self._pass(block, work.tokens, work.recipe.seqlen) for block in work.blocks)
-        trained = sum(self._training(block, plan.epochs, plan.batch) for block in work.blocks)
-        return goals * plan.dense_targets + trained
-
-    def distilling(self) -> float:
-        """Training of all blocks towards logits: those of the dense model once, their own with gradients."""
-        work, epochs = self.work, self.work.recipe.distill
-        heads = epochs * (1 + BACKWARD) * 2 * work.tokens * work.vocabulary * work.features / self.speed.products
-        goals = (
-            0.0
-            if work.recipe.match
-            else sum(self._pass(block, work.tokens, work.recipe.seqlen) for block in work.blocks)
-        )
-        return goals + heads + sum(self._training(block, epochs, DISTILLING.batch) for block in work.blocks)
+        head = 2 * work.tokens * work.vocabulary * work.features / self.speed.products
+        heads = plan.epochs * (1 + BACKWARD) * head * plan.together
+        trained = sum(self._trained(block, plan) for block in work.blocks)
+        return goals * (plan.dense_targets or plan.together) + heads + trained
 
     def saving(self) -> float:
         """Packing, writing, checksums."""
         work = self.work
-        written = WRITTEN * work.kept_bytes * (2 if work.recipe.distill else 1)
+        written = WRITTEN * work.kept_bytes * (2 if work.together else 1)
         return written / self.speed.hashing + CHECKED * work.parameters * self.size / self.speed.memory

@@ -230,7 +230,7 @@ def _notes(work: Workload) -> list[str]:
         notes.append(f"--allocate {recipe.allocate} moves {moved} between layers; values in all stay about these")
     if not work.streamed and not work.there:
         notes.append("a weight of a block is shared with another, so the whole model is held in memory")
-    if work.recipe.match or work.recipe.distill:
+    if work.recipe.match:
         notes.append("training may stop early, so it may take less time")
     if recipe.calibration != "windows":
         notes.append("time to fetch the model and the text is not counted")

@@ -26,6 +26,7 @@ LOGITS = 3  # of a piece at a time: as they come, in float32, their logarithms
 LOOKED_AT = 3  # bytes an entry that a look for NaN takes beside a tensor's own copy
 ADAM = 4 * FLOAT  # a number that is trained: itself, its gradient, two moments
 BEST = 2 * FLOAT  # the parameters of the best epoch, and of a better one before those are let go
+STATE = 4  # numbers in a state of a training for each that is trained: now, at its best, two moments
 SAVED_LOGITS = 6  # of a piece at a time, while distilling: both models', in two forms, and gradients
 
 
@@ -50,7 +51,8 @@ class Disk:
 
     Attributes:
         out: In the output directory at its fullest.
-        second: Of these, the copy of the blocks that ``--distill`` writes before it replaces the first.
+        second: Of these, what is there for a while when all blocks are trained together: states of the training, the
+            copy of the blocks that replaces the first.
         hidden: Temporary ones, of hidden states.
     """
 
@@ -61,7 +63,10 @@ class Disk:
 
 def disk(work: Workload) -> Disk:
     """What a run writes."""
-    second = sum(block.kept_bytes(work.stored) for block in work.blocks) if work.recipe.distill else 0
+    second = 0
+    if work.together:
+        state = STATE * FLOAT * sum(block.trained for block in work.blocks)
+        second = state + max(state, sum(block.kept_bytes(work.stored) for block in work.blocks))
     copies = WALKED + (_targets(work) > 0)
     return Disk(work.kept_bytes + second, second, copies * work.hidden if work.place == "disk" else 0)
 
@@ -78,8 +83,7 @@ def stages(work: Workload, space: Workspace) -> list[Stage]:
 
 def _targets(work: Workload) -> int:
     """Further copies of the hidden states: what the dense model has at this place."""
-    recipe = work.recipe
-    return int(bool(recipe.distill) or recipe.match)
+    return int(work.recipe.match)
 
 
 class _Counted:
@@ -109,9 +113,9 @@ class _Counted:
         yield self._solving()
         yield self._passing_on()
         yield self._saving()
-        if work.recipe.match:
-            yield self._matching()
-        if work.recipe.distill:
+        if work.by_block:
+            yield self._matching(work.by_block.batch)
+        if work.together:
             yield self._distilling()
 
     def _stage(
@@ -245,10 +249,10 @@ class _Counted:
         """Gradients of one layer on their way from S + U V to its parts."""
         return 3 * FLOAT * max((layer.weights for b in blocks for layer in b.compressed), default=0)
 
-    def _matching(self) -> Stage:
+    def _matching(self, batch: int) -> Stage:
         work = self.work
         weights, _ = self._parts(rest=False)
-        tokens = min(work.matching.batch * work.recipe.seqlen, work.batch)
+        tokens = min(batch * work.recipe.seqlen, work.batch)
         more = max(self._trained(block, tokens) for block in work.blocks) + self._widest(work.blocks)
         return self._stage("matching", weights + more, hidden=self._waiting(), where=work.place)
 

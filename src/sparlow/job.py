@@ -17,6 +17,7 @@ from sparlow.measuring import Meter
 from sparlow.model.blocks import Call, linears, not_compressed, pass_through
 from sparlow.model.checkpoint import CheckpointWriter, Written, read_block
 from sparlow.model.layers import compressed_layers
+from sparlow.model.midway import Midway
 from sparlow.model.offload import Shelf
 from sparlow.model.parts import Parts, ready, whole
 from sparlow.model.quantizer import attach
@@ -193,7 +194,7 @@ class Job:
     @property
     def distills(self) -> bool:
         """Whether all blocks together are still to be trained."""
-        return bool(self.recipe.distill) and not (self.journal and self.journal.distillation)
+        return self.teaching.together and not (self.journal and self.journal.distillation)
 
     def distilled(self, recording: Recording, truth: Shelf | None) -> None:
         """Train all blocks together, if the recipe says so, and write them again."""
@@ -201,16 +202,21 @@ class Job:
             self.report.distillation = self.journal.distillation
         if truth is None or not self.distills:
             return
-        advance = counting(self.notify, "distillation", self.recipe.distill)
         self.processes.wait()  # for the last shard
         with self.clock("matching"), whole(self.result, len(self.blocks)):
             blocks = list(self.blocks)
-            found = self.teaching.distilled(self.model, blocks, recording, truth, advance)
+            found = self.teaching.distilled(self.model, blocks, recording, truth, self.notify, self.midway())
             if self.journal and self.writer:
                 writer = self.new_writer(self.journal.folder / DISTILLED)
                 shards = [writer.write_block(i, block) for i, block in enumerate(blocks)]
                 self.journal.note_distilled(shards, found)
         self.report.distillation = found
+
+    def midway(self) -> Midway | None:
+        """Where the state of the last pass is kept, so that a run that is killed goes on within it."""
+        if self.journal is None:
+            return None
+        return Midway(self.journal.training, self.journal.keep_training if self.processes.first else None)
 
     def begin_files(self) -> None:
         """Record what is known before the first block, if there is a directory."""
@@ -259,7 +265,7 @@ class Job:
         """
         if self.journal and i < self.journal.blocks_done:
             self.report.warnings.append(f"the shard of block {i} was damaged after it was written; it was done again")
-        if not self.recipe.match and not any(
+        if not self.teaching.by_block and not any(
             f"{self.blocks_name}.{i}.{name}" in self.budgets for name in linears(block)
         ):
             return self.noted(i, block, [], [])  # it stays dense: no need to see what it reads
@@ -267,7 +273,7 @@ class Job:
         def on_layer(layer: LayerRecord) -> None:
             self.notify(Progress("blocks", i, len(self.blocks), layer))
 
-        outputs = hidden.fresh() if self.recipe.match and truth is None else None
+        outputs = hidden.fresh() if self.teaching.by_block and truth is None else None
         layers = compress_block(
             block,
             (self.blocks_name, i),

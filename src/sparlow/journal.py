@@ -11,15 +11,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from sparlow.allocation import Budget
 from sparlow.errors import InputError
 from sparlow.model.places import plain_name, within
-from sparlow.model.shards import ShardRecord, read_json, replacing, sha256, sync_folder
+from sparlow.model.shards import ShardRecord, read_json, replacing, sha256, sync_folder, write_shard
 from sparlow.model.sums import small_sums
 from sparlow.output import LOCK, NAME
 from sparlow.report import LayerRecord, plain
 
 FORMAT = 1
+TRAINING = "training-"  # and a number: states of the last pass, until it is done
 DISTILLED = "distilled"  # folder of what the last pass over all blocks wrote, until it is moved
 
 
@@ -102,7 +105,11 @@ class Journal:
         if block >= self.blocks_done:
             return False
         file = self.state["blocks"][block]["file"]
-        path, record = within(self.folder, plain_name(file)), self.state["shards"][file]
+        return self._is_there({"file": file, **self.state["shards"][file]})
+
+    def _is_there(self, record: Mapping[str, Any]) -> bool:
+        """Whether a file is on disk as it was written."""
+        path = within(self.folder, plain_name(record["file"]))
         return path.exists() and path.stat().st_size == record["bytes"] and sha256(path) == record["sha256"]
 
     def settle(self) -> None:
@@ -117,9 +124,32 @@ class Journal:
                 path.replace(self.folder / path.name)
             if not all(self.has(block) for block in range(self.blocks_done)):
                 self.state |= {"blocks": [], "shards": {}, "distillation": {}}
+            self.state.pop("training", None)
         if place.is_dir():
             sync_folder(self.folder)
             shutil.rmtree(place)
+        self._tidy_training()
+
+    @property
+    def training(self) -> Path | None:
+        """The last state of the last pass that was kept, if it is on disk as it was written."""
+        record = self.state.get("training")
+        return self.folder / record["file"] if record and self._is_there(record) else None
+
+    def keep_training(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write a state of the last pass over all blocks, and forget the one before it."""
+        number = int(self.state["training"]["number"]) + 1 if "training" in self.state else 1
+        shard = write_shard(self.folder / f"{TRAINING}{number}.safetensors", tensors)
+        self.state["training"] = {**asdict(shard), "number": number}
+        self._write()
+        self._tidy_training()
+
+    def _tidy_training(self) -> None:
+        """Remove states of a training that nobody goes on from."""
+        used = self.state.get("training", {}).get("file")
+        for path in (*self.folder.glob(f"{TRAINING}*"), *self.folder.glob(f".{TRAINING}*")):
+            if path.name != used:
+                path.unlink()
 
     def note_distilled(self, shards: Sequence[ShardRecord], found: Mapping[str, Any]) -> None:
         """Record what the last pass made of all blocks; the shards lie in ``DISTILLED``, and are moved from there."""
@@ -165,6 +195,8 @@ class Journal:
         files = [known["file"] for known in blocks]
         i = files.index(shard.file) if shard.file in files else len(files)
         kept = i + 1 if self.state["shards"].get(shard.file) == sums else len(files)
+        if kept > i + 1:  # what comes after was made of another block
+            self.state.pop("training", None)
         blocks[i:kept] = [row]
         self.state["shards"] = {known["file"]: self.state["shards"].get(known["file"]) for known in blocks}
         self.state["shards"][shard.file] = sums
@@ -227,6 +259,9 @@ def _check_state(state: Mapping[str, Any]) -> None:
             LayerRecord.from_dict(row)
     for numbers in (state["dense"], state.get("compressed", {}), state.get("seconds", {})):
         [float(value) for value in numbers.values()]
+    if "training" in state:
+        record = state["training"]
+        plain_name(record["file"]), int(record["bytes"]), str(record["sha256"]), int(record["number"])
     for budget in state.get("allocation", {}).values():
         Budget.from_dict(budget)
 

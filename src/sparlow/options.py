@@ -67,15 +67,13 @@ def given_options(
     owl_threshold: Annotated[
         float | None, typer.Option(help="Outliers exceed this many times the mean. [default: 5]")
     ] = None,
-    match: Annotated[bool | None, typer.Option("--match/--no-match", help="Match blocks. [default: no-match]")] = None,
-    match_preset: Annotated[str | None, typer.Option(help="default or paper.")] = None,
+    match: Annotated[
+        bool | None, typer.Option("--match/--no-match", help="Then train what is kept. [default: no-match]")
+    ] = None,
+    match_preset: Annotated[str | None, typer.Option(help="logits, blocks or paper. [default: logits]")] = None,
     match_epochs: Annotated[int | None, typer.Option(help="At most. [default: the preset's]")] = None,
     match_lr: Annotated[float | None, typer.Option(help="Of Adam for S, U, V. [default: the preset's]")] = None,
     match_batch: Annotated[int | None, typer.Option(help="Windows a step. [default: the preset's]")] = None,
-    distill: Annotated[
-        int | None,
-        typer.Option(help="Epochs of a last pass over all blocks towards the dense model's logits. [default: 0]"),
-    ] = None,
     ignore: Annotated[
         list[str] | None, typer.Option(help="Leave layers dense whose name ends so; * and ? work; repeatable.")
     ] = None,

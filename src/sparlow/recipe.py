@@ -18,7 +18,7 @@ from sparlow.linalg.patterns import NM, Pattern, Unstructured, parse_pattern
 OPTIONAL = ("pattern", "rank", "compression", "rank_share", "match_epochs", "match_lr", "match_batch")  # may be None
 DEFAULT_PATTERN = "2:4"
 ALLOCATIONS = ("uniform", "owl", "error")
-MATCH_PRESETS = ("default", "paper")
+MATCH_PRESETS = ("logits", "blocks", "paper")
 GIVEN_WINDOWS = "windows"  # what a recipe calls a calibration by token windows given directly
 OWN_TEXT = "self"  # the calibration that the model writes itself
 DEFAULT_RANK = 64  # of methods with a low-rank part: 2.4 % of the linear weights of an 8B Llama
@@ -43,13 +43,13 @@ class Recipe:
             pattern is unstructured).
         owl_spread: Of OWL, λ: the densities of the blocks span 2λ.
         owl_threshold: Of OWL, M: an outlier exceeds so many times the mean score of its block.
-        match: Train every block towards the dense one's outputs after its layers are compressed.
-        match_preset: "default", or "paper" for the published setting.
+        match: Train what is kept towards the dense model after layers are compressed; zeros stay zero.
+        match_preset: "logits": all blocks together towards the dense model's logits, which needs the whole model in
+            memory, with gradients; "blocks": each block by itself, towards what the dense model has at its place;
+            "paper": likewise, in the published setting.
         match_epochs: At most so many; None for the preset's, as below.
         match_lr: Learning rate of Adam for S, U and V.
         match_batch: Windows a step.
-        distill: Epochs of a last pass over all blocks together towards the dense model's logits; 0 for none. It needs
-            the whole model in memory, with gradients.
         ignore: Layers that stay dense, by ``match`` as in a rule.
         layers: Rules for single layers; a later one wins.
         calibration: Name of a corpus, a file or a hub data set; "self" for text that the model writes itself; "windows"
@@ -72,11 +72,10 @@ class Recipe:
     owl_spread: float = 0.08
     owl_threshold: float = 5.0
     match: bool = False
-    match_preset: str = "default"
+    match_preset: str = "logits"
     match_epochs: int | None = None
     match_lr: float | None = None
     match_batch: int | None = None
-    distill: int = 0
     ignore: Sequence[str] = ()
     layers: Sequence[Rule] = ()
     calibration: str = "c4"
@@ -104,7 +103,7 @@ class Recipe:
         for name in ("samples", "seqlen"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, not {getattr(self, name)}.")
-        for name in ("damping", "relative_damping", "owl_spread", "owl_threshold", "distill"):
+        for name in ("damping", "relative_damping", "owl_spread", "owl_threshold"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"{name} must be a number that is not negative, not {getattr(self, name)}.")
         for name in ("compression", "rank_share"):
@@ -260,7 +259,6 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "match_epochs": (int,),
     "match_lr": (float, int),
     "match_batch": (int,),
-    "distill": (int,),
     "ignore": (Sequence,),
     "layers": (Sequence,),
     "calibration": (str,),

@@ -123,10 +123,13 @@ def fitting(work: Workload, fits: Callable[[Workload], bool]) -> list[str]:
             found = [_spoken(those) for those in itertools.combinations(changes, size) if fits(_changed(work, those))]
     if found or not changes:
         return found
+    if work.together:  # without any matching it does not matter which
+        changes = [change for change in changes if change[0] != BY_BLOCK]
     last = _fewest(_changed(work, changes), "samples", fits)
     return [f"{_spoken(changes)} and {last}"] if last else []
 
 
+BY_BLOCK = "--match-preset blocks"
 Change = tuple[str, Callable[[Workload], Workload]]  # as it is typed, and what it makes of a run
 
 
@@ -135,8 +138,8 @@ def _changes(work: Workload) -> list[Change]:
     found: list[Change] = []
     if work.place != "disk":
         found.append(("--offload disk", lambda w: replace(w, offload="disk")))
-    if work.recipe.distill:
-        found.append(("no --distill", lambda w: replace(w, recipe=w.recipe.changed(distill=0))))
+    if work.together:
+        found.append((BY_BLOCK, lambda w: replace(w, recipe=w.recipe.changed(match_preset="blocks"))))
     if work.recipe.match:
         found.append(("--no-match", lambda w: replace(w, recipe=w.recipe.changed(match=False))))
     if work.evaluation:
@@ -185,7 +188,7 @@ def require_disk(works: Mapping[Path, Workload]) -> None:
 
 def _with_changes(work: Workload, shared: Workload, changed: Workload) -> Workload:
     """Change a run of a comparison in what was changed of the first."""
-    names = ("distill", "match", "samples", "seqlen")
+    names = ("match", "match_preset", "samples", "seqlen")
     same = {n: getattr(changed.recipe, n) for n in names if getattr(changed.recipe, n) != getattr(shared.recipe, n)}
     return replace(work, recipe=work.recipe.changed(**same), offload=changed.offload, evaluation=changed.evaluation)
 

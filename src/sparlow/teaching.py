@@ -1,6 +1,6 @@
-"""What a run trains, if the recipe says so: each compressed block towards the dense model, then all blocks together."""
+"""What a run trains, if the recipe says so: each compressed block towards the dense one, or all blocks together."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -8,17 +8,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparlow.distributed import ALONE, Processes
+from sparlow.model import distilling, matching
 from sparlow.model.blocks import Call
-from sparlow.model.distilling import PLAN as DISTILLING
 from sparlow.model.distilling import distill
 from sparlow.model.fitting import Plan
-from sparlow.model.matching import PRESETS, match
+from sparlow.model.matching import match
+from sparlow.model.midway import Midway
 from sparlow.model.offload import Shelf
 from sparlow.model.recording import Recording
 from sparlow.model.storage import Storage
 from sparlow.model.trainable import round_through
+from sparlow.progress import Notify, counting
 from sparlow.recipe import Recipe
 
+PRESETS = {**distilling.PRESETS, **matching.PRESETS}
 MICRO_BATCH_TOKENS = 4096  # tokens that pass through a block at a time
 HELD_OUT = 16  # one calibration window of so many judges the training
 
@@ -39,32 +42,39 @@ class Teaching:
     ) -> None:
         self._recipe, self._storage, self._blocks_name = recipe, storage, blocks_name
         self._processes = processes
-        self._plan, self._last_plan = (_wide(plan, processes) for plan in (plan_of(recipe), DISTILLING))
-        judged = recipe.distill or (recipe.match and self._plan.patience)
-        self.held_out = len(windows) // HELD_OUT if judged else 0
+        self.plan = plan_of(recipe, processes)
+        # a plan that never stops early trains on all windows
+        self.held_out = len(windows) // HELD_OUT if self.plan and self.plan.patience else 0
         self.micro_batch = micro_batch(recipe, windows.shape[1], processes)
+
+    @property
+    def by_block(self) -> bool:
+        """Whether every block is trained by itself, as soon as its layers are compressed."""
+        return self.plan is not None and not self.plan.together
+
+    @property
+    def together(self) -> bool:
+        """Whether all blocks are trained together, when the last is compressed."""
+        return self.plan is not None and self.plan.together
 
     @property
     def dense_targets(self) -> bool:
         """Whether blocks are matched to what the dense model has, not to what the dense block makes of their inputs."""
-        return self._recipe.match and self._plan.dense_targets
+        return self.plan is not None and self.plan.dense_targets
 
     def matched(
         self, i: int, block: nn.Module, calls: Mapping[int, Call], hidden: Shelf, targets: Shelf
     ) -> dict[str, Any]:
         """Train a compressed block towards its targets, rounded as it will be stored; return the row for the report."""
-        # a plan that never stops early trains on all windows
-        seed, apart = self._recipe.seed + i, int(self.held_out > 0 and self._plan.patience > 0)
-        label = f"{self._blocks_name}.{i}"
         found = match(
             block,
             calls,
             hidden,
             targets,
-            self._plan,
-            held_out=apart,
-            seed=seed,
-            label=label,
+            _given(self.plan),
+            held_out=int(self.held_out > 0),
+            seed=self._recipe.seed + i,
+            label=f"{self._blocks_name}.{i}",
             processes=self._processes,
         )
         self._round(i, block)
@@ -76,19 +86,22 @@ class Teaching:
         blocks: Sequence[nn.Module],
         recording: Recording,
         truth: Shelf,
-        advance: Callable[[int], None],
+        notify: Notify,
+        midway: Midway | None = None,
     ) -> dict[str, Any]:
         """Train all blocks together towards ``truth``, rounded as they will be stored; return what the report says."""
+        plan = _given(self.plan)
         found = distill(
             model,
             blocks,
             recording,
             truth,
-            replace(self._last_plan, epochs=self._recipe.distill),
+            plan,
             held_out=int(self.held_out > 0),
             seed=self._recipe.seed,
-            advance=advance,
+            advance=counting(notify, "distillation", plan.epochs),
             processes=self._processes,
+            midway=midway,
         )
         for i, block in enumerate(blocks):
             self._round(i, block)
@@ -103,22 +116,27 @@ class Teaching:
 def micro_batch(recipe: Recipe, seqlen: int, processes: Processes = ALONE) -> int:
     """Windows that pass through a block at a time, in all processes; while training, no more than a step takes."""
     windows = max(MICRO_BATCH_TOKENS // seqlen, 1) * processes.size
-    if recipe.match:
-        windows = min(windows, _wide(plan_of(recipe), processes).batch)
-    return min(windows, _wide(DISTILLING, processes).batch) if recipe.distill else windows
+    plan = plan_of(recipe, processes)
+    return min(windows, plan.batch) if plan else windows
 
 
-def _wide(plan: Plan, processes: Processes) -> Plan:
-    """The plan with as many windows a step as there are processes, at least."""
-    return replace(plan, batch=max(plan.batch, processes.size))
+def plan_of(recipe: Recipe, processes: Processes = ALONE) -> Plan | None:
+    """The preset of matching, with what the recipe says otherwise; None if nothing is trained.
 
-
-def plan_of(recipe: Recipe) -> Plan:
-    """The preset of matching, with what the recipe says otherwise."""
+    A step has a window for each process at least.
+    """
+    if not recipe.match:
+        return None
     preset = PRESETS[recipe.match_preset]
     return replace(
         preset,
         epochs=recipe.match_epochs or preset.epochs,  # none of these may be 0
         lr=recipe.match_lr or preset.lr,
-        batch=recipe.match_batch or preset.batch,
+        batch=max(recipe.match_batch or preset.batch, processes.size),
     )
+
+
+def _given(plan: Plan | None) -> Plan:
+    if plan is None:
+        raise ValueError("the recipe trains nothing")
+    return plan

@@ -179,9 +179,16 @@ class Workload:
         return max(self.evaluation.values(), default=0) * self.evaluate_seqlen
 
     @property
-    def matching(self) -> Matching:
-        """How blocks are matched, if they are."""
-        return plan_of(self.recipe)
+    def by_block(self) -> Matching | None:
+        """How every block is trained by itself, if it is."""
+        plan = plan_of(self.recipe)
+        return None if plan is None or plan.together else plan
+
+    @property
+    def together(self) -> Matching | None:
+        """How all blocks are trained together, if they are."""
+        plan = plan_of(self.recipe)
+        return plan if plan and plan.together else None
 
     @property
     def batch(self) -> int:

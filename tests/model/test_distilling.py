@@ -9,16 +9,17 @@ from torch.nn import functional
 
 import sparlow
 from families import save_tiny, tiny
-from sparlow.errors import InputError, RunError
+from sparlow.errors import RunError
 from sparlow.journal import DISTILLED, Journal
 from sparlow.model import distilling
 from sparlow.model.blocks import decoder_blocks, linears, pass_through
-from sparlow.model.distilling import PLAN, distill
+from sparlow.model.distilling import PRESETS, distill
 from sparlow.model.layers import SparseLowRankLinear, compressed_layers
 from sparlow.model.recording import record
 from sparlow.recipe import Recipe
 from sparlow.verification import verify_artefact
 
+PLAN = PRESETS["logits"]
 WINDOWS = torch.randint(2, 97, (10, 16), generator=torch.Generator().manual_seed(1))
 
 
@@ -97,7 +98,7 @@ def test_a_loss_that_is_not_finite_stops():
 
 
 def run(folder, out, **options):
-    recipe = Recipe(algorithm="wanda", distill=2, seed=3)
+    recipe = Recipe(algorithm="wanda", match=True, seed=3)
     return sparlow.compress(folder, recipe, calibration=WINDOWS, evaluate=(), out=out, **options)
 
 
@@ -165,6 +166,43 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bits(when, whole, tmp_path, mo
     assert verify_artefact(tmp_path / "out") == []
 
 
+@pytest.mark.parametrize("kept", [1, 5, 7, 10])  # five steps an epoch
+def test_a_run_that_is_killed_within_the_training_goes_on_there(kept, whole, tmp_path, monkeypatch):
+    model, out, report = whole
+    monkeypatch.setattr("sparlow.model.midway.EVERY", 0)
+    numbers, keep = [], Journal.keep_training
+
+    def spy(journal, tensors):
+        keep(journal, tensors)
+        numbers.append(journal.training.name)
+        if len(numbers) == kept:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Journal, "keep_training", spy)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").glob("training-*")] == [f"training-{kept}.safetensors"]
+    again = run(model, tmp_path / "out")
+    assert numbers == [f"training-{i}.safetensors" for i in range(1, 11)]  # no step was done twice
+    assert same_shards(out, tmp_path / "out")  # and no state of the training is left
+    assert {**again.distillation, "seconds": 0} == {**report.distillation, "seconds": 0}
+
+
+def test_a_state_of_the_training_that_is_damaged_is_not_gone_on_from(whole, tmp_path, monkeypatch):
+    model, out, _ = whole
+    with monkeypatch.context() as patch:
+        patch.setattr("sparlow.model.midway.EVERY", 0)
+        patch.setattr("sparlow.teaching.Teaching._round", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(model, tmp_path / "out")
+    (state,) = (tmp_path / "out").glob("training-*")
+    content = bytearray(state.read_bytes())
+    content[-9] ^= 255
+    state.write_bytes(content)
+    run(model, tmp_path / "out")
+    assert same_shards(out, tmp_path / "out")
+
+
 def test_a_shard_that_is_damaged_after_the_pass_brings_the_whole_run_again(whole, tmp_path, monkeypatch):
     model, out, _ = whole
     with monkeypatch.context() as patch:
@@ -174,8 +212,3 @@ def test_a_shard_that_is_damaged_after_the_pass_brings_the_whole_run_again(whole
     (tmp_path / "out" / "model-00002-of-00004.safetensors").write_bytes(b"damaged")
     run(model, tmp_path / "out")
     assert same_shards(out, tmp_path / "out")
-
-
-def test_epochs_below_nothing_are_refused():
-    with pytest.raises(InputError, match="distill must be"):
-        Recipe(distill=-1)

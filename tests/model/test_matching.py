@@ -185,7 +185,14 @@ def test_rounding_keeps_the_support(dtype):
 
 
 def run(folder, out, **changes):
-    recipe = Recipe(rank=2, options={"effort": 0.1, "max_steps": 5}, match=True, match_epochs=2, match_lr=1e-3)
+    recipe = Recipe(
+        rank=2,
+        options={"effort": 0.1, "max_steps": 5},
+        match=True,
+        match_preset="blocks",
+        match_epochs=2,
+        match_lr=1e-3,
+    )
     return sparlow.compress(folder, recipe.changed(**changes), calibration=WINDOWS, evaluate=(), out=out)
 
 
@@ -221,7 +228,7 @@ def leaving(model):
     return found
 
 
-def test_by_default_a_block_makes_up_for_those_before_it(tmp_path):
+def test_a_block_makes_up_for_those_before_it(tmp_path):
     save_tiny("llama", tmp_path / "model")
     nearly_still = {"algorithm": "wanda", "rank": None, "options": {}, "match_epochs": 1, "match_lr": 1e-12}
     report = run(tmp_path / "model", tmp_path / "out", **nearly_still)
@@ -247,7 +254,7 @@ def test_a_step_takes_as_many_windows_as_it_says(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "preset"), [(torch.float32, "default"), (torch.bfloat16, "default"), (torch.float32, "paper")]
+    ("dtype", "preset"), [(torch.float32, "blocks"), (torch.bfloat16, "blocks"), (torch.float32, "paper")]
 )
 def test_a_matched_run_that_was_stopped_ends_in_the_same_bits(dtype, preset, tmp_path):
     save_tiny("llama", tmp_path / "model", dtype=dtype)
@@ -269,6 +276,5 @@ def test_a_matched_run_that_was_stopped_ends_in_the_same_bits(dtype, preset, tmp
     assert (tmp_path / "out" / NAME).exists()
 
 
-def test_the_presets_are_there():
+def test_the_paper_preset_is_the_published_one():
     assert PRESETS["paper"] == Plan(epochs=20, lr=2e-5, rest_lr=2e-5, batch=8, relative=False, patience=0)
-    assert PRESETS.keys() == {"default", "paper"}

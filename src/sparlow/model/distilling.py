@@ -1,4 +1,4 @@
-"""Distillation: one light pass over all compressed blocks together, towards the dense model's logits; zeros stay zero.
+"""Distillation: all compressed blocks are trained together towards the dense model's logits; zeros stay zero.
 
     minimise  Σ KL(softmax(dense logits) ‖ softmax(compressed logits))   over S on its support, U, V and the norms
 
@@ -19,9 +19,10 @@ from transformers import PreTrainedModel
 from sparlow.distributed import ALONE, Processes
 from sparlow.model.blocks import Call, run_block
 from sparlow.model.fitting import Matched, Plan, fit
+from sparlow.model.midway import Midway
 from sparlow.model.recording import Recording, behind_blocks, tokens_at_once
 
-PLAN = Plan(epochs=2, lr=1e-4, rest_lr=1e-4, batch=2, relative=False, patience=1)
+PRESETS = {"logits": Plan(epochs=2, lr=1e-4, rest_lr=1e-4, batch=2, relative=False, patience=1, together=True)}
 
 
 class _Chain(nn.Module):
@@ -107,6 +108,7 @@ def distill(
     seed: int = 0,
     advance: Callable[[int], None] = lambda _: None,
     processes: Processes = ALONE,
+    midway: Midway | None = None,
 ) -> Matched:
     """Train all ``blocks`` in place and leave them with the parameters of the best epoch.
 
@@ -120,6 +122,7 @@ def distill(
         seed: Of the order of the micro-batches.
         advance: Called with 1 after every epoch.
         processes: Those that divide every micro-batch; each has all blocks.
+        midway: Keeps the state from time to time, and has the one to go on from.
 
     Returns:
         Losses in nats a token.
@@ -142,9 +145,10 @@ def distill(
             held_out=held_out,
             seed=seed,
             label="distillation",
-            advice="leave --distill out",
+            advice="lower --match-lr",
             advance=advance,
             processes=processes,
+            midway=midway,
         )
     finally:
         for p in outside:

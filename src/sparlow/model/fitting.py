@@ -3,13 +3,14 @@
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from sparlow.distributed import ALONE, Processes
 from sparlow.errors import RunError
+from sparlow.model.midway import Midway, Stand
 from sparlow.model.trainable import Packed, packed
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # (inputs, targets) of one micro-batch → mean over its tokens
@@ -17,7 +18,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]  # (inputs, targets) of one micro-batc
 
 @dataclass(frozen=True)
 class Plan:
-    """How a block is matched.
+    """How compressed layers are trained.
 
     Attributes:
         epochs: At most.
@@ -28,6 +29,7 @@ class Plan:
         patience: Epochs without gain on the held-out windows after which training ends; 0 for never.
         dense_targets: The targets come from the dense model throughout (x from its own blocks before), not from the
             dense block fed by the compressed blocks before.
+        together: All blocks are trained together towards the dense model's logits, not each towards its own outputs.
     """
 
     epochs: int
@@ -37,6 +39,7 @@ class Plan:
     relative: bool
     patience: int
     dense_targets: bool = False
+    together: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ def fit(
     advice: str,
     advance: Callable[[int], None] = lambda _: None,
     processes: Processes = ALONE,
+    midway: Midway | None = None,
 ) -> Matched:
     """Train the parameters of ``block`` by any loss; see ``match``.
 
@@ -77,33 +81,29 @@ def fit(
         advice: What errors tell the user to do.
         advance: Called with 1 after every epoch.
         processes: As of ``match``.
+        midway: Keeps the state from time to time, and has the one to go on from.
     """
-    start = time.perf_counter()
+    midway = midway or Midway()
     parted = len(inputs) - held_out
     data = Data(inputs, targets, processes)
-    train = range(parted)
-    judge = range(parted, len(inputs)) if held_out else train
+    judge = range(parted, len(inputs)) if held_out else range(parted)
     order = torch.Generator().manual_seed(seed)
     with packed(block) as values, torch.enable_grad():
-        optimiser, schedule = _adam(block, values, plan, steps=plan.epochs * len(list(data.steps(train, plan.batch))))
-        best = before = data.judged(loss_of, judge)
-        _require_finite(block, [before], f"{label} cannot begin", advice)
-        state, waited, epoch = _copy(block), 0, 0
+        training = _Training(block, _adam(block, values, plan), plan, data, loss_of, judge, midway)
+        stand = training.stand
+        _require_finite(block, [stand.before], f"{label} cannot begin", advice)
         for epoch in range(1, plan.epochs + 1):
-            shuffled = torch.randperm(parted, generator=order).tolist()
-            losses = _epoch(data, data.steps(shuffled, plan.batch), loss_of, optimiser, schedule)
-            loss = data.judged(loss_of, judge)
-            _require_finite(block, [*losses, loss], f"{label} diverged in epoch {epoch}", advice)
+            shuffled = torch.randperm(parted, generator=order).tolist()  # drawn also for epochs that are done already
+            if epoch > stand.epochs:
+                if plan.patience and stand.waited >= plan.patience:
+                    break
+                losses = training.epoch(shuffled)
+                _require_finite(block, losses, f"{label} diverged in epoch {epoch}", advice)
             advance(1)
-            waited = 0 if loss < best else waited + 1
-            if loss < best:
-                best, state = loss, _copy(block)
-            if plan.patience and waited >= plan.patience:
-                break
-        block.load_state_dict(state)
+        block.load_state_dict(training.best)
     for p in block.parameters():
         processes.share(p.data)  # the same bits everywhere, whatever the machines
-    return Matched(before, best, epoch, time.perf_counter() - start)
+    return Matched(stand.before, stand.best, stand.epochs, training.seconds())
 
 
 class Data:
@@ -149,7 +149,7 @@ class Data:
 
     def added_up(self, losses: Sequence[Tensor]) -> list[float]:
         """Of each of these sums the part that this process has → the whole."""
-        return self._processes.totals(torch.stack(list(losses)).tolist())
+        return self._processes.totals(torch.stack(list(losses)).tolist()) if losses else []
 
     def add_gradients(self, parameters: Sequence[Tensor]) -> None:
         """Give every process the sum of all gradients; a parameter that none has a gradient of stays without."""
@@ -165,29 +165,67 @@ class Data:
             p.grad = summed.view_as(p).to(p.dtype) if count else None
 
 
-def _epoch(
-    data: Data,
-    steps: Iterable[Sequence[int]],
-    loss_of: Loss,
-    optimiser: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
-) -> list[float]:
-    """One pass; gradients of micro-batches are added up until a step has its windows. Return the loss at each step."""
-    losses = []
-    parameters = [p for group in optimiser.param_groups for p in group["params"]]
-    for step in steps:
-        windows = data.windows(step)
+class _Training:
+    """One block on its way; what it depends on can be kept and gone on from."""
+
+    def __init__(
+        self,
+        block: nn.Module,
+        optimiser: torch.optim.Optimizer,
+        plan: Plan,
+        data: Data,
+        loss_of: Loss,
+        judge: Sequence[int],
+        midway: Midway,
+    ) -> None:
+        self._start = time.perf_counter()
+        self._block, self._optimiser, self._plan, self._data = block, optimiser, plan, data
+        self._loss_of, self._judge, self._midway = loss_of, judge, midway
+        self._rates = [group["lr"] for group in optimiser.param_groups]
+        found = midway.resume(block, optimiser)
+        if found is None:
+            before = data.judged(loss_of, judge)
+            found = Stand(before, before), _copy(block)
+        self.stand, self.best = found
+
+    def epoch(self, shuffled: Sequence[int]) -> list[float]:
+        """The steps of an epoch that are left, and the judgement; return the loss at each, and that."""
+        stand, losses = self.stand, []
+        steps = list(self._data.steps(shuffled, self._plan.batch))
+        for step in steps[stand.steps :]:
+            losses.append(self._step(step, stand.updates / (self._plan.epochs * len(steps))))
+            stand.steps, stand.updates = stand.steps + 1, stand.updates + 1
+            self._keep()
+        loss = self._data.judged(self._loss_of, self._judge)
+        stand.epochs, stand.steps = stand.epochs + 1, 0
+        stand.waited = 0 if loss < stand.best else stand.waited + 1
+        if loss < stand.best:
+            stand.best, self.best = loss, _copy(self._block)
+        return [*self._data.added_up(losses), loss]  # only now: an accelerator would be waited for at each
+
+    def seconds(self) -> float:
+        """Taken so far, those before a state that was gone on from included."""
+        return self.stand.seconds + time.perf_counter() - self._start
+
+    def _keep(self) -> None:
+        self._midway.keep(replace(self.stand, seconds=self.seconds()), self._block, self._optimiser, self.best)
+
+    def _step(self, step: Sequence[int], done: float) -> Tensor:
+        """Add up gradients of micro-batches and go on by them, with such a part of all steps done; return the loss."""
+        falling = 0.2 + 0.8 * (1 + math.cos(math.pi * min(done, 1))) / 2
+        for group, rate in zip(self._optimiser.param_groups, self._rates, strict=True):
+            group["lr"] = rate * falling
+        parameters = [p for group in self._optimiser.param_groups for p in group["params"]]
+        windows = self._data.windows(step)
         whole = torch.zeros((), device=parameters[0].device)
-        for x, target in data.pairs(step):
-            part = loss_of(x, target) * (len(x) / windows)
+        for x, target in self._data.pairs(step):
+            part = self._loss_of(x, target) * (len(x) / windows)
             part.backward()
             whole = whole + part.detach()
-        data.add_gradients(parameters)
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
-        schedule.step()
-        losses.append(whole)
-    return data.added_up(losses)  # only now: an accelerator would be waited for at each
+        self._data.add_gradients(parameters)
+        self._optimiser.step()
+        self._optimiser.zero_grad(set_to_none=True)
+        return whole
 
 
 def _require_finite(block: nn.Module, losses: Sequence[float], what: str, advice: str) -> None:
@@ -200,19 +238,12 @@ def _require_finite(block: nn.Module, losses: Sequence[float], what: str, advice
     raise RunError(f"{what}: the loss is not finite at step {step}{where}: {advice}.")
 
 
-def _adam(
-    block: nn.Module, values: Sequence[nn.Parameter], plan: Plan, steps: int
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+def _adam(block: nn.Module, values: Sequence[nn.Parameter], plan: Plan) -> torch.optim.Optimizer:
     low_rank = [p for layer in block.modules() if isinstance(layer, Packed) for p in (layer.U, layer.V) if p.numel()]
     compressed = {id(p) for p in (*values, *low_rank)}
     rest = [p for p in block.parameters() if id(p) not in compressed and p.numel()]
     groups = [{"params": [*values, *low_rank], "lr": plan.lr}, {"params": rest, "lr": plan.rest_lr}]
-    optimiser = torch.optim.Adam([group for group in groups if group["params"]], fused=True)
-
-    def cosine(step: int) -> float:
-        return 0.2 + 0.8 * (1 + math.cos(math.pi * min(step / steps, 1))) / 2
-
-    return optimiser, torch.optim.lr_scheduler.LambdaLR(optimiser, cosine)
+    return torch.optim.Adam([group for group in groups if group["params"]], fused=True)
 
 
 def _copy(block: nn.Module) -> dict[str, Tensor]:

@@ -1,0 +1,94 @@
+"""Where a training stands, in tensors from which a run that was killed goes on to the same bits."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import astuple, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+EVERY = 300.0  # seconds between one state that is kept and the next
+
+
+@dataclass
+class Stand:
+    """What counts while a training goes on.
+
+    Attributes:
+        before: The loss before the first step.
+        best: The lowest so far.
+        epochs: Finished.
+        steps: Done of the next one.
+        updates: Steps of all epochs together.
+        waited: Epochs since the best.
+        seconds: Taken so far.
+    """
+
+    before: float
+    best: float
+    epochs: int = 0
+    steps: int = 0
+    updates: int = 0
+    waited: int = 0
+    seconds: float = 0.0
+
+
+class Midway:
+    """Keeps the state of one training from time to time.
+
+    Args:
+        found: The file of an earlier state of the same training.
+        keep: Writes tensors to where ``found`` will be; nothing is kept without it.
+    """
+
+    def __init__(self, found: Path | None = None, keep: Callable[[Mapping[str, Tensor]], None] | None = None) -> None:
+        self._found, self._keep, self._kept_at = found, keep, time.monotonic()
+
+    def keep(
+        self, stand: Stand, block: nn.Module, optimiser: torch.optim.Optimizer, best: Mapping[str, Tensor]
+    ) -> None:
+        """Keep everything that the steps to come depend on, if the last time is long enough ago.
+
+        Args:
+            stand: Numbers.
+            block: What is trained, with the parameters it has now.
+            optimiser: Its state is tensors.
+            best: The parameters that the best epoch left.
+        """
+        if self._keep is None or time.monotonic() - self._kept_at < EVERY:
+            return
+        numbers = torch.tensor(astuple(stand), dtype=torch.float64)
+        moments = {f"{i}.{name}": t for i, part in optimiser.state_dict()["state"].items() for name, t in part.items()}
+        parts = {"now": block.state_dict(), "best": best, "adam": moments}
+        named = {f"{part}.{name}": t for part, tensors in parts.items() for name, t in tensors.items()}
+        self._keep({"stand": numbers, **named})
+        self._kept_at = time.monotonic()
+
+    @torch.no_grad()
+    def resume(self, block: nn.Module, optimiser: torch.optim.Optimizer) -> tuple[Stand, dict[str, Tensor]] | None:
+        """Bring block and optimiser to the state that was found; return its numbers and best parameters."""
+        if self._found is None:
+            return None
+        state: dict[int, dict[str, Tensor]] = {}
+        best: dict[str, Tensor] = {}
+        now = block.state_dict()
+        with safe_open(self._found, "pt") as file:
+            stand = _stand(file.get_tensor("stand"))
+            for key in file.keys():  # noqa: SIM118 - not a mapping
+                part, _, name = key.partition(".")
+                if part == "now":
+                    now[name].copy_(file.get_tensor(key))
+                elif part == "best":
+                    best[name] = file.get_tensor(key).to(now[name].device)
+                elif part == "adam":
+                    i, _, kind = name.partition(".")
+                    state.setdefault(int(i), {})[kind] = file.get_tensor(key)
+        optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
+        return stand, best
+
+
+def _stand(numbers: Tensor) -> Stand:
+    before, best, epochs, steps, updates, waited, seconds = numbers.tolist()
+    return Stand(before, best, int(epochs), int(steps), int(updates), int(waited), seconds)
