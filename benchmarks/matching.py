@@ -1,13 +1,13 @@
 """What each choice in transformer matching gives: the same compressed blocks, matched in several ways.
 
     python benchmarks/matching.py MODEL COMPRESSED --calibration c4.jsonl --evaluate wikitext2_test.raw [--blocks 8]
-        [--variants blocks,paper] [--json FILE]
+        [--variants none,logits,paper] [--json FILE]
 
 COMPRESSED is what ``sparlow compress MODEL`` wrote, without matching. For each variant its first --blocks blocks are
-matched one after the other, each fed by those before it; the blocks behind them stay dense. Printed are the error of
-what leaves the last of them, relative to the dense model's and token by token, on windows that were not trained on;
-the perplexity; and the seconds. Solves do not see matched blocks here, so a whole run with
---match --match-preset blocks may end lower.
+matched one after the other, each fed by those before it; the blocks behind them stay dense. The variants "logits…"
+train all blocks together instead. Printed are the error of what leaves the last of them, relative to the dense model's
+and token by token, on windows that were not trained on; the perplexity; and the seconds. Solves do not see matched
+blocks here, so a whole run with --match --match-preset blocks may end lower; with the default preset it would not.
 """
 
 import argparse
@@ -20,18 +20,21 @@ from typing import Any
 import torch
 from _layers import machine, write_json
 from torch import Tensor
+from transformers import PreTrainedModel
 
 import sparlow
 from sparlow.evaluation import perplexity
 from sparlow.model.blocks import decoder_blocks, pass_through
+from sparlow.model.distilling import distill
 from sparlow.model.fitting import Plan
-from sparlow.model.matching import PRESETS, match
-from sparlow.model.recording import record
+from sparlow.model.matching import match
+from sparlow.model.recording import Recording, record
 from sparlow.model.source import for_computing, open_model
 from sparlow.model.trainable import round_through
+from sparlow.teaching import PRESETS
 from sparlow.text import calibration_windows, evaluation_windows
 
-BLOCKS = PRESETS["blocks"]
+BLOCKS, LOGITS = PRESETS["blocks"], PRESETS["logits"]
 VARIANTS: dict[str, Plan] = {
     "none": replace(BLOCKS, epochs=0),
     "paper": PRESETS["paper"],
@@ -43,6 +46,10 @@ VARIANTS: dict[str, Plan] = {
     "double-rate": replace(BLOCKS, lr=BLOCKS.lr * 2, rest_lr=BLOCKS.rest_lr * 2),
     "six-epochs": replace(BLOCKS, epochs=6),
     "norms-still": replace(BLOCKS, rest_lr=0.0),
+    "logits": LOGITS,
+    "logits-half-rate": replace(LOGITS, lr=LOGITS.lr / 2, rest_lr=LOGITS.rest_lr / 2),
+    "logits-double-rate": replace(LOGITS, lr=LOGITS.lr * 2, rest_lr=LOGITS.rest_lr * 2),
+    "logits-twice": replace(LOGITS, epochs=2 * LOGITS.epochs),
 }
 
 
@@ -61,6 +68,8 @@ def main() -> None:
     """Match by every variant; print a line for each."""
     args = _parser().parse_args()
     unknown = [name for name in args.variants.split(",") if name not in VARIANTS]
+    if args.blocks and any(VARIANTS[name].together for name in args.variants.split(",") if name in VARIANTS):
+        raise SystemExit("The variants that train all blocks together take no --blocks: leave one of them out.")
     if unknown:
         raise SystemExit(f"There is no variant {unknown[0]!r}; there is: {', '.join(VARIANTS)}.")
     opened = open_model(args.model)
@@ -90,6 +99,8 @@ def _run(name: str, args: argparse.Namespace, train: Tensor, text: Tensor) -> Ro
     micro_batch = min(max(4096 // args.seqlen, 1), plan.batch)
     with torch.no_grad():
         recording = record(dense, train, micro_batch=micro_batch, apart=held_out)
+    if plan.together:
+        return _run_together(name, dense, compressed, recording, text, stored)
     (_, blocks), (_, sparse) = decoder_blocks(dense), decoder_blocks(compressed)
     hidden = truth = recording.hidden
     seconds, epochs = 0.0, 0
@@ -106,6 +117,27 @@ def _run(name: str, args: argparse.Namespace, train: Tensor, text: Tensor) -> Ro
             hidden = pass_through(sparse[i], hidden, calls)
         blocks[i] = sparse[i]
     return Row(name, _error(hidden[-1:], truth[-1:]), perplexity(dense, text), seconds, epochs)
+
+
+def _run_together(
+    name: str,
+    dense: PreTrainedModel,
+    compressed: PreTrainedModel,
+    recording: Recording,
+    text: Tensor,
+    stored: torch.dtype,
+) -> Row:
+    (_, blocks), (_, sparse) = decoder_blocks(dense), decoder_blocks(compressed)
+    truth = hidden = recording.hidden
+    with torch.no_grad():
+        for block, calls in zip(blocks, recording.calls, strict=True):
+            truth = pass_through(block, truth, calls)
+    done = distill(compressed, list(sparse), recording, truth, VARIANTS[name], held_out=1, seed=0)
+    round_through(sparse, stored)
+    with torch.no_grad():
+        for block, calls in zip(sparse, recording.calls, strict=True):
+            hidden = pass_through(block, hidden, calls)
+    return Row(name, _error(hidden[-1:], truth[-1:]), perplexity(compressed, text), done.seconds, done.epochs)
 
 
 def _error(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:

@@ -9,11 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from families import save_tiny
+from families import save_tiny, tiny
 from processes import Run, join, together
 from sparlow.distributed import Processes, local_device, require_one
 from sparlow.errors import InputError
+from sparlow.model.storage import Storage
+from sparlow.recipe import Recipe
 from sparlow.report import Report
+from sparlow.teaching import Teaching
 from sparlow.verification import verify_artefact
 
 TEXT = "".join(chr(32 + (7 * i * i + i // 3) % 95) for i in range(900))
@@ -127,6 +130,14 @@ def test_other_commands_say_that_they_are_for_one_process(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InputError, match="sparlow evaluate works in one process"):
         require_one("sparlow evaluate")
+
+
+def test_steps_that_more_processes_make_wider_are_told():
+    recipe, ids = Recipe(match=True, match_batch=3), torch.zeros(32, 16, dtype=torch.int64)
+    storage = Storage.of(tiny("llama"))
+    three, four = (Teaching(recipe, storage, "model.layers", ids, Processes(0, size)) for size in (3, 4))
+    assert (three.plan.batch, three.warnings) == (3, [])
+    assert (four.plan.batch, four.warnings) == (4, ["4 processes train on 4 windows a step, not on 3"])
 
 
 def test_costly_layers_are_divided_first():

@@ -171,3 +171,12 @@ def test_a_limit_on_addresses_counts(monkeypatch):
     resource = pytest.importorskip("resource")
     monkeypatch.setattr(resource, "getrlimit", lambda _: (10**15, 10**15))
     assert 0 < next(room._limits()) < 10**15
+
+
+def test_processes_of_one_machine_divide_its_memory_and_the_windows(folder, monkeypatch):
+    monkeypatch.setattr(room, "_limits", lambda: iter([40]))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert room.memory_available() == 10
+    alone, shared = (workload(outline(str(folder)), RECIPE, device="cpu", offload="disk", processes=n) for n in (1, 4))
+    assert alone.hidden == 4 * shared.hidden
+    assert disk(alone).hidden == disk(shared).hidden  # all of them lie on that machine's disk

@@ -86,6 +86,7 @@ def compress(
                 offload=offload,
                 trust_remote_code=trust_remote_code,
                 streamed=streamed,
+                processes=processes.size,
             )
             if work:
                 require_room({Path(out) if out else None: work})
@@ -129,6 +130,7 @@ def foreseen(
     offload: str,
     trust_remote_code: bool,
     streamed: bool,
+    processes: int = 1,
 ) -> Workload | None:
     """Return what ``compress`` would have to do; None where that is only seen when the weights are opened."""
     shape = known_ahead(model, recipe.dtype, trust_remote_code=trust_remote_code)
@@ -143,6 +145,7 @@ def foreseen(
         evaluate_seqlen=evaluate_seqlen,
         limit=limit,
         streamed=streamed,
+        processes=processes,
     )
 
 

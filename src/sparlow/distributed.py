@@ -143,6 +143,11 @@ def is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def on_this_machine() -> int:
+    """How many processes of this run share its main memory."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def local_device(name: str) -> str:
     """An accelerator of this process's own where several share a machine: cuda becomes cuda:1 in the second."""
     own = os.environ.get("LOCAL_RANK")

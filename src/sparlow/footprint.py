@@ -68,7 +68,7 @@ def disk(work: Workload) -> Disk:
         state = STATE * FLOAT * sum(block.trained for block in work.blocks)
         second = state + max(state, sum(block.kept_bytes(work.stored) for block in work.blocks))
     copies = WALKED + (_targets(work) > 0)
-    return Disk(work.kept_bytes + second, second, copies * work.hidden if work.place == "disk" else 0)
+    return Disk(work.kept_bytes + second, second, copies * work.hidden * work.processes if work.place == "disk" else 0)
 
 
 def stages(work: Workload, space: Workspace) -> list[Stage]:

@@ -74,6 +74,7 @@ class Job:
         self.report = Report(recipe=recipe.to_dict(), model=opened.name, warnings=list(opened.warnings))
         self.report.bytes = {"dense": self.storage.bytes_of(self.model), "linears_dense": 0, "linears_compressed": 0}
         self.teaching = Teaching(recipe, storage, self.blocks_name, windows, processes)
+        self.report.warnings += self.teaching.warnings
         self.known_dense: dict[str, float] = {}  # perplexity by fingerprint of the windows
         self.allocated: dict[str, Budget] = {}  # those of the budgets that the data decided
         self.journal: Journal | None = None

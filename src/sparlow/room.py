@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from sparlow.distributed import on_this_machine
 from sparlow.errors import InputError
 from sparlow.footprint import disk, stages
 from sparlow.probe import BOUND, Workspace, typical, workspace
@@ -21,9 +22,12 @@ FORCE = "--force runs it all the same"
 
 
 def memory_available() -> int:
-    """Bytes of main memory that this process may still take: what the system has, and what limits leave."""
+    """Bytes of main memory that this process may still take: what the system has, and what limits leave.
+
+    Where several processes of a run share a machine, each may take an equal part.
+    """
     found: int = psutil.virtual_memory().available
-    return max(min([found, *_limits()]), 0)
+    return max(min([found, *_limits()]) // on_this_machine(), 0)
 
 
 def device_available(device: torch.device) -> int | None:

@@ -62,6 +62,14 @@ class Teaching:
         """Whether blocks are matched to what the dense model has, not to what the dense block makes of their inputs."""
         return self.plan is not None and self.plan.dense_targets
 
+    @property
+    def warnings(self) -> list[str]:
+        """What the user should know of the plan."""
+        asked = plan_of(self._recipe)
+        if self.plan is None or asked is None or self.plan.batch == asked.batch:
+            return []
+        return [f"{self.plan.batch} processes train on {self.plan.batch} windows a step, not on {asked.batch}"]
+
     def matched(
         self, i: int, block: nn.Module, calls: Mapping[int, Call], hidden: Shelf, targets: Shelf
     ) -> dict[str, Any]:

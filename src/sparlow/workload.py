@@ -125,6 +125,7 @@ class Workload:
         offload: Where hidden states wait, as asked for.
         streamed: The weights stay on disk, and one part at a time is read.
         there: The whole model is in memory already.
+        processes: Those that divide the calibration windows.
     """
 
     name: str
@@ -142,6 +143,7 @@ class Workload:
     offload: str = "auto"
     streamed: bool = True
     there: bool = False
+    processes: int = 1
 
     @property
     def stored(self) -> int:
@@ -170,8 +172,9 @@ class Workload:
 
     @property
     def hidden(self) -> int:
-        """Bytes of one copy of the hidden states of the calibration text."""
-        return self.tokens * self.features * self.computing
+        """Bytes of one copy of the hidden states of the calibration text, those of one process."""
+        windows = -(-self.recipe.samples // self.processes)
+        return windows * self.recipe.seqlen * self.features * self.computing
 
     @property
     def evaluated(self) -> int:
@@ -216,6 +219,7 @@ def workload(
     evaluate_seqlen: int | None = None,
     limit: int | None = None,
     streamed: bool = True,
+    processes: int = 1,
 ) -> Workload:
     """Look at the shapes of a model, which may be an outline.
 
@@ -228,6 +232,7 @@ def workload(
         evaluate_seqlen: Tokens in a window of these; the recipe's seqlen if left out.
         limit: At most so many windows of each.
         streamed: The weights of an outline are read part by part, as far as that can be.
+        processes: Those that divide the calibration windows.
 
     Raises:
         InputError: A layer does not fit the recipe, a text does not exist, or the device cannot be used.
@@ -259,6 +264,7 @@ def workload(
         offload=offload,
         streamed=streamed and not there and not _shared_with_blocks(model, name),
         there=there,
+        processes=processes,
     )
 
 
