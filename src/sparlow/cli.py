@@ -2,15 +2,11 @@
 
 import json
 import logging
-import signal
 import sys
-import threading
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
 from typing import Annotated
 
 import typer
@@ -26,6 +22,7 @@ from sparlow.errors import InputError, RunError
 from sparlow.evaluation import Evaluation, require_tokenizer
 from sparlow.evaluation import evaluate as measure
 from sparlow.finetuning import finetune as run_finetuning
+from sparlow.interruption import resumable
 from sparlow.model.inspection import describe
 from sparlow.model.shards import replacing
 from sparlow.model.source import for_computing, open_model
@@ -101,7 +98,7 @@ def compress(
 ) -> None:
     """Compress MODEL into the directory --out, with its perplexity beside the dense one."""
     recipe = given.recipe_of(algorithm, option)
-    with _resumable(), console.progress() as notify:
+    with resumable(), console.progress() as notify:
         report = run_compression(model, recipe, out=out, **given.run, **given.write, notify=notify)
     console.show_report(report)
     console.out.print(f"written to {out}: open {out / 'report.html'}", markup=False, highlight=False)
@@ -139,7 +136,7 @@ def compare(
     algorithms: Annotated[str, typer.Option(help="Comma-separated names, or all.")] = "all",
     option: Annotated[list[str] | None, typer.Option(help="ALGORITHM.key=value; repeatable.")] = None,
     match: Annotated[
-        str | None, typer.Option(help="Match blocks: no, yes, or both for every algorithm without and with it.")
+        str | None, typer.Option(help="Train what is kept: no, yes, or both for every algorithm without and with it.")
     ] = None,
 ) -> None:
     """Compress MODEL by many algorithms on the same text: one table and figures in --out."""
@@ -148,7 +145,7 @@ def compare(
 
     names = list(variants()) if algorithms == "all" else split(algorithms)
     recipes = recipes_for(given.recipe(), names, parse_named_pairs(option or []), match)
-    with _resumable(), console.progress() as notify:
+    with resumable(), console.progress() as notify:
         found = run_comparison(model, recipes, out=out, **given.run, **given.write, notify=notify)
     console.show_comparison(found)
     console.out.print(f"written to {out}: compare.json and two figures", markup=False, highlight=False)
@@ -230,7 +227,7 @@ def finetune(
     trust_remote_code: Trust = False,
 ) -> None:
     """Train the low-rank part of DIRECTORY by LoRA, the sparse part frozen; the result has the same form."""
-    with _resumable("checkpoint"), console.progress() as notify:
+    with resumable("checkpoint"), console.progress() as notify:
         report = run_finetuning(
             directory,
             out,
@@ -316,29 +313,3 @@ def demo(
     from sparlow.demo import run
 
     run(out, overwrite=overwrite)
-
-
-@contextmanager
-def _resumable(unit: str = "finished block") -> Iterator[None]:
-    """Say how to go on after Ctrl-C, which typer then turns into the exit code 130.
-
-    Compiled code that is interrupted may swallow the exception and raise one of its own, so the signal itself is noted.
-    """
-    came: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        came.append(number)
-        signal.default_int_handler(number, frame)
-
-    ours = threading.current_thread() is threading.main_thread()  # no other may handle signals
-    before = signal.signal(signal.SIGINT, note) if ours else None
-    try:
-        yield
-    except (KeyboardInterrupt, Exception) as error:
-        if not came and not isinstance(error, KeyboardInterrupt):
-            raise
-        console.err.print(f"stopped: the same command resumes the run from its last {unit}")
-        raise KeyboardInterrupt from error
-    finally:
-        if ours:
-            signal.signal(signal.SIGINT, before)
