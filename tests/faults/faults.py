@@ -146,6 +146,40 @@ def _pair(bench, out):
     return [bench.run(out, join, variables) for variables in together(2)]
 
 
+def _die_in_training(step):
+    """Keep the state of the training at every step, and die while that of this step is written or recorded."""
+    from sparlow.journal import Journal
+    from sparlow.model import midway
+
+    keep, calls = Journal.keep_training, []
+
+    def kept(self, tensors):
+        calls.append(step)
+        if len(calls) == step:
+            _die_at(1 + step % 4)
+        keep(self, tensors)
+
+    midway.EVERY, Journal.keep_training = 0, kept
+
+
+def training_killed(bench, tries=4):
+    row = Row("SIGKILL while all blocks are trained (`--match`)")
+    right = bench.fresh()
+    undisturbed = bench.run(right, command=[*bench.command(right), "--match"])
+    expect(row, undisturbed.said, right=undisturbed.end() == 0)
+    for i in range(tries):
+        out = bench.fresh()
+        command = [*bench.command(out), "--match"]
+        first = bench.run(out, _die_in_training, 2 * i + 1, command=command)
+        code = first.end()
+        expect(row, f"was not killed: {code} {first.said}", right=code == -signal.SIGKILL)
+        again = bench.run(out, command=command)
+        code = again.end()
+        wrong = [f"{out.name}: exit code {code}: {again.said}"] if code else bench.wrong(out, right)
+        row.note(len(first.solved & again.solved), wrong)
+    return row
+
+
 def fine_tuning_killed(bench, tries=3):
     row = Row("SIGKILL while fine-tuning (lost: checkpoints)")
     steps, chance = 20, random.Random(0)
@@ -297,6 +331,7 @@ FAULTS = (
     killed_again_and_again,
     interrupted,
     one_of_two_killed,
+    training_killed,
     fine_tuning_killed,
     disk_full,
     read_only,
