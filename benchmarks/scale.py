@@ -27,7 +27,7 @@ from _layers import machine, write_json
 from _shapes import SHAPES, Shape, random_windows, write
 
 from sparlow import Recipe, compress
-from sparlow.algorithms.three_basil import REFIT_STEPS, REFITS
+from sparlow.algorithms.three_basil import refits
 
 STEPS = 160  # iterations of a layer at effort 1
 EVERY = 10  # iterations at one ρ, each of which costs a factorisation and an inverse
@@ -77,8 +77,9 @@ def solve(out: int, features: int, effort: float) -> Work:
     dense = 2.0 * out * features**2  # operations of (out, in) times (in, in)
     skinny = 3 * 2.0 * out * features * RANK + 2.0 * RANK * features**2
     levels = steps / (EVERY * effort)
+    alternations, refit_steps = refits(effort)
     return Work(
-        products=steps * (dense + skinny) + REFITS * ((REFIT_STEPS + 1) * dense + skinny) + 2 * dense,
+        products=steps * (dense + skinny) + alternations * ((refit_steps + 1) * dense + skinny) + 2 * dense,
         factorisations=levels * features**3,  # n³/3 for the factor, 2n³/3 for the inverse
         memory=steps * PASSES * 4.0 * out * features,
     )

@@ -15,7 +15,8 @@ Deviations from the paper, all of them measured (docs/performance.md):
   the objective ends far lower in as many steps, because L no longer trails S.
 * L comes from one warm-started subspace step, not from an SVD; ρ starts at 0.003 and rises by a fixed factor, so that
   the result is decided by one dial, ``effort``: the steps spent at each ρ.
-* After the last projection S and L are refitted on the fixed support; the paper stops there.
+* After the last projection S and L are refitted on the fixed support; the paper stops there. Below effort 1 little is
+  refitted: a step of the loop, which may still move the support, then gains more than one of the refit.
 
 ``schedule="paper"`` keeps the paper's order of the three blocks and its rule for ρ (its section 3 and Theorem 1).
 """
@@ -34,7 +35,7 @@ from sparlow.linalg.patterns import Pattern
 
 SETTLED = {"joint": 3e-3, "paper": 3e-4}  # share of the support changing between two looks, below which a loop stops
 REFITS = 5  # alternations of least squares on the support with the low-rank fit; more gain less than 0.1 %
-REFIT_STEPS = 6  # conjugate-gradient steps in each
+REFIT_STEPS, FEWEST = 6, 2  # conjugate-gradient steps in each, at effort 1 and at least
 
 
 @decomposer("3basil", aliases={"three-basil": {}})
@@ -62,8 +63,14 @@ def three_basil(
     mask = pattern.mask(loop.X.abs())
     T, S, U, V = loop.T, loop.X * mask, loop.U, loop.V
     del loop  # the rest makes room for the matrices of the refit
-    S, U, V = _refit(T, gram.correlation, mask, S, U, V)
+    S, U, V = _refit(T, gram.correlation, mask, S, U, V, *refits(effort))
     return Decomposition(S / gram.scale, U, V / gram.scale, stats)
+
+
+def refits(effort: float) -> tuple[int, int]:
+    """Alternations of the refit, and conjugate-gradient steps in each; below effort 1 both fall with its square."""
+    share = min(effort, 1.0) ** 2
+    return max(round(REFITS * share), 1), max(round(REFIT_STEPS * share), FEWEST)
 
 
 class _Loop:
@@ -173,10 +180,12 @@ def _run(
     return done, change
 
 
-def _refit(T: Tensor, G: Tensor, mask: Tensor, S: Tensor, U: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _refit(
+    T: Tensor, G: Tensor, mask: Tensor, S: Tensor, U: Tensor, V: Tensor, alternations: int, steps: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Alternate least squares on the support with the low-rank fit."""
-    for _ in range(REFITS):
-        S = fit_on_support(T - U @ V, G, S, mask, REFIT_STEPS)
+    for _ in range(alternations):
+        S = fit_on_support(T - U @ V, G, S, mask, steps)
         if V.shape[0]:
             U, V = subspace_step(T - S, G, V)
     return S, U, V
