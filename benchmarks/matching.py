@@ -50,7 +50,7 @@ VARIANTS: dict[str, Plan] = {
     "logits-half-rate": replace(LOGITS, lr=LOGITS.lr / 2, rest_lr=LOGITS.rest_lr / 2),
     "logits-double-rate": replace(LOGITS, lr=LOGITS.lr * 2, rest_lr=LOGITS.rest_lr * 2),
     "logits-one-epoch": replace(LOGITS, epochs=1),
-    "logits-twice": replace(LOGITS, epochs=2 * LOGITS.epochs),
+    "logits-two-epochs": replace(LOGITS, epochs=2),
 }
 
 

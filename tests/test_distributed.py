@@ -67,7 +67,7 @@ MODES = {
     "solves": [],
     "error": ["--allocate", "error", "--pattern", "0.5"],
     "matching": ["--match", "--match-preset", "blocks", "--match-batch", "4"],
-    "distillation": ["--match", "--match-epochs", "1"],
+    "distillation": ["--match"],
 }
 
 

@@ -163,13 +163,13 @@ def _die_in_training(step):
 
 
 def training_killed(bench, tries=4):
-    row = Row("SIGKILL while all blocks are trained (`--match`)")
+    row, options = Row("SIGKILL while all blocks are trained (`--match`)"), ["--match", "--match-epochs", 2]
     right = bench.fresh()
-    undisturbed = bench.run(right, command=[*bench.command(right), "--match"])
+    undisturbed = bench.run(right, command=[*bench.command(right), *options])
     expect(row, undisturbed.said, right=undisturbed.end() == 0)
     for i in range(tries):
         out = bench.fresh()
-        command = [*bench.command(out), "--match"]
+        command = [*bench.command(out), *options]
         first = bench.run(out, _die_in_training, 2 * i + 1, command=command)
         code = first.end()
         expect(row, f"was not killed: {code} {first.said}", right=code == -signal.SIGKILL)

@@ -98,7 +98,7 @@ def test_a_loss_that_is_not_finite_stops():
 
 
 def run(folder, out, **options):
-    recipe = Recipe(algorithm="wanda", match=True, seed=3)
+    recipe = Recipe(algorithm="wanda", match=True, match_epochs=2, seed=3)
     return sparlow.compress(folder, recipe, calibration=WINDOWS, evaluate=(), out=out, **options)
 
 

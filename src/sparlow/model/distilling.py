@@ -22,7 +22,7 @@ from sparlow.model.fitting import Matched, Plan, fit
 from sparlow.model.midway import Midway
 from sparlow.model.recording import Recording, behind_blocks, tokens_at_once
 
-PRESETS = {"logits": Plan(epochs=2, lr=1e-4, rest_lr=1e-4, batch=2, relative=False, patience=1, together=True)}
+PRESETS = {"logits": Plan(epochs=1, lr=1e-4, rest_lr=1e-4, batch=2, relative=False, patience=1, together=True)}
 
 
 class _Chain(nn.Module):
