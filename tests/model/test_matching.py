@@ -181,6 +181,23 @@ def test_rounding_keeps_the_support(dtype):
     assert all(torch.equal(p, p.to(dtype).float()) for p in block.parameters())
 
 
+def test_how_long_the_columns_of_u_are_does_not_matter():
+    ends = []
+    for length in (1.0, 512.0):
+        block, calls, inputs, targets = problem()
+        with torch.no_grad():
+            for layer in compressed_layers(block).values():
+                layer.U.mul_(length)
+                layer.V.div_(length)
+        found = match(block, calls, inputs, targets, PLAN)
+        layers = compressed_layers(block).values()
+        ends.append((found.loss_after, [(layer.U / length, layer.V * length) for layer in layers]))
+    assert ends[0][0] == ends[1][0]
+    for (U, V), (longer, shorter) in zip(ends[0][1], ends[1][1], strict=True):
+        assert torch.equal(U, longer)
+        assert torch.equal(V, shorter)
+
+
 # In a run
 
 

@@ -9,18 +9,27 @@ from torch.nn import functional
 
 from sparlow.model.layers import SparseLowRankLinear, compressed_layers
 
+LARGEST_POWER = 30  # of two, by which columns of U are scaled
+
 
 class Packed(nn.Module):
-    """A compressed layer while it is trained: the kept entries of S as one vector, in float32."""
+    """A compressed layer while it is trained: the kept entries of S as one vector, in float32.
+
+    Columns of U come out of some methods hundreds of times as long as rows of V, and a step of Adam, which has one size
+    for all, then breaks the layer. So they are brought to a length of about 1, by powers of two, which round nothing.
+    """
 
     mask: Tensor
+    lengths: Tensor
 
     def __init__(self, layer: SparseLowRankLinear) -> None:
         super().__init__()
         S = layer.S.detach()
         self.register_buffer("mask", S != 0, persistent=False)  # (out, in)
         self.values = nn.Parameter(S[self.mask].float())
-        self.U, self.V = nn.Parameter(layer.U.detach().float()), nn.Parameter(layer.V.detach().float())
+        U, V = layer.U.detach().float(), layer.V.detach().float()
+        self.register_buffer("lengths", _powers(torch.linalg.vector_norm(U, dim=0)), persistent=False)  # (r,)
+        self.U, self.V = nn.Parameter(U / self.lengths), nn.Parameter(V * self.lengths[:, None])
         self.bias = layer.bias
 
     def forward(self, x: Tensor) -> Tensor:
@@ -36,8 +45,14 @@ class Packed(nn.Module):
         values = torch.where(values == 0, torch.finfo(dtype).tiny, values)
         with torch.no_grad():
             layer.S.masked_scatter_(self.mask, values)
-            layer.U.copy_(self.U)
-            layer.V.copy_(self.V)
+            layer.U.copy_(self.U * self.lengths)
+            layer.V.copy_(self.V / self.lengths[:, None])
+
+
+def _powers(lengths: Tensor) -> Tensor:
+    """The powers of two that are nearest; 1 where a length is 0."""
+    powers = lengths.log2().round().clamp(-LARGEST_POWER, LARGEST_POWER)
+    return torch.where(lengths > 0, powers, 0).exp2()
 
 
 @contextmanager
