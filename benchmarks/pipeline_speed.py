@@ -7,7 +7,7 @@ Prints the seconds of the walk, the statistics, the solves, saving and measuring
 perplexities. --blocks compresses only so many blocks at the front and leaves the rest dense. --against-paper does the
 same with ``schedule=paper``. --match compresses every block once, trains two copies of it by the preset "blocks" and by
 the paper's on the same inputs, and judges both on windows that neither was trained on, by both presets' losses; the
-first goes on to the next block.
+copy trained by "blocks" goes on to the next block.
 """
 
 import argparse
@@ -78,7 +78,7 @@ def matched(args: argparse.Namespace, recipe: Recipe) -> list[dict[str, Any]]:
         for preset in ("paper", "blocks"):
             block = copy.deepcopy(blocks[i])
             plan = plan_of(recipe.changed(match=True, match_preset=preset))
-            # the first sets aside the last of what it is given to stop by; the paper's trains on all of it
+            # "blocks" sets aside the last of what it is given to stop by; the paper's trains on all of it
             held = 1 if plan.patience else 0
             done = match(block, calls, hidden[:-1], targets[:-1], plan, held_out=held, seed=i)
             judged = {
