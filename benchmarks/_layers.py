@@ -80,6 +80,7 @@ def machine() -> dict[str, Any]:
     """Describe what a time was measured on; ``load`` is what else ran in the last minute."""
     return {
         "cpu": _cpu_name(),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2),

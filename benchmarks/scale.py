@@ -1,6 +1,6 @@
 """What models too large for this machine would take: a model of the time, from products measured here.
 
-    python benchmarks/scale.py [--samples 128] [--seqlen 2048] [--effort 1] [--compress] [--json FILE]
+    python benchmarks/scale.py [--samples 128] [--seqlen 2048] [--effort 1] [--device cpu] [--compress] [--json FILE]
 
 Measures the throughput of a square product, a Cholesky factorisation with its inverse, and of a pass over memory,
 counts what 3basil at 2:4 + rank 64 does to each layer of Llama-3-8B, 70B and 405B, and prints the predicted hours on
@@ -99,10 +99,10 @@ def one_block(shape: Shape, tokens: int, effort: float) -> Work:
     return block
 
 
-def here() -> Speed:
-    """Measure this machine, on the threads that torch has."""
-    A, out = torch.randn(SIDE, SIDE), torch.empty(SIDE, SIDE)
-    G = A @ A.T / SIDE + torch.eye(SIDE)
+def here(device: str) -> Speed:
+    """Measure this machine; on the CPU, on the threads that torch has."""
+    A, out = torch.randn(SIDE, SIDE, device=device), torch.empty(SIDE, SIDE, device=device)
+    G = A @ A.T / SIDE + torch.eye(SIDE, device=device)
     product = _best(lambda: torch.mm(A, A, out=out))
     inverse = _best(lambda: torch.cholesky_inverse(torch.linalg.cholesky(G)))
     add = _best(lambda: torch.add(A, A, out=out))
@@ -115,6 +115,8 @@ def _best(call: Callable[[], object]) -> float:
     for _ in range(5):
         start = time.perf_counter()
         call()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     return min(times)
 
@@ -126,7 +128,9 @@ def compressed(shape: Shape, args: argparse.Namespace) -> float:
         windows = random_windows(shape.vocabulary, args.samples, args.seqlen)
         recipe = Recipe(pattern="2:4", rank=RANK, options={"effort": args.effort})
         folder = Path(scratch) / "out"
-        report = compress(Path(scratch) / "dense", recipe, calibration=windows, evaluate=(), out=folder, device="cpu")
+        report = compress(
+            Path(scratch) / "dense", recipe, calibration=windows, evaluate=(), out=folder, device=args.device
+        )
     return sum(report.seconds[part] for part in ("walk", "statistics", "solve")) / 2
 
 
@@ -137,10 +141,11 @@ def main() -> None:
     parser.add_argument("--seqlen", type=int, default=2048)
     parser.add_argument("--effort", type=float, default=1.0)
     parser.add_argument("--shapes", default="llama-3-8b,llama-3-70b,llama-3-405b")
+    parser.add_argument("--device", default="cpu", help="where this machine is measured")
     parser.add_argument("--compress", action="store_true", help="the first of the shapes, two blocks of it")
     parser.add_argument("--json", type=Path, dest="json_file")
     args = parser.parse_args()
-    speeds = {"this machine": here(), **ACCELERATORS}
+    speeds = {"this machine": here(args.device), **ACCELERATORS}
     for name, speed in speeds.items():
         print(f"{name}: " + ", ".join(f"{part} {value / 1e9:,.0f} G/s" for part, value in asdict(speed).items()))
     print(

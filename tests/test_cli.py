@@ -673,3 +673,15 @@ def test_what_compiled_code_makes_of_ctrl_c_still_is_ctrl_c(monkeypatch, capsys)
     assert stop.value.code == 130
     assert "stopped: the same command resumes" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_an_accelerator_that_is_full_ends_in_one_sentence(place, tmp_path, monkeypatch, capsys):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr("sparlow.cli.run_compression", full)
+    with pytest.raises(SystemExit) as stop:
+        main(["compress", str(place / "model"), "--out", str(tmp_path / "out")])
+    assert stop.value.code == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert "too little memory (CUDA out of memory): lower --samples" in said

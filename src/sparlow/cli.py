@@ -7,8 +7,9 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
+import torch
 import typer
 from rich.markup import escape
 
@@ -72,8 +73,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (InputError, RunError, OSError) as error:
         if debug:
             raise
-        console.err.print(f"[red]error:[/] {escape(str(error))}", highlight=False)
-        sys.exit(2 if isinstance(error, InputError) else 1)
+        _fail(str(error), 2 if isinstance(error, InputError) else 1)
+    except torch.OutOfMemoryError as error:
+        if debug:
+            raise
+        advice = "lower --samples or --seqlen, or give another --device; an unfinished --out is gone on from"
+        _fail(f"the accelerator has too little memory ({str(error).partition('.')[0]}): {advice}", 1)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    console.err.print(f"[red]error:[/] {escape(message)}", highlight=False)
+    sys.exit(code)
 
 
 def _quiet_libraries() -> None:

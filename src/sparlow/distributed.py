@@ -124,6 +124,9 @@ def joined() -> Iterator[Processes]:
     if not dist.is_available():
         raise InputError("This torch has no torch.distributed: start one process, without torchrun.")
     if not given:
+        own = int(os.environ.get("LOCAL_RANK", "0"))
+        if own < torch.cuda.device_count():
+            torch.cuda.set_device(own)  # where memory is counted and NCCL meets
         dist.init_process_group(timeout=PATIENCE)  # by default gloo for tensors on the CPU and NCCL for those on CUDA
     try:
         yield Processes(dist.get_rank(), dist.get_world_size())

@@ -207,6 +207,20 @@ def test_a_pruner_leaves_a_weight_alone_that_fits_already(algorithm, pattern):
     assert run(algorithm, W, gram, pattern).stats["relative_error"] < 1e-9
 
 
+@pytest.mark.gpu
+@every_pattern
+def test_an_accelerator_finds_what_the_cpu_finds(algorithm, pattern):
+    W, gram = layer()
+    first, again = (run(algorithm, W.cuda(), Gram(gram.H.cuda(), gram.dead.cuda()), pattern) for _ in range(2))
+    assert {part.device.type for part in (first.S, first.U, first.V)} == {"cuda"}
+    assert all(torch.equal(getattr(first, part), getattr(again, part)) for part in "SUV")
+    assert fits(first.S.cpu(), pattern)
+    assert first.S.count_nonzero() == pattern.kept((OUT, IN))
+    plain = solved(algorithm.name, pattern)
+    assert first.stats["relative_error"] == pytest.approx(plain.stats["relative_error"], rel=0.15)
+    assert ((first.S != 0).cpu() == (plain.S != 0)).float().mean() > 0.7  # near equals may be chosen otherwise
+
+
 # --- symmetries ------------------------------------------------------------------------------------------------------
 
 

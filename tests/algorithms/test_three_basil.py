@@ -208,3 +208,20 @@ def test_refuses_to_do_nothing(options):
 
 def test_goes_by_both_spellings():
     assert find("three-basil")[0] is find("3basil")[0]
+
+
+@pytest.mark.gpu
+@every_pattern
+def test_the_loop_does_not_wait_for_an_accelerator(pattern):
+    W, H = oracles.problem(96, 160, 3)
+    W, gram = W.cuda(), Gram.damped(H.cuda())
+    loop = _Loop(W * gram.scale, gram, parse_pattern(pattern), RANK, rho=0.003)
+    loop.fit_jointly()
+    loop.update()  # what is exact only now and then was so in the first projection
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(10):  # as many as there are between two looks at the support
+            loop.fit_jointly()
+            loop.update()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

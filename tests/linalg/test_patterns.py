@@ -288,3 +288,13 @@ def test_projectors_of_small_groups_are_exact(pattern):
 def test_entries_that_tie_are_all_kept_by_the_projector():
     X = torch.tensor([[1.0, -1.0, 1.0, 0.5, 0.0, 0.0, 0.0, 0.0]])
     assert projected(NM(2, 4).projector(), X).tolist() == [[1.0, -1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0]]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_an_accelerator_keeps_the_same_entries(pattern):
+    scores = gaussian(64, 96).abs().mul(8).round()  # with many ties
+    assert torch.equal(pattern.mask(scores.cuda()).cpu(), pattern.mask(scores))
+    X = gaussian(64, 96, seed=1)
+    found = pattern.projector()(X.cuda(), torch.empty(64, 96, device="cuda")).cpu()
+    assert torch.equal(found, pattern.projector()(X, torch.empty(64, 96)))

@@ -16,7 +16,7 @@ from sparlow.model.matching import PRESETS, match
 from sparlow.model.observing import observe
 from sparlow.model.offload import Shelf
 from sparlow.model.recording import record
-from sparlow.model.trainable import round_through
+from sparlow.model.trainable import packed, round_through
 from sparlow.output import NAME
 from sparlow.recipe import Recipe
 from sparlow.verification import verify_artefact
@@ -295,3 +295,17 @@ def test_a_matched_run_that_was_stopped_ends_in_the_same_bits(dtype, preset, tmp
 
 def test_the_paper_preset_is_the_published_one():
     assert PRESETS["paper"] == Plan(epochs=20, lr=2e-5, rest_lr=2e-5, batch=8, relative=False, patience=0)
+
+
+def test_half_precision_is_widened_while_it_is_trained():
+    block = problem("opt")[0].to(torch.bfloat16)  # it has biases
+    types = {name: p.dtype for name, p in block.named_parameters()}
+    norms = {name: p.detach().clone() for name, p in block.named_parameters() if "norm" in name}
+    with packed(block):
+        assert {p.dtype for p in block.parameters()} == {torch.float32}
+        for name in norms:
+            for _ in range(4):  # each of which bfloat16 would lose
+                block.get_parameter(name).data += 1e-3
+    assert {name: p.dtype for name, p in block.named_parameters()} == types
+    for name, before in norms.items():
+        assert (block.get_parameter(name) != before).float().mean() > 0.5

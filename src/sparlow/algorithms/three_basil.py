@@ -4,17 +4,18 @@
 
 Everything below is in unit-diagonal coordinates: T = W E, G = E⁻¹ H E⁻¹, E = diag(H)^½; S, D, L are scaled alike, and Y
 is the multiplier of S = D divided by ρ. With M = ρ (G + ρI)⁻¹ the paper's ridge step is S = R + (Z − R) M for R = T − L
-and Z = D − Y, so X = S + Y = D − (Z − R) A with A = I − M: one product. D is what the pattern keeps of X, and Y the
-rest, so Z = 2 D − X; the loop carries X, D and Q = T − Z, of which Z − R = L − Q.
+and Z = D − Y, so X = S + Y = D − (Z − R) + (Z − R) M: one product. D is what the pattern keeps of X, and Y the rest,
+so Z = 2 D − X; the loop carries X, D and Q = T − Z, of which Z − R = L − Q.
 
 Deviations from the paper, all of them measured (docs/performance.md):
 
 * ``schedule="joint"``, the default, takes the best L *together with* S instead of after it. For a given Z, minimising
-  over S in closed form leaves ρ tr((Q − L) A (Q − L)ᵀ), because G (G + ρI)⁻¹ = A: L is the best rank-r fit of Q in the
-  metric A. Two blocks of ADMM remain instead of three, at the same cost a step, and
+  over S in closed form leaves ρ tr((Q − L)(I − M)(Q − L)ᵀ), because G (G + ρI)⁻¹ = I − M: L is the best rank-r fit of Q
+  in the metric I − M. Two blocks of ADMM remain instead of three, at the same cost a step, and
   the objective ends far lower in as many steps, because L no longer trails S.
 * L comes from one warm-started subspace step, not from an SVD; ρ starts at 0.003 and rises by a fixed factor, so that
   the result is decided by one dial, ``effort``: the steps spent at each ρ.
+* On CUDA that one product is rounded to TF32: M is small where G is not, so little is lost (docs/performance.md).
 * After the last projection S and L are refitted on the fixed support; the paper stops there. Below effort 1 little is
   refitted: a step of the loop, which may still move the support, then gains more than one of the refit.
 
@@ -32,6 +33,7 @@ from sparlow.linalg.conjugate_gradient import fit_on_support
 from sparlow.linalg.gram import Gram
 from sparlow.linalg.lowrank import orthonormal, random_factor, subspace_step
 from sparlow.linalg.patterns import Pattern
+from sparlow.linalg.precision import rounded_products
 
 SETTLED = {"joint": 3e-3, "paper": 3e-4}  # share of the support changing between two looks, below which a loop stops
 REFITS = 5  # alternations of least squares on the support with the low-rank fit; more gain less than 0.1 %
@@ -86,12 +88,12 @@ class _Loop:
         self.Q = target - self.D  # T − Z (out, in)
         self.U = target.new_zeros(target.shape[0], rank)
         self.V = random_factor(rank, target)  # (r, in)
-        self.A = self._metric()
+        self.M = gram.ridge(rho)
 
     def fit_jointly(self) -> None:
-        """L for the S that will follow: best fit of Q in the metric A."""
+        """L for the S that will follow: best fit of Q in the metric I − M."""
         if self.V.shape[0]:
-            self.U = orthonormal(self.Q @ (self.V @ self.A).T)
+            self.U = orthonormal(self.Q @ (self.V - self.V @ self.M).T)
             self.V = self.U.T @ self.Q
 
     def fit_to_residual(self, S: Tensor) -> None:
@@ -101,8 +103,10 @@ class _Loop:
 
     def update(self) -> None:
         """Ridge step for S, projection to D, ascent of Y; every step writes into what is there, and takes no memory."""
-        self.Q.addmm_(self.U, self.V, beta=-1)  # L − Q
-        self.X, self.D = self.D.addmm_(self.Q, self.A, alpha=-1), self.X
+        self.Q.addmm_(self.U, self.V, beta=-1)  # Z − R = L − Q
+        self.D.sub_(self.Q)
+        with rounded_products(self.Q.device):
+            self.X, self.D = self.D.addmm_(self.Q, self.M), self.X
         self.project(self.X, self.D)
         self._follow()
 
@@ -120,14 +124,8 @@ class _Loop:
         self.X.lerp_(self.D, 1 - 1 / factor)
         self._follow()
         self.rho *= factor
-        del self.A  # so that there is room for the next
-        self.A = self._metric()
-
-    def _metric(self) -> Tensor:
-        """A = I − M for this ρ (in, in)."""
-        A = self.gram.ridge(self.rho).neg()
-        A.diagonal().add_(1)
-        return A
+        del self.M  # so that there is room for the next
+        self.M = self.gram.ridge(self.rho)
 
 
 def _joint(loop: _Loop, effort: float, max_steps: int) -> tuple[int, float]:

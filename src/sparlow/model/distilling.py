@@ -22,7 +22,9 @@ from sparlow.model.fitting import Matched, Plan, fit
 from sparlow.model.midway import Midway
 from sparlow.model.recording import Recording, behind_blocks, tokens_at_once
 
-PRESETS = {"logits": Plan(epochs=1, lr=1e-4, rest_lr=1e-4, batch=2, relative=False, patience=1, together=True)}
+PRESETS = {
+    "logits": Plan(epochs=1, lr=2e-4, low_rank=0.25, rest_lr=2e-4, batch=2, relative=False, patience=1, together=True)
+}
 
 
 class _Chain(nn.Module):
@@ -34,6 +36,7 @@ class _Chain(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return what leaves the last block for x (b, seqlen, d), which enters the first."""
+        x = x.float()  # what blocks add to it stays in float32, and so do its gradients
         for block, calls in zip(self.blocks, self._calls, strict=True):
             x = run_block(block, x, calls[len(x)])
         return x
@@ -73,17 +76,18 @@ class _Divergence:
         held = left.detach().requires_grad_(left.requires_grad)
         total = torch.zeros((), device=device)
         for piece, goal in self._pieces(held, wanted.to(device)):
-            part = self._of(piece, goal) / (left.shape[0] * left.shape[1])
+            part = self._of(piece, goal)  # divided only in the end: half precision would lose so small a gradient
             if part.requires_grad:
                 part.backward()
             total = total + part.detach()
+        tokens: int = left.shape[0] * left.shape[1]
         if held.grad is None:
-            return total
-        loss: Tensor = _WithGradient.apply(left, total, held.grad)  # type: ignore[no-untyped-call]  # torch's
+            return total / tokens
+        loss: Tensor = _WithGradient.apply(left, total / tokens, held.grad / tokens)  # type: ignore[no-untyped-call]
         return loss
 
     def _of(self, piece: Tensor, goal: Tensor) -> Tensor:
-        found = self._log_probabilities(piece)
+        found = self._log_probabilities(piece.to(goal.dtype))  # what is behind the blocks keeps the model's own type
         with torch.no_grad():
             wanted = self._log_probabilities(goal)
         return functional.kl_div(found, wanted, log_target=True, reduction="sum")

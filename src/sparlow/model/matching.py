@@ -90,7 +90,7 @@ def _loss(block: nn.Module, calls: Mapping[int, Call], device: torch.device, *, 
     def loss(x: Tensor, target: Tensor) -> Tensor:
         target = target.to(device).float()
         with autocast:
-            y = run_block(block, x, calls[len(x)])
+            y = run_block(block, x.float(), calls[len(x)])
         error = (y.float() - target).square().sum(-1)  # (b, seqlen)
         size = target.square().sum(-1)
         return (error / size.clamp_min(torch.finfo(size.dtype).tiny)).mean() if relative else error.sum() / size.sum()

@@ -66,7 +66,8 @@ def packed(block: nn.Module) -> Iterator[list[nn.Parameter]]:
         block.set_submodule(name, layer)
     block.eval().requires_grad_()
     try:
-        yield [layer.values for layer in trained.values()]
+        with _in_float32(list(block.parameters())):
+            yield [layer.values for layer in trained.values()]
         for name, compressed in layers.items():
             trained[name].unpack_into(compressed)
     finally:
@@ -76,6 +77,19 @@ def packed(block: nn.Module) -> Iterator[list[nn.Parameter]]:
             p.requires_grad_(grad)
             p.grad = None
         block.train(training)
+
+
+@contextmanager
+def _in_float32(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Widen what is stored in half precision, in which most steps of Adam would round to nothing."""
+    half = [(p, p.dtype) for p in parameters if p.dtype in (torch.float16, torch.bfloat16)]
+    for p, _ in half:
+        p.data = p.data.float()
+    try:
+        yield
+    finally:
+        for p, dtype in half:
+            p.data = p.data.to(dtype)
 
 
 def round_through(block: nn.Module, dtype: torch.dtype, exceptions: Sequence[str] = ()) -> None:
