@@ -49,7 +49,7 @@ VARIANTS: dict[str, Plan] = {
     "logits": LOGITS,
     "logits-half-rate": replace(LOGITS, lr=LOGITS.lr / 2, rest_lr=LOGITS.rest_lr / 2),
     "logits-double-rate": replace(LOGITS, lr=LOGITS.lr * 2, rest_lr=LOGITS.rest_lr * 2),
-    "logits-one-epoch": replace(LOGITS, epochs=1),
+    "logits-one-rate": replace(LOGITS, low_rank=1.0),
     "logits-two-epochs": replace(LOGITS, epochs=2),
 }
 

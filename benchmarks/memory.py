@@ -11,7 +11,6 @@ the refit of 3basil to one step.
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -32,10 +31,11 @@ def measure(
     from sparlow.compression import open_dense
     from sparlow.job import Job
     from sparlow.recipe import GIVEN_WINDOWS, Recipe
+    from sparlow.report import peak_memory
 
     if brief:
         three_basil.REFITS = three_basil.REFIT_STEPS = 1
-    empty = _peak()
+    empty = peak_memory()["rss"]
     rank = {"rank": 64} if algorithm == "3basil" else {}
     size = {"samples": samples, "seqlen": seqlen}
     recipe = Recipe(algorithm=algorithm, options=options, calibration=GIVEN_WINDOWS, **rank, **size)
@@ -44,12 +44,14 @@ def measure(
     windows = random_windows(vocabulary, samples, seqlen)
     job = Job(opened, storage, recipe, windows, lambda _: None)
     job.write_to(Path(out), overwrite=False)
+    opening = peak_memory()["rss"]
     report = job.go({"the same windows": windows})
-    return {"libraries": empty, "peak": _peak(), "seconds": report.seconds, "warnings": list(opened.warnings)}
-
-
-def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return {
+        "libraries": empty,
+        "peak": max(opening, report.peak_memory["rss"]),  # a run forgets what was before it
+        "seconds": report.seconds,
+        "warnings": list(opened.warnings),
+    }
 
 
 def in_a_process(folder: Path, args: argparse.Namespace) -> dict[str, Any]:

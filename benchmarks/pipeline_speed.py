@@ -1,13 +1,14 @@
 """Where the time of a whole compression goes, and how that compares with the paper's schedule in the same pipeline.
 
     python benchmarks/pipeline_speed.py MODEL --calibration c4.jsonl --evaluate wikitext2_test.raw [--blocks 8]
-        [--against-paper] [--match] [--json FILE]
+        [--efforts 1,0.35] [--against-plain] [--match] [--json FILE]
 
 Prints the seconds of the walk, the statistics, the solves, saving and measuring, from the report's own clock, and the
-perplexities. --blocks compresses only so many blocks at the front and leaves the rest dense. --against-paper does the
-same with ``schedule=paper``. --match compresses every block once, trains two copies of it by the preset "blocks" and by
-the paper's on the same inputs, and judges both on windows that neither was trained on, by both presets' losses; the
-copy trained by "blocks" goes on to the next block.
+perplexities, once for every effort. --blocks compresses only so many blocks at the front and leaves the rest dense.
+--against-plain does the same with the paper's schedule done plainly, as in benchmarks/solver_speed.py. --match
+compresses every block once, trains two copies of it by the preset "blocks" and by the paper's on the same inputs, and
+judges both on windows that neither was trained on, by both presets' losses; the copy trained by "blocks" goes on to
+the next block.
 """
 
 import argparse
@@ -18,8 +19,10 @@ from typing import Any
 
 import torch
 from _layers import machine, write_json
+from solver_speed import plain_three_basil
 
 from sparlow import compress
+from sparlow.algorithms import decomposer
 from sparlow.compression import open_dense, windows_to_calibrate
 from sparlow.model.blocks import decoder_blocks, pass_through
 from sparlow.model.matching import PRESETS, loss_on, match
@@ -30,6 +33,8 @@ from sparlow.progress import Clock
 from sparlow.recipe import Recipe
 from sparlow.teaching import HELD_OUT, plan_of
 
+PLAIN = "plain"
+decomposer(PLAIN)(plain_three_basil)
 PARTS = ("walk", "statistics", "solve", "matching", "save", "evaluate")
 
 
@@ -116,20 +121,25 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--pattern", default="2:4")
     parser.add_argument("--blocks", type=int, help="compress only so many at the front")
-    parser.add_argument("--against-paper", action="store_true")
+    parser.add_argument("--efforts", default="1", help="comma-separated")
+    parser.add_argument("--against-plain", action="store_true")
     parser.add_argument("--match", action="store_true")
     parser.add_argument("--json", type=Path, dest="json_file")
     args = parser.parse_args()
     given = {name: getattr(args, name) for name in ("calibration", "samples", "seqlen", "rank", "pattern")}
     recipe = Recipe(**given, ignore=_behind(args.model, args.blocks) if args.blocks else ())
-    found: dict[str, Any] = {"ours": whole(args, recipe)}
-    show("ours", found["ours"])
-    if args.against_paper:
-        found["paper"] = whole(args, recipe.changed(options={"schedule": "paper"}))
-        show("paper", found["paper"])
-        for part in ("solve", "compression"):
-            found[f"ratio_{part}"] = found["paper"]["seconds"][part] / found["ours"]["seconds"][part]
-            print(f"{part}: {found[f'ratio_{part}']:.2f} times faster")
+    found: dict[str, Any] = {}
+    for effort in args.efforts.split(","):
+        name = f"effort {effort}"
+        found[name] = whole(args, recipe.changed(options={"effort": effort}))
+        show(name, found[name])
+    if args.against_plain:
+        plain = whole(args, recipe.changed(algorithm=PLAIN))
+        show(PLAIN, plain)
+        for name, ours in found.items():
+            ours["ratio"] = {p: plain["seconds"][p] / ours["seconds"][p] for p in ("solve", "compression")}
+            print(f"{name}: " + ", ".join(f"{part} {ratio:.1f} times faster" for part, ratio in ours["ratio"].items()))
+        found[PLAIN] = plain
     if args.match:
         found["matching"] = matched(args, recipe)
     if args.json_file:

@@ -34,7 +34,7 @@ SPARE = 8  # columns of the plain version's randomised SVD beyond the rank
 CORNER = 96  # of the first layer, for the warm-up
 
 
-def plain_three_basil(W: Tensor, H: Tensor, pattern: Pattern, rank: int) -> Decomposition:
+def plain_three_basil(W: Tensor, gram: Gram, pattern: Pattern, rank: int) -> Decomposition:
     """3BASiL as its paper states it: every product of an iteration is formed, in the paper's order.
 
     One eigendecomposition G = Q diag(λ) Qᵀ gives both (G + ρI)⁻¹ for every ρ and a root of G; four dense products
@@ -44,12 +44,11 @@ def plain_three_basil(W: Tensor, H: Tensor, pattern: Pattern, rank: int) -> Deco
 
     Args:
         W: Weight (out, in).
-        H: Undamped second moment (in, in).
+        gram: Of the inputs (in, in).
         pattern: Of S.
         rank: Of the low-rank part, at least 1.
     """
     torch.manual_seed(0)  # svd_lowrank draws from the global generator
-    gram = Gram.damped(H)
     T, G = W * gram.scale, gram.correlation
     eigenvalues, Q = torch.linalg.eigh(G)
     roots = eigenvalues.clamp_min(torch.finfo(W.dtype).eps).sqrt()
@@ -148,7 +147,7 @@ def compare(layer: str, W: Tensor, H: Tensor, pattern: Pattern, rank: int, repea
         # a Gram of its own every time, so that nothing is left over from the run before
         return measure(lambda: solve(algorithm, W, Gram.damped(H), pattern, rank, options))
 
-    plain, default = measure(lambda: plain_three_basil(W, H, pattern, rank)), ours({})
+    plain, default = measure(lambda: plain_three_basil(W, Gram.damped(H), pattern, rank)), ours({})
     equal, effort = None, None
     for tried in LADDER:
         run = default if tried == algorithm.options["effort"].default else ours({"effort": tried})

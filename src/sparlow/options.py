@@ -72,7 +72,9 @@ def given_options(
     ] = None,
     match_preset: Annotated[str | None, typer.Option(help="logits, blocks or paper. [default: logits]")] = None,
     match_epochs: Annotated[int | None, typer.Option(help="At most. [default: the preset's]")] = None,
-    match_lr: Annotated[float | None, typer.Option(help="Of Adam for S, U, V. [default: the preset's]")] = None,
+    match_lr: Annotated[
+        float | None, typer.Option(help="Of Adam for S; U and V follow. [default: the preset's]")
+    ] = None,
     match_batch: Annotated[int | None, typer.Option(help="Windows a step. [default: the preset's]")] = None,
     ignore: Annotated[
         list[str] | None, typer.Option(help="Leave layers dense whose name ends so; * and ? work; repeatable.")

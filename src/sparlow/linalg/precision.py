@@ -10,7 +10,7 @@ import torch
 def rounded_products(device: torch.device) -> Iterator[None]:
     """Let CUDA round the factors of float32 products to TF32, where an iteration corrects what that costs.
 
-    On an H100 such products are seven times as fast (benchmarks/accelerator.py). Elsewhere nothing changes.
+    On an H100 such products are six times as fast (benchmarks/accelerator.py). Elsewhere nothing changes.
     """
     if device.type != "cuda":
         yield
