@@ -1,13 +1,14 @@
 """What 3BASiL promises beyond the contract: where it ends, and that its steps are those of the paper or better."""
 
 import math
+from contextlib import contextmanager
 from functools import cache
 
 import pytest
 import torch
 
 import oracles
-from sparlow.algorithms import find, solve
+from sparlow.algorithms import find, solve, three_basil
 from sparlow.algorithms.three_basil import _Loop, _paper
 from sparlow.errors import InputError
 from sparlow.linalg.gram import Gram
@@ -208,6 +209,33 @@ def test_refuses_to_do_nothing(options):
 
 def test_goes_by_both_spellings():
     assert find("three-basil")[0] is find("3basil")[0]
+
+
+def tf32(x):
+    """Rounded to the ten bits that tensor cores read of a factor."""
+    bits = x.contiguous().view(torch.int32)
+    return ((bits + 0x0FFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
+
+
+@contextmanager
+def products_rounded(_device):
+    """What CUDA does within ``rounded_products``, on the CPU."""
+    plain = torch.Tensor.addmm_
+    torch.Tensor.addmm_ = lambda self, one, other: plain(self, tf32(one), tf32(other))
+    try:
+        yield
+    finally:
+        torch.Tensor.addmm_ = plain
+
+
+def test_rounding_the_product_of_the_loop_costs_nothing(monkeypatch):
+    exact = [reached(name, pattern) for name in PROBLEMS for pattern in PATTERNS]
+    monkeypatch.setattr(three_basil, "rounded_products", products_rounded)
+    rounded = [error(*layer(*PROBLEMS[name]), pattern) for name in PROBLEMS for pattern in PATTERNS]
+    ratios = [one / other for one, other in zip(rounded, exact, strict=True)]
+    assert ratios != [1] * len(ratios)
+    assert math.prod(ratios) ** (1 / len(ratios)) < 1.01
+    assert max(ratios) < 1.05
 
 
 @pytest.mark.gpu
