@@ -297,6 +297,23 @@ def test_the_paper_preset_is_the_published_one():
     assert PRESETS["paper"] == Plan(epochs=20, lr=2e-5, rest_lr=2e-5, batch=8, relative=False, patience=0)
 
 
+def test_what_a_method_kept_and_its_low_rank_part_and_the_rest_have_rates_of_their_own():
+    whole = dict.fromkeys(("S", "U", "V", "norm"), True)
+    for still, plan in {
+        ("U", "V"): replace(PLAN, low_rank=0.0),
+        ("norm",): replace(PLAN, rest_lr=0.0),
+        ("S", "U", "V"): replace(PLAN, lr=0.0),
+    }.items():
+        block, calls, inputs, targets = problem()
+        before = {name: p.detach().clone() for name, p in block.named_parameters()}
+        match(block, calls, inputs, targets, plan)
+        moved = dict.fromkeys(whole, False)
+        for name, p in block.named_parameters():
+            part = name.rpartition(".")[2] if name.rpartition(".")[2] in whole else "norm"
+            moved[part] |= not torch.equal(p, before[name])
+        assert moved == whole | dict.fromkeys(still, False)
+
+
 def test_half_precision_is_widened_while_it_is_trained():
     block = problem("opt")[0].to(torch.bfloat16)  # it has biases
     types = {name: p.dtype for name, p in block.named_parameters()}
