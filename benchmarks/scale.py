@@ -10,8 +10,8 @@ one.
 
 Assumptions, which are printed too: every layer takes STEPS·effort iterations in levels of ten (layers of SmolLM2 take
 130 to 170 at default effort, benchmarks/results/solver_speed.json), then the refit; accelerators reach SHARE of their
-peak in float32, without TF32, in products, and a tenth of that in factorisations; reading, writing and everything
-that is not counted are free. It is a prediction, not a measurement.
+peaks, TF32 in the loop's dense product and float32 in all others, and a tenth of the latter in factorisations;
+reading, writing and everything that is not counted are free. It is a prediction, not a measurement.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from _shapes import SHAPES, Shape, random_windows, write
 
 from sparlow import Recipe, compress
 from sparlow.algorithms.three_basil import refits
+from sparlow.linalg.precision import rounded_products
 
 STEPS = 160  # iterations of a layer at effort 1
 EVERY = 10  # iterations at one ρ, each of which costs a factorisation and an inverse
@@ -39,36 +40,40 @@ SIDE = 2048  # of the matrices measured here
 
 @dataclass(frozen=True)
 class Speed:
-    """Of one machine: operations a second in products and factorisations, and bytes a second."""
+    """Of one machine: operations a second in products, exact and rounded, and factorisations, and bytes a second."""
 
     products: float
+    rounded: float
     factorisations: float
     memory: float
 
 
-ACCELERATORS = {  # peak of float32 without TF32, which torch leaves off, and of memory, as their maker states them
-    "A100 80GB": Speed(19.5e12 * SHARE, 1.95e12 * SHARE, 2.0e12 * SHARE),
-    "H100 SXM": Speed(67e12 * SHARE, 6.7e12 * SHARE, 3.35e12 * SHARE),
+ACCELERATORS = {  # peaks of float32, TF32 and memory, as their maker states them
+    "A100 80GB": Speed(19.5e12 * SHARE, 156e12 * SHARE, 1.95e12 * SHARE, 2.0e12 * SHARE),
+    "H100 SXM": Speed(67e12 * SHARE, 494e12 * SHARE, 6.7e12 * SHARE, 3.35e12 * SHARE),
 }
 
 
 @dataclass
 class Work:
-    """Operations in products and factorisations, and bytes read and written."""
+    """Operations in products, exact and rounded, and in factorisations, and bytes read and written."""
 
     products: float = 0.0
+    rounded: float = 0.0
     factorisations: float = 0.0
     memory: float = 0.0
 
     def add(self, other: "Work", times: float = 1) -> None:
         """Count other work so many times."""
         self.products += other.products * times
+        self.rounded += other.rounded * times
         self.factorisations += other.factorisations * times
         self.memory += other.memory * times
 
     def seconds(self, speed: Speed) -> float:
         """Time on a machine, one thing after the other."""
-        return self.products / speed.products + self.factorisations / speed.factorisations + self.memory / speed.memory
+        products = self.products / speed.products + self.rounded / speed.rounded
+        return products + self.factorisations / speed.factorisations + self.memory / speed.memory
 
 
 def solve(out: int, features: int, effort: float) -> Work:
@@ -79,7 +84,8 @@ def solve(out: int, features: int, effort: float) -> Work:
     levels = steps / (EVERY * effort)
     alternations, refit_steps = refits(effort)
     return Work(
-        products=steps * (dense + skinny) + alternations * ((refit_steps + 1) * dense + skinny) + 2 * dense,
+        products=steps * skinny + alternations * ((refit_steps + 1) * dense + skinny) + 2 * dense,
+        rounded=steps * dense,
         factorisations=levels * features**3,  # n³/3 for the factor, 2n³/3 for the inverse
         memory=steps * PASSES * 4.0 * out * features,
     )
@@ -104,9 +110,11 @@ def here(device: str) -> Speed:
     A, out = torch.randn(SIDE, SIDE, device=device), torch.empty(SIDE, SIDE, device=device)
     G = A @ A.T / SIDE + torch.eye(SIDE, device=device)
     product = _best(lambda: torch.mm(A, A, out=out))
+    with rounded_products(A.device):
+        rounded = _best(lambda: torch.mm(A, A, out=out))
     inverse = _best(lambda: torch.cholesky_inverse(torch.linalg.cholesky(G)))
     add = _best(lambda: torch.add(A, A, out=out))
-    return Speed(2 * SIDE**3 / product, SIDE**3 / inverse, 3 * 4 * SIDE**2 / add)
+    return Speed(2 * SIDE**3 / product, 2 * SIDE**3 / rounded, SIDE**3 / inverse, 3 * 4 * SIDE**2 / add)
 
 
 def _best(call: Callable[[], object]) -> float:
@@ -148,10 +156,10 @@ def main() -> None:
     speeds = {"this machine": here(args.device), **ACCELERATORS}
     for name, speed in speeds.items():
         print(f"{name}: " + ", ".join(f"{part} {value / 1e9:,.0f} G/s" for part, value in asdict(speed).items()))
+    print(f"assumed: {STEPS}·effort iterations a layer; accelerators at {SHARE:.0%} of their peaks (TF32 in the loop's")
     print(
-        f"assumed: {STEPS}·effort iterations a layer; accelerators at {SHARE:.0%} of their float32 peak, TF32 off, and"
+        "dense product), a tenth of float32's in factorisations; nothing else but passes over memory counts. A prediction."
     )
-    print("at a tenth of that in factorisations; nothing else but passes over memory counts. A prediction.")
     found: dict[str, Any] = {}
     for name in args.shapes.split(","):
         work = Work()
