@@ -157,9 +157,7 @@ def main() -> None:
     for name, speed in speeds.items():
         print(f"{name}: " + ", ".join(f"{part} {value / 1e9:,.0f} G/s" for part, value in asdict(speed).items()))
     print(f"assumed: {STEPS}·effort iterations a layer; accelerators at {SHARE:.0%} of their peaks (TF32 in the loop's")
-    print(
-        "dense product), a tenth of float32's in factorisations; nothing else but passes over memory counts. A prediction."
-    )
+    print("dense product), a tenth of float32's in factorisations; otherwise passes over memory alone. A prediction.")
     found: dict[str, Any] = {}
     for name in args.shapes.split(","):
         work = Work()
