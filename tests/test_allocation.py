@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 import sparlow
 from families import save_tiny, tiny
+from sparlow import job
 from sparlow.allocation import (
     Budget,
     Offer,
@@ -290,6 +291,23 @@ def test_rules_and_ignored_layers_in_a_result(tmp_path):
     assert report.values["linears_compressed"] == sum(
         layer.kept + layer.rank * sum(layer.shape) for layer in describe(tmp_path / "out")
     )
+
+
+@pytest.mark.parametrize(
+    ("ignored", "passed"), [((), [0, 1]), (("layers.1.*",), [0, 1]), (("layers.1.*", "layers.2.*"), [])]
+)
+def test_nothing_passes_through_blocks_that_nobody_looks_behind(ignored, passed, monkeypatch):
+    model, seen = tiny("llama"), []
+    blocks = list(model.model.layers)
+    plain = job.pass_through
+
+    def spied(block, *args, **options):
+        seen.append(blocks.index(block))
+        return plain(block, *args, **options)
+
+    monkeypatch.setattr(job, "pass_through", spied)
+    sparlow.compress(model, Recipe(algorithm="magnitude", ignore=ignored), calibration=WINDOWS, evaluate=())
+    assert seen == passed
 
 
 @pytest.mark.parametrize("ignored", [("layers.1.*",), ("layers.0.*", "layers.1.*")])

@@ -93,17 +93,18 @@ class _Counted:
         return total
 
     def walking(self) -> float:
-        """A pass of each dense block with its Grams, and one of each compressed block but the last."""
+        """A pass of each dense block with its Grams, and one of each block in front of the last that is looked into."""
         work = self.work
         tokens, seqlen = work.tokens, work.recipe.seqlen
         total = self._loading()
+        last_read = max(i for i, block in enumerate(work.blocks) if block.compressed or work.by_block)
         for i, block in enumerate(work.blocks):
             seen = block.compressed or work.by_block
             grams = sum(HALF * 2 * tokens * features**2 for features in block.inputs.values()) if seen else 0
             surveyed = work.recipe.allocate != "uniform"
             total += (bool(seen) + surveyed) * self._pass(block, tokens, seqlen)
             total += (1 + (work.recipe.allocate == "error")) * grams / self.speed.products
-            total += self._pass(block, tokens, seqlen, low_rank=True) if i + 1 < len(work.blocks) else 0.0
+            total += self._pass(block, tokens, seqlen, low_rank=True) if i < last_read else 0.0
         return total
 
     def _trained(self, block: Block, plan: Plan) -> float:

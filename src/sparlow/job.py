@@ -167,6 +167,7 @@ class Job:
         hidden = recording.hidden
         # the same place in the dense model
         truth = hidden if self.distills or self.teaching.dense_targets else None
+        last_read = self.last_read
         for i, calls in enumerate(recording.calls):
             done = self.has(i)
             dense = {name: self.storage.bytes_of(linear) for name, linear in linears(self.blocks[i]).items()}
@@ -178,7 +179,7 @@ class Job:
                 layers, matching = self.restored(i, block) if done else self.compressed(i, block, calls, hidden, goal)
                 sparse = compressed_layers(block).values()
                 self.report.bytes["linears_compressed"] += sum(map(self.storage.packed_bytes, sparse))
-                if i + 1 < len(self.blocks):  # nobody reads what leaves the last block
+                if i < last_read:
                     with self.clock("walk"):
                         hidden = pass_through(block, hidden, calls, label=f"{self.blocks_name}.{i}")
             self.report.layers += layers
@@ -186,6 +187,17 @@ class Job:
             self.report.bytes["linears_dense"] += sum(dense[layer.name] for layer in layers)
             self.notify(Progress("blocks", i + 1, len(self.blocks)))
         return recording, truth
+
+    @property
+    def last_read(self) -> int:
+        """The last block whose inputs anyone looks at; nothing needs to pass through it or those behind it."""
+        if self.teaching.by_block:
+            return len(self.blocks) - 1
+        return max(i for i in range(len(self.blocks)) if self.compresses(i))
+
+    def compresses(self, i: int) -> bool:
+        """Whether any layer of block i is compressed."""
+        return any(name.startswith(f"{self.blocks_name}.{i}.") for name in self.budgets)
 
     def has(self, i: int) -> bool:
         """Whether an earlier run finished block i, as the first process sees it."""
@@ -266,9 +278,7 @@ class Job:
         """
         if self.journal and i < self.journal.blocks_done:
             self.report.warnings.append(f"the shard of block {i} was damaged after it was written; it was done again")
-        if not self.teaching.by_block and not any(
-            f"{self.blocks_name}.{i}.{name}" in self.budgets for name in linears(block)
-        ):
+        if not self.teaching.by_block and not self.compresses(i):
             return self.noted(i, block, [], [])  # it stays dense: no need to see what it reads
 
         def on_layer(layer: LayerRecord) -> None:

@@ -73,7 +73,7 @@ def given_options(
     match_preset: Annotated[str | None, typer.Option(help="logits, blocks or paper. [default: logits]")] = None,
     match_epochs: Annotated[int | None, typer.Option(help="At most. [default: the preset's]")] = None,
     match_lr: Annotated[
-        float | None, typer.Option(help="Of Adam for S; U and V follow. [default: the preset's]")
+        float | None, typer.Option(help="Of Adam; logits gives U and V a quarter of it. [default: the preset's]")
     ] = None,
     match_batch: Annotated[int | None, typer.Option(help="Windows a step. [default: the preset's]")] = None,
     ignore: Annotated[

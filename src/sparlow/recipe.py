@@ -48,7 +48,7 @@ class Recipe:
             memory, with gradients; "blocks": each block by itself, towards what the dense model has at its place;
             "paper": likewise, in the published setting.
         match_epochs: At most so many; None for the preset's, as below.
-        match_lr: Learning rate of Adam for S, U and V.
+        match_lr: Learning rate of Adam; "logits" gives U and V a quarter of it.
         match_batch: Windows a step.
         ignore: Layers that stay dense, by ``match`` as in a rule.
         layers: Rules for single layers; a later one wins.

@@ -20,11 +20,11 @@ RANK = 8
 
 # Relative objective at default effort; the tests allow 3 % more. Each is the highest of five solves whose weights
 # differ by one part in a million, because the rounding of another machine differs as much. Printed, after a change
-# that is meant to move them, by
+# that is meant to move them (last when the default went from 1 to 0.5, chosen by perplexity), by
 #     PYTHONPATH=src:tests:tests/algorithms python -c "import test_three_basil as t; t.print_goldens()"
 GOLDENS = {
-    "wide": {"2:4": 0.0005015, "2:8": 0.002581, "0.5": 0.0001949, "0.7": 0.001127},
-    "tall": {"2:4": 0.0001749, "2:8": 0.0008492, "0.5": 6.784e-05, "0.7": 0.0003733},
+    "wide": {"2:4": 0.0005551, "2:8": 0.002646, "0.5": 0.0002467, "0.7": 0.001234},
+    "tall": {"2:4": 0.0001947, "2:8": 0.0008982, "0.5": 8.435e-05, "0.7": 0.0004146},
 }
 
 every_pattern = pytest.mark.parametrize("pattern", PATTERNS)
@@ -136,7 +136,7 @@ def test_without_low_rank_part_the_iterates_are_the_papers(steps):
     pattern = NM(2, 4)
     T, precise = in_float64(W, gram)
     loop = _Loop(T, precise, pattern, 0, rho=0.1)
-    _paper(loop, 1.0, steps)
+    _paper(loop, 0.5, steps)
     D, _, _, rho = oracles.paper_admm(W, gram.H, pattern.mask, 0, max_steps=steps)
     D = D * precise.scale
     torch.testing.assert_close(loop.D, D, rtol=0, atol=1e-8 * D.abs().max().item())
@@ -170,7 +170,7 @@ def test_the_joint_step_is_the_minimum_over_both_blocks(rho):
 @pytest.mark.parametrize("max_steps", [20, 2000])
 def test_either_part_is_nearly_the_best_for_the_other(pattern, max_steps):
     W, gram = layer(48, 64, 1)
-    found = run(W, gram, pattern, 4, max_steps=max_steps)
+    found = run(W, gram, pattern, 4, max_steps=max_steps, effort=1)  # below, little is refitted
     L = found.U.double() @ found.V.double()
     S = oracles.least_squares(W - L, gram.H, found.S != 0)
     now, other_S, other_L = (

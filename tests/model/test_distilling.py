@@ -91,7 +91,7 @@ def test_the_answer_comes_nearer_and_the_support_stays():
 def test_a_loss_that_is_not_finite_stops():
     model, _, recording, wanted = problem("llama")
     with pytest.raises(RunError, match="distillation diverged"):
-        distill(model, list(decoder_blocks(model)[1]), recording, wanted, replace(PLAN, lr=1e30, rest_lr=1e30))
+        distill(model, list(decoder_blocks(model)[1]), recording, wanted, replace(PLAN, lr=1e30))
 
 
 # In a run

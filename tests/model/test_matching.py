@@ -22,7 +22,7 @@ from sparlow.recipe import Recipe
 from sparlow.verification import verify_artefact
 
 WINDOWS = torch.randint(2, 97, (10, 16), generator=torch.Generator().manual_seed(1))
-PLAN = Plan(epochs=6, lr=2e-3, rest_lr=2e-3, batch=4, relative=False, patience=0)
+PLAN = Plan(epochs=6, lr=2e-3, batch=4, relative=False, patience=0)
 
 
 class Nothing:
@@ -110,7 +110,7 @@ def test_held_out_windows_judge_and_are_not_trained_on(relative):
 def test_the_best_epoch_is_kept_if_training_only_harms():
     block, calls, inputs, targets = problem()
     before = copy.deepcopy(block.state_dict())
-    found = match(block, calls, inputs, targets, replace(PLAN, lr=3.0, rest_lr=3.0, epochs=3))
+    found = match(block, calls, inputs, targets, replace(PLAN, lr=3.0, epochs=3))
     assert found.loss_after == found.loss_before
     for name, value in block.state_dict().items():
         torch.testing.assert_close(value, before[name], rtol=0, atol=0)
@@ -118,7 +118,7 @@ def test_the_best_epoch_is_kept_if_training_only_harms():
 
 def test_training_stops_when_nothing_is_gained():
     block, calls, inputs, targets = problem()
-    found = match(block, calls, inputs, targets, replace(PLAN, lr=3.0, rest_lr=3.0, epochs=9, patience=2), held_out=1)
+    found = match(block, calls, inputs, targets, replace(PLAN, lr=3.0, epochs=9, patience=2), held_out=1)
     assert found.epochs == 2
 
 
@@ -294,15 +294,15 @@ def test_a_matched_run_that_was_stopped_ends_in_the_same_bits(dtype, preset, tmp
 
 
 def test_the_paper_preset_is_the_published_one():
-    assert PRESETS["paper"] == Plan(epochs=20, lr=2e-5, rest_lr=2e-5, batch=8, relative=False, patience=0)
+    assert PRESETS["paper"] == Plan(epochs=20, lr=2e-5, batch=8, relative=False, patience=0)
 
 
 def test_what_a_method_kept_and_its_low_rank_part_and_the_rest_have_rates_of_their_own():
     whole = dict.fromkeys(("S", "U", "V", "norm"), True)
     for still, plan in {
         ("U", "V"): replace(PLAN, low_rank=0.0),
-        ("norm",): replace(PLAN, rest_lr=0.0),
-        ("S", "U", "V"): replace(PLAN, lr=0.0),
+        ("norm",): replace(PLAN, rest=0.0),
+        ("S", "U", "V", "norm"): replace(PLAN, lr=0.0),
     }.items():
         block, calls, inputs, targets = problem()
         before = {name: p.detach().clone() for name, p in block.named_parameters()}

@@ -47,14 +47,15 @@ def three_basil(
     pattern: Pattern,
     rank: int,
     *,
-    effort: Positive = 1.0,
+    effort: Positive = 0.5,
     schedule: Literal["joint", "paper"] = "joint",
     max_steps: Count = 2000,
 ) -> Decomposition:
     """Find S and U V together by ADMM, then refit them on the support found.
 
     Args:
-        effort: Time against quality: steps (and seconds) grow with it, the error falls. 0.25 is quick, 4 thorough.
+        effort: Time against quality: steps (and seconds) grow with it, the error falls. 0.2 is quick, 2 thorough; the
+            default is where perplexity hardly falls any more (docs/performance.md).
         schedule: "joint" (two blocks, ρ rising evenly) or "paper" (three blocks, ρ following the support).
         max_steps: Bound on the number of iterations.
     """
@@ -141,7 +142,7 @@ def _joint(loop: _Loop, effort: float, max_steps: int) -> tuple[int, float]:
 
 
 def _paper(loop: _Loop, effort: float, max_steps: int) -> tuple[int, float]:
-    """The paper's order and rule: ρ rises faster while the support moves; at least 100 steps. Effort stretches it."""
+    """The paper's order, its rule for ρ and, at effort 0.5, its pace; at least 100 steps."""
 
     def step() -> None:
         Y = loop.X - loop.D
@@ -151,7 +152,7 @@ def _paper(loop: _Loop, effort: float, max_steps: int) -> tuple[int, float]:
     def growth(change: float) -> float:
         return 1.1 if change > 0.1 else 1.05 if change > 0.005 else 1.02  # noqa: PLR2004 - the paper's thresholds
 
-    every = max(round(10 * effort), 1)
+    every = max(round(20 * effort), 1)
     return _run(loop, step, every, growth, SETTLED["paper"], min_steps=100, max_steps=max_steps)
 
 

@@ -22,9 +22,7 @@ from sparlow.model.fitting import Matched, Plan, fit
 from sparlow.model.midway import Midway
 from sparlow.model.recording import Recording, behind_blocks, tokens_at_once
 
-PRESETS = {
-    "logits": Plan(epochs=1, lr=2e-4, low_rank=0.25, rest_lr=2e-4, batch=2, relative=False, patience=1, together=True)
-}
+PRESETS = {"logits": Plan(epochs=1, lr=2e-4, low_rank=0.25, batch=2, relative=False, patience=1, together=True)}
 
 
 class _Chain(nn.Module):

@@ -23,24 +23,24 @@ class Plan:
     Attributes:
         epochs: At most.
         lr: Of Adam for S; falls along a cosine to a fifth.
-        rest_lr: The same for norms, biases and layers that stayed dense.
         batch: Windows a step.
         relative: Measure each token's error against its own size instead of all tokens' together.
         patience: Epochs without gain on the held-out windows after which training ends; 0 for never.
         dense_targets: The targets come from the dense model throughout (x from its own blocks before), not from the
             dense block fed by the compressed blocks before.
         low_rank: So many times ``lr`` for U and V.
+        rest: So many times ``lr`` for norms, biases and layers that stayed dense.
         together: All blocks are trained together towards the dense model's logits, not each towards its own outputs.
     """
 
     epochs: int
     lr: float
-    rest_lr: float
     batch: int
     relative: bool
     patience: int
     dense_targets: bool = False
     low_rank: float = 1.0
+    rest: float = 1.0
     together: bool = False
 
 
@@ -244,7 +244,7 @@ def _adam(block: nn.Module, values: Sequence[nn.Parameter], plan: Plan) -> torch
     low_rank = [p for layer in block.modules() if isinstance(layer, Packed) for p in (layer.U, layer.V) if p.numel()]
     compressed = {id(p) for p in (*values, *low_rank)}
     rest = [p for p in block.parameters() if id(p) not in compressed and p.numel()]
-    groups = ((list(values), plan.lr), (low_rank, plan.lr * plan.low_rank), (rest, plan.rest_lr))
+    groups = ((list(values), plan.lr), (low_rank, plan.lr * plan.low_rank), (rest, plan.lr * plan.rest))
     return torch.optim.Adam([{"params": some, "lr": lr} for some, lr in groups if some], fused=True)
 
 

@@ -21,8 +21,8 @@ from sparlow.model.blocks import Call, run_block
 from sparlow.model.fitting import Data, Loss, Matched, Plan, fit
 
 PRESETS = {
-    "blocks": Plan(epochs=3, lr=2e-4, rest_lr=2e-4, batch=2, relative=True, patience=1, dense_targets=True),
-    "paper": Plan(epochs=20, lr=2e-5, rest_lr=2e-5, batch=8, relative=False, patience=0),
+    "blocks": Plan(epochs=3, lr=2e-4, batch=2, relative=True, patience=1, dense_targets=True),
+    "paper": Plan(epochs=20, lr=2e-5, batch=8, relative=False, patience=0),
 }
 
 
