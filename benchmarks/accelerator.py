@@ -1,10 +1,10 @@
 """Where the time of a solve goes on an accelerator, and what rounded products change.
 
-    python benchmarks/accelerator.py [--width 4096] [--rank 64] [--device cuda] [--json FILE]
+    python benchmarks/accelerator.py [--width 4096] [--rank 64] [--effort 1] [--device cuda] [--json FILE]
 
 One layer (width, width) of random weights, with inputs whose spectrum falls and whose features differ in size. Printed
 are milliseconds of each part of an iteration; of two ways to find the threshold of an unstructured pattern; and for
-2:4 and 50 % the seconds, the relative error and the share of the dense products of a whole solve at default effort,
+2:4 and 50 % the seconds, the relative error and the share of the dense products of a whole solve,
 with the loop's dense product rounded to TF32 (as sparlow does on CUDA) and in float32. Medians of five.
 """
 
@@ -78,7 +78,9 @@ def parts(W: Tensor, H: Tensor, rank: int, device: str) -> dict[str, float]:
     return {name: seconds(call, device) for name, call in calls.items()}
 
 
-def whole(W: Tensor, H: Tensor, rank: int, device: str, product: dict[str, float]) -> list[dict[str, Any]]:
+def whole(
+    W: Tensor, H: Tensor, rank: int, effort: float, device: str, product: dict[str, float]
+) -> list[dict[str, Any]]:
     """A solve by each pattern, with rounded products and without."""
     rows = []
     for text in ("2:4", "0.5"):
@@ -86,12 +88,12 @@ def whole(W: Tensor, H: Tensor, rank: int, device: str, product: dict[str, float
             found: list[Any] = []
 
             def run(text: str = text, found: list[Any] = found) -> None:
-                found.append(solve(find("3basil")[0], W, Gram.damped(H), parse_pattern(text), rank, {}))
+                found.append(solve(find("3basil")[0], W, Gram.damped(H), parse_pattern(text), rank, {"effort": effort}))
 
             with patch.object(three_basil, "rounded_products", context):
                 taken = seconds(run, device)
             stats = found[-1].stats
-            alternations, steps = three_basil.refits(1.0)
+            alternations, steps = three_basil.refits(effort)
             exact = alternations * (steps + 1) * product["product, float32"]
             share = (stats["iterations"] * product[f"product, {name}"] + exact) / taken
             rows.append(
@@ -112,6 +114,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--width", type=int, default=4096)
     parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--effort", type=float, default=1.0)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--json", type=Path, dest="json_file")
     args = parser.parse_args()
@@ -122,7 +125,7 @@ def main() -> None:
     operations = 2 * args.width**3
     for name in ("float32", "rounded"):
         print(f"product, {name}: {operations / found[f'product, {name}'] / 1e12:.1f} Tflop/s")
-    rows = whole(W, H, args.rank, args.device, found)
+    rows = whole(W, H, args.rank, args.effort, args.device, found)
     for row in rows:
         print(
             f"{row['pattern']}, products {row['products']}: {row['seconds']:.3f} s, error {row['relative_error']:.6f}, "

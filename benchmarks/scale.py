@@ -1,20 +1,21 @@
 """What models too large for this machine would take: a model of the time, from products measured here.
 
-    python benchmarks/scale.py [--samples 128] [--seqlen 2048] [--effort 1] [--device cpu] [--compress] [--json FILE]
+    python benchmarks/scale.py [--samples 128] [--seqlen 2048] [--effort 0.5] [--device cpu] [--compress] [--json FILE]
 
 Measures the throughput of a square product, a Cholesky factorisation with its inverse, and of a pass over memory,
 counts what 3basil at 2:4 + rank 64 does to each layer of Llama-3-8B, 70B and 405B, and prints the predicted hours on
 this machine and on accelerators. --compress also writes two blocks in the shape of the 8B with random weights,
-compresses them at full effort (on a slow core that takes hours) and prints the measured time beside the predicted
+compresses them (on a slow core that takes hours) and prints the measured time beside the predicted
 one.
 
-Assumptions, which are printed too: every layer takes STEPS·effort iterations in levels of ten (layers of SmolLM2 take
-130 to 170 at default effort, benchmarks/results/solver_speed.json), then the refit; accelerators reach SHARE of their
+Assumptions, which are printed too: every layer takes STEPS·effort iterations in levels of 10·√effort (layers of SmolLM2 take
+130 to 170 at effort 1, benchmarks/results/solver_speed.json), then the refit; accelerators reach SHARE of their
 peaks, TF32 in the loop's dense product and float32 in all others, and a tenth of the latter in factorisations;
 reading, writing and everything that is not counted are free. It is a prediction, not a measurement.
 """
 
 import argparse
+import math
 import tempfile
 import time
 from collections.abc import Callable
@@ -31,7 +32,7 @@ from sparlow.algorithms.three_basil import refits
 from sparlow.linalg.precision import rounded_products
 
 STEPS = 160  # iterations of a layer at effort 1
-EVERY = 10  # iterations at one ρ, each of which costs a factorisation and an inverse
+EVERY = 10  # times √effort, iterations at one ρ, each of which costs a factorisation and an inverse
 SHARE = 0.5  # of the peak that large products reach
 RANK = 64
 PASSES = 14  # over (out, in) in an iteration: reads and writes of what is not a product
@@ -81,7 +82,7 @@ def solve(out: int, features: int, effort: float) -> Work:
     steps = STEPS * effort
     dense = 2.0 * out * features**2  # operations of (out, in) times (in, in)
     skinny = 3 * 2.0 * out * features * RANK + 2.0 * RANK * features**2
-    levels = steps / (EVERY * effort)
+    levels = steps / (EVERY * math.sqrt(effort))
     alternations, refit_steps = refits(effort)
     return Work(
         products=steps * skinny + alternations * ((refit_steps + 1) * dense + skinny) + 2 * dense,
@@ -147,7 +148,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--seqlen", type=int, default=2048)
-    parser.add_argument("--effort", type=float, default=1.0)
+    parser.add_argument("--effort", type=float, default=0.5)
     parser.add_argument("--shapes", default="llama-3-8b,llama-3-70b,llama-3-405b")
     parser.add_argument("--device", default="cpu", help="where this machine is measured")
     parser.add_argument("--compress", action="store_true", help="the first of the shapes, two blocks of it")

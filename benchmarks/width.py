@@ -1,6 +1,7 @@
 """How the time of a solve grows with the width of the layer, and how much of it is the one dense product.
 
-    python benchmarks/width.py [--widths 256,512,1024,2048] [--patterns 2:4,0.5] [--repeats 3] [--json FILE]
+    python benchmarks/width.py [--widths 256,512,1024,2048] [--patterns 2:4,0.5] [--effort 1] [--repeats 3]
+        [--json FILE]
 
 Solves square random layers whose inputs are correlated, by 3basil at rank width / 16, and fits seconds = a·widthᵏ.
 Printed for each width are the median of the seconds, the iterations, and the share of the time that the iterations'
@@ -32,12 +33,12 @@ def problem(width: int) -> tuple[Tensor, Tensor]:
     return W, 2 * X.T @ X
 
 
-def solve(width: int, pattern: str, repeats: int) -> dict[str, Any]:
+def solve(width: int, pattern: str, effort: float, repeats: int) -> dict[str, Any]:
     """Solve a layer several times; the product is measured after each, so that both see the same machine."""
     W, H = problem(width)
     seconds, product, iterations = [], [], 0
     for _ in range(repeats):
-        found = sparlow.decompose(W, H, pattern=pattern, rank=width // 16)
+        found = sparlow.decompose(W, H, pattern=pattern, rank=width // 16, effort=effort)
         iterations = int(found.stats["iterations"])
         seconds.append(float(found.stats["seconds"]))
         product.append(_product_seconds(W, H))
@@ -73,14 +74,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--widths", default="256,512,1024,2048")
     parser.add_argument("--patterns", default="2:4,0.5")
+    parser.add_argument("--effort", type=float, default=1.0)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    found: dict[str, Any] = {"machine": machine(), "repeats": args.repeats, "patterns": {}}
+    found: dict[str, Any] = {"machine": machine(), "effort": args.effort, "repeats": args.repeats, "patterns": {}}
     for pattern in args.patterns.split(","):
         rows = []
         for width in map(int, args.widths.split(",")):
-            rows.append(solve(width, pattern, args.repeats))
+            rows.append(solve(width, pattern, args.effort, args.repeats))
             row = rows[-1]
             print(
                 f"{pattern}, width {width}: {row['seconds']:.2f} s, {row['iterations']} iterations, "

@@ -22,6 +22,7 @@ Deviations from the paper, all of them measured (docs/performance.md):
 ``schedule="paper"`` keeps the paper's order of the three blocks and its rule for ρ (its section 3 and Theorem 1).
 """
 
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -130,8 +131,8 @@ class _Loop:
 
 
 def _joint(loop: _Loop, effort: float, max_steps: int) -> tuple[int, float]:
-    """Raise ρ by 1.44 every ``10·effort`` steps; at low effort by more, for each rise costs an inverse."""
-    every = max(round(10 * effort), 5)
+    """Raise ρ by 1.44 in ``10·effort`` steps, but less often at low effort: each rise costs an inverse."""
+    every = max(round(10 * math.sqrt(effort)), 5)
     factor = 1.44 ** (every / (10 * effort))
 
     def step() -> None:
