@@ -427,7 +427,35 @@ class TestObserve:
         for layer, owner in seen.owner.items():
             assert torch.equal(seen.statistics[owner].H, expected[layer].H)
         assert set(seen.statistics) == set(seen.owner.values())
+        alone = observe(block, calls, hidden, Products)
+        assert alone.owner == seen.owner
+        assert all(torch.equal(statistic.H, seen.statistics[name].H) for name, statistic in alone.statistics.items())
         assert not hooks_of(block)
+
+    @pytest.mark.parametrize(("outputs", "times"), [(None, 1), (Shelf("cpu"), 3)])
+    def test_ends_a_pass_where_nothing_is_left_to_see(self, outputs, times, second_block):
+        block, calls, hidden = second_block("llama")
+        assert len(hidden) == 3
+        seen = []
+        block.mlp.down_proj.register_forward_hook(lambda *_: seen.append(1))
+        observe(block, calls, hidden, Products, outputs=outputs)
+        assert len(seen) == times  # the first pass shows which linear is the last
+
+    def test_sees_to_the_end_what_is_called_more_than_once(self):
+        plan = [("ab", "a")] * 3  # the last call of a comes after every linear was called
+        block, hidden, calls = Experts(plan), list(torch.randn(3, 2, 4, 6)), {2: Call((), {})}
+        block.experts = nn.ModuleDict({name: block.experts[name] for name in "ab"})
+        seen = observe(block, calls, hidden, Products)
+        block.plan = iter(plan)
+        for layer, expected in products_of_each(block, calls, hidden).items():
+            assert torch.equal(seen.statistics[seen.owner[layer]].H, expected.H)
+
+    def test_names_what_is_not_finite_in_a_pass_that_it_ends(self, second_block):
+        block, calls, hidden = second_block("llama")
+        hidden = list(hidden)
+        hidden[1] = hidden[1].clone().index_fill_(1, torch.tensor([2]), torch.inf)
+        with pytest.raises(InputError, match=r"the input of self_attn\.q_proj is not finite"):
+            observe(block, calls, hidden, Products)
 
     def test_shares_the_statistic_of_a_shared_input(self, second_block):
         seen = observe(*second_block("llama"), Products)

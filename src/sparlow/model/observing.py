@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -40,6 +40,10 @@ class Observation(Generic[Kind]):
     windows: int = 0
 
 
+class _AllSeen(Exception):  # noqa: N818 - no error, but the only way out of a foreign forward
+    """Every linear has been called: what the block computes from here on is not wanted."""
+
+
 @torch.no_grad()
 def observe(
     block: nn.Module,
@@ -53,7 +57,8 @@ def observe(
 ) -> Observation[Kind]:
     """Run a block once over all micro-batches for both its outputs and the statistics of its linears' inputs.
 
-    Linears that read the very same tensors (query, key and value; gate and up) share one statistic.
+    Linears that read the very same tensors (query, key and value; gate and up) share one statistic. If the outputs are
+    not wanted, and the first micro-batch called every linear once, the others end where the last linear would begin.
 
     Args:
         calls: the block's calls by number of windows, from ``record``.
@@ -69,21 +74,24 @@ def observe(
     device = next(block.parameters()).device
     calls = {size: call.to(device) for size, call in calls.items()}
     seen: Observation[Kind] = Observation({}, {})
-    windows = 0
+    windows, names, enough = 0, linears(block).keys(), False
     for x in hidden:
         if not len(x):
             if outputs is not None:
                 outputs.append(x)
             continue
         windows += len(x)
-        with _inputs_noted(block, label) as inputs:
+        y: Tensor | None = None
+        with _inputs_noted(block, label, enough=enough) as inputs, suppress(_AllSeen):
             y = run_block(block, x, calls[len(x)])
-        if not y.isfinite().all():
+        if not all(z.isfinite().all() for z in (_distinct(inputs) if y is None else (y,))):
             raise InputError(
                 f"{label}: {_not_finite(block, inputs)} is not finite (NaN or inf); "
                 "use --dtype float32 or check the model's weights"
             )
-        if outputs is not None:
+        if outputs is None:
+            enough = enough or (inputs.keys() == names and all(len(called) == 1 for called in inputs.values()))
+        elif y is not None:
             outputs.append(y)
         _add(seen, inputs, new_statistic)
     if processes.size > 1:
@@ -92,9 +100,13 @@ def observe(
 
 
 @contextmanager
-def _inputs_noted(block: nn.Module, label: str) -> Iterator[dict[str, list[Tensor]]]:
-    """Collect what each linear reads, in the order of the calls; kept alive, so that identities stay distinct."""
+def _inputs_noted(block: nn.Module, label: str, *, enough: bool) -> Iterator[dict[str, list[Tensor]]]:
+    """Collect what each linear reads, in the order of the calls; kept alive, so that identities stay distinct.
+
+    If that is ``enough``, the forward is left by ``_AllSeen`` when every linear has been called.
+    """
     inputs: dict[str, list[Tensor]] = {}
+    layers = linears(block)
     versions: list[tuple[str, Tensor, int]] = []
 
     def hook(name: str) -> Callable[..., None]:
@@ -102,16 +114,23 @@ def _inputs_noted(block: nn.Module, label: str) -> Iterator[dict[str, list[Tenso
             x = args[0] if args else kwargs["input"]
             inputs.setdefault(name, []).append(x)
             versions.append((name, x, x._version))  # noqa: SLF001 - how torch counts changes in place
+            if enough and len(inputs) == len(layers):
+                raise _AllSeen
 
         return note
 
     with ExitStack() as stack:
-        for name, linear in linears(block).items():
+        for name, linear in layers.items():
             stack.enter_context(linear.register_forward_pre_hook(hook(name), with_kwargs=True))
         yield inputs
     for name, x, version in versions:  # statistics are taken now, after the forward
         if x._version != version:  # noqa: SLF001 - see above
             raise InputError(f"{label} changes the input of {name} in place, so it cannot be observed")
+
+
+def _distinct(inputs: Mapping[str, list[Tensor]]) -> Iterable[Tensor]:
+    """Each tensor once, however many linears read it."""
+    return {id(x): x for called in inputs.values() for x in called}.values()
 
 
 def _add(
