@@ -638,7 +638,7 @@ def test_the_demo_compresses_evaluates_and_generates(place, monkeypatch, capsys,
     assert re.search(rf"^compressed: +{demo.PROMPT}", shown, re.MULTILINE)
     assert len(describe(tmp_path / "demo")) == 12
     assert str(tmp_path / "demo" / "report.html") in shown
-    (full,) = [line.split(":", 1)[1] for line in shown.splitlines() if line.startswith("at full effort:")]
+    (full,) = [line.split(":", 1)[1] for line in shown.splitlines() if line.startswith("at default effort:")]
     # the command that is offered is one that is understood: only the windows are too long for this model
     assert "64 tokens" in run_and_fail(capsys, *shlex.split(full)[1:])
 

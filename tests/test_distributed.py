@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 
@@ -92,6 +93,23 @@ def test_two_processes_find_what_one_finds(family, mode, models, tmp_path):
     assert two.processes["count"] == 2
     assert two.processes["bytes_per_block"] > 0
     assert alone.processes == {}
+
+
+def test_two_processes_find_the_same_bits_where_each_passes_as_many_windows_at_a_time(model, tmp_path):
+    reading = tmp_path / "model"
+    shutil.copytree(model, reading)
+    config = json.loads((reading / "config.json").read_text())
+    (reading / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 1024}))
+    text = tmp_path / "long.txt"
+    text.write_text("".join(chr(32 + (7 * i * i + i // 3) % 95) for i in range(9000)))
+    more = ["--calibration", text, "--samples", "8", "--seqlen", "1024", "--evaluate-seqlen", "64"]  # 2 at a time
+    for name, size in (("alone", 1), ("two", 2)):
+        codes, words = ended(started(reading, tmp_path / name, more, size=size))
+        assert codes == [0] * size, words
+    alone, two = shards(tmp_path / "alone"), shards(tmp_path / "two")
+    assert alone.keys() == two.keys()
+    for name, tensors in alone.items():
+        assert all(torch.equal(tensor, two[name][key]) for key, tensor in tensors.items())
 
 
 def test_a_process_that_dies_ends_all_and_the_run_goes_on(model, tmp_path):

@@ -37,7 +37,7 @@ def run(out: Path, *, overwrite: bool = False) -> None:
     compressed = for_computing(open_model(str(out)).model)
     console.out.print(f"compressed: {_continue(compressed, dense.tokenizer)}", markup=False, highlight=False)
     console.out.print(f"the result lies in {out}; open {out / 'report.html'}", markup=False, highlight=False)
-    console.out.print(f"at full effort:  {full_command(source, out)}", markup=False, highlight=False)
+    console.out.print(f"at default effort:  {full_command(source, out)}", markup=False, highlight=False)
 
 
 def full_command(source: Path, out: Path) -> str:

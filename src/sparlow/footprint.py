@@ -18,6 +18,7 @@ from sparlow.probe import FLOAT, Workspace
 from sparlow.recipe import OWN_TEXT
 from sparlow.workload import Block, Workload
 
+SUM = 8  # bytes of each number of a Gram matrix while it is added up
 LOADED_LATE = 30 * 10**6  # bytes of libraries that are loaded when they are first used
 LARGEST_HELD = 2**25  # bytes: freed tensors of up to so many teach glibc to hold twice as much on its heap
 WALKED = 3  # copies of the hidden states while a block passes them on: of the first block, the inputs, the outputs
@@ -197,11 +198,11 @@ class _Counted:
         weights, files = self._parts(rest=False)
 
         def needs(block: Block) -> int:
-            grams = FLOAT * sum(features**2 for features in block.inputs.values())
+            grams = SUM * sum(features**2 for features in block.inputs.values())
             inputs = work.batch * sum(block.inputs.values()) * self.size
             widest = FLOAT * max((features**2 for features in block.inputs.values()), default=0)
-            # the widest is last: its sum, the second moment made of it, and that damped
-            return max(grams + inputs + self._activations(work.batch, block), 3 * widest)
+            # the widest is last: its sum and the second moment made of it, then that and the damped one
+            return max(grams + inputs + self._activations(work.batch, block), (SUM // FLOAT + 1) * widest)
 
         most = max(needs(block) for block in work.blocks)
         return self._stage("Grams", weights + most, files=files, hidden=self._waiting(), where=work.place)
@@ -216,7 +217,7 @@ class _Counted:
         """Of the layer that needs the most: the Grams that are still waiting, and U and V of those that are done."""
         most, low_rank = 0, 0
         for owner, features in sorted(block.inputs.items(), key=lambda item: item[1]):
-            waiting = FLOAT * sum(n**2 for other, n in block.inputs.items() if n > features and other != owner)
+            waiting = SUM * sum(n**2 for other, n in block.inputs.items() if n > features and other != owner)
             for layer in (one for one in block.compressed if one.owner == owner):
                 copied = layer.weights * self.work.stored if self.converted else 0
                 most = max(most, waiting + low_rank * self.size + copied + self.space.bytes(layer.shape))

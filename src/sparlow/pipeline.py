@@ -159,8 +159,9 @@ def with_grams(
         if not wanted:
             continue
         H = statistic.second_moment(windows)
+        del statistic  # of the widest layer, each of these is the largest matrix there is
         gram = Gram.damped(H, absolute=recipe.damping, relative=recipe.relative_damping)
-        del statistic, H
+        del H
         for name in readers:
             if who[name] == processes.rank:
                 yield name, gram, tokens[owner]

@@ -67,7 +67,7 @@ def _outlier_weighed(walk: Walk, recipe: Recipe, budgets: Mapping[str, Budget]) 
     shares: dict[str, float] = {}
     for block_name, block, seen in walk.observed(SquareAccumulator):
         sums = {owner: walk.processes.sum(statistic.sum) for owner, statistic in seen.statistics.items()}
-        norms = {name: sums[owner].sqrt() for name, owner in seen.owner.items()}
+        norms = {name: sums[owner].sqrt().float() for name, owner in seen.owner.items()}
         layers = linears(block)
         scores = torch.cat([(layers[name].weight.float().abs() * norm).flatten() for name, norm in norms.items()])
         shares[block_name] = (scores > recipe.owl_threshold * scores.mean()).float().mean().item()

@@ -169,23 +169,37 @@ def test_relative_error_runs_from_nothing_lost_to_everything():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_accumulates_in_float32_whatever_the_activations_are(dtype):
+def test_adds_up_in_float64_whatever_the_activations_are(dtype):
     batches = [(inputs(300, 12, seed) + 3).to(dtype) for seed in range(8)]  # sums far beyond 8 or 11 bits
     stats = GramAccumulator(12, CPU)
     for x in batches:
         stats.add(x)
     X = torch.cat(batches).double()
-    assert stats.sum.dtype == torch.float32
+    assert stats.sum.dtype == torch.float64
     assert stats.tokens == 2400
     torch.testing.assert_close(stats.second_moment(16).double(), 2 / 16 * X.T @ X, rtol=1e-5, atol=0)
 
 
-def test_accumulates_in_float64_on_request():
+def test_takes_products_of_float64_in_float64():
     X = (inputs(300, 12) + 1000).double()
-    stats = GramAccumulator(12, CPU, torch.float64)
+    stats = GramAccumulator(12, CPU)
     stats.add(X)
     torch.testing.assert_close(stats.sum.triu(), (X.T @ X).triu(), rtol=1e-13, atol=0)  # the rest is its mirror image
     assert stats.second_moment(1).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("order", "first"), [((5, 4, 3, 2, 1, 0), 0), ((0, 2, 4, 1, 3, 5), 3), ((3, 0, 5, 1, 2, 4), 5)]
+)
+def test_neither_order_nor_division_changes_a_bit(order, first):
+    batches = [inputs(40, 12, seed) * 10**seed for seed in range(6)]
+    straight, parts = GramAccumulator(12, CPU), [GramAccumulator(12, CPU), GramAccumulator(12, CPU)]
+    for x in batches:
+        straight.add(x)
+    for place, i in enumerate(order):
+        parts[place < first].add(batches[i])
+    parts[0].sum += parts[1].sum
+    assert torch.equal(parts[0].second_moment(6), straight.second_moment(6))
 
 
 def test_windows_may_come_in_any_shape():

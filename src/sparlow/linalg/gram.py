@@ -15,29 +15,36 @@ PANELS = 4  # of a sum of products: five eighths of the work, see docs/performan
 RIDGES_KEPT = 2**28  # bytes of ridge inverses that a Gram remembers
 
 
+def summing(device: torch.device) -> torch.dtype:
+    """The type in which statistics are added up: float64 wherever the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 class GramAccumulator:
     """Stream activations into Σ x xᵀ without ever holding them together.
+
+    The products of a micro-batch are taken in float32 (float64 if that is what it comes in) and added up in float64: so
+    H, rounded to float32 in the end, is the same whatever the order, and however many processes each had a part.
 
     Args:
         features: Width of the layer's input.
         device: Where the sum (features, features) lives.
-        dtype: Precision of the sum, float32 or float64, whatever the activations' own.
     """
 
-    def __init__(self, features: int, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
-        self.sum = torch.zeros(features, features, device=device, dtype=dtype)
+    def __init__(self, features: int, device: torch.device) -> None:
+        self.sum = torch.zeros(features, features, device=device, dtype=summing(device))
         self.tokens = 0
 
     def add(self, x: Tensor) -> None:
         """Add the inputs ``x`` (..., features)."""
-        x = x.reshape(-1, x.shape[-1]).to(self.sum.device, self.sum.dtype)  # (tokens, features)
+        x = x.reshape(-1, x.shape[-1]).to(self.sum.device, torch.promote_types(x.dtype, torch.float32))
         for start, end in self._panels():
-            self.sum[:end, start:end].addmm_(x[:, :end].T, x[:, start:end])
+            self.sum[:end, start:end].add_(x[:, :end].T @ x[:, start:end])
         self.tokens += x.shape[0]
 
     def second_moment(self, windows: int) -> Tensor:
         """Return H = (2 / windows) Σ x xᵀ (features, features), undamped, in float32."""
-        H = (self.sum * (2 / windows)).float()
+        H = self.sum.float().mul_(2 / windows)
         for start, end in self._panels():
             H[start:end, :start] = H[:start, start:end].T
         return H
@@ -58,7 +65,7 @@ class SquareAccumulator:
     """
 
     def __init__(self, features: int, device: torch.device) -> None:
-        self.sum = torch.zeros(features, device=device)
+        self.sum = torch.zeros(features, device=device, dtype=summing(device))
 
     def add(self, x: Tensor) -> None:
         """Add the inputs ``x`` (..., features)."""
