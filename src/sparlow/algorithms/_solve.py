@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sparlow.algorithms._registry import Algorithm, Decomposition, find
 from sparlow.errors import InputError, RunError
+from sparlow.finite import all_finite
 from sparlow.linalg.gram import Gram
 from sparlow.linalg.patterns import Pattern, parse_pattern
 
@@ -45,7 +46,7 @@ def solve(
         raise RunError(f"{algorithm.name} failed in a factorisation: raise the damping ({error}).") from error
     S, U, V = (part.to(W.dtype).contiguous() + 0.0 for part in (found.S, found.U, found.V))  # + 0.0: no negative zero
     relative_error = gram.relative_error(weight, weight - S.float() - U.float() @ V.float())
-    if not all(torch.isfinite(part).all() for part in (S, U, V)) or not math.isfinite(relative_error):
+    if not all(all_finite(part) for part in (S, U, V)) or not math.isfinite(relative_error):
         raise RunError(f"{algorithm.name} ended in values that are not finite: raise the damping.")
     shell = {
         "relative_error": relative_error,
@@ -110,7 +111,7 @@ def check(algorithm: Algorithm, W: Tensor, gram: Gram, pattern: Pattern, rank: i
     if gram.H.shape != (shape[1], shape[1]):
         raise InputError(f"H must be (in, in) = ({shape[1]}, {shape[1]}) for W {shape}, not {tuple(gram.H.shape)}.")
     check_budget(algorithm, shape, pattern, rank)
-    if not torch.isfinite(W).all():
+    if not all_finite(W):
         raise InputError("The weight holds NaN or infinity: the model is damaged, or was stored in too narrow a type.")
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sparlow.errors import InputError, RunError
+from sparlow.finite import all_finite
 
 ESCALATION = 10.0  # factor by which damping is raised when a factorisation fails
 ESCALATIONS = 6  # how often, before the layer is given up
@@ -100,7 +101,7 @@ class Gram:
             raise InputError("Damping must not be negative.")
         H = H.float()
         diagonal = H.diagonal()
-        if not torch.isfinite(H).all() or (diagonal < 0).any():
+        if not all_finite(H) or (diagonal < 0).any():
             raise InputError("H holds NaN, infinity or a negative diagonal: check the calibration activations.")
         dead = diagonal == 0
         added = absolute * diagonal.mean() + relative * diagonal

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparlow.errors import InputError, RunError
+from sparlow.finite import all_finite
 from sparlow.model.offload import Shelf
 
 _WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -170,7 +171,7 @@ def pass_through(block: nn.Module, hidden: Shelf, calls: Mapping[int, Call], *, 
     outputs = hidden.fresh()
     for x in hidden:
         y = run_block(block, x, calls[len(x)]) if len(x) else x
-        if label is not None and not y.isfinite().all():
+        if label is not None and not all_finite(y):
             raise RunError(f"{label}: the block's output is not finite: raise the damping, or use --dtype float32.")
         outputs.append(y)
     return outputs

@@ -10,6 +10,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from sparlow.errors import InputError
+from sparlow.finite import all_finite
 from sparlow.model.checkpoint import read_layers
 from sparlow.model.packing import unpack
 from sparlow.model.places import plain_name
@@ -130,6 +131,6 @@ def _layer_problem(
         S = unpack(values, mask, layer.shape)
     except InputError as problem:
         return f"{layer.name}: {problem}"
-    if not all(part.isfinite().all() for part in (values, U, V)):
+    if not all(all_finite(part) for part in (values, U, V)):
         return f"{layer.name} holds numbers that are not finite"
     return check_pattern(layer.name, S) if check_pattern else None

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sparlow.distributed import ALONE, Processes
 from sparlow.errors import InputError
+from sparlow.finite import all_finite
 from sparlow.model.blocks import Call, linears, run_block
 from sparlow.model.offload import Shelf
 
@@ -84,7 +85,7 @@ def observe(
         y: Tensor | None = None
         with _inputs_noted(block, label, enough=enough) as inputs, suppress(_AllSeen):
             y = run_block(block, x, calls[len(x)])
-        if not all(z.isfinite().all() for z in (_distinct(inputs) if y is None else (y,))):
+        if not all(all_finite(z) for z in (_distinct(inputs) if y is None else (y,))):
             raise InputError(
                 f"{label}: {_not_finite(block, inputs)} is not finite (NaN or inf); "
                 "use --dtype float32 or check the model's weights"
@@ -186,8 +187,8 @@ def _not_finite(block: nn.Module, inputs: Mapping[str, list[Tensor]]) -> str:
     """Name the first thing that is not finite, in the order of the calls."""
     layers = linears(block)
     for name, tensors in inputs.items():
-        if not all(x.isfinite().all() for x in tensors):
+        if not all(all_finite(x) for x in tensors):
             return f"the input of {name}"
-        if not all(p.isfinite().all() for p in layers[name].parameters()):
+        if not all(all_finite(p) for p in layers[name].parameters()):
             return f"a weight of {name}"
     return "the output"

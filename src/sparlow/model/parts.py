@@ -14,6 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from sparlow.finite import all_finite
+
 
 class Parts(Protocol):
     """Weights on demand, in the type they compute in, on the device they compute on."""
@@ -108,7 +110,7 @@ def survey(states: Iterable[Mapping[str, Tensor]]) -> Survey:
             tensors = dict(once.values())
             for (name, tensor), digest in zip(tensors.items(), pool.map(_digest, tensors.values()), strict=True):
                 lines[name] = f"{name} {tensor.dtype} {tuple(tensor.shape)} {digest}\n"
-                if tensor.is_floating_point() and not tensor.isfinite().all():
+                if tensor.is_floating_point() and not all_finite(tensor):
                     damaged.add(name)
     text = "".join(lines[name] for name in sorted(lines))
     return Survey(hashlib.sha256(text.encode()).hexdigest(), frozenset(damaged))

@@ -1,0 +1,21 @@
+import pytest
+import torch
+
+from sparlow.finite import all_finite
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_finds_the_one_that_is_none(dtype, value):
+    x = torch.ones(3, 5, dtype=dtype)
+    assert all_finite(x)
+    x[1, 2] = value
+    assert not all_finite(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_is_not_misled_by_a_sum(dtype):
+    most = torch.finfo(dtype).max
+    assert all_finite(torch.full((4, 4), most, dtype=dtype))  # overflows
+    assert not all_finite(torch.tensor([torch.inf, -torch.inf, 1.0], dtype=dtype))
+    assert all_finite(torch.empty(0, 3, dtype=dtype))
