@@ -4,8 +4,8 @@
 
 One layer (width, width) of random weights, with inputs whose spectrum falls and whose features differ in size. Printed
 are milliseconds of each part of an iteration; of two ways to find the threshold of an unstructured pattern; and for
-2:4 and 50 % the seconds, the relative error and the share of the dense products of a whole solve,
-with the loop's dense product rounded to TF32 (as sparlow does on CUDA) and in float32. Medians of five.
+2:4 and 50 % the seconds, the relative error and the share of the dense products of a whole solve, with the loop's
+dense product rounded to TF32 (as sparlow does on CUDA) and in float32. Medians of five.
 """
 
 import argparse

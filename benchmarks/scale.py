@@ -5,17 +5,15 @@
 Measures the throughput of a square product, a Cholesky factorisation with its inverse, and of a pass over memory,
 counts what 3basil at 2:4 + rank 64 does to each layer of Llama-3-8B, 70B and 405B, and prints the predicted hours on
 this machine and on accelerators. --compress also writes two blocks in the shape of the 8B with random weights,
-compresses them (on a slow core that takes hours) and prints the measured time beside the predicted
-one.
+compresses them (on a slow core that takes hours) and prints the measured time beside the predicted one.
 
-Assumptions, which are printed too: every layer takes STEPS·effort iterations in levels of 10·√effort (layers of
+Assumptions, which are printed too: every layer takes STEPS·effort iterations in levels as its loop has (layers of
 SmolLM2 take 130 to 170 at effort 1, benchmarks/results/solver_speed.json), then the refit; accelerators reach SHARE of
 their peaks, TF32 in the loop's dense product and float32 in all others, and a tenth of the latter in factorisations;
 reading, writing and everything that is not counted are free. It is a prediction, not a measurement.
 """
 
 import argparse
-import math
 import tempfile
 import time
 from collections.abc import Callable
@@ -28,11 +26,10 @@ from _layers import machine, write_json
 from _shapes import SHAPES, Shape, random_windows, write
 
 from sparlow import Recipe, compress
-from sparlow.algorithms.three_basil import refits
+from sparlow.algorithms.three_basil import level, refits
 from sparlow.linalg.precision import rounded_products
 
 STEPS = 160  # iterations of a layer at effort 1
-EVERY = 10  # times √effort, iterations at one ρ, each of which costs a factorisation and an inverse
 SHARE = 0.5  # of the peak that large products reach
 RANK = 64
 PASSES = 14  # over (out, in) in an iteration: reads and writes of what is not a product
@@ -82,7 +79,7 @@ def solve(out: int, features: int, effort: float) -> Work:
     steps = STEPS * effort
     dense = 2.0 * out * features**2  # operations of (out, in) times (in, in)
     skinny = 3 * 2.0 * out * features * RANK + 2.0 * RANK * features**2
-    levels = steps / (EVERY * math.sqrt(effort))
+    levels = steps / level(effort)  # each of which costs a factorisation and an inverse
     alternations, refit_steps = refits(effort)
     return Work(
         products=steps * skinny + alternations * ((refit_steps + 1) * dense + skinny) + 2 * dense,

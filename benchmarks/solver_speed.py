@@ -29,21 +29,8 @@ from sparlow.errors import InputError
 from sparlow.linalg.gram import Gram
 from sparlow.linalg.patterns import NM, Pattern, parse_pattern
 
-LADDER = (
-    0.1,
-    0.12,
-    0.15,
-    0.2,
-    0.25,
-    0.3,
-    0.35,
-    0.42,
-    0.5,
-    0.7,
-    1.0,
-    2.0,
-    4.0,
-)  # efforts, upwards, until one matches the plain version
+# efforts, upwards, until one matches the plain version
+LADDER = (0.1, 0.12, 0.15, 0.2, 0.25, 0.3, 0.35, 0.42, 0.5, 0.7, 1.0, 2.0, 4.0)
 SPARE = 8  # columns of the plain version's randomised SVD beyond the rank
 CORNER = 96  # of the first layer, for the warm-up
 

@@ -1,6 +1,5 @@
 """Whether every number of a tensor is one."""
 
-import torch
 from torch import Tensor
 
 
@@ -10,5 +9,5 @@ def all_finite(x: Tensor) -> bool:
     One sum tells in most cases, 15 times as fast as a look at each number: both stay in a sum to its end. A sum that
     overflows by itself is looked into.
     """
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return bool(x.sum(dtype=wide).isfinite()) or bool(x.to(wide).isfinite().all())
+    x = x.float() if x.itemsize == 1 else x  # types of 8 bits cannot be added up
+    return bool(x.sum().isfinite()) or bool(x.isfinite().all())

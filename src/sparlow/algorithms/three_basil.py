@@ -77,6 +77,11 @@ def refits(effort: float) -> tuple[int, int]:
     return max(round(REFITS * share), 1), max(round(REFIT_STEPS * share), FEWEST)
 
 
+def level(effort: float) -> int:
+    """Steps of the joint schedule at one ρ: fewer at low effort, but each rise costs an inverse."""
+    return max(round(10 * math.sqrt(effort)), 5)
+
+
 class _Loop:
     """The iterates, and the steps that both schedules are made of."""
 
@@ -131,8 +136,8 @@ class _Loop:
 
 
 def _joint(loop: _Loop, effort: float, max_steps: int) -> tuple[int, float]:
-    """Raise ρ by 1.44 in ``10·effort`` steps, but less often at low effort: each rise costs an inverse."""
-    every = max(round(10 * math.sqrt(effort)), 5)
+    """Raise ρ by 1.44 in ``10·effort`` steps."""
+    every = level(effort)
     factor = 1.44 ** (every / (10 * effort))
 
     def step() -> None:

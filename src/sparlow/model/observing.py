@@ -75,7 +75,7 @@ def observe(
     device = next(block.parameters()).device
     calls = {size: call.to(device) for size, call in calls.items()}
     seen: Observation[Kind] = Observation({}, {})
-    windows, names, enough = 0, linears(block).keys(), False
+    layers, windows, enough = linears(block), 0, False
     for x in hidden:
         if not len(x):
             if outputs is not None:
@@ -83,7 +83,7 @@ def observe(
             continue
         windows += len(x)
         y: Tensor | None = None
-        with _inputs_noted(block, label, enough=enough) as inputs, suppress(_AllSeen):
+        with _inputs_noted(layers, label, enough=enough) as inputs, suppress(_AllSeen):
             y = run_block(block, x, calls[len(x)])
         if not all(all_finite(z) for z in (_distinct(inputs) if y is None else (y,))):
             raise InputError(
@@ -91,7 +91,7 @@ def observe(
                 "use --dtype float32 or check the model's weights"
             )
         if outputs is None:
-            enough = enough or (inputs.keys() == names and all(len(called) == 1 for called in inputs.values()))
+            enough = enough or (inputs.keys() == layers.keys() and all(len(called) == 1 for called in inputs.values()))
         elif y is not None:
             outputs.append(y)
         _add(seen, inputs, new_statistic)
@@ -101,13 +101,12 @@ def observe(
 
 
 @contextmanager
-def _inputs_noted(block: nn.Module, label: str, *, enough: bool) -> Iterator[dict[str, list[Tensor]]]:
+def _inputs_noted(layers: Mapping[str, nn.Linear], label: str, *, enough: bool) -> Iterator[dict[str, list[Tensor]]]:
     """Collect what each linear reads, in the order of the calls; kept alive, so that identities stay distinct.
 
     If that is ``enough``, the forward is left by ``_AllSeen`` when every linear has been called.
     """
     inputs: dict[str, list[Tensor]] = {}
-    layers = linears(block)
     versions: list[tuple[str, Tensor, int]] = []
 
     def hook(name: str) -> Callable[..., None]:
