@@ -56,8 +56,9 @@ def seconds(call: Callable[[], object], device: str) -> float:
 
 def parts(W: Tensor, H: Tensor, rank: int, device: str) -> dict[str, float]:
     """Seconds of what an iteration is made of."""
-    gram, pattern = Gram.damped(H), parse_pattern("2:4")
-    loop = three_basil._Loop(W * gram.scale, gram, pattern, rank, rho=0.003)  # noqa: SLF001 - measured from inside
+    pattern = parse_pattern("2:4")
+    space = Gram.damped(H).coordinates(conditional=True, group=pattern.group)
+    loop = three_basil._Loop(space.enter(W), space, pattern, rank, rho=0.003)  # noqa: SLF001 - measured from inside
     project, out = pattern.projector(), torch.empty_like(W)
     scores = W.abs().view(1, -1)
     half = scores.shape[1] // 2
@@ -71,7 +72,7 @@ def parts(W: Tensor, H: Tensor, rank: int, device: str) -> dict[str, float]:
         "product, rounded": rounded,
         "low-rank step": loop.fit_jointly,
         "projection to 2:4": lambda: project(W, out),
-        "inverse for one rho": lambda: Gram.damped(H).ridge(0.1),
+        "inverse for one rho": lambda: Gram.damped(H).coordinates().ridge(0.1),
         "threshold by topk": lambda: scores.topk(half, dim=1, sorted=False),
         "threshold by kthvalue": lambda: scores.kthvalue(half, dim=1),
     }

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 import oracles
-from sparlow.errors import InputError, RunError
-from sparlow.linalg.gram import Gram, GramAccumulator, cholesky
+from sparlow.errors import InputError
+from sparlow.linalg.gram import Gram, GramAccumulator
 
 CPU = torch.device("cpu")
 
@@ -46,7 +46,7 @@ def test_a_dead_column_gets_a_one_and_is_remembered():
     assert gram.dead.nonzero().flatten().tolist() == [3, 7]
     assert gram.H[gram.dead].sum(1).tolist() == [1, 1]  # nothing beside the diagonal
     torch.testing.assert_close(gram.H[0, 0].double(), oracles.damp(moments(X))[0, 0], rtol=1e-6, atol=0)
-    assert torch.isfinite(gram.ridge(0.1)).all()
+    assert torch.isfinite(gram.coordinates(conditional=True).ridge(0.1)).all()
 
 
 def test_identity_is_the_identity():
@@ -105,20 +105,6 @@ def test_extra_damping_of_a_singular_matrix_is_reported():
     torch.testing.assert_close(R @ R.T, gram.correlation + extra * torch.eye(12), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("lowest", [-3e-6, -3e-4, -0.03])
-def test_cholesky_adds_just_the_power_of_ten_that_is_needed(lowest):
-    A = torch.diag(torch.tensor([lowest, 1.0, 2 - lowest]))  # of unit scale: the mean of the diagonal is 1
-    factor, extra = cholesky(A, "A")
-    assert -lowest < extra < -10 * lowest
-    torch.testing.assert_close(factor @ factor.T, A + extra * torch.eye(3))
-
-
-def test_a_matrix_beyond_rescue_is_named():
-    A = torch.diag(torch.tensor([-0.2, 1.2]))
-    with pytest.raises(RunError, match="the inputs of layer 7"):
-        cholesky(A, "the inputs of layer 7")
-
-
 def indefinite():
     """A Gram whose correlation has an eigenvalue of −0.05: no product of activations, but within the bound."""
     H = torch.eye(6)
@@ -126,25 +112,28 @@ def indefinite():
     return Gram.damped(H, absolute=0, relative=0)
 
 
-def test_ridge_equals_the_dense_formula():
-    gram = Gram.damped(moments(inputs(256, 12) * torch.logspace(-1, 1, 12)))
-    G = gram.correlation.double()
-    for rho in (0.003, 0.1, 5.0):
-        expected = rho * torch.linalg.inv(G + rho * torch.eye(12))
-        torch.testing.assert_close(gram.ridge(rho).double(), expected, rtol=1e-3, atol=1e-5)
-
-
-def test_ridge_leaves_the_correlation_alone():
-    gram = Gram.damped(moments(inputs(64, 12)))
-    before = gram.correlation.clone()
-    gram.ridge(0.1)
-    assert torch.equal(gram.correlation, before)
-
-
-def test_extra_damping_of_ridge_is_reported():
+def test_extra_damping_of_a_ridge_is_reported():
     gram = indefinite()
-    gram.ridge(0.003)
+    gram.coordinates().ridge(0.003)
     assert gram.extra_damping > 0
+
+
+def test_extra_damping_of_the_conditional_scale_is_reported():
+    gram = indefinite()
+    assert torch.isfinite(gram.conditional_scale).all()
+    assert gram.extra_damping > 0
+
+
+def test_the_conditional_scale_is_what_the_other_inputs_leave_unexplained():
+    gram = Gram.damped(moments(inputs(256, 12) @ inputs(12, 12, seed=1) * torch.logspace(-2, 2, 12)))
+    damped = gram.correlation.double() + 0.03 * torch.eye(12)
+    left = []
+    for j in range(12):
+        others = [k for k in range(12) if k != j]
+        explained = damped[j, others] @ torch.linalg.solve(damped[others][:, others], damped[others, j])
+        left.append(gram.H[j, j] * (damped[j, j] - explained))  # of the variance of input j
+    ratios = gram.conditional_scale.square() / torch.stack(left)
+    torch.testing.assert_close(ratios, ratios[:1].expand(12), rtol=1e-4, atol=0)
 
 
 # --- objective -------------------------------------------------------------------------------------------------------

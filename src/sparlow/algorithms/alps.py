@@ -11,7 +11,7 @@ divided by ρ, and M = ρ (G + ρI)⁻¹ its three updates take one product an i
 has, the support is final. Deviations from the paper:
 
 * (G + ρI)⁻¹ comes from a Cholesky factorisation for each ρ, not from the eigenvectors of G.
-* Unstructured, the threshold is followed from iteration to iteration; the last projection is exact.
+* Unstructured, the threshold of an iteration is that of a sample; the last projection is exact.
 * Conjugate gradients step each row by itself and for a fixed number of steps, without a tolerance.
 """
 
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from sparlow.algorithms._registry import Count, pruner
 from sparlow.linalg.conjugate_gradient import fit_on_support
+from sparlow.linalg.coordinates import Coordinates
 from sparlow.linalg.gram import Gram
 from sparlow.linalg.patterns import Pattern
 
@@ -35,19 +36,20 @@ def alps(W: Tensor, gram: Gram, pattern: Pattern, *, max_steps: Count = 300, ref
         max_steps: Bound on the ADMM iterations; 15 to 60 are usual.
         refit: Conjugate-gradient steps at the end; 0 for none.
     """
-    T = W * gram.scale
-    X = _admm(T, gram, pattern, max_steps)
-    mask = pattern.mask(X.abs())
-    return fit_on_support(T, gram.correlation, X * mask, mask, refit) / gram.scale
+    space = gram.coordinates(group=pattern.group)
+    T = space.enter(W)
+    X = _admm(T, space, pattern, max_steps)
+    mask = space.deal(pattern.mask(space.gather(X).abs()))
+    return space.leave(fit_on_support(T, space.G, X * mask, mask, refit))
 
 
-def _admm(T: Tensor, gram: Gram, pattern: Pattern, max_steps: int) -> Tensor:
+def _admm(T: Tensor, space: Coordinates, pattern: Pattern, max_steps: int) -> Tensor:
     """Iterate until the support of D rests; return the last X = S + Y (out, in), equal to S where D is not zero."""
     project, kept = pattern.projector(), max(pattern.kept((T.shape[0], T.shape[1])), 1)
     D, Y = project(T, torch.empty_like(T)), torch.zeros_like(T)
     seen = D != 0
     X, work = torch.empty_like(T), torch.empty_like(T)  # written into: new memory costs more than the sums
-    rho, M = RHO, gram.ridge(RHO)
+    rho, M = RHO, space.ridge(RHO)
     for step in range(1, max_steps + 1):
         Y += T
         torch.addmm(Y, torch.sub(D, Y, out=work), M, out=X)
@@ -61,5 +63,5 @@ def _admm(T: Tensor, gram: Gram, pattern: Pattern, max_steps: int) -> Tensor:
             factor = 1.3 if change > 0.1 else 1.2 if change > 0.005 else 1.1  # noqa: PLR2004 - the paper's rule
             rho, seen = rho * factor, mask
             Y /= factor  # the multiplier itself stays as it is
-            M = gram.ridge(rho)
+            M = space.ridge(rho)
     return X

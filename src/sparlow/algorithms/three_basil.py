@@ -2,8 +2,8 @@
 
     minimise  tr((W − S − L) H (W − S − L)ᵀ)   s.t.  S = D,  D on the pattern,  L = U V of rank ≤ r
 
-Everything below is in unit-diagonal coordinates: T = W E, G = E⁻¹ H E⁻¹, E = diag(H)^½; S, D, L are scaled alike, and Y
-is the multiplier of S = D divided by ρ. With M = ρ (G + ρI)⁻¹ the paper's ridge step is S = R + (Z − R) M for R = T − L
+Everything below is in the coordinates T = W E, G = E⁻¹ H E⁻¹ of a diagonal E; S, D, L are scaled alike, and Y is the
+multiplier of S = D divided by ρ. With M = ρ (G + ρI)⁻¹ the paper's ridge step is S = R + (Z − R) M for R = T − L
 and Z = D − Y, so X = S + Y = D − (Z − R) + (Z − R) M: one product. D is what the pattern keeps of X, and Y the rest,
 so Z = 2 D − X; the loop carries X, D and Q = T − Z, of which Z − R = L − Q.
 
@@ -13,13 +13,16 @@ Deviations from the paper, all of them measured (docs/performance.md):
   over S in closed form leaves ρ tr((Q − L)(I − M)(Q − L)ᵀ), because G (G + ρI)⁻¹ = I − M: L is the best rank-r fit of Q
   in the metric I − M. Two blocks of ADMM remain instead of three, at the same cost a step, and
   the objective ends far lower in as many steps, because L no longer trails S.
+* It scales an input by what the others leave of it unexplained (``Gram.conditional_scale``), where the paper takes its
+  norm, E = diag(H)^½. So D is chosen by what an entry costs once the others of its row have made up for it.
 * L comes from one warm-started subspace step, not from an SVD; ρ starts at 0.003 and rises by a fixed factor, so that
   the result is decided by one dial, ``effort``: the steps spent at each ρ.
 * On CUDA that one product is rounded to TF32: M is small where G is not, so little is lost (docs/performance.md).
 * After the last projection S and L are refitted on the fixed support; the paper stops there. Below effort 1 little is
   refitted: a step of the loop, which may still move the support, then gains more than one of the refit.
 
-``schedule="paper"`` keeps the paper's order of the three blocks and its rule for ρ (its section 3 and Theorem 1).
+``schedule="paper"`` keeps the paper's coordinates, its order of the three blocks and its rule for ρ (its section 3 and
+Theorem 1).
 """
 
 import math
@@ -31,12 +34,13 @@ from torch import Tensor
 
 from sparlow.algorithms._registry import Count, Decomposition, Positive, decomposer
 from sparlow.linalg.conjugate_gradient import fit_on_support
+from sparlow.linalg.coordinates import Coordinates
 from sparlow.linalg.gram import Gram
 from sparlow.linalg.lowrank import orthonormal, random_factor, subspace_step
 from sparlow.linalg.patterns import Pattern
 from sparlow.linalg.precision import rounded_products
 
-SETTLED = {"joint": 3e-3, "paper": 3e-4}  # share of the support changing between two looks, below which a loop stops
+SETTLED = {"joint": 1e-2, "paper": 3e-4}  # share of the support changing between two looks, below which a loop stops
 REFITS = 5  # alternations of least squares on the support with the low-rank fit; more gain less than 0.1 %
 REFIT_STEPS, FEWEST = 6, 2  # conjugate-gradient steps in each, at effort 1 and at least
 
@@ -60,15 +64,17 @@ def three_basil(
         schedule: "joint" (two blocks, ρ rising evenly) or "paper" (three blocks, ρ following the support).
         max_steps: Bound on the number of iterations.
     """
-    loop = _Loop(W * gram.scale, gram, pattern, rank, rho=0.1 if schedule == "paper" else 0.003)
-    run = _paper if schedule == "paper" else _joint
+    papers = schedule == "paper"
+    space = gram.coordinates(conditional=not papers, group=pattern.group)
+    loop = _Loop(space.enter(W), space, pattern, rank, rho=0.1 if papers else 0.003)
+    run = _paper if papers else _joint
     steps, change = run(loop, effort, max_steps)
     stats = {"iterations": steps, "rho": loop.rho, "support_change": change, "converged": change < SETTLED[schedule]}
-    mask = pattern.mask(loop.X.abs())
+    mask = space.deal(pattern.mask(space.gather(loop.X).abs()))
     T, S, U, V = loop.T, loop.X * mask, loop.U, loop.V
     del loop  # the rest makes room for the matrices of the refit
-    S, U, V = _refit(T, gram.correlation, mask, S, U, V, *refits(effort))
-    return Decomposition(S / gram.scale, U, V / gram.scale, stats)
+    S, U, V = _refit(T, space.G, mask, S, U, V, *refits(effort))
+    return Decomposition(space.leave(S), U, space.leave(V), stats)
 
 
 def refits(effort: float) -> tuple[int, int]:
@@ -85,8 +91,8 @@ def level(effort: float) -> int:
 class _Loop:
     """The iterates, and the steps that both schedules are made of."""
 
-    def __init__(self, target: Tensor, gram: Gram, pattern: Pattern, rank: int, rho: float) -> None:
-        self.T, self.G, self.gram, self.rho = target, gram.correlation, gram, rho
+    def __init__(self, target: Tensor, space: Coordinates, pattern: Pattern, rank: int, rho: float) -> None:
+        self.T, self.G, self.space, self.rho = target, space.G, space, rho
         self.project = pattern.projector()
         self.kept = max(pattern.kept((target.shape[0], target.shape[1])), 1)
         self.D = self.project(target, torch.empty_like(target))  # (out, in)
@@ -95,7 +101,7 @@ class _Loop:
         self.Q = target - self.D  # T − Z (out, in)
         self.U = target.new_zeros(target.shape[0], rank)
         self.V = random_factor(rank, target)  # (r, in)
-        self.M = gram.ridge(rho)
+        self.M = space.ridge(rho)
 
     def fit_jointly(self) -> None:
         """L for the S that will follow: best fit of Q in the metric I − M."""
@@ -132,7 +138,7 @@ class _Loop:
         self._follow()
         self.rho *= factor
         del self.M  # so that there is room for the next
-        self.M = self.gram.ridge(self.rho)
+        self.M = self.space.ridge(self.rho)
 
 
 def _joint(loop: _Loop, effort: float, max_steps: int) -> tuple[int, float]:

@@ -7,11 +7,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from sparlow.errors import InputError, RunError
+from sparlow.errors import InputError
 from sparlow.finite import all_finite
+from sparlow.linalg.coordinates import Coordinates, cholesky, deal
 
-ESCALATION = 10.0  # factor by which damping is raised when a factorisation fails
-ESCALATIONS = 6  # how often, before the layer is given up
+OTHERS = 0.03  # damping of the other inputs, in units of the diagonal, when each input is explained by them
 PANELS = 4  # of a sum of products: five eighths of the work, see docs/performance.md
 RIDGES_KEPT = 2**28  # bytes of ridge inverses that a Gram remembers
 
@@ -84,7 +84,7 @@ class Gram:
     dead: Tensor  # (in,) bool: inputs that were always zero
     remember: int = RIDGES_KEPT  # bytes of ridge inverses, at most
     _added: list[float] = field(default_factory=list, repr=False, compare=False)  # damping that factorisations needed
-    _ridges: dict[float, Tensor] = field(default_factory=dict, repr=False, compare=False)  # by ρ
+    _coordinates: dict[tuple[bool, int], Coordinates] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def damped(
@@ -93,7 +93,8 @@ class Gram:
         """Return the Gram of ``H + absolute·mean(diag H)·I + relative·diag(H)``.
 
         A dead column (H_jj = 0) gets H_jj = 1. Raises InputError if H (in, in) is not square, finite and of
-        non-negative diagonal, or a damping is negative. Ridge inverses of ``remember`` bytes are kept, see ``ridge``.
+        non-negative diagonal, or a damping is negative. Of the inverses of ``Coordinates.ridge``, ``remember`` bytes
+        are kept.
         """
         if H.ndim != 2 or H.shape[0] != H.shape[1]:  # noqa: PLR2004 - a matrix has two dimensions
             raise InputError(f"H must be a square matrix (in, in), not of shape {tuple(H.shape)}.")
@@ -118,6 +119,18 @@ class Gram:
     def scale(self) -> Tensor:
         """diag(H)^½ (in,): the norm of each input feature."""
         return self.H.diagonal().sqrt()
+
+    @cached_property
+    def conditional_scale(self) -> Tensor:
+        """E (in,) with E_jj² ∝ H_jj / [(H̃ + 0.03 I)⁻¹]_jj: what of each input the others do not explain.
+
+        That is what an entry costs once the others of its row have made up for it (the saliency of Optimal Brain
+        Surgeon, Hassibi and Stork, 1992, for a damped H̃). Scaled so that E⁻¹ H E⁻¹ has a diagonal of mean 1.
+        """
+        shifted = (self.H / self.scale).div_(self.scale[:, None])
+        shifted.diagonal().add_(OTHERS)
+        inverse = torch.cholesky_inverse(self._factorised(shifted, "H̃ + 0.03 I")).diagonal()
+        return self.scale * (inverse.mean() / inverse).sqrt()
 
     @cached_property
     def correlation(self) -> Tensor:
@@ -149,7 +162,7 @@ class Gram:
     @property
     def remembered(self) -> int:
         """Bytes of the ridge inverses it holds."""
-        return sum(M.nbytes for M in self._ridges.values())
+        return sum(coordinates.remembered for coordinates in self._coordinates.values())
 
     def _factorised(self, A: Tensor, what: str) -> Tensor:
         factor, damping = cholesky(A, what)
@@ -157,22 +170,24 @@ class Gram:
             self._added.append(damping)
         return factor
 
-    def ridge(self, rho: float) -> Tensor:
-        """M_ρ = ρ (H̃ + ρI)⁻¹ (in, in), symmetric; remembered, so not to be written into.
+    def coordinates(self, *, conditional: bool = False, group: int | None = None) -> Coordinates:
+        """Return where a solver works, made once: scaled by ``scale`` or ``conditional_scale``, dealt for ``group``.
 
-        The first that fit into ``remember`` bytes stay: a solve that is repeated begins with the same ρ every time, and
-        to forget the oldest instead would mean to have none when it starts again.
+        Args:
+            conditional: Scale each input by what the others leave of it unexplained, not by its norm.
+            group: Consecutive columns that a pattern chooses among; None if it chooses among all.
         """
-        if rho in self._ridges:
-            return self._ridges[rho]
-        shifted = self.correlation.clone()
-        shifted.diagonal().add_(rho)
-        factor = self._factorised(shifted, "H̃ + ρI")
-        del shifted  # of a wide layer, each of these is the largest matrix there is
-        M = torch.cholesky_inverse(factor).mul_(rho)
-        if (len(self._ridges) + 1) * M.nbytes <= self.remember:
-            self._ridges[rho] = M
-        return M
+        group = group or 1
+        key = (conditional, group)
+        if key not in self._coordinates:
+            if conditional or group > 1:
+                scale = self.conditional_scale if conditional else self.scale
+                G = (self.H / scale).div_(scale[:, None])
+                G = deal(deal(G, group).T, group)
+            else:
+                scale, G = self.scale, self.correlation
+            self._coordinates[key] = Coordinates(scale, G, group, self.remember, self._added)
+        return self._coordinates[key]
 
     def objective(self, residual: Tensor) -> Tensor:
         """Return tr(R H Rᵀ) of a ``residual`` R (out, in), a scalar tensor: the layer-wise reconstruction error."""
@@ -182,22 +197,3 @@ class Gram:
         """f(residual) / f(W), both (out, in); 0 where the layer's output was zero to begin with."""
         whole = self.objective(W).item()
         return self.objective(residual).item() / whole if whole > 0 else 0.0
-
-
-def cholesky(A: Tensor, what: str) -> tuple[Tensor, float]:
-    """Factorise a symmetric ``A`` (n, n) of unit scale; return (lower factor, damping that had to be added).
-
-    If A is not numerically positive definite, 1e-6·I is added, then ten times more, up to 0.1; past that a RunError
-    names ``what`` could not be factorised. The damping is returned so that it is reported, never hidden.
-    """
-    factor, failed = torch.linalg.cholesky_ex(A)
-    if not failed:
-        return factor, 0.0
-    size = A.diagonal().mean().item()
-    damping = size * ESCALATION**-ESCALATIONS
-    for _ in range(ESCALATIONS):
-        factor, failed = torch.linalg.cholesky_ex(A + damping * torch.eye(A.shape[0], device=A.device, dtype=A.dtype))
-        if not failed:
-            return factor, damping
-        damping *= ESCALATION
-    raise RunError(f"A Cholesky factorisation failed ({what}), even with a damping of {damping / ESCALATION:.1g}.")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparlow.errors import InputError
 
-Projector = Callable[[Tensor, Tensor], Tensor]  # (X, out), contiguous → out, which is X with the pruned entries zero
+Projector = Callable[[Tensor, Tensor], Tensor]  # (X, out), contiguous → out: X, zero where it is pruned
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +82,9 @@ class Unstructured:
     def projector(self) -> Projector:
         """Return the projection of a solver's iterates X (out, in): cheaper than ``mask`` and a product.
 
-        A selection costs more than a matrix product, so the threshold is carried from call to call and corrected by
-        one secant step on the count of entries above it: exact only in the limit of small changes. End with ``mask``.
+        A selection costs more than a matrix product, so the threshold is that of a sample: end with ``mask``.
         """
-        return self._project if self.per_row or self.sparsity == 0 else _ThresholdProjector(self.density)
+        return self._project if self.per_row or self.sparsity == 0 else _SampleProjector(self.density)
 
     def _project(self, X: Tensor, out: Tensor) -> Tensor:
         return out.copy_(self.mask(X.abs())).mul_(X)
@@ -152,7 +151,10 @@ class NM:
         return f"{name} keeps more than {self.n} of {self.m} in {groups} groups" if groups else None
 
     def projector(self) -> Projector:
-        """Return the projection of a solver's iterates, which keeps all of several entries that tie; see ``mask``."""
+        """Return the projection of a solver's iterates, their columns dealt (``linalg/coordinates.py``).
+
+        It keeps all of several entries that tie: end with ``mask``.
+        """
         return _GroupProjector(self.n, self.m)
 
 
@@ -209,68 +211,56 @@ def _kth_largest(scores: Tensor, k: int) -> Tensor:
 class _GroupProjector:
     """Keep of X what reaches the n-th largest of its m neighbours.
 
-    The members of all groups lie in rows, which a processor compares many at a time, and marks are numbers: torch takes
-    several times as long for strided comparisons, and for those that give bools.
+    The columns of X are dealt (``linalg/coordinates.py``), so each member of all groups is one stretch of a row, and
+    marks are numbers: torch takes several times as long for strided comparisons, and for those that give bools.
     """
 
     def __init__(self, n: int, m: int) -> None:
         self.n, self.m = n, m
-        self._rows = torch.empty(0)  # (m, groups); new memory for each call would cost more than the comparisons
-        self._buffers = self._rows  # (n + 2, groups)
+        self._buffers = torch.empty(0)  # (n + 2, out, in / m); new memory for each call costs more than comparisons
 
     def __call__(self, X: Tensor, out: Tensor) -> Tensor:
-        members = X.view(-1, self.m).T
-        if self._rows.shape != members.shape:
-            self._rows = torch.empty_like(members, memory_format=torch.contiguous_format)
-            self._buffers = X.new_empty(self.n + 2, members.shape[1])
-        for row, member in zip(self._rows, members, strict=True):
-            torch.abs(member, out=row)
-        threshold = self._nth_largest()
-        for row, member, kept in zip(self._rows, members, out.view(-1, self.m).T, strict=True):
-            torch.mul(row.ge_(threshold), member, out=kept)
-        return out
+        members = torch.abs(X, out=out).view(len(X), self.m, -1)
+        shape = (self.n + 2, len(X), members.shape[2])
+        if self._buffers.shape != shape:
+            self._buffers = X.new_empty(shape)
+        members.ge_(self._nth_largest(members.unbind(1)).unsqueeze(1))
+        return out.mul_(X)
 
-    def _nth_largest(self) -> Tensor:
-        """Of each group, (groups,): every row sinks through the n largest so far, which stay in order."""
+    def _nth_largest(self, members: tuple[Tensor, ...]) -> Tensor:
+        """Of each group, (out, in / m): every member sinks through the n largest so far, which stay in order."""
         best: list[Tensor] = []
         free = list(self._buffers)
-        for row in self._rows:
-            rest = row
+        for member in members:
+            rest = member
             for k, larger in enumerate(best):
                 lower = free.pop() if k < self.n - 1 else None  # what falls out at the end is not wanted
                 if lower is not None:
                     torch.minimum(larger, rest, out=lower)
                 torch.maximum(larger, rest, out=larger)
-                if rest is not row:
+                if rest is not member:
                     free.append(rest)
-                rest = row if lower is None else lower
+                rest = member if lower is None else lower
             if len(best) < self.n:
-                best.append(free.pop().copy_(row) if rest is row else rest)
+                best.append(free.pop().copy_(member) if rest is member else rest)
         return best[-1]
 
 
-class _ThresholdProjector:
-    """Keep of a slowly moving X what reaches the k-th largest magnitude, followed by its count alone."""
+class _SampleProjector:
+    """Keep of X what reaches the k-th largest magnitude of an evenly spread sample of its entries.
 
-    REFRESH = 16  # calls between two exact selections
-    PROBE = 0.02  # relative distance over which the slope of the count is measured
+    Of the entries a few in a thousand are kept too many or too few, always of the same sample, so that the support can
+    come to rest; a matrix of no more than ``SAMPLE`` entries is its own sample.
+    """
+
+    SAMPLE = 2**16
 
     def __init__(self, density: float) -> None:
         self.density = density
-        self.calls = 0
 
     def __call__(self, X: Tensor, out: Tensor) -> Tensor:
-        wanted = max(round(self.density * X.numel()), 1)
         scores = torch.abs(X, out=out)
-        if self.calls % self.REFRESH == 0:
-            self.threshold = _kth_largest(scores.view(1, -1), wanted)[0]  # (1,)
-            if not self.threshold:  # more entries wanted than are not zero: no threshold tells those apart
-                return out.copy_(X)
-            above = (scores >= self.threshold * (1 + self.PROBE)).sum()
-            # entries that drop out when the threshold rises by its own size: how the count answers to it
-            self.slope = ((scores >= self.threshold).sum() - above).clamp_min(1) / self.PROBE
-        self.calls += 1
-        marks = scores.ge_(self.threshold)  # numbers: torch takes several times as long for bools
-        excess = marks.sum() - wanted  # no .item(): nothing is copied to the host
-        self.threshold = self.threshold * (1 + (excess / self.slope).clamp(-0.1, 0.1))
-        return marks.mul_(X)
+        stride = scores.numel() // self.SAMPLE | 1  # odd, and so in step with no number of columns that is a power of 2
+        sample = scores.view(1, -1)[:, ::stride].contiguous()
+        threshold = _kth_largest(sample, max(round(self.density * sample.shape[1]), 1))
+        return scores.ge_(threshold).mul_(X)  # numbers: torch takes several times as long for bools
