@@ -37,6 +37,26 @@ def test_computes_the_dense_composition(dtype, rank, bias):
     torch.testing.assert_close(y.double(), expected, rtol=8 * torch.finfo(dtype).eps, atol=16 * torch.finfo(dtype).eps)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "dtype", "grad", "products"),
+    [
+        (64, torch.float32, False, 1),  # the sum S + U V pays for itself
+        (2, torch.float32, False, 3),
+        (64, torch.float32, True, 3),
+        (64, torch.bfloat16, False, 3),  # the sum would be rounded
+    ],
+)
+def test_many_tokens_take_one_product(tokens, dtype, grad, products, monkeypatch):
+    layer = SparseLowRankLinear(*(torch.randn(shape).to(dtype) for shape in ((12, 16), (12, 3), (3, 16))))
+    x, calls, linear = torch.randn(tokens, 16).to(dtype), [], functional.linear
+    monkeypatch.setattr(functional, "linear", lambda *given: calls.append(given) or linear(*given))
+    with torch.set_grad_enabled(grad):
+        y = layer(x)
+    assert len(calls) == products
+    expected = x.double() @ (layer.S.double() + layer.U.double() @ layer.V.double()).T
+    torch.testing.assert_close(y.double(), expected, rtol=0, atol=1e-4 if dtype == torch.float32 else 0.3)
+
+
 @pytest.mark.parametrize("rank", [0, 3])
 @pytest.mark.parametrize("through", ["forward", "weight"])
 def test_gradients_are_the_dense_ones_on_the_support_and_zero_elsewhere(rank, through):

@@ -10,6 +10,8 @@ from torch.nn import functional
 from sparlow.errors import InputError
 from sparlow.model.packing import unpack
 
+FULL = 32  # bits of a number in which S + U V is as good as its parts
+
 
 class _OnSupport(torch.autograd.Function):
     """The identity, whose gradient is zero wherever its input is zero.
@@ -62,7 +64,15 @@ class SparseLowRankLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (…, in) to (…, out)."""
+        """Map (…, in) to (…, out).
+
+        For many tokens it is quicker to form S + U V than to take three products. That is done where nothing is
+        trained, and where the sum is not rounded to half precision.
+        """
+        out, features = self.S.shape
+        many = x.numel() * (out + features) > features * out * features
+        if self.rank and many and not torch.is_grad_enabled() and torch.finfo(x.dtype).bits >= FULL:
+            return functional.linear(x, self.weight, self.bias)
         y = functional.linear(x, self._trainable_S(), self.bias)
         return y + functional.linear(functional.linear(x, self.V), self.U) if self.rank else y
 
