@@ -47,7 +47,7 @@ def _admm(T: Tensor, space: Coordinates, pattern: Pattern, max_steps: int) -> Te
     """Iterate until the support of D rests; return the last X = S + Y (out, in), equal to S where D is not zero."""
     project, kept = pattern.projector(), max(pattern.kept((T.shape[0], T.shape[1])), 1)
     D, Y = project(T, torch.empty_like(T)), torch.zeros_like(T)
-    seen = D != 0
+    seen = D.bool()
     X, work = torch.empty_like(T), torch.empty_like(T)  # written into: new memory costs more than the sums
     rho, M = RHO, space.ridge(RHO)
     for step in range(1, max_steps + 1):
@@ -56,7 +56,7 @@ def _admm(T: Tensor, space: Coordinates, pattern: Pattern, max_steps: int) -> Te
         project(X, D)
         torch.sub(X, D, out=Y)
         if step % EVERY == 0:
-            mask = D != 0
+            mask = D.bool()
             change = (mask ^ seen).count_nonzero().item() / kept
             if not change:
                 break
