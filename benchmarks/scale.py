@@ -8,7 +8,7 @@ this machine and on accelerators. --compress also writes two blocks in the shape
 compresses them (on a slow core that takes hours) and prints the measured time beside the predicted one.
 
 Assumptions, which are printed too: every layer takes STEPS·effort iterations in levels as its loop has (layers of
-SmolLM2 take 130 to 170 at effort 1, benchmarks/results/solver_speed.json), then the refit; accelerators reach SHARE of
+SmolLM2 take 56 to 84 at effort 0.5, benchmarks/results/solver_speed.json), then the refit; accelerators reach SHARE of
 their peaks, TF32 in the loop's dense product and float32 in all others, and a tenth of the latter in factorisations;
 reading, writing and everything that is not counted are free. It is a prediction, not a measurement.
 """

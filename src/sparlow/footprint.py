@@ -166,13 +166,18 @@ class _Counted:
         widest = max((max(layer.shape) for layer in block.layers), default=0)
         return tokens * (4 * widest + 4 * self.work.features) * self.size
 
+    def _formed(self, block: Block) -> int:
+        """S + U V of the largest layer, which a pass of many tokens forms in full precision."""
+        return max((layer.weights for layer in block.compressed), default=0) * FLOAT if self.size >= FLOAT else 0
+
     def _evaluating(self) -> Stage:
         work = self.work
         hidden = work.evaluated * work.features * self.size
         where = place(work.offload, hidden, work.device)
         tokens = min(max(TOKENS_AT_ONCE, work.evaluate_seqlen), work.evaluated)
         passes, mapped = self._parts(rest=False)
-        passes += max(self._activations(tokens, block) for block in work.blocks) + max(b.low_rank for b in work.blocks)
+        passes += max(self._activations(tokens, block) + self._formed(block) for block in work.blocks)
+        passes += max(b.low_rank for b in work.blocks)
         logits = LOGITS * FLOAT * min(LOGITS_AT_ONCE, tokens * work.vocabulary)
         head = self._parts(rest=True)[0] - self.block if work.streamed else 0
         blocks = self._stage("evaluation", passes, files=mapped, hidden=WALKED * hidden, where=where)
@@ -227,7 +232,7 @@ class _Counted:
     def _passing_on(self) -> Stage:
         work = self.work
         weights, _ = self._parts(rest=False)
-        more = max(b.low_rank * self.size + self._activations(work.batch, b) for b in work.blocks)
+        more = max(b.low_rank * self.size + self._activations(work.batch, b) + self._formed(b) for b in work.blocks)
         copies = min(WALKED, len(work.blocks)) + _targets(work)
         return self._stage("passing on", weights + more, hidden=copies * work.hidden, where=work.place)
 

@@ -11,6 +11,7 @@ import oracles
 from sparlow.algorithms import find, solve, three_basil
 from sparlow.algorithms.three_basil import _Loop, _paper
 from sparlow.errors import InputError
+from sparlow.linalg import patterns
 from sparlow.linalg.gram import Gram
 from sparlow.linalg.patterns import NM, parse_pattern
 
@@ -133,6 +134,16 @@ def test_survives_massive_activations(pattern, absolute, schedule):
     assert found.stats["relative_error"] == pytest.approx(exact, rel=1e-2)
 
 
+@pytest.mark.parametrize("pattern", ["0.5", "0.7"])
+def test_a_sampled_threshold_costs_little(pattern, monkeypatch):
+    cases = [layer(128, 120, 5), layer(120, 160, 6)]  # every 15th and 18th entry would see few columns
+    exact = [error(*case, pattern) for case in cases]
+    monkeypatch.setattr(patterns._SampleProjector, "SAMPLE", 1024)
+    sampled = [error(*case, pattern) for case in cases]
+    assert sampled != exact
+    assert geometric_mean([one / other for one, other in zip(sampled, exact, strict=True)]) < 1.1
+
+
 # --- its steps -------------------------------------------------------------------------------------------------------
 
 
@@ -253,7 +264,7 @@ def test_rounding_the_product_of_the_loop_costs_nothing(monkeypatch):
 @pytest.mark.gpu
 @every_pattern
 def test_the_loop_does_not_wait_for_an_accelerator(pattern):
-    W, H = oracles.problem(96, 160, 3)
+    W, H = oracles.problem(600, 320, 3)  # large enough for a sampled threshold
     chosen = parse_pattern(pattern)
     space = Gram.damped(H.cuda()).coordinates(conditional=True, group=chosen.group)
     loop = _Loop(space.enter(W.cuda()), space, chosen, RANK, rho=0.003)

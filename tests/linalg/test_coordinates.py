@@ -45,12 +45,15 @@ def test_the_objective_is_the_same_in_all_coordinates(conditional, group):
     assert space.G.diagonal().mean().item() == pytest.approx(1, rel=1e-4)
 
 
-def test_coordinates_are_made_once():
+def test_coordinates_are_made_once_and_the_last_are_kept():
     _, gram = layer()
     made = [gram.coordinates(conditional=c, group=g) for c in (False, True) for g in (None, 2, 4)]
     assert len({id(space) for space in made}) == 6
     assert gram.coordinates(conditional=True, group=4) is made[-1]
+    made[-1].ridge(0.1)
+    assert gram.remembered == 40 * 40 * 4
     assert gram.coordinates().G is gram.correlation  # not another matrix (in, in)
+    assert gram.remembered == 0
 
 
 # --- ridge inverses --------------------------------------------------------------------------------------------------

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -248,29 +250,27 @@ def test_the_projector_of_a_small_matrix_is_exact(sparsity):
 
 
 @pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.7, 0.9])
-@pytest.mark.parametrize("shape", [(512, 1024), (1000, 700)])
+@pytest.mark.parametrize("shape", [(512, 1024), (1000, 700), (960, 960), (320, 960), (768, 768)])
 def test_the_projector_of_a_large_matrix_keeps_nearly_as_many(sparsity, shape):
     pattern = Unstructured(sparsity)
-    scales = torch.logspace(-1, 1, shape[0])[:, None] * torch.logspace(1, -1, shape[1])  # rows and columns differ
-    X = gaussian(*shape) * scales
+    uneven = gaussian(1, shape[1], seed=1).exp()  # columns differ, neighbours too
+    X = gaussian(*shape) * torch.logspace(-1, 1, shape[0])[:, None] * uneven
     found = projected(pattern.projector(), X)
     assert torch.equal(found, X * (X.abs() >= found.abs()[found != 0].min()))
     kept = pattern.kept(shape)
-    assert 0 < abs((found != 0).sum().item() - kept) < 0.02 * kept
+    deviation = math.sqrt(sparsity / (1 - sparsity) / 50_000)  # of the share that so many samples keep
+    assert abs((found != 0).sum().item() - kept) < 4 * deviation * kept
 
 
 @pytest.mark.parametrize("exponent", [-30, 8, 20])
 def test_the_projector_does_not_care_for_units(exponent):
-    plain, scaled = (Unstructured(0.5).projector() for _ in range(2))
-    for X in walk(gaussian(60, 80), 0.01, 40):
-        assert torch.equal(projected(plain, X) * 2.0**exponent, projected(scaled, X * 2.0**exponent))
+    project, X = Unstructured(0.5).projector(), gaussian(512, 512)
+    assert torch.equal(projected(project, X) * 2.0**exponent, projected(project, X * 2.0**exponent))
 
 
 def test_the_projector_keeps_what_there_is_of_a_matrix_with_many_zeros():
     start = gaussian(60, 80) * (randoms(60, 80) < 0.3)  # 30 % are not zero, and half may stay
-    project = Unstructured(0.5).projector()
-    for _ in range(20):
-        assert torch.equal(projected(project, start), start)
+    assert torch.equal(projected(Unstructured(0.5).projector(), start), start)
 
 
 def dealt(X, pattern):

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-FLAT = 1e-6  # curvature, relative to that of a unit diagonal, below which rounding decides
+FLAT = 1e-6  # curvature, beside a diagonal of mean 1, below which rounding decides
 
 
 def fit_on_support(target: Tensor, G: Tensor, S: Tensor, mask: Tensor, steps: int) -> Tensor:
@@ -14,7 +14,7 @@ def fit_on_support(target: Tensor, G: Tensor, S: Tensor, mask: Tensor, steps: in
 
     Args:
         target: T (out, in).
-        G: Metric (in, in), symmetric positive semi-definite, best of unit diagonal (then no preconditioner is needed).
+        G: Metric (in, in), symmetric positive semi-definite, its diagonal near 1 (then no preconditioner is needed).
         S: Where to start (out, in), zero outside the mask.
         mask: The support (out, in), bool.
         steps: Conjugate-gradient steps.

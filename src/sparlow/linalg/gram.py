@@ -134,7 +134,7 @@ class Gram:
 
     @cached_property
     def correlation(self) -> Tensor:
-        """H̃ = E⁻¹ H E⁻¹ (in, in), E = diag(H)^½: unit diagonal, the coordinates in which ADMM is well conditioned."""
+        """H̃ = E⁻¹ H E⁻¹ (in, in), E = diag(H)^½: of unit diagonal, whatever the units of the inputs."""
         return (self.H / self.scale).div_(self.scale[:, None])
 
     @cached_property
@@ -171,7 +171,9 @@ class Gram:
         return factor
 
     def coordinates(self, *, conditional: bool = False, group: int | None = None) -> Coordinates:
-        """Return where a solver works, made once: scaled by ``scale`` or ``conditional_scale``, dealt for ``group``.
+        """Return where a solver works: scaled by ``scale`` or ``conditional_scale``, columns dealt for ``group``.
+
+        What was asked for last is kept for the layers that share this Gram, and nothing else: it is large.
 
         Args:
             conditional: Scale each input by what the others leave of it unexplained, not by its norm.
@@ -180,6 +182,7 @@ class Gram:
         group = group or 1
         key = (conditional, group)
         if key not in self._coordinates:
+            self._coordinates.clear()
             if conditional or group > 1:
                 scale = self.conditional_scale if conditional else self.scale
                 G = (self.H / scale).div_(scale[:, None])

@@ -249,8 +249,8 @@ class _GroupProjector:
 class _SampleProjector:
     """Keep of X what reaches the k-th largest magnitude of an evenly spread sample of its entries.
 
-    Of the entries a few in a thousand are kept too many or too few, always of the same sample, so that the support can
-    come to rest; a matrix of no more than ``SAMPLE`` entries is its own sample.
+    Of the entries a few in a thousand are kept too many or too few (a few in a hundred at 90 %), always by the same
+    sample, so that the support can come to rest; a matrix of fewer than 2 ``SAMPLE`` entries is its own sample.
     """
 
     SAMPLE = 2**16
@@ -260,7 +260,9 @@ class _SampleProjector:
 
     def __call__(self, X: Tensor, out: Tensor) -> Tensor:
         scores = torch.abs(X, out=out)
-        stride = scores.numel() // self.SAMPLE | 1  # odd, and so in step with no number of columns that is a power of 2
+        stride = max(scores.numel() // self.SAMPLE, 1)
+        while math.gcd(stride, scores.shape[1]) > 1:  # or it would see the same few columns of every row
+            stride += 1
         sample = scores.view(1, -1)[:, ::stride].contiguous()
         threshold = _kth_largest(sample, max(round(self.density * sample.shape[1]), 1))
         return scores.ge_(threshold).mul_(X)  # numbers: torch takes several times as long for bools

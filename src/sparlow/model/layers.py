@@ -67,14 +67,19 @@ class SparseLowRankLinear(nn.Module):
         """Map (…, in) to (…, out).
 
         For many tokens it is quicker to form S + U V than to take three products. That is done where nothing is
-        trained, and where the sum is not rounded to half precision.
+        trained or traced, and where the sum is not rounded to half precision.
         """
-        out, features = self.S.shape
-        many = x.numel() * (out + features) > features * out * features
-        if self.rank and many and not torch.is_grad_enabled() and torch.finfo(x.dtype).bits >= FULL:
-            return functional.linear(x, self.weight, self.bias)
+        if self.rank and self._may_be_formed(x):
+            out, features = self.S.shape
+            if x.numel() * (out + features) > features * out * features:
+                return functional.linear(x, self.weight, self.bias)
         y = functional.linear(x, self._trainable_S(), self.bias)
         return y + functional.linear(functional.linear(x, self.V), self.U) if self.rank else y
+
+    def _may_be_formed(self, x: Tensor) -> bool:
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+            return False
+        return torch.finfo(self.S.dtype).bits >= FULL
 
     def _trainable_S(self) -> Tensor:  # noqa: N802 - S is the papers' letter
         if not (torch.is_grad_enabled() and self.S.requires_grad):
@@ -87,7 +92,8 @@ class SparseLowRankLinear(nn.Module):
 
         Gradients flow as they do in ``forward``. It is no parameter: what is written into it is lost.
         """
-        return self._trainable_S() + self.U @ self.V if self.rank else self._trainable_S()
+        S = self._trainable_S()
+        return torch.addmm(S, self.U, self.V) if self.rank else S
 
     def sparse_weight(self) -> Tensor:
         """Return S (out, in), without gradient; it shares the layer's memory."""
