@@ -127,7 +127,7 @@ class Gram:
         That is what an entry costs once the others of its row have made up for it (the saliency of Optimal Brain
         Surgeon, Hassibi and Stork, 1992, for a damped H̃). Scaled so that E⁻¹ H E⁻¹ has a diagonal of mean 1.
         """
-        shifted = (self.H / self.scale).div_(self.scale[:, None])
+        shifted = self._scaled_by(self.scale)
         shifted.diagonal().add_(OTHERS)
         inverse = torch.cholesky_inverse(self._factorised(shifted, "H̃ + 0.03 I")).diagonal()
         return self.scale * (inverse.mean() / inverse).sqrt()
@@ -135,7 +135,11 @@ class Gram:
     @cached_property
     def correlation(self) -> Tensor:
         """H̃ = E⁻¹ H E⁻¹ (in, in), E = diag(H)^½: of unit diagonal, whatever the units of the inputs."""
-        return (self.H / self.scale).div_(self.scale[:, None])
+        return self._scaled_by(self.scale)
+
+    def _scaled_by(self, scale: Tensor) -> Tensor:
+        """E⁻¹ H E⁻¹ (in, in), new, for E of this diagonal (in,)."""
+        return (self.H / scale).div_(scale[:, None])
 
     @cached_property
     def cholesky(self) -> Tensor:
@@ -185,8 +189,7 @@ class Gram:
             self._coordinates.clear()
             if conditional or group > 1:
                 scale = self.conditional_scale if conditional else self.scale
-                G = (self.H / scale).div_(scale[:, None])
-                G = deal(deal(G, group).T, group)
+                G = deal(deal(self._scaled_by(scale), group).T, group)
             else:
                 scale, G = self.scale, self.correlation
             self._coordinates[key] = Coordinates(scale, G, group, self.remember, self._added)
