@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import sparlow
-from sparlow import console
 from sparlow.algorithms import find
+from sparlow.cli import display as console
+from sparlow.cli.options import split
 from sparlow.errors import InputError, RunError
-from sparlow.model.shards import replacing
-from sparlow.model.source import for_computing, open_model
-from sparlow.options import split
-from sparlow.recipe import Recipe
-from sparlow.tasks import LoadedTasks, load_tasks
+from sparlow.evaluation.tasks import LoadedTasks, load_tasks
+from sparlow.model.artefact.shards import replacing
+from sparlow.model.loading.source import for_computing, open_model
+from sparlow.recipe.recipe import Recipe
 
 DENSE = "dense"
 CORPORA = "wikitext2,ptb,c4"

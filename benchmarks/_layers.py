@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from sparlow.errors import InputError
 from sparlow.linalg.gram import GramAccumulator
-from sparlow.model.blocks import decoder_blocks, linears, run_block
-from sparlow.model.observing import observe
-from sparlow.model.recording import record
-from sparlow.model.source import find_embedded_gguf, open_model
+from sparlow.model.forward.capture import record
+from sparlow.model.forward.decoder import decoder_blocks, linears, run_block
+from sparlow.model.forward.input_statistics import observe
+from sparlow.model.loading.source import find_embedded_gguf, open_model
 from sparlow.text import calibration_windows
 
 MICRO_BATCH = 8  # windows at a time; the statistics do not depend on it

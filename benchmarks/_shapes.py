@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig
 
-from sparlow.model.shards import INDEX
+from sparlow.model.artefact.shards import INDEX
 
 
 @dataclass(frozen=True)

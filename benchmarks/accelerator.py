@@ -24,7 +24,7 @@ from torch import Tensor
 from sparlow.algorithms import find, solve, three_basil
 from sparlow.linalg.gram import Gram
 from sparlow.linalg.patterns import parse_pattern
-from sparlow.linalg.precision import rounded_products
+from sparlow.linalg.tf32 import rounded_products
 
 TOKENS = 4  # times the width
 REPEATS = 5

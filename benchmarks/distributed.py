@@ -17,7 +17,7 @@ from typing import Any
 
 from _layers import machine, write_json
 
-from sparlow.report import Report
+from sparlow.report.records import Report
 
 
 def main() -> None:

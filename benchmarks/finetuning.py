@@ -21,18 +21,18 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from sparlow.compression import pick_device
 from sparlow.errors import InputError
-from sparlow.evaluation import perplexity, require_tokenizer
-from sparlow.figures import STYLE
-from sparlow.finetuning import Parent
-from sparlow.model.adapter import take_apart, with_lora
-from sparlow.model.shards import replacing
-from sparlow.model.source import for_computing, open_model
+from sparlow.evaluation.perplexity import perplexity, require_tokenizer
+from sparlow.finetuning.finetune import Parent
+from sparlow.finetuning.trainer import STAGE, Plan, train
+from sparlow.model.artefact.peft_adapter import take_apart, with_lora
+from sparlow.model.artefact.shards import replacing
+from sparlow.model.loading.source import for_computing, open_model
 from sparlow.progress import Progress
-from sparlow.report import versions
+from sparlow.report.figures import STYLE
+from sparlow.report.records import versions
+from sparlow.run.compress import pick_device
 from sparlow.text import evaluation_windows, training_windows
-from sparlow.training import STAGE, Plan, train
 
 OURS, SAME, OTHER = "U V", "fresh, on the same S", "fresh, on a pruned model"
 LINES = ("-", "--", ":", "-.")  # of the learning rates

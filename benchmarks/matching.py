@@ -23,15 +23,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import sparlow
-from sparlow.evaluation import perplexity
-from sparlow.model.blocks import decoder_blocks, pass_through
-from sparlow.model.distilling import distill
-from sparlow.model.fitting import Plan
-from sparlow.model.matching import match
-from sparlow.model.recording import Recording, record
-from sparlow.model.source import for_computing, open_model
-from sparlow.model.trainable import round_through
-from sparlow.teaching import PRESETS
+from sparlow.evaluation.perplexity import perplexity
+from sparlow.model.forward.capture import Recording, record
+from sparlow.model.forward.decoder import decoder_blocks, pass_through
+from sparlow.model.loading.source import for_computing, open_model
+from sparlow.model.training.block_matching import match
+from sparlow.model.training.distillation import distill
+from sparlow.model.training.loop import Plan
+from sparlow.model.training.packed_layer import round_through
+from sparlow.run.recovery import PRESETS
 from sparlow.text import calibration_windows, evaluation_windows
 
 BLOCKS, LOGITS = PRESETS["blocks"], PRESETS["logits"]

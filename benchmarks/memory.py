@@ -28,10 +28,10 @@ def measure(
 ) -> dict[str, Any]:
     """Compress one model in this process."""
     from sparlow.algorithms import three_basil
-    from sparlow.compression import open_dense
-    from sparlow.job import Job
-    from sparlow.recipe import GIVEN_WINDOWS, Recipe
-    from sparlow.report import peak_memory
+    from sparlow.recipe.recipe import GIVEN_WINDOWS, Recipe
+    from sparlow.report.records import peak_memory
+    from sparlow.run.compress import open_dense
+    from sparlow.run.job import Job
 
     if brief:
         three_basil.REFITS = three_basil.REFIT_STEPS = 1

@@ -17,10 +17,10 @@ from typing import Any
 from _layers import block_layers, geometric_mean, machine, write_json
 
 from sparlow.algorithms import Algorithm, find, solve, variants
+from sparlow.cli.options import parse_named_pairs
 from sparlow.errors import InputError
 from sparlow.linalg.gram import Gram
 from sparlow.linalg.patterns import parse_pattern
-from sparlow.options import parse_named_pairs
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,15 +23,15 @@ from solver_speed import plain_three_basil
 
 from sparlow import compress
 from sparlow.algorithms import decomposer
-from sparlow.compression import open_dense, windows_to_calibrate
-from sparlow.model.blocks import decoder_blocks, pass_through
-from sparlow.model.matching import PRESETS, loss_on, match
-from sparlow.model.recording import record
-from sparlow.model.source import open_model
-from sparlow.pipeline import budgets, compress_block
+from sparlow.model.forward.capture import record
+from sparlow.model.forward.decoder import decoder_blocks, pass_through
+from sparlow.model.loading.source import open_model
+from sparlow.model.training.block_matching import PRESETS, loss_on, match
 from sparlow.progress import Clock
-from sparlow.recipe import Recipe
-from sparlow.teaching import HELD_OUT, plan_of
+from sparlow.recipe.recipe import Recipe
+from sparlow.run.compress import open_dense, windows_to_calibrate
+from sparlow.run.pipeline import budgets, compress_block
+from sparlow.run.recovery import HELD_OUT, plan_of
 
 PLAIN = "plain"
 decomposer(PLAIN)(plain_three_basil)

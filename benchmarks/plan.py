@@ -36,7 +36,7 @@ STAGES = {  # of a plan: what of a report it is
 def child(call: dict[str, Any]) -> dict[str, Any]:
     """Plan or compress in this process."""
     import sparlow
-    from sparlow.recipe import GIVEN_WINDOWS
+    from sparlow.recipe.recipe import GIVEN_WINDOWS
 
     windows = random_windows(call["vocabulary"], call["recipe"]["samples"], call["recipe"]["seqlen"])
     text = {"evaluate": ("builtin",), "limit": call["limit"]} if call["text"] else {"evaluate": ()}

@@ -27,7 +27,7 @@ from _shapes import SHAPES, Shape, random_windows, write
 
 from sparlow import Recipe, compress
 from sparlow.algorithms.three_basil import level, refits
-from sparlow.linalg.precision import rounded_products
+from sparlow.linalg.tf32 import rounded_products
 
 STEPS = 160  # iterations of a layer at effort 1
 SHARE = 0.5  # of the peak that large products reach

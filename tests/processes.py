@@ -12,7 +12,7 @@ import time
 from contextlib import contextmanager
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["sparlow.cli", "datasets", "transformers.models.llama.modeling_llama"])
+SERVER.set_forkserver_preload(["sparlow.cli.commands", "datasets", "transformers.models.llama.modeling_llama"])
 PATIENCE = 600  # seconds after which a run counts as hanging
 
 
@@ -69,7 +69,8 @@ def _run(arguments, log, prepare, argument):
     """Be the process."""
     import torch
 
-    from sparlow import cli, console
+    from sparlow.cli import commands as cli
+    from sparlow.cli import display as console
 
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for descriptor in (1, 2):

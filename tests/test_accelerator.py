@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 
 import sparlow
 from families import FAMILIES, save_tiny, tiny
-from sparlow.evaluation import perplexity
-from sparlow.model.inspection import changed_sparse_parts
+from sparlow.evaluation.perplexity import perplexity
+from sparlow.model.artefact.describe import changed_sparse_parts
 from sparlow.progress import Progress
-from sparlow.recipe import Recipe
-from sparlow.verification import verify_artefact
+from sparlow.recipe.recipe import Recipe
+from sparlow.run.verify import verify_artefact
 
 pytestmark = pytest.mark.gpu
 

@@ -14,11 +14,11 @@ from families import save_tiny, tiny
 from processes import Run, join, together
 from sparlow.distributed import Processes, local_device, require_one
 from sparlow.errors import InputError
-from sparlow.model.storage import Storage
-from sparlow.recipe import Recipe
-from sparlow.report import Report
-from sparlow.teaching import Teaching
-from sparlow.verification import verify_artefact
+from sparlow.model.artefact.dtypes import Storage
+from sparlow.recipe.recipe import Recipe
+from sparlow.report.records import Report
+from sparlow.run.recovery import Teaching
+from sparlow.run.verify import verify_artefact
 
 TEXT = "".join(chr(32 + (7 * i * i + i // 3) % 95) for i in range(900))
 OPTIONS = ["--samples", "7", "--seqlen", "16", "--rank", "4", "--option", "effort=0.1", "--option", "max_steps=4"]

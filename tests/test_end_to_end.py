@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM
 
 import sparlow
 from families import save_tiny
-from sparlow.cli import main
-from sparlow.model.blocks import decoder_blocks, linears
-from sparlow.model.source import find_embedded_gguf, open_model
-from sparlow.recipe import Recipe
+from sparlow.cli.commands import main
+from sparlow.model.forward.decoder import decoder_blocks, linears
+from sparlow.model.loading.source import find_embedded_gguf, open_model
+from sparlow.recipe.recipe import Recipe
 
 pytestmark = pytest.mark.slow
 

@@ -9,11 +9,11 @@ import pytest
 
 import sparlow
 from families import save_tiny
-from sparlow import cli
 from sparlow.algorithms import find
-from sparlow.model.layers import compressed_layers
-from sparlow.output import NAME
-from sparlow.recipe import Recipe
+from sparlow.cli import commands as cli
+from sparlow.model.artefact.layers import compressed_layers
+from sparlow.recipe.recipe import Recipe
+from sparlow.run.output_dir import NAME
 
 ROOT = Path(__file__).parents[1]
 TEXT = "".join(chr(32 + (7 * i * i + i // 3) % 95) for i in range(600))

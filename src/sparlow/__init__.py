@@ -10,17 +10,17 @@ Importing the package teaches transformers to open the directories it writes.
 from importlib.metadata import version
 
 from sparlow.algorithms import Decomposition, decompose, decomposer, pruner
-from sparlow.compression import compress
 from sparlow.errors import InputError, RunError
-from sparlow.estimate import Plan, plan
-from sparlow.evaluation import evaluate
-from sparlow.finetuning import finetune
+from sparlow.evaluation.perplexity import evaluate
+from sparlow.finetuning.finetune import finetune
 from sparlow.linalg.patterns import NM, Unstructured
-from sparlow.model.checkpoint import load
-from sparlow.model.layers import SparseLowRankLinear
+from sparlow.model.artefact.checkpoint import load
+from sparlow.model.artefact.layers import SparseLowRankLinear
+from sparlow.planning.plan import Plan, plan
 from sparlow.progress import Progress
-from sparlow.recipe import Recipe
-from sparlow.report import Report
+from sparlow.recipe.recipe import Recipe
+from sparlow.report.records import Report
+from sparlow.run.compress import compress
 
 __version__ = version("sparlow")
 __all__ = [

@@ -1,5 +1,5 @@
 """``python -m sparlow`` is the command ``sparlow``."""
 
-from sparlow.cli import main
+from sparlow.cli.commands import main
 
 main()

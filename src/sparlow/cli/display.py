@@ -1,0 +1,207 @@
+"""What the command line shows: progress bars or plain lines, and tables. Prints; decides nothing."""
+
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+
+from sparlow.algorithms import Algorithm
+from sparlow.evaluation.perplexity import Evaluation
+from sparlow.evaluation.tasks import TaskResult
+from sparlow.model.artefact.describe import LayerInfo
+from sparlow.planning.plan import Plan
+from sparlow.progress import Notify, Progress
+from sparlow.report.html_page import megabytes, perplexities_of_finetuning, remarks, summary_rows
+from sparlow.report.records import Report
+from sparlow.run.compare import Comparison
+
+WIDE = 200  # columns where nobody looks, as in a pipe: no name is cut
+out = Console(soft_wrap=True, width=None if sys.stdout.isatty() else WIDE)
+err = Console(stderr=True, soft_wrap=True)
+
+
+@contextmanager
+def progress() -> Iterator[Notify]:
+    """Show a run as it goes: bars on a terminal, otherwise a line a block."""
+    if not err.is_terminal:
+        yield _plain_line
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Bars(*columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=err) as bars:
+        tasks = {}
+
+        def show(step: Progress) -> None:
+            if step.stage not in tasks:
+                tasks[step.stage] = bars.add_task(escape(step.stage), total=step.total, note="")
+            note = f"{step.layer.name}: relative error {step.layer.relative_error:.5f}" if step.layer else step.note
+            bars.update(tasks[step.stage], completed=step.done, note=note)
+
+        yield show
+
+
+def _plain_line(step: Progress) -> None:
+    if step.layer is not None:
+        return
+    tenth = step.note and step.done % max(step.total // 10, 1) == 0  # of what has hundreds of steps
+    if step.stage.endswith("blocks") or tenth or step.done == step.total:
+        note = f" ({step.note})" if step.note else ""
+        err.print(f"{step.stage}: {step.done} of {step.total}{note}", markup=False, highlight=False)
+
+
+def show_report(report: Report) -> None:
+    """The summary of a run: perplexities and sizes, dense beside compressed, time, memory, warnings."""
+    out.print(_table(("", "dense", "compressed"), summary_rows(report)))
+    seconds = report.seconds
+    blocks = 1 + max(layer.block for layer in report.layers)
+    out.print(
+        f"{seconds['total']:.0f} s: {seconds['solve']:.0f} s solving ({seconds['solve'] / blocks:.1f} s a block), "
+        f"{seconds['statistics'] + seconds['walk']:.0f} s walking, {seconds['evaluate']:.0f} s evaluating; "
+        f"peak memory {megabytes(report.peak_memory['rss'])}",
+        highlight=False,
+    )
+    kept = sum(row["parameters"] for row in report.not_compressed)
+    out.print(f"{kept:,} parameters in {len(report.not_compressed)} modules stay as they are", highlight=False)
+    out.print(remarks(report), highlight=False)
+    for warning in report.warnings[:10]:
+        out.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False)
+    if len(report.warnings) > 10:  # noqa: PLR2004 - a screenful
+        out.print(f"and {len(report.warnings) - 10} more warnings in report.json", highlight=False)
+
+
+def show_comparison(found: Comparison) -> None:
+    """The table of a comparison: the dense model, then a line a method."""
+    corpora = list(found.dense.get("perplexity", {}))
+    head = ("", *(f"perplexity, {Path(name).name}" for name in corpora), "relative error", "seconds", "size", "bits")
+    rows = []
+    if found.dense:
+        perplexities = (f"{found.dense['perplexity'][name]:.2f}" for name in corpora)
+        rows.append(("dense", *perplexities, "0", "–", megabytes(found.dense["bytes"]), "–"))
+    for row in found.rows:
+        perplexities = (f"{row.perplexity[name]:.2f}" for name in corpora)
+        measured = (f"{row.mean_relative_error:.5f}", f"{row.seconds:.0f}", megabytes(row.bytes))
+        rows.append((row.name, *perplexities, *measured, f"{row.bits_per_weight:.2f}"))
+    out.print(_table(head, rows))
+
+
+def show_plan(found: Plan) -> None:
+    """The result of ``sparlow plan``: layers, sizes, memory and time."""
+    kinds = [
+        (
+            kind.name,
+            str(kind.count),
+            f"{kind.shape[0]} × {kind.shape[1]}",
+            kind.pattern or "dense",
+            str(kind.rank),
+            f"{kind.parameters:,}",
+            f"{kind.bytes_dense:,}",
+            f"{kind.bytes_kept:,}",
+        )
+        for kind in found.layers
+    ]
+    out.print(_table(("layer", "count", "shape", "pattern", "rank", "parameters", "bytes", "kept"), kinds))
+    rows = [(row["name"], str(row["count"]), f"{row['parameters']:,}", row["why"]) for row in found.not_compressed]
+    out.print(_table(("not compressed", "count", "parameters", "why"), rows))
+    _show_sizes(found)
+    here = f"of {found.device}" if found.peak_memory["device"] else "of the device"
+    parts = [(stage.name, megabytes(found.baseline + stage.cpu), megabytes(stage.device)) for stage in found.stages]
+    parts.append(("peak", megabytes(found.peak_memory["rss"]), megabytes(found.peak_memory["device"])))
+    parts.append(("free now", _free(found.available["rss"]), _free(found.available["device"])))
+    out.print(_table(("memory at most", "main", here), parts))
+    if found.seconds:
+        times = [(stage, f"{spent:,.0f}") for stage, spent in found.seconds.items() if spent]
+        out.print(_table(("time", "seconds"), times))
+    out.print(f"probed for {found.probe['seconds']:.1f} s", highlight=False)
+    for note in found.notes:
+        out.print(f"note: {escape(note)}", highlight=False)
+
+
+def _show_sizes(found: Plan) -> None:
+    sizes, files = found.bytes, found.disk
+    second = f" ({megabytes(files.second)} of it for a while, for --match)" if files.second else ""
+    hidden = f"; {megabytes(files.hidden)} of hidden states in temporary files" if files.hidden else ""
+    out.print(
+        f"whole model {megabytes(sizes['dense'])} → {megabytes(sizes['compressed'])}, linear layers "
+        f"{megabytes(sizes['linears_dense'])} → {megabytes(sizes['linears_compressed'])}, "
+        f"{found.bits_per_weight:.2f} bits a weight\n"
+        f"disk {megabytes(files.out)}{second}{hidden}; {_free(found.available['disk'])} are free",
+        highlight=False,
+    )
+
+
+def _free(size: int | None) -> str:
+    return "–" if size is None else megabytes(size)
+
+
+def show_finetuning(report: Report) -> None:
+    """The result of ``sparlow finetune``: perplexities and loss before and after."""
+    found = report.finetuning
+    out.print(_table(("", "before", "after"), perplexities_of_finetuning(report)))
+    out.print(
+        f"{found['steps']} steps of {found['batch'] * found['accumulate']} windows, {found['trainable']:,} numbers "
+        f"trained, loss {found['loss'][0]:.3f} → {found['loss'][-1]:.3f}, {found['seconds']:.0f} s",
+        highlight=False,
+    )
+
+
+def show_evaluations(found: Mapping[str, Evaluation], seqlen: int) -> None:
+    """The result of ``sparlow evaluate``: a column a model, a line a corpus or task, then the mean of the tasks."""
+    first = next(iter(found.values()))
+    rows = [
+        (f"perplexity (seqlen {seqlen}), {name}", *(f"{one['perplexity'][name]:.4f}" for one in found.values()))
+        for name in first["perplexity"]
+    ]
+    for name, result in first.get("tasks", {}).items():
+        label = f"{name}, {result['metric']}" + (f", {result['fewshot']}-shot" if result["fewshot"] else "")
+        rows.append((label, *(_with_error(one["tasks"][name]) for one in found.values())))
+    means = [one.get("average") for one in found.values()]
+    if len(first.get("tasks", {})) > 1 and None not in means:
+        rows.append(("average", *(f"{mean:.4f}" for mean in means)))
+    short = [Path(name).name or name for name in found]
+    out.print(_table(("", *(short if len(set(short)) == len(short) else found)), rows))
+
+
+def _with_error(result: TaskResult) -> str:
+    return f"{result['value']:.4f}" + ("" if result["stderr"] is None else f" ± {result['stderr']:.4f}")
+
+
+def show_layers(layers: Sequence[LayerInfo], patterns: Mapping[str, str]) -> None:
+    """The result of ``sparlow inspect``."""
+    rows = [
+        (
+            layer.name,
+            f"{layer.shape[0]} × {layer.shape[1]}",
+            patterns.get(layer.name, "–"),
+            f"{layer.density:.4f}",
+            str(layer.rank),
+            f"{layer.bytes:,}",
+        )
+        for layer in layers
+    ]
+    out.print(_table(("layer", "shape", "pattern", "density", "rank", "bytes"), rows))
+
+
+def show_algorithms(algorithms: Iterable[Algorithm]) -> None:
+    """Names, one line each, their options and defaults."""
+    for algorithm in algorithms:
+        names = ", ".join((algorithm.name, *algorithm.aliases))
+        out.print(f"[bold]{escape(names)}[/] ({algorithm.kind}): {escape(algorithm.summary)}", highlight=False)
+        for option in algorithm.options.values():
+            out.print(
+                f"    --option {option.name}={escape(option.shown_default)}  ({escape(option.choices)})",
+                highlight=False,
+            )
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for i, title in enumerate(head):
+        table.add_column(escape(title), justify="right" if i else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    return table

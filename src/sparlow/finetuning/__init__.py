@@ -1,0 +1,1 @@
+"""LoRA fine-tuning of a compressed model from its low-rank part."""

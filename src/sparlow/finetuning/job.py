@@ -1,0 +1,207 @@
+"""One fine-tuning run: measure, train, measure again, write, report."""
+
+import json
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from sparlow.errors import InputError, RunError
+from sparlow.evaluation.perplexity import perplexity
+from sparlow.finetuning.finetune import ORIGIN, Parent, Places
+from sparlow.finetuning.trainer import Plan, train
+from sparlow.model.artefact.checkpoint import CheckpointWriter
+from sparlow.model.artefact.describe import changed_sparse_parts
+from sparlow.model.artefact.dtypes import Storage
+from sparlow.model.artefact.layers import compressed_layers
+from sparlow.model.artefact.peft_adapter import LowRank, put_together, save_adapter, take_apart, unwrap, with_lora
+from sparlow.model.artefact.shards import ShardRecord, read_json, replacing
+from sparlow.model.forward.decoder import decoder_blocks
+from sparlow.model.loading.source import OpenedModel, for_computing
+from sparlow.progress import Notify, counting
+from sparlow.report.html_page import write_reports
+from sparlow.report.records import LayerRecord, Report, versions
+from sparlow.run.journal import Journal
+from sparlow.text import fingerprint as text_fingerprint
+
+CHECKPOINTS = "checkpoints"  # Trainer's, inside the output directory until the run is finished
+
+
+class FineTuning:
+    """The run itself; ``begin`` writes first.
+
+    Args:
+        parent: What is fine-tuned.
+        opened: It, opened.
+        places: Checked.
+        plan: How to train.
+        ranks: Of the adapters, by the layer's full name.
+        notify: Called after every step.
+    """
+
+    def __init__(
+        self,
+        parent: Parent,
+        opened: OpenedModel,
+        places: Places,
+        plan: Plan,
+        ranks: Mapping[str, int],
+        notify: Notify,
+    ) -> None:
+        self.parent, self.opened, self.places, self.plan = parent, opened, places, plan
+        self.ranks, self.notify = ranks, notify
+        self.storage = Storage.of(opened.model)
+        self.model = for_computing(opened.model)
+        if self.model.dtype == torch.float16:
+            self.model = self.model.float()  # gradients leave the range of float16
+        self.blocks_name, self.blocks = decoder_blocks(self.model)
+        self.journal: Journal
+
+    def begin(self, windows: Tensor, *, overwrite: bool) -> None:
+        """Start or go on with the record of this run.
+
+        Raises:
+            InputError: The output directory or the adapter's folder holds another run.
+        """
+        decides = {
+            **self.parent.state["fingerprint"],
+            "version": version("sparlow"),
+            "parent": self.opened.fingerprint,
+            "finetuning": self.options(),
+            "text": text_fingerprint(windows),
+        }
+        self.journal = Journal(self.places.out, decides, self.blocks_name, overwrite=overwrite)
+        peft = self.places.peft
+        if peft and (peft / ORIGIN).exists() and not overwrite and read_json(peft / ORIGIN).get("run") != decides:
+            raise InputError(f"{peft} holds another adapter: give another --peft, or --overwrite to replace it.")
+        self.journal.begin(self.parent.state["dense"], self.parent.state.get("allocation", {}))
+
+    def options(self) -> dict[str, Any]:
+        """What decides the result beside the model and the text."""
+        fresh = None if any(self.parent.ranks.values()) else next(iter(self.ranks.values()))
+        return {**self.plan.deciding(), "fresh_rank": fresh}
+
+    def go(self, windows: Tensor, evaluation: Mapping[str, Tensor]) -> Report:
+        """Do what is not done yet; ``evaluation`` names token windows (n, seqlen) to measure perplexity on."""
+        start = time.perf_counter()
+        known = self.parent.state.get("compressed", {})
+        before = {
+            name: float(known.get(text_fingerprint(text)) or self.perplexity("perplexity before", text))
+            for name, text in evaluation.items()
+        }
+        losses = self.train(windows)
+        after = {name: self.perplexity("perplexity after", text) for name, text in evaluation.items()}
+        self.write()
+        report = self.report()
+        report.finetuning = {
+            "parent": str(self.parent.folder),
+            "parent_fingerprint": self.opened.fingerprint,
+            **self.options(),
+            "windows": len(windows),
+            "trainable": sum(rank * sum(self.parent.shapes[name]) for name, rank in self.ranks.items()),
+            "loss": losses,
+            "perplexity": {"before": before, "after": after},
+            "seconds": time.perf_counter() - start,
+            "versions": versions() | {name: version(name) for name in ("peft", "accelerate")},
+        }
+        if self.places.peft:
+            self.write_base(self.places.peft)
+        write_reports(report, self.places.out)
+        found = {text_fingerprint(text): after[name] for name, text in evaluation.items()}
+        self.journal.finish(self.journal.dense, found)
+        self.remove_checkpoints()
+        return report
+
+    def perplexity(self, stage: str, windows: Tensor) -> float:
+        """Measure the model as it is; ``stage`` is what the progress bar says."""
+        value = perplexity(self.model, windows, counting(self.notify, stage, len(windows)))
+        if value != value:  # noqa: PLR0124 - NaN
+            raise RunError(f"The {stage} is not a number: the model's activations leave the range of their type.")
+        return value
+
+    def train(self, windows: Tensor) -> list[float]:
+        """Put the trained U and V into the model, rounded as they will be stored; return the losses."""
+        parts = take_apart(self.model)
+        starts: dict[str, LowRank] = {name: part for name, part in parts.items() if len(part.V)}
+        wrapped = with_lora(self.model, starts, self.ranks, self.plan.seed)
+        losses = train(wrapped, windows, self.plan, self.places.out / CHECKPOINTS, self.notify)
+        if self.places.peft:
+            self.sign(self.places.peft, [])  # first, so that a run that is killed from here on may write it again
+            save_adapter(wrapped, self.places.peft, self.places.peft.absolute() / "base", self.storage.dtype)
+        self.model, trained = unwrap(wrapped, self.storage.dtype)
+        put_together(self.model, parts | trained)
+        return losses
+
+    def write(self) -> None:
+        """Write the shards and what makes the directory a model.
+
+        Raises:
+            RunError: It cannot be written, or S is not what it was.
+        """
+        writer = self.writer(self.places.out, self.model)
+        for i, (block, record) in enumerate(zip(self.blocks, self.parent.state["blocks"], strict=True)):
+            if not self.journal.has(i):
+                layers = [self.with_rank(LayerRecord.from_dict(row)) for row in record["layers"]]
+                self.journal.note_copied(writer.write_block(i, block), record, layers)
+        rest = writer.write_rest(self.model)
+        changed = changed_sparse_parts(self.parent.folder, self.places.out)
+        if changed:
+            raise RunError(f"The sparse part of {changed[0]} has changed, which must not be: this is a bug of sparlow.")
+        writer.finish(self.model, self.opened.tokenizer)
+        self.journal.note_rest(rest, (self.parent.folder / "recipe.toml").read_text("utf-8"))
+
+    def write_base(self, peft: Path) -> None:
+        """Write the plain model of all S that the adapter belongs to; the model is taken apart for it."""
+        take_apart(self.model)
+        writer = self.writer(peft / "base", self.model)
+        shards: list[ShardRecord] = [writer.write_block(i, block) for i, block in enumerate(self.blocks)]
+        shards.append(writer.write_rest(self.model))
+        writer.finish(self.model, self.opened.tokenizer, plain=True)
+        self.sign(peft, shards)
+
+    def sign(self, peft: Path, shards: Sequence[ShardRecord]) -> None:
+        """Leave in the adapter's folder which run it comes from and which base it belongs to."""
+        peft.mkdir(parents=True, exist_ok=True)
+        base = {shard.file: {"bytes": shard.bytes, "sha256": shard.sha256} for shard in shards}
+        with replacing(peft / ORIGIN) as partial:
+            partial.write_text(json.dumps({"run": self.journal.state["fingerprint"], "base": base}, indent=1) + "\n")
+
+    def writer(self, folder: Path, model: PreTrainedModel) -> CheckpointWriter:
+        """A writer in the types that the parent is stored in."""
+        return CheckpointWriter(
+            folder,
+            model,
+            self.blocks_name,
+            len(self.blocks),
+            dtype=self.storage.dtype,
+            kept=self.storage.exceptions,
+        )
+
+    def report(self) -> Report:
+        """The parent's report with the sizes as they are now."""
+        report = replace(self.parent.report)
+        report.layers = [self.with_rank(row) for row in report.layers]
+        packed = (self.storage.packed_bytes(layer) for layer in compressed_layers(self.model).values())
+        report.bytes = {**report.bytes, "linears_compressed": sum(packed)}
+        report.add_up()
+        return report
+
+    def with_rank(self, row: LayerRecord) -> LayerRecord:
+        """The record of a layer with its rank as it is now."""
+        name = f"{self.blocks_name}.{row.block}.{row.name}"
+        return replace(row, rank=self.ranks.get(name, self.parent.ranks[name]))
+
+    def remove_checkpoints(self) -> None:
+        """Leave what Trainer's integrations have written, but no checkpoints."""
+        folder = self.places.out / CHECKPOINTS
+        for path in folder.glob("checkpoint-*"):
+            shutil.rmtree(path)
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()

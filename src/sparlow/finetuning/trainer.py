@@ -1,0 +1,218 @@
+"""Train a model that PEFT has wrapped with transformers' Trainer, from its last checkpoint if there is one."""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from sparlow.errors import InputError, RunError
+from sparlow.finetuning.safe_trainer import SafeTrainer, last_checkpoint
+from sparlow.progress import Notify, Progress
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+STAGE = "fine-tuning"
+WARM_UP = 0.03  # of the steps; Adam's first steps are of full size whatever the gradient
+_CHECKPOINTS = 10  # at most so many in a run; the last one is kept
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to train.
+
+    Attributes:
+        dataset: Corpus or file.
+        steps: Of the optimiser.
+        lr: Its highest learning rate; a short warm-up leads there and a cosine down to zero.
+        block_size: Tokens in a window.
+        batch: Windows that pass through the model together.
+        accumulate: Such batches a step.
+        bf16: Compute in bfloat16 where autocast does; S, U and V stay in their own types.
+        seed: Of the text, its order, and of a fresh adapter.
+        gradient_checkpointing: Compute activations twice to save memory.
+        report_to: Trainer's integrations, such as tensorboard, separated by commas; all or none.
+
+    Raises:
+        InputError: A number is out of range.
+    """
+
+    dataset: str = "c4"
+    steps: int = 500
+    lr: float = 1e-4
+    block_size: int = 1024
+    batch: int = 4
+    accumulate: int = 4
+    bf16: bool = False
+    seed: int = 0
+    gradient_checkpointing: bool = False
+    report_to: str = "none"
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        for name, least in {"steps": 1, "block_size": 2, "batch": 1, "accumulate": 1, "seed": 0}.items():
+            if getattr(self, name) < least:
+                raise InputError(f"{name} must be at least {least}, not {getattr(self, name)}.")
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise InputError(f"lr must be above 0 and finite, not {self.lr}.")
+
+    @property
+    def windows(self) -> int:
+        """Windows of text that all steps take."""
+        return self.steps * self.batch * self.accumulate
+
+    @property
+    def integrations(self) -> list[str]:
+        """The names in ``report_to``."""
+        return [name.strip() for name in self.report_to.split(",") if name.strip()]
+
+    def deciding(self) -> dict[str, Any]:
+        """The options that decide the result."""
+        others = ("gradient_checkpointing", "report_to")
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in others}
+
+
+class Windows(Dataset[dict[str, Tensor]]):
+    """Token windows (n, tokens) as Trainer wants them; the model shifts the labels itself."""
+
+    def __init__(self, windows: Tensor) -> None:
+        self._windows = windows
+
+    def __len__(self) -> int:
+        return len(self._windows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self._windows[index], "labels": self._windows[index]}
+
+
+def check_possible(plan: Plan, device: str) -> None:
+    """See that this machine can do what the plan wants.
+
+    Raises:
+        InputError: It cannot.
+    """
+    from transformers.integrations.integration_utils import get_available_reporting_integrations
+    from transformers.utils.import_utils import is_torch_bf16_gpu_available
+
+    if plan.report_to not in ("none", "all"):
+        found = get_available_reporting_integrations()
+        for name in plan.integrations:
+            if name not in found:
+                there = ", ".join(("none", "all", *found))
+                raise InputError(f"report_to cannot be {name!r}: it is unknown or not installed; there is {there}.")
+    kind = torch.device(device)
+    if kind.index:
+        raise InputError(f"Trainer takes the first device: set CUDA_VISIBLE_DEVICES instead of giving {device}.")
+    if plan.bf16 and kind.type != "cpu" and not is_torch_bf16_gpu_available():
+        raise InputError("This accelerator does not compute in bfloat16: leave out --bf16.")
+
+
+def train(
+    wrapped: "PeftModel", windows: Tensor, plan: Plan, checkpoints: Path, notify: Notify = lambda _: None
+) -> list[float]:
+    """Train the adapters; the model ends where Trainer puts it, in eval mode.
+
+    Args:
+        wrapped: Only its adapters are trained.
+        windows: Token ids (n, tokens) int64, read again and again in another order if the steps take more.
+        plan: How.
+        checkpoints: Folder of Trainer's checkpoints; the last one that is whole is gone on from.
+        notify: Called after every step.
+
+    Returns:
+        The loss at every step, those before the checkpoint included.
+
+    Raises:
+        RunError: The loss or the gradient is not finite, or there is too little memory.
+    """
+    last = last_checkpoint(checkpoints)
+    if last is not None and last[1].global_step == plan.steps:  # Trainer would do a step more
+        untyped: Any = wrapped
+        untyped.load_adapter(str(last[0]), "default", is_trainable=True)
+        wrapped.eval()
+        return _losses(last[1])
+    with _unchanged(wrapped.config):
+        trainer = SafeTrainer(wrapped, _arguments(plan, wrapped, checkpoints), train_dataset=Windows(windows))
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(_Watch(notify))
+        try:
+            trainer.train(resume_from_checkpoint=None if last is None else str(last[0]))
+        except torch.OutOfMemoryError as error:
+            raise RunError(
+                "Out of memory: lower --batch and raise --accumulate, or use --gradient-checkpointing."
+            ) from error
+    wrapped.eval()
+    return _losses(trainer.state)
+
+
+@contextmanager
+def _unchanged(config: Any) -> Iterator[None]:  # noqa: ANN401 - PEFT declares no type
+    """Undo at the end what Trainer sets for good, such as use_cache, which would be written into the result."""
+    before = dict(vars(config))
+    try:
+        yield
+    finally:
+        vars(config).clear()
+        vars(config).update(before)
+
+
+def _arguments(plan: Plan, wrapped: "PeftModel", folder: Path) -> TrainingArguments:
+    on_cpu = wrapped.device.type == "cpu"
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=plan.steps,
+        learning_rate=plan.lr,
+        lr_scheduler_type="cosine",
+        warmup_steps=math.ceil(WARM_UP * plan.steps),
+        per_device_train_batch_size=plan.batch,
+        gradient_accumulation_steps=plan.accumulate,
+        bf16=plan.bf16,
+        gradient_checkpointing=plan.gradient_checkpointing or None,  # what is given is warned of in newer versions
+        # the other kind needs inputs that require gradients
+        gradient_checkpointing_kwargs={"use_reentrant": False} if plan.gradient_checkpointing else None,
+        report_to=plan.report_to if plan.report_to in ("none", "all") else plan.integrations,
+        seed=plan.seed,
+        use_cpu=on_cpu,
+        dataloader_pin_memory=not on_cpu,
+        save_steps=math.ceil(plan.steps / _CHECKPOINTS),
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        disable_tqdm=True,
+    )
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # noqa: SLF001 - as Trainer does it itself: no DataParallel, whose batches would be larger
+    return arguments
+
+
+def _losses(state: TrainerState) -> list[float]:
+    return [row["loss"] for row in state.log_history if "loss" in row]
+
+
+class _Watch(TrainerCallback):
+    """Tells of every step, and stops at one that would ruin the model, before its checkpoint is written."""
+
+    def __init__(self, notify: Notify) -> None:
+        self._notify = notify
+
+    def on_log(
+        self,
+        args: TrainingArguments,  # noqa: ARG002 - transformers' signature
+        state: TrainerState,
+        control: TrainerControl,  # noqa: ARG002 - the same
+        logs: Mapping[str, float] | None = None,
+        **_: Any,  # noqa: ANN401 - the same
+    ) -> None:
+        if not logs or "loss" not in logs:
+            return  # the summary at the end
+        if not (math.isfinite(logs["loss"]) and math.isfinite(logs.get("grad_norm", 0.0))):
+            raise RunError(f"The loss or its gradient is not finite at step {state.global_step}: lower --lr.")
+        note = f"loss {logs['loss']:.4f}"
+        self._notify(Progress(STAGE, state.global_step, state.max_steps, note=note))

@@ -1,0 +1,268 @@
+"""The artefact: a directory that transformers opens, with one packed shard a decoder block.
+
+Shard i + 1 holds block i, the last one everything outside of the blocks. ``config.json`` comes into being when all
+the rest is there, so a directory without it is an unfinished one. Importing this module registers the format with
+transformers: ``AutoModelForCausalLM.from_pretrained(folder)`` is enough to open it.
+"""
+
+import copy
+import json
+from collections.abc import Iterator, Mapping
+from collections.abc import Set as AbstractSet
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.dynamic_module_utils import custom_object_save
+
+from sparlow.errors import InputError, RunError
+from sparlow.model.artefact.checksums import CONFIG, require_recorded, require_sane
+from sparlow.model.artefact.hf_quantizer import METHOD, SparlowConfig
+from sparlow.model.artefact.layers import compressed_layers, install
+from sparlow.model.artefact.shards import (
+    INDEX,
+    RECORD,
+    Header,
+    ShardRecord,
+    by_layer,
+    check_layer,
+    layer_records,
+    packed_state,
+    read_headers,
+    read_index,
+    read_json,
+    replacing,
+    sync_folder,
+    write_shard,
+)
+from sparlow.model.loading.source import as_input_error
+from sparlow.model.loading.weights import Parts, ready
+
+
+class CheckpointWriter:
+    """Writes a compressed model, one block at a time, in any order and over several runs.
+
+    Args:
+        folder: made if need be.
+        model: the whole model; its blocks may be on the meta device.
+        blocks_name: name of the list of blocks in the model.
+        count: number of blocks.
+        dtype: type of the stored weights, where the model computes in another; its own if left out.
+        computed: type it computes in; its own if left out.
+        kept: names of the weights that keep their type all the same.
+
+    Raises:
+        InputError: the model shares weights between blocks, or the folder cannot be made.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        model: PreTrainedModel,
+        blocks_name: str,
+        count: int,
+        *,
+        dtype: torch.dtype | None = None,
+        computed: torch.dtype | None = None,
+        kept: AbstractSet[str] = frozenset(),
+    ) -> None:
+        self._folder, self._blocks_name, self._count = Path(folder), blocks_name, count
+        self._computed, self._stored, self._kept = computed or model.dtype, dtype or model.dtype, kept
+        self._tied = dict(model.all_tied_weights_keys)
+        inside = sorted(k for pair in self._tied.items() for k in pair if k.startswith(f"{blocks_name}."))
+        if inside:
+            raise InputError(f"{inside[0]} is shared with another layer, so it cannot be compressed block by block")
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as problem:
+            raise InputError(f"{folder} cannot be a directory: {problem}") from problem
+
+    def write_block(self, i: int, block: nn.Module) -> ShardRecord:
+        """Write block i with its compressed layers; the file is either whole or not there.
+
+        Raises:
+            RunError: it cannot be written.
+        """
+        prefix = f"{self._blocks_name}.{i}"
+        state = {f"{prefix}.{name}": tensor for name, tensor in packed_state(block).items()}
+        return write_shard(self._path(i), self._in_stored_type(state))
+
+    def write_rest(self, model: PreTrainedModel) -> ShardRecord:
+        """Write every tensor outside of the blocks, tied ones once; the file is either whole or not there.
+
+        Raises:
+            RunError: it cannot be written.
+        """
+        state = packed_state(model, without=self._blocks_name)
+        for target, source in self._tied.items():
+            if target in state and source in state and state[target].data_ptr() == state[source].data_ptr():
+                del state[target]
+        return write_shard(self._path(self._count), self._in_stored_type(state))
+
+    def _in_stored_type(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Cast what has the type of the computation; masks, and weights that keep their type, stay."""
+        cast = {name for name, t in state.items() if t.dtype == self._computed} - self._kept
+        return {name: t.to(self._stored) if name in cast else t for name, t in state.items()}
+
+    def finish(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, *, plain: bool = False
+    ) -> None:
+        """Write the index, the generation config, the tokenizer and at last ``config.json``.
+
+        What is compressed is read from the shards, which may come from an earlier run.
+
+        Args:
+            model: the model.
+            tokenizer: its tokenizer.
+            plain: no layer is compressed, and transformers is to open the directory without sparlow.
+
+        Raises:
+            RunError: a shard is missing or damaged, or something cannot be written.
+        """
+        try:
+            headers = read_headers(self._path(i) for i in range(self._count + 1))
+            self._write_index(headers)
+            if model.can_generate() and model.generation_config is not None:
+                # Not save_pretrained: it refuses what many published models have, as a temperature without sampling.
+                path = self._folder / "generation_config.json"
+                model.generation_config.to_json_file(path, keys_to_pop=["compile_config"])
+            if tokenizer is not None:
+                with as_input_error("the tokenizer cannot be written"):  # its library raises anything
+                    tokenizer.save_pretrained(self._folder)
+            sync_folder(self._folder)  # what was not written by us
+            self._write_config(model, None if plain else SparlowConfig(layer_records(headers)))
+        except (InputError, OSError) as problem:
+            raise RunError(f"cannot finish {self._folder}: {problem}") from problem
+
+    def _write_index(self, headers: Mapping[str, Header]) -> None:
+        size = sum(self._path(i).stat().st_size for i in range(self._count + 1))
+        index = {"metadata": {"total_size": size}, "weight_map": {name: h.file.name for name, h in headers.items()}}
+        with replacing(self._folder / INDEX) as partial:
+            partial.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", "utf-8")
+
+    def _write_config(self, model: PreTrainedModel, quantization: SparlowConfig | None) -> None:
+        config = copy.deepcopy(model.config)
+        if quantization is not None:
+            config.quantization_config = quantization.to_dict()
+        elif hasattr(config, "quantization_config"):
+            del config.quantization_config
+        config.architectures = [type(model).__name__]
+        config.dtype = self._stored
+        if model.is_remote_code():
+            custom_object_save(model, self._folder, config=config)  # type: ignore[arg-type]  # takes configs too
+        with replacing(self._folder / "config.json") as partial:
+            config.to_json_file(partial)
+
+    def _path(self, i: int) -> Path:
+        return self._folder / f"model-{i + 1:05d}-of-{self._count + 1:05d}.safetensors"
+
+
+def read_block(folder: str | Path, blocks_name: str, i: int, block: nn.Module) -> None:
+    """Load block i of a directory, finished or not, into a dense block; its linear layers become compressed ones.
+
+    The tensors arrive on the block's device, or on the CPU if that is the meta device, in the dtype of the file.
+
+    Raises:
+        InputError: there is no such shard, or it does not fit the block.
+    """
+    paths = sorted(Path(folder).glob(f"model-{i + 1:05d}-of-*.safetensors"))
+    if len(paths) != 1:
+        raise InputError(f"expected one shard of block {i} in {folder}, found {len(paths)}")
+    headers = read_headers(paths)
+    prefix = f"{blocks_name}.{i}."
+    device = next((p.device for p in block.parameters() if not p.is_meta), torch.device("cpu"))
+    parts = by_layer({name.removeprefix(prefix): header for name, header in headers.items()})
+    for stored, record in layer_records(headers).items():
+        name = stored.removeprefix(prefix)
+        check_layer(name, parts[name], install(block, name, record["rank"]), record)
+    state = {name.removeprefix(prefix): t for name, t in load_file(paths[0], device=str(device)).items()}
+    try:
+        block.load_state_dict(state, strict=True, assign=True)
+    except RuntimeError as problem:
+        raise InputError(f"{paths[0].name} does not fit block {i}: {' '.join(str(problem).split())}") from problem
+
+
+class Written:
+    """The parts of a compressed model, see ``parts.Parts``: its blocks as they were written.
+
+    Args:
+        folder: where they were written to.
+        blocks_name: name of the list of blocks in the model.
+        dense: the parts of the model that was compressed.
+    """
+
+    def __init__(self, folder: Path, blocks_name: str, dense: Parts) -> None:
+        self.device, self.computing = dense.device, dense.computing
+        self._folder, self._name, self._dense = folder, blocks_name, dense
+
+    def rest(self, *, stored: bool = False) -> AbstractContextManager[None]:
+        """See ``Parts``; nothing outside of the blocks was changed."""
+        return self._dense.rest(stored=stored)
+
+    @contextmanager
+    def block(self, i: int, *, empty: bool = False) -> Iterator[nn.Module]:
+        """See ``Parts``."""
+        with self._dense.block(i, empty=True) as block:
+            if not (empty or compressed_layers(block)):  # in memory they have stayed
+                read_block(self._folder, self._name, i, block)
+                ready(block, self)
+            yield block
+
+
+def load(folder: str | Path, **options: Any) -> PreTrainedModel:  # noqa: ANN401 - those of from_pretrained
+    """Open a compressed model; the same as ``AutoModelForCausalLM.from_pretrained``, but strict.
+
+    Args:
+        folder: a directory, or the id of a model on the hub.
+        options: of ``from_pretrained``, such as dtype and device_map.
+
+    Raises:
+        InputError: it is no model that sparlow wrote, or it is unfinished, damaged or from a newer sparlow.
+    """
+    if Path(folder).is_dir():
+        _check_before_opening(Path(folder))
+    with as_input_error(f"cannot open {folder}"):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, output_loading_info=True, **{"trust_remote_code": False, "use_safetensors": True, **options}
+        )
+    model: PreTrainedModel = loaded[0]
+    info: dict[str, set[str]] = loaded[1]
+    if getattr(model, "quantization_method", None) != METHOD:
+        raise InputError(f"{folder} is not a model that sparlow compressed")
+    problems = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"])
+    if problems:
+        raise InputError(f"the tensors in {folder} are not those of the model, for example {problems[0]}")
+    return model
+
+
+def _check_before_opening(folder: Path) -> None:
+    """Look into the small files; nothing large is made from what they say.
+
+    Raises:
+        InputError: they cannot be trusted.
+    """
+    read_layers(folder)
+    if (folder / "adapter_config.json").exists():
+        raise InputError(f"{folder} holds an adapter beside the model, which would be opened too: move it elsewhere")
+    if (folder / RECORD).exists():
+        recorded = read_json(folder / RECORD).get("opens_as", {})
+        if not isinstance(recorded, dict):
+            raise InputError(f"{folder / RECORD} is not a record of sparlow")
+        require_recorded(folder, recorded)
+    require_sane(read_json(folder / CONFIG), len(read_index(folder)))
+
+
+def read_layers(folder: Path) -> dict[str, dict[str, int]]:
+    """Return the records (kept, rank) of a directory's compressed layers by name.
+
+    Raises:
+        InputError: it is no finished directory of sparlow, or one of a newer sparlow.
+    """
+    found = read_json(folder / "config.json").get("quantization_config")
+    if not isinstance(found, dict) or found.get("quant_method") != METHOD:
+        raise InputError(f"{folder} is not a model that sparlow compressed")
+    return SparlowConfig(**found).layers

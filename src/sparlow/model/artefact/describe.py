@@ -1,0 +1,136 @@
+"""Look into a compressed model on disk without opening it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from sparlow.errors import InputError
+from sparlow.finite import all_finite
+from sparlow.model.artefact.bitmask import unpack
+from sparlow.model.artefact.checkpoint import read_layers
+from sparlow.model.artefact.places import plain_name
+from sparlow.model.artefact.shards import Header, by_layer, check_parts, read_headers, read_index, read_json, sha256
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """A compressed layer on disk.
+
+    Attributes:
+        shape: (out, in).
+        kept: number of values in the sparse part.
+        density: kept / (out · in).
+        bytes: of all its tensors, the bias included.
+        dtype: of the values, as torch calls it.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    kept: int
+    density: float
+    rank: int
+    bytes: int
+    dtype: str
+
+
+def describe(folder: Path) -> list[LayerInfo]:
+    """List the compressed layers of a directory; only headers are read.
+
+    Raises:
+        InputError: the directory is none of sparlow's, or is damaged.
+    """
+    layers = read_layers(Path(folder))
+    parts = by_layer(read_headers(sorted(set(read_index(Path(folder)).values()))))
+    return [_layer_info(name, parts.get(name, {}), record) for name, record in layers.items()]
+
+
+def _layer_info(name: str, parts: dict[str, Header], record: dict[str, int]) -> LayerInfo:
+    sizes = [parts[part].shape for part in ("U", "V") if part in parts]
+    if [len(size) for size in sizes] != [2, 2]:
+        raise InputError(f"{name} has no matrices U and V")
+    shape = (sizes[0][0], sizes[1][1])
+    check_parts(name, parts, shape, record, bias="bias" in parts)
+    size = sum(prod(h.shape) * h.dtype.itemsize for h in parts.values() if h.dtype is not None)
+    dtype = str(parts["values"].dtype).removeprefix("torch.")
+    return LayerInfo(name, shape, record["kept"], record["kept"] / prod(shape), record["rank"], size, dtype)
+
+
+def verify(folder: Path, check_pattern: Callable[[str, Tensor], str | None] | None = None) -> list[str]:
+    """Read a whole directory and return what is wrong with it, one sentence each.
+
+    Args:
+        folder: if it holds ``sparlow.json``, every file is compared to the size and checksum recorded there.
+        check_pattern: given each layer's name and S (out, in), says what is wrong or nothing.
+
+    Raises:
+        InputError: the directory is none of sparlow's.
+    """
+    folder = Path(folder)
+    read_layers(folder)
+    problems = _checksum_problems(folder)
+    try:
+        index, layers = read_index(folder), describe(folder)
+        headers = read_headers(sorted(set(index.values())))
+    except InputError as problem:
+        return [*problems, str(problem)]
+    problems += [f"{name} is not in {file.name}" for name, file in index.items() if name not in headers]
+    found = (_layer_problem(layer, headers[f"{layer.name}.values"].file, check_pattern) for layer in layers)
+    return problems + [problem for problem in found if problem]
+
+
+def changed_sparse_parts(before: Path, after: Path) -> list[str]:
+    """Return the layers of which S differs, in support or in any bit of a value, between two directories.
+
+    Args:
+        before: a finished directory.
+        after: one of the same model; its shards are enough.
+
+    Raises:
+        InputError: a shard is missing or damaged.
+    """
+    old = read_headers(sorted(set(read_index(Path(before)).values())))
+    new = read_headers(sorted(Path(after).glob("*.safetensors")))
+    parts = [name for name in {**old, **new} if name.endswith((".values", ".mask"))]
+    changed = [name for name in parts if not (name in old and name in new and _same(name, old[name], new[name]))]
+    return sorted({name.rpartition(".")[0] for name in changed})
+
+
+def _same(name: str, one: Header, other: Header) -> bool:
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    with safe_open(one.file, framework="pt") as old, safe_open(other.file, framework="pt") as new:
+        return torch.equal(old.get_tensor(name).view(torch.uint8), new.get_tensor(name).view(torch.uint8))
+
+
+def _checksum_problems(folder: Path) -> list[str]:
+    if not (folder / "sparlow.json").exists():
+        return []
+    recorded = read_json(folder / "sparlow.json").get("shards", {})
+    present = {file.name for file in folder.glob("*.safetensors")}
+    problems = [f"the shard {name} is not recorded in sparlow.json" for name in sorted(present - recorded.keys())]
+    for name, record in recorded.items():
+        file = folder / plain_name(name)
+        if not file.exists():
+            problems.append(f"the shard {name} is missing")
+        elif record != {"bytes": file.stat().st_size, "sha256": sha256(file)}:
+            problems.append(f"the shard {name} is not the one that was written: its checksum differs")
+    return problems
+
+
+def _layer_problem(
+    layer: LayerInfo, file: Path, check_pattern: Callable[[str, Tensor], str | None] | None
+) -> str | None:
+    with safe_open(file, framework="pt") as shard:
+        values, mask, U, V = (shard.get_tensor(f"{layer.name}.{part}") for part in ("values", "mask", "U", "V"))
+    try:
+        S = unpack(values, mask, layer.shape)
+    except InputError as problem:
+        return f"{layer.name}: {problem}"
+    if not all(all_finite(part) for part in (values, U, V)):
+        return f"{layer.name} holds numbers that are not finite"
+    return check_pattern(layer.name, S) if check_pattern else None

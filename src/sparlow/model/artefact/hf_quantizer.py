@@ -1,0 +1,191 @@
+"""What makes transformers open, train and save models with compressed layers: import it and it is registered.
+
+``config.json`` names the compressed layers under ``quantization_config``. Before any weight is read they take the
+place of the skeleton's linear layers, and on the way in each mask and its values are unpacked. Tensors have the names
+they have in memory, whatever transformers would call them in a checkpoint of its own.
+"""
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from sparlow.errors import InputError
+from sparlow.model.artefact.bitmask import unpack
+from sparlow.model.artefact.layers import compressed_layers, install
+from sparlow.model.artefact.places import within
+from sparlow.model.artefact.shards import Header, by_layer, check_layer, packed_state, read_headers
+
+METHOD = "sparlow"
+FORMAT = 1  # raised when an older sparlow would misread what this one writes
+
+
+@register_quantization_config(METHOD)
+class SparlowConfig(QuantizationConfigMixin):
+    """The ``quantization_config`` of a compressed model.
+
+    Args:
+        layers: for each compressed linear, by its name in the model, the number of ``kept`` values and the ``rank``.
+        format: version of the directory's format.
+
+    Raises:
+        InputError: another version than this code can read, or records that are none.
+    """
+
+    def __init__(
+        self,
+        layers: dict[str, dict[str, int]] | None = None,
+        format: Any = FORMAT,  # noqa: A002, ANN401 - a key of config.json, and whatever the file holds
+        **other: Any,  # noqa: ANN401 - the same
+    ) -> None:
+        self.quant_method = METHOD  # type: ignore[assignment]  # the enumeration has only transformers' own methods
+        self.layers, self.format = {} if layers is None else layers, format
+        if format != FORMAT:
+            raise InputError(f"written by a newer sparlow (format {format}, this one reads {FORMAT}): upgrade sparlow")
+        known = not other.keys() - {"quant_method"} and isinstance(self.layers, dict)
+        if not known or not all(map(_is_record, self.layers.values())):
+            raise InputError("quantization_config of sparlow must have layers, each with the counts kept and rank")
+
+
+def _is_record(record: object) -> bool:
+    counts = record if isinstance(record, dict) else {}
+    return counts.keys() == {"kept", "rank"} and all(type(n) is int and n >= 0 for n in counts.values())
+
+
+@register_quantizer(METHOD)
+class SparlowQuantizer(HfQuantizer):
+    """Puts compressed layers into a skeleton before its weights are loaded, and packs them when it is saved."""
+
+    requires_calibration = True  # a dense model is compressed by sparlow.compress, never by from_pretrained
+    quantization_config: SparlowConfig
+
+    def __init__(self, quantization_config: SparlowConfig, **kwargs: Any) -> None:  # noqa: ANN401 - transformers'
+        super().__init__(quantization_config, **kwargs)
+        self._unpack = _Unpack()
+
+    def is_serializable(self) -> bool:
+        """``save_pretrained`` may be called."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """``Trainer`` takes the model."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """``Trainer`` asks for no adapter: S, U and V are ordinary parameters."""
+        return True
+
+    def _process_model_before_weight_loading(
+        self,
+        model: PreTrainedModel,
+        checkpoint_files: list[str] | None = None,
+        **_: Any,  # noqa: ANN401 - transformers'
+    ) -> None:
+        layers = self.quantization_config.layers
+        installed = {name: install(model, _name_in(model, name), layers[name]["rank"]) for name in layers}
+        if checkpoint_files is None:
+            return
+        _check_places(checkpoint_files, str(model.config.name_or_path))
+        headers = read_headers(map(Path, checkpoint_files))
+        parts = by_layer(headers)
+        for name, layer in installed.items():
+            check_layer(name, parts.get(name, {}), layer, layers[name])
+        _check_rest(model, headers)
+
+    def get_weight_conversions(self) -> list[WeightConverter]:
+        """Return how values and mask become S."""
+        return [WeightConverter([r"\.values$", r"\.mask$"], [".S"], [self._unpack])]
+
+    def update_weight_conversions(
+        self,
+        weight_conversions: list[Any],  # noqa: ARG002 - dropped: from a checkpoint's names to those in memory
+        model: PreTrainedModel,  # noqa: ARG002 - transformers' signature
+    ) -> list[WeightConverter]:
+        """Return the conversions of this format in place of the architecture's."""
+        return self.get_weight_conversions()
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:  # noqa: ANN401 - transformers'
+        if self._unpack.problems:
+            raise InputError(self._unpack.problems[0])
+        # What save_pretrained would undo: nothing, names stay those in memory.
+        model._weight_conversions = []  # type: ignore[assignment]  # noqa: SLF001 - no public way
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Return what ``save_pretrained`` writes after the config, whose records follow the model as it is now."""
+        state = packed_state(model)
+        self.quantization_config.layers = _records(model)
+        return state, {}
+
+
+class _Unpack(ConversionOps):
+    """values and mask → S; notes what is wrong, because transformers turns any exception into a table."""
+
+    def __init__(self) -> None:
+        self.problems: list[str] = []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Unpack":
+        return self  # transformers copies the conversion for each layer
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        **kwargs: Any,  # noqa: ANN401 - transformers'
+    ) -> dict[str, Any]:
+        values, mask = (input_dict[pattern][0] for pattern in source_patterns)
+        name = kwargs["full_layer_name"]
+        shape = kwargs["model"].get_parameter(name).shape
+        try:
+            S = unpack(values, mask, shape)
+        except InputError as problem:
+            self.problems.append(f"{name.removesuffix('.S')}: {problem}")
+            S = values.new_zeros(shape)
+        return {target_patterns[0]: S}
+
+
+def attach(model: PreTrainedModel) -> None:
+    """Let a model that was compressed in memory train and ``save_pretrained`` like one that was opened."""
+    quantizer = SparlowQuantizer(SparlowConfig(_records(model)))
+    for attribute, value in {"hf_quantizer": quantizer, "is_quantized": True, "quantization_method": METHOD}.items():
+        setattr(model, attribute, value)  # as from_pretrained does it
+    quantizer.postprocess_model(model)
+
+
+def _records(model: PreTrainedModel) -> dict[str, dict[str, int]]:
+    layers = compressed_layers(model)
+    return {name: {"kept": int(layer.S.count_nonzero()), "rank": layer.rank} for name, layer in layers.items()}
+
+
+def _name_in(model: PreTrainedModel, name: str) -> str:
+    """Return a layer's name in this model, which may be the decoder without its head."""
+    top = {child for child, _ in model.named_children()}
+    return name if name.split(".", 1)[0] in top else name.removeprefix(f"{model.base_model_prefix}.")
+
+
+def _check_rest(model: PreTrainedModel, headers: Mapping[str, Header]) -> None:
+    """Refuse tensors of another shape than the skeleton's, which would be made up at the size that the config says."""
+    compressed = tuple(f"{name}." for name in compressed_layers(model))
+    for name, tensor in model.state_dict().items():
+        header = headers.get(name) or headers.get(f"{model.base_model_prefix}.{name}")
+        if header and not name.startswith(compressed) and header.shape != tuple(tensor.shape):
+            shapes = f"{tuple(tensor.shape)}, but the file holds {header.shape}"
+            raise InputError(f"{name} should have the shape {shapes}: config.json belongs to another model")
+
+
+def _check_places(files: Iterable[str], folder: str) -> None:
+    """Refuse an index that leads out of the model's directory (a download is kept in its place by the hub client)."""
+    root = Path(os.path.abspath(folder))  # noqa: PTH100 - resolve would follow links, which are how caches store files
+    for file in files:
+        if root.is_dir() and root not in Path(os.path.abspath(file)).parents:  # noqa: PTH100 - the same
+            raise InputError(f"the index names {file}, which is not in the model's directory")
+        within(Path(file).parent, Path(file).name)

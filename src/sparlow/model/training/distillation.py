@@ -1,0 +1,157 @@
+"""Distillation: all compressed blocks are trained together towards the dense model's logits; zeros stay zero.
+
+    minimise  Σ KL(softmax(dense logits) ‖ softmax(compressed logits))   over S on its support, U, V and the norms
+
+Beyond the 3BASiL paper (Makni et al., 2025, arXiv 2603.01376), whose matching ends at each block: what the errors of
+all blocks together do to the answer is only seen here. What is behind the blocks is not trained. Unlike all the rest of
+a compression this needs every block in memory at once, with gradients and the two moments of Adam.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from sparlow.distributed import ALONE, Processes
+from sparlow.model.forward.capture import Recording, behind_blocks, tokens_at_once
+from sparlow.model.forward.decoder import Call, run_block
+from sparlow.model.training.loop import Matched, Plan, fit
+from sparlow.model.training.resume_state import Midway
+
+PRESETS = {"logits": Plan(epochs=1, lr=2e-4, low_rank=0.25, batch=2, relative=False, patience=1, together=True)}
+
+
+class _Chain(nn.Module):
+    """The blocks one after the other."""
+
+    def __init__(self, blocks: Sequence[nn.Module], calls: Sequence[Mapping[int, Call]]) -> None:
+        super().__init__()
+        self.blocks, self._calls = nn.ModuleList(blocks), calls
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return what leaves the last block for x (b, seqlen, d), which enters the first."""
+        x = x.float()  # what blocks add to it stays in float32, and so do its gradients
+        for block, calls in zip(self.blocks, self._calls, strict=True):
+            x = run_block(block, x, calls[len(x)])
+        return x
+
+
+class _WithGradient(torch.autograd.Function):
+    """A number whose gradient is known already."""
+
+    @staticmethod
+    def forward(ctx: Any, _at: Tensor, value: Tensor, gradient: Tensor) -> Tensor:  # noqa: ANN401 - torch's
+        ctx.save_for_backward(gradient)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN401 - torch's
+        (gradient,) = ctx.saved_tensors
+        return outer[0] * gradient, None, None
+
+
+@dataclass(frozen=True)
+class _Divergence:
+    """Mean over tokens of the divergence of two models that differ in their blocks only."""
+
+    chain: _Chain
+    model: PreTrainedModel
+    output: object
+
+    def __call__(self, x: Tensor, wanted: Tensor) -> Tensor:
+        """Of (b, seqlen, d) what enters the blocks and what leaves the dense ones.
+
+        Logits are taken a few tokens at a time, and each piece gives its gradient to what leaves the blocks at once, so
+        that no two pieces are in memory together.
+        """
+        device = next(self.chain.parameters()).device
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type != "cpu"):
+            left = self.chain(x)
+        held = left.detach().requires_grad_(left.requires_grad)
+        total = torch.zeros((), device=device)
+        for piece, goal in self._pieces(held, wanted.to(device)):
+            part = self._of(piece, goal)  # divided only in the end: half precision would lose so small a gradient
+            if part.requires_grad:
+                part.backward()
+            total = total + part.detach()
+        tokens: int = left.shape[0] * left.shape[1]
+        if held.grad is None:
+            return total / tokens
+        loss: Tensor = _WithGradient.apply(left, total / tokens, held.grad / tokens)  # type: ignore[no-untyped-call]
+        return loss
+
+    def _of(self, piece: Tensor, goal: Tensor) -> Tensor:
+        found = self._log_probabilities(piece.to(goal.dtype))  # what is behind the blocks keeps the model's own type
+        with torch.no_grad():
+            wanted = self._log_probabilities(goal)
+        return functional.kl_div(found, wanted, log_target=True, reduction="sum")
+
+    def _log_probabilities(self, state: Tensor) -> Tensor:
+        ids = torch.zeros(state.shape[:2], dtype=torch.int64)  # what is behind the blocks does not look at them
+        return functional.log_softmax(behind_blocks(self.model, self.output, ids, state).float(), dim=-1)
+
+    def _pieces(self, held: Tensor, wanted: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        n = tokens_at_once(self.model, len(held))
+        return zip(held.split(n, 1), wanted.split(n, 1), strict=True)
+
+
+def distill(
+    model: PreTrainedModel,
+    blocks: Sequence[nn.Module],
+    recording: Recording,
+    wanted: Sequence[Tensor],
+    plan: Plan,
+    *,
+    held_out: int = 0,
+    seed: int = 0,
+    advance: Callable[[int], None] = lambda _: None,
+    processes: Processes = ALONE,
+    midway: Midway | None = None,
+) -> Matched:
+    """Train all ``blocks`` in place and leave them with the parameters of the best epoch.
+
+    Args:
+        model: What is before and behind the blocks has its weights; it stays as it is.
+        blocks: Of the model, compressed, all of them in memory.
+        recording: What enters the first for the calibration windows, and how each is called.
+        wanted: (b, seqlen, d) for each micro-batch, what leaves the last dense block.
+        plan: How; ``relative`` and ``dense_targets`` mean nothing here.
+        held_out: So many micro-batches at the end are not trained on, but decide which epoch was best.
+        seed: Of the order of the micro-batches.
+        advance: Called with 1 after every epoch.
+        processes: Those that divide every micro-batch; each has all blocks.
+        midway: Keeps the state from time to time, and has the one to go on from.
+
+    Returns:
+        Losses in nats a token.
+
+    Raises:
+        RunError: The loss is not finite.
+    """
+    chain = _Chain(blocks, recording.calls)
+    loss = _Divergence(chain, model, recording.output)
+    outside = [p for p in model.parameters() if p.requires_grad]
+    for p in outside:
+        p.requires_grad = False
+    try:
+        return fit(
+            chain,
+            loss,
+            recording.hidden,
+            wanted,
+            plan,
+            held_out=held_out,
+            seed=seed,
+            label="distillation",
+            advice="lower --match-lr",
+            advance=advance,
+            processes=processes,
+            midway=midway,
+        )
+    finally:
+        for p in outside:
+            p.requires_grad = True

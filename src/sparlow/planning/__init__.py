@@ -1,0 +1,1 @@
+"""What a run will keep, take and need, before it starts."""

@@ -1,0 +1,135 @@
+"""The time a run needs, stage by stage: what is counted from shapes, over what this machine was seen to do."""
+
+from sparlow.linalg.gram import PANELS
+from sparlow.model.forward.generate import AT_ONCE
+from sparlow.model.training.loop import Plan
+from sparlow.planning.microbenchmarks import Solver, Speed
+from sparlow.planning.workload import Block, Workload
+from sparlow.recipe.recipe import OWN_TEXT
+
+HALF = (PANELS + 1) / (2 * PANELS)  # of a symmetric product is computed
+BACKWARD = 3  # times a pass, with gradients
+PASSES = 12  # over a state or the widest activations that a block takes besides products: norms, rotations, sums
+PACKED_PASSES = 16  # over a weight at each step of training: S put together, its gradient taken apart, Adam
+LOADED = 3  # passes over weights as they are read, converted and put in place
+CHECKED = 4  # passes over weights that are looked at for NaN
+WRITTEN = 2  # times what is written goes through a hash or a file
+
+
+def seconds(work: Workload, speed: Speed, solver: Solver) -> dict[str, float]:
+    """Seconds by stage, as in ``report.json``; what takes none is 0.
+
+    Args:
+        work: The run.
+        speed: Of this machine.
+        solver: What a layer takes.
+    """
+    counted = _Counted(work, speed)
+    found = {
+        "opening": counted.opening(),
+        "calibration": counted.writing_text() if work.recipe.calibration == OWN_TEXT else 0.0,
+        "evaluate": counted.evaluating(),
+        "walk": counted.walking(),
+        "solve": sum(_solved(block, solver) for block in work.blocks),
+        "matching": counted.training(),
+        "save": counted.saving(),
+    }
+    return {**found, "total": sum(found.values())}
+
+
+def _solved(block: Block, solver: Solver) -> float:
+    met: set[str] = set()
+    total = 0.0
+    for layer in block.compressed:
+        total += solver.seconds(layer.shape, first=layer.owner not in met)
+        met.add(layer.owner)
+    return total
+
+
+class _Counted:
+    """Counts operations and bytes."""
+
+    def __init__(self, work: Workload, speed: Speed) -> None:
+        self.work, self.speed = work, speed
+        self.size = work.computing
+
+    def _pass(self, block: Block, tokens: int, seqlen: int, *, low_rank: bool = False) -> float:
+        """A block over so many tokens: products, attention (half of it is masked), what is not a product."""
+        features = self.work.features
+        products = 2 * (block.parameters + (block.low_rank if low_rank else 0)) + 2 * seqlen * features
+        widest = max((max(layer.shape) for layer in block.layers), default=features)
+        moved = PASSES * (features + widest) * self.size
+        return tokens * (products / self.speed.products + moved / self.speed.memory)
+
+    def _loading(self) -> float:
+        """Every block once, from a file that the system has at hand."""
+        work = self.work
+        return LOADED * work.parameters * self.size / self.speed.memory if work.streamed else 0.0
+
+    def opening(self) -> float:
+        """The fingerprint of the model, and a look at every number."""
+        size = self.work.parameters * self.work.stored
+        return size / self.speed.hashing + CHECKED * size / self.speed.memory
+
+    def writing_text(self) -> float:
+        """A token after the other, each with all weights."""
+        work, recipe = self.work, self.work.recipe
+        rounds = -(-recipe.samples // AT_ONCE) * recipe.seqlen
+        read = rounds * work.parameters * self.size / self.speed.memory
+        return read + 2 * work.parameters * work.tokens / self.speed.products
+
+    def evaluating(self) -> float:
+        """The dense model, then the compressed one."""
+        work, total = self.work, 0.0
+        for windows in work.evaluation.values():
+            tokens = windows * work.evaluate_seqlen
+            head = 2 * tokens * (2 * work.vocabulary * work.features / self.speed.products)
+            blocks = sum(
+                self._pass(block, tokens, work.evaluate_seqlen, low_rank=low_rank)
+                for block in work.blocks
+                for low_rank in (False, True)
+            )
+            total += head + blocks + 2 * self._loading()
+        return total
+
+    def walking(self) -> float:
+        """A pass of each dense block with its Grams, and one of each block in front of the last that is looked into."""
+        work = self.work
+        tokens, seqlen = work.tokens, work.recipe.seqlen
+        total = self._loading()
+        last_read = max(i for i, block in enumerate(work.blocks) if block.compressed or work.by_block)
+        for i, block in enumerate(work.blocks):
+            seen = block.compressed or work.by_block
+            grams = sum(HALF * 2 * tokens * features**2 for features in block.inputs.values()) if seen else 0
+            surveyed = work.recipe.allocate != "uniform"
+            total += (bool(seen) + surveyed) * self._pass(block, tokens, seqlen)
+            total += (1 + (work.recipe.allocate == "error")) * grams / self.speed.products
+            total += self._pass(block, tokens, seqlen, low_rank=True) if i < last_read else 0.0
+        return total
+
+    def _trained(self, block: Block, plan: Plan) -> float:
+        """All epochs of one block, the judgement after each included; the head is not counted."""
+        work = self.work
+        once = self._pass(block, work.tokens, work.recipe.seqlen)
+        steps = -(-work.recipe.samples // plan.batch)
+        weights = sum(layer.weights for layer in block.compressed)
+        packed = steps * PACKED_PASSES * weights * self.size / self.speed.memory
+        return plan.epochs * (BACKWARD * once + packed)
+
+    def training(self) -> float:
+        """Targets, and all epochs of each block by itself or of all together, with the logits of both models then."""
+        work = self.work
+        plan = work.by_block or work.together
+        if not plan:
+            return 0.0
+        goals = sum(self._pass(block, work.tokens, work.recipe.seqlen) for block in work.blocks)
+        head = 2 * work.tokens * work.vocabulary * work.features / self.speed.products
+        heads = plan.epochs * (1 + BACKWARD) * head * plan.together
+        trained = sum(self._trained(block, plan) for block in work.blocks)
+        return goals * (plan.dense_targets or plan.together) + heads + trained
+
+    def saving(self) -> float:
+        """Packing, writing, checksums."""
+        work = self.work
+        written = WRITTEN * work.kept_bytes * (2 if work.together else 1)
+        return written / self.speed.hashing + CHECKED * work.parameters * self.size / self.speed.memory

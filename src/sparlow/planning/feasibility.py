@@ -1,0 +1,224 @@
+"""Whether memory and disk will do for a run, and what would make it fit; asked before any weight is read."""
+
+import itertools
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import torch
+
+from sparlow.distributed import on_this_machine
+from sparlow.errors import InputError
+from sparlow.planning.memory import disk, stages
+from sparlow.planning.microbenchmarks import BOUND, Workspace, typical, workspace
+from sparlow.planning.workload import Workload
+
+CGROUPS = Path("/sys/fs/cgroup")
+FORCE = "--force runs it all the same"
+
+
+def memory_available() -> int:
+    """Bytes of main memory that this process may still take: what the system has, and what limits leave.
+
+    Where several processes of a run share a machine, each may take an equal part.
+    """
+    found: int = psutil.virtual_memory().available
+    return max(min([found, *_limits()]) // on_this_machine(), 0)
+
+
+def device_available(device: torch.device) -> int | None:
+    """Bytes of the accelerator that this process may still take; None where that cannot be known, as on the CPU."""
+    if device.type != "cuda":
+        return None
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
+
+
+def disk_available(folder: Path) -> int:
+    """Bytes that may still be written to a folder, which need not exist yet."""
+    return shutil.disk_usage(_existing(folder)).free
+
+
+def _limits() -> Iterator[int]:
+    """What is left of the limits of the process (``ulimit -v``) and of its control group, where there are any."""
+    if sys.platform != "linux":
+        return
+    import resource
+
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY:
+        yield limit - psutil.Process().memory_info().vms
+    for line in Path("/proc/self/cgroup").read_text(encoding="ascii").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            yield from _left(CGROUPS / path.lstrip("/"), "memory.max", "memory.current")
+        elif controllers == "memory":
+            group = CGROUPS / "memory" / path.lstrip("/")
+            yield from _left(group, "memory.limit_in_bytes", "memory.usage_in_bytes")
+
+
+def _left(group: Path, limit: str, usage: str) -> Iterator[int]:
+    """Of a control group, or of the root that a container sees in its place; cached files give way."""
+    for folder in (group, *group.parents):
+        if folder in CGROUPS.parents:
+            return
+        bound, used, more = folder / limit, folder / usage, folder / "memory.stat"
+        if not (bound.exists() and used.exists() and more.exists()):
+            continue
+        text = bound.read_text(encoding="ascii").strip()
+        if text != "max":
+            stat = dict(line.split() for line in more.read_text(encoding="ascii").splitlines())
+            cached = int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))
+            yield int(text) - int(used.read_text(encoding="ascii")) + cached
+
+
+def require_room(works: Mapping[Path | None, Workload]) -> None:
+    """Raise InputError if memory or disk will not do for some runs, one after the other.
+
+    Args:
+        works: By the directory that each writes; None writes nothing.
+    """
+    for work in works.values():
+        require_memory(work)
+    written = {folder: work for folder, work in works.items() if folder is not None}
+    if written:
+        require_disk(written)
+
+
+def require_memory(work: Workload) -> None:
+    """Raise InputError if the memory that is available will not do; it names the options that would make it do.
+
+    A bound on what solving takes comes first. Only where that does not fit, it is measured on small layers.
+    """
+    if not lacking(work, BOUND):
+        return
+    space = workspace(work.recipe, typical(work.kinds), work.stored_in)
+    why = lacking(work, space)
+    if why:
+        options = " or ".join(fitting(work, lambda changed: not lacking(changed, space)))
+        advice = f"it fits with {options}" if options else "no option makes it fit"
+        raise InputError(f"The run needs {why}: {advice}; {FORCE}.")
+
+
+def lacking(work: Workload, space: Workspace) -> str | None:
+    """Say of which memory there is too little, with the numbers; None if there is enough."""
+    counted = stages(work, space)
+    for part, available in (("cpu", memory_available()), ("device", device_available(work.device))):
+        worst = max(counted, key=lambda stage: getattr(stage, part))
+        needed = getattr(worst, part)
+        if available is not None and needed > available:
+            kind = "main memory" if part == "cpu" else f"memory of {work.device}"
+            return f"{spoken(needed)} more of {kind} ({worst.name}), and {spoken(available)} are available"
+    return None
+
+
+def fitting(work: Workload, fits: Callable[[Workload], bool]) -> list[str]:
+    """Changes of options under which a run fits: one at a time or, where none is enough, as few together as will do."""
+    changes = _changes(work)
+    single = [words for words, change in changes if fits(change(work))]
+    fewer = [_fewest(work, name, fits) for name in ("samples", "seqlen")]
+    found = [*single, *(words for words in fewer if words)]
+    for size in range(2, len(changes) + 1):
+        if not found:
+            found = [_spoken(those) for those in itertools.combinations(changes, size) if fits(_changed(work, those))]
+    if found or not changes:
+        return found
+    if work.together:  # without any matching it does not matter which
+        changes = [change for change in changes if change[0] != BY_BLOCK]
+    last = _fewest(_changed(work, changes), "samples", fits)
+    return [f"{_spoken(changes)} and {last}"] if last else []
+
+
+BY_BLOCK = "--match-preset blocks"
+Change = tuple[str, Callable[[Workload], Workload]]  # as it is typed, and what it makes of a run
+
+
+def _changes(work: Workload) -> list[Change]:
+    """What can be asked for otherwise."""
+    found: list[Change] = []
+    if work.place != "disk":
+        found.append(("--offload disk", lambda w: replace(w, offload="disk")))
+    if work.together:
+        found.append((BY_BLOCK, lambda w: replace(w, recipe=w.recipe.changed(match_preset="blocks"))))
+    if work.recipe.match:
+        found.append(("--no-match", lambda w: replace(w, recipe=w.recipe.changed(match=False))))
+    if work.evaluation:
+        found.append(("--evaluate ''", lambda w: replace(w, evaluation={})))
+    return found
+
+
+def _changed(work: Workload, changes: Sequence[Change]) -> Workload:
+    for _, change in changes:
+        work = change(work)
+    return work
+
+
+def _spoken(changes: Sequence[Change]) -> str:
+    return " and ".join(words for words, _ in changes)
+
+
+def _fewest(work: Workload, name: str, fits: Callable[[Workload], bool]) -> str | None:
+    """The first of half as many samples, or tokens in each, a quarter, … that fits."""
+    count = getattr(work.recipe, name) // 2
+    while count:
+        if fits(replace(work, recipe=work.recipe.changed(**{name: count}))):
+            return f"--{name} {count}"
+        count //= 2
+    return None
+
+
+def require_disk(works: Mapping[Path, Workload]) -> None:
+    """Raise InputError if the results, each in its directory, and hidden states do not fit where they are written.
+
+    What an unfinished or replaced run has written there already counts as free.
+    """
+    out = next(iter(works))
+    why = _crowded(works)
+    if not why:
+        return
+    shared = next(iter(works.values()))
+
+    def fits(changed: Workload) -> bool:
+        return not _crowded({folder: _with_changes(work, shared, changed) for folder, work in works.items()})
+
+    options = " or ".join(fitting(shared, fits))
+    advice = f"it fits with {options}" if options else f"free some, or give another --out than {out}"
+    raise InputError(f"The run needs {why}: {advice}; {FORCE}.")
+
+
+def _with_changes(work: Workload, shared: Workload, changed: Workload) -> Workload:
+    """Change a run of a comparison in what was changed of the first."""
+    names = ("match", "match_preset", "samples", "seqlen")
+    same = {n: getattr(changed.recipe, n) for n in names if getattr(changed.recipe, n) != getattr(shared.recipe, n)}
+    return replace(work, recipe=work.recipe.changed(**same), offload=changed.offload, evaluation=changed.evaluation)
+
+
+def _crowded(works: Mapping[Path, Workload]) -> str | None:
+    """Say where there is too little room on disk, with the numbers; None if there is enough."""
+    temporary = Path(tempfile.gettempdir())
+    needs: dict[int, list[tuple[str, Path, int]]] = {}
+    for folder, work in works.items():
+        there = sum(path.stat().st_size for path in folder.rglob("*.safetensors")) if folder.is_dir() else 0
+        part = ("the result", folder, max(disk(work).out - there, 0))
+        needs.setdefault(_existing(folder).stat().st_dev, []).append(part)
+    waiting = max(disk(work).hidden for work in works.values())
+    needs.setdefault(temporary.stat().st_dev, []).append(("hidden states", temporary, waiting))
+    for parts in needs.values():
+        needed, free = sum(size for _, _, size in parts), disk_available(parts[0][1])
+        if needed > free:
+            what, where, _ = max(parts, key=lambda part: part[2])
+            return f"{spoken(needed)} of disk (mostly for {what} in {where}), and {spoken(free)} are free"
+    return None
+
+
+def _existing(folder: Path) -> Path:
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+
+
+def spoken(size: int) -> str:
+    """A number of bytes as a reader wants it."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"  # noqa: PLR2004 - a gigabyte

@@ -1,0 +1,270 @@
+"""The memory and the disk a run needs, stage by stage: what the code holds at a time, counted from shapes.
+
+Where blocks run on the CPU, everything below is in main memory. Where they run on an accelerator, what computes is
+there, hidden states are where they wait, and main memory holds what is read from files (mapped, so it counts as
+resident).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from sparlow.evaluation.perplexity import TOKENS_AT_ONCE
+from sparlow.model.forward.activation_store import place
+from sparlow.model.forward.capture import LOGITS_AT_ONCE
+from sparlow.model.forward.generate import AT_ONCE
+from sparlow.planning.microbenchmarks import FLOAT, Workspace
+from sparlow.planning.workload import Block, Workload
+from sparlow.recipe.recipe import OWN_TEXT
+
+SUM = 8  # bytes of each number of a Gram matrix while it is added up
+LOADED_LATE = 30 * 10**6  # bytes of libraries that are loaded when they are first used
+LARGEST_HELD = 2**25  # bytes: freed tensors of up to so many teach glibc to hold twice as much on its heap
+WALKED = 3  # copies of the hidden states while a block passes them on: of the first block, the inputs, the outputs
+WAITING = 2  # copies otherwise
+LOGITS = 3  # of a piece at a time: as they come, in float32, their logarithms
+LOOKED_AT = 3  # bytes an entry that a look for NaN takes beside a tensor's own copy
+ADAM = 4 * FLOAT  # a number that is trained: itself, its gradient, two moments
+BEST = 2 * FLOAT  # the parameters of the best epoch, and of a better one before those are let go
+STATE = 4  # numbers in a state of a training for each that is trained: now, at its best, two moments
+SAVED_LOGITS = 6  # of a piece at a time, while distilling: both models', in two forms, and gradients
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The most that a part of the run holds beyond the process as it is before.
+
+    Attributes:
+        name: What is done.
+        cpu: Bytes of main memory.
+        device: Bytes of the accelerator; 0 where there is none.
+    """
+
+    name: str
+    cpu: int
+    device: int
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Bytes in files.
+
+    Attributes:
+        out: In the output directory at its fullest.
+        second: Of these, what is there for a while when all blocks are trained together: states of the training, the
+            copy of the blocks that replaces the first.
+        hidden: Temporary ones, of hidden states.
+    """
+
+    out: int
+    second: int
+    hidden: int
+
+
+def disk(work: Workload) -> Disk:
+    """What a run writes."""
+    second = 0
+    if work.together:
+        state = STATE * FLOAT * sum(block.trained for block in work.blocks)
+        second = state + max(state, sum(block.kept_bytes(work.stored) for block in work.blocks))
+    copies = WALKED + (_targets(work) > 0)
+    return Disk(work.kept_bytes + second, second, copies * work.hidden * work.processes if work.place == "disk" else 0)
+
+
+def stages(work: Workload, space: Workspace) -> list[Stage]:
+    """All stages of a run in order.
+
+    Args:
+        work: The run.
+        space: What solving a layer takes.
+    """
+    return list(_Counted(work, space).all())
+
+
+def _targets(work: Workload) -> int:
+    """Further copies of the hidden states: what the dense model has at this place."""
+    return int(work.recipe.match)
+
+
+class _Counted:
+    """Counts what is held, in bytes."""
+
+    def __init__(self, work: Workload, space: Workspace) -> None:
+        self.work, self.space = work, space
+        self.size = work.computing
+        self.converted = work.stored != work.computing  # files stay mapped until the last tensor is another
+        self.outside = work.outside * work.computing
+        self.block = max(b.parameters for b in work.blocks) * work.computing
+        self.on_cpu = work.device.type == "cpu"
+        # what is always there: blocks grow by U and V
+        whole = 0 if work.streamed or work.there else work.parameters * work.computing
+        self.allocator = LOADED_LATE + 2 * min(work.largest * work.computing, LARGEST_HELD)
+        self.always = whole + (0 if work.streamed else sum(b.low_rank for b in work.blocks) * work.computing)
+
+    def all(self) -> Iterator[Stage]:
+        work = self.work
+        yield self._opening()
+        if work.recipe.calibration == OWN_TEXT:
+            yield self._writing_text()
+        if work.evaluated:
+            yield self._evaluating()
+        yield self._recording()
+        yield self._statistics()
+        yield self._solving()
+        yield self._passing_on()
+        yield self._saving()
+        if work.by_block:
+            yield self._matching(work.by_block.batch)
+        if work.together:
+            yield self._distilling()
+
+    def _stage(
+        self, name: str, computing: float, *, files: float = 0, hidden: float = 0, where: torch.device | str = "cpu"
+    ) -> Stage:
+        waiting = {"cpu": hidden, "disk": 0.0}.get(str(where))
+        cpu = self.allocator + files + (waiting or 0) + (self.always + computing if self.on_cpu else 0)
+        device = 0.0 if self.on_cpu else self.always + computing + (hidden if waiting is None else 0)
+        if self.on_cpu and waiting is None:
+            cpu += hidden
+        return Stage(name, round(cpu), round(device))
+
+    def _read(self, parameters: int) -> int:
+        """Bytes of files that are mapped while so many parameters are read and become what they compute in."""
+        if not self.work.streamed or (self.on_cpu and not self.converted):
+            return 0
+        return parameters * self.work.stored
+
+    def _parts(self, *, rest: bool) -> tuple[int, int]:
+        """Weights in memory and files mapped, while the rest is there with a block, or a block alone."""
+        if not self.work.streamed:
+            return 0, 0
+        largest = max(b.parameters for b in self.work.blocks)
+        if rest:
+            return self.outside + self.block, max(self._read(self.work.outside) - self.block, self._read(largest))
+        return self.block, self._read(largest)
+
+    def _opening(self) -> Stage:
+        work = self.work
+        if work.there:
+            return self._stage("opening", 0)
+        if not work.streamed:
+            return self._stage("opening", 0, files=work.parameters * work.stored if self.converted else 0)
+        part = max(work.outside, *(b.parameters for b in work.blocks)) * work.stored
+        look = work.largest * (work.stored + LOOKED_AT)
+        return self._stage("opening", look + part, files=0 if self.on_cpu else part)
+
+    def _writing_text(self) -> Stage:
+        """The whole model, and its keys and values of all windows that are written together."""
+        work, recipe = self.work, self.work.recipe
+        whole = work.parameters * self.size if work.streamed else 0
+        cache = 2 * len(work.blocks) * work.features * min(recipe.samples, AT_ONCE) * recipe.seqlen * self.size
+        return self._stage("writing calibration text", whole + cache, files=self._read(work.parameters))
+
+    def _activations(self, tokens: int, block: Block) -> int:
+        """Of a pass without gradients: the widest layers beside each other, and the states around them."""
+        widest = max((max(layer.shape) for layer in block.layers), default=0)
+        return tokens * (4 * widest + 4 * self.work.features) * self.size
+
+    def _formed(self, block: Block) -> int:
+        """S + U V of the largest layer, which a pass of many tokens forms in full precision."""
+        return max((layer.weights for layer in block.compressed), default=0) * FLOAT if self.size >= FLOAT else 0
+
+    def _evaluating(self) -> Stage:
+        work = self.work
+        hidden = work.evaluated * work.features * self.size
+        where = place(work.offload, hidden, work.device)
+        tokens = min(max(TOKENS_AT_ONCE, work.evaluate_seqlen), work.evaluated)
+        passes, mapped = self._parts(rest=False)
+        passes += max(self._activations(tokens, block) + self._formed(block) for block in work.blocks)
+        passes += max(b.low_rank for b in work.blocks)
+        logits = LOGITS * FLOAT * min(LOGITS_AT_ONCE, tokens * work.vocabulary)
+        head = self._parts(rest=True)[0] - self.block if work.streamed else 0
+        blocks = self._stage("evaluation", passes, files=mapped, hidden=WALKED * hidden, where=where)
+        ends = self._stage(
+            "evaluation", head + logits, files=self._read(work.outside), hidden=WAITING * hidden, where=where
+        )
+        both, read = self._parts(rest=True)
+        begins = self._stage("evaluation", both, files=read, hidden=hidden, where=where)
+        parts = (begins, blocks, ends)
+        return Stage("evaluation", max(part.cpu for part in parts), max(part.device for part in parts))
+
+    def _recording(self) -> Stage:
+        weights, files = self._parts(rest=True)
+        tokens = self._activations(self.work.batch, self.work.blocks[0])
+        return self._stage("recording", weights + tokens, files=files, hidden=self.work.hidden, where=self.work.place)
+
+    def _waiting(self) -> int:
+        return (min(WAITING, len(self.work.blocks)) + _targets(self.work)) * self.work.hidden
+
+    def _statistics(self) -> Stage:
+        """A pass of the dense block, of which every input of a linear layer is kept until it is added to its Gram."""
+        work = self.work
+        weights, files = self._parts(rest=False)
+
+        def needs(block: Block) -> int:
+            grams = SUM * sum(features**2 for features in block.inputs.values())
+            inputs = work.batch * sum(block.inputs.values()) * self.size
+            widest = FLOAT * max((features**2 for features in block.inputs.values()), default=0)
+            # the widest is last: its sum and the second moment made of it, then that and the damped one
+            return max(grams + inputs + self._activations(work.batch, block), (SUM // FLOAT + 1) * widest)
+
+        most = max(needs(block) for block in work.blocks)
+        return self._stage("Grams", weights + most, files=files, hidden=self._waiting(), where=work.place)
+
+    def _solving(self) -> Stage:
+        work = self.work
+        weights, _ = self._parts(rest=False)
+        most = max(self._solve(block) for block in work.blocks)
+        return self._stage("solving", weights + most, hidden=self._waiting(), where=work.place)
+
+    def _solve(self, block: Block) -> int:
+        """Of the layer that needs the most: the Grams that are still waiting, and U and V of those that are done."""
+        most, low_rank = 0, 0
+        for owner, features in sorted(block.inputs.items(), key=lambda item: item[1]):
+            waiting = SUM * sum(n**2 for other, n in block.inputs.items() if n > features and other != owner)
+            for layer in (one for one in block.compressed if one.owner == owner):
+                copied = layer.weights * self.work.stored if self.converted else 0
+                most = max(most, waiting + low_rank * self.size + copied + self.space.bytes(layer.shape))
+                low_rank += layer.low_rank
+        return most
+
+    def _passing_on(self) -> Stage:
+        work = self.work
+        weights, _ = self._parts(rest=False)
+        more = max(b.low_rank * self.size + self._activations(work.batch, b) + self._formed(b) for b in work.blocks)
+        copies = min(WALKED, len(work.blocks)) + _targets(work)
+        return self._stage("passing on", weights + more, hidden=copies * work.hidden, where=work.place)
+
+    def _saving(self) -> Stage:
+        """What is kept in the type of the computation, then in that of the files."""
+        work = self.work
+        weights, _ = self._parts(rest=False)
+        more = max(b.low_rank * self.size + b.kept_bytes(work.stored) for b in work.blocks)
+        more += max(sum(layer.trained for layer in b.compressed) for b in work.blocks) * self.size
+        return self._stage("saving", weights + more, hidden=self._waiting(), where=work.place)
+
+    def _trained(self, block: Block, tokens: int) -> int:
+        """Layers while they are trained beside their originals: numbers, masks, S + U V, what backward needs."""
+        dense = FLOAT * sum(layer.weights for layer in block.compressed)
+        masks = dense // FLOAT
+        saved = tokens * sum(sum(layer.shape) for layer in block.layers) + 6 * tokens * self.work.features
+        return block.low_rank * self.size + block.trained * (ADAM + BEST) + masks + dense + saved * self.size
+
+    def _widest(self, blocks: tuple[Block, ...]) -> int:
+        """Gradients of one layer on their way from S + U V to its parts."""
+        return 3 * FLOAT * max((layer.weights for b in blocks for layer in b.compressed), default=0)
+
+    def _matching(self, batch: int) -> Stage:
+        work = self.work
+        weights, _ = self._parts(rest=False)
+        tokens = min(batch * work.recipe.seqlen, work.batch)
+        more = max(self._trained(block, tokens) for block in work.blocks) + self._widest(work.blocks)
+        return self._stage("matching", weights + more, hidden=self._waiting(), where=work.place)
+
+    def _distilling(self) -> Stage:
+        work = self.work
+        whole = work.parameters * self.size if work.streamed else 0
+        more = sum(self._trained(block, work.batch) for block in work.blocks) + self._widest(work.blocks)
+        logits = SAVED_LOGITS * FLOAT * min(LOGITS_AT_ONCE, work.batch * work.vocabulary)
+        return self._stage("distilling", whole + more + logits, hidden=WAITING * work.hidden, where=work.place)

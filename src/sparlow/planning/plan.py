@@ -1,0 +1,237 @@
+"""``sparlow.plan``: what a compression keeps and needs, known before it runs, from the model's config alone."""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+from transformers import PreTrainedModel
+
+from sparlow.model.forward.decoder import Skipped, not_compressed
+from sparlow.model.loading.meta import outline
+from sparlow.planning.duration import seconds
+from sparlow.planning.feasibility import device_available, disk_available, memory_available
+from sparlow.planning.memory import Disk, Stage, disk, stages
+from sparlow.planning.microbenchmarks import solver, speed, typical, workspace
+from sparlow.planning.workload import Layer, Workload, workload
+from sparlow.recipe.recipe import Recipe
+from sparlow.report.records import plain
+from sparlow.run.compress import pick_device, with_calibration
+
+VERSION = 1  # of the keys of ``Plan.to_json``
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Linear layers that are alike: of one name within their blocks, one shape, one budget.
+
+    Attributes:
+        name: Within the block.
+        shape: (out, in).
+        pattern: As typed, such as 2:4; None if they stay dense.
+        rank: Of U V.
+        count: How many there are.
+        parameters: Of all of them, biases included.
+        bytes_dense: Of all of them, as the model has them.
+        bytes_kept: Of all of them, as the result will have them.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    pattern: str | None
+    rank: int
+    count: int
+    parameters: int
+    bytes_dense: int
+    bytes_kept: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that is known before a run.
+
+    Attributes:
+        model: As it was named.
+        recipe: As in ``report.json``.
+        device: Where blocks will run.
+        layers: By kind, in the order of a block.
+        not_compressed: ``name`` (* for the number of the block), ``count``, ``parameters`` and ``why``.
+        bytes: ``dense``, ``compressed``, ``linears_dense``, ``linears_compressed``, as in ``report.json``.
+        bits_per_weight: Of the compressed layers.
+        disk: Bytes in files.
+        baseline: Bytes that this process, with its libraries, holds before a run.
+        stages: What each holds beyond that, at most.
+        peak_memory: ``rss`` and ``device``, as in ``report.json``.
+        available: ``rss`` and ``device`` (bytes that are free now; None: not known) and ``disk`` of the directory.
+        seconds: By stage, and ``total``; empty if no time was asked for.
+        probe: ``seconds`` it took, and what it found of this machine and the algorithm.
+        notes: What the numbers do not know.
+        version: Of these keys.
+    """
+
+    model: str
+    recipe: dict[str, Any]
+    device: str
+    layers: tuple[Kind, ...]
+    not_compressed: tuple[dict[str, Any], ...]
+    bytes: dict[str, int]
+    bits_per_weight: float
+    disk: Disk
+    baseline: int
+    stages: tuple[Stage, ...]
+    peak_memory: dict[str, int]
+    available: dict[str, int | None]
+    seconds: dict[str, float]
+    probe: dict[str, Any]
+    notes: tuple[str, ...]
+    version: int = VERSION
+
+    def to_json(self) -> str:
+        """All fields, as the text of a file."""
+        return json.dumps(plain(asdict(self)), indent=2, allow_nan=False) + "\n"
+
+
+def plan(
+    model: str | Path | PreTrainedModel,
+    recipe: Recipe | None = None,
+    *,
+    calibration: str | Path | None = None,
+    out: str | Path | None = None,
+    evaluate: Sequence[str] = ("builtin",),
+    evaluate_seqlen: int | None = None,
+    limit: int | None = None,
+    device: str = "auto",
+    offload: str = "auto",
+    trust_remote_code: bool = False,
+    timed: bool = True,
+) -> Plan:
+    """Foresee what ``compress`` keeps and needs with the same arguments; reads the config of a model, and no weights.
+
+    Args:
+        model: Hub id (of which the config is fetched), directory, .gguf file (of which the header is read), or a
+            transformers model.
+        recipe: What would be done.
+        calibration: Corpus or file instead of the recipe's; it is not read.
+        out: Directory that would be written, to see what is free there.
+        evaluate: Corpora or files on which perplexity would be measured.
+        evaluate_seqlen: Tokens in a window of these.
+        limit: At most so many windows of each of these.
+        device: "auto", or torch's name of a device.
+        offload: Where hidden states wait.
+        trust_remote_code: Let a model bring Python code of its own.
+        timed: Try the algorithm on small layers, to tell how long a run takes; some seconds.
+
+    Raises:
+        InputError: Something given cannot be used; what it is.
+    """
+    recipe = with_calibration(recipe or Recipe(), calibration)
+    if isinstance(model, PreTrainedModel):
+        shape, name = model, model.config.name_or_path or type(model).__name__
+    else:
+        shape, name = outline(str(model), dtype=recipe.dtype, trust_remote_code=trust_remote_code), str(model)
+    work = workload(
+        shape,
+        recipe,
+        device=pick_device(device),
+        offload=offload,
+        evaluate=evaluate,
+        evaluate_seqlen=evaluate_seqlen,
+        limit=limit,
+    )
+    baseline = psutil.Process().memory_info().rss
+    return _planned(name, shape, work, Path(out or "."), baseline, timed=timed)
+
+
+def _planned(name: str, model: PreTrainedModel, work: Workload, out: Path, baseline: int, *, timed: bool) -> Plan:
+    start = time.perf_counter()
+    like = typical(work.kinds)
+    space = workspace(work.recipe, like, work.stored_in)
+    found: dict[str, Any] = {"workspace": asdict(space)}
+    spent: dict[str, float] = {}
+    if timed:
+        here, solving = speed(work.device, work.computed_in), solver(work.recipe, like, work.device)
+        found |= {"speed": asdict(here), "solver": asdict(solving)}
+        spent = seconds(work, here, solving)
+    counted = stages(work, space)
+    linears = [layer for block in work.blocks for layer in block.compressed]
+    sizes = {
+        "dense": work.parameters * work.stored,
+        "compressed": work.kept_bytes,
+        "linears_dense": sum(layer.parameters for layer in linears) * work.stored,
+        "linears_compressed": sum(layer.kept_bytes(work.stored) for layer in linears),
+    }
+    device = max(stage.device for stage in counted)
+    return Plan(
+        model=name,
+        recipe=work.recipe.to_dict(),
+        device=str(work.device),
+        layers=tuple(_kinds(work)),
+        not_compressed=tuple(_skipped(model, work)),
+        bytes=sizes,
+        bits_per_weight=8 * sizes["linears_compressed"] / sum(layer.weights for layer in linears),
+        disk=disk(work),
+        baseline=baseline,
+        stages=tuple(counted),
+        peak_memory={"rss": baseline + max(stage.cpu for stage in counted), "device": device},
+        available={
+            "rss": memory_available(),
+            "device": device_available(work.device),
+            "disk": disk_available(out),
+        },
+        seconds=spent,
+        probe={"seconds": time.perf_counter() - start, **found},
+        notes=tuple(_notes(work)),
+    )
+
+
+def _kinds(work: Workload) -> list[Kind]:
+    alike: dict[tuple[Any, ...], list[Layer]] = {}
+    for block in work.blocks:
+        for layer in block.layers:
+            alike.setdefault((layer.name, layer.shape, layer.budget), []).append(layer)
+    return [
+        Kind(
+            name=name,
+            shape=shape,
+            pattern=str(budget.pattern) if budget else None,
+            rank=budget.rank if budget else 0,
+            count=len(layers),
+            parameters=sum(layer.parameters for layer in layers),
+            bytes_dense=sum(layer.parameters for layer in layers) * work.stored,
+            bytes_kept=sum(layer.kept_bytes(work.stored) for layer in layers),
+        )
+        for (name, shape, budget), layers in alike.items()
+    ]
+
+
+def _skipped(model: PreTrainedModel, work: Workload) -> list[dict[str, Any]]:
+    """What stays as it is, modules of the same name in different blocks together."""
+    prefix = f"{work.name}."
+    compressed = [f"{prefix}{i}.{layer.name}" for i, block in enumerate(work.blocks) for layer in block.compressed]
+    rows: dict[tuple[str, str], list[Skipped]] = {}
+    for row in not_compressed(model, compressed):
+        _, _, within = row.name.removeprefix(prefix).partition(".")
+        name = f"{prefix}*.{within}" if row.name.startswith(prefix) else row.name
+        rows.setdefault((name, row.why), []).append(row)
+    return [
+        {"name": name, "count": len(those), "parameters": sum(row.parameters for row in those), "why": why}
+        for (name, why), those in rows.items()
+    ]
+
+
+def _notes(work: Workload) -> list[str]:
+    recipe = work.recipe
+    notes = []
+    if recipe.allocate != "uniform":
+        moved = "densities" if recipe.allocate == "owl" else "ranks and densities"
+        notes.append(f"--allocate {recipe.allocate} moves {moved} between layers; values in all stay about these")
+    if not work.streamed and not work.there:
+        notes.append("a weight of a block is shared with another, so the whole model is held in memory")
+    if work.recipe.match:
+        notes.append("training may stop early, so it may take less time")
+    if recipe.calibration != "windows":
+        notes.append("time to fetch the model and the text is not counted")
+    return notes

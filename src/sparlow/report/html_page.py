@@ -1,0 +1,156 @@
+"""One self-contained HTML page for a report: no script, no file beside it, everything shown is escaped."""
+
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+
+from sparlow.model.artefact.shards import replacing
+from sparlow.report.records import LayerRecord, Report
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #1c2530; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
+h1 { font-size: 1.5rem } h2 { font-size: 1.1rem; margin-top: 2rem }
+table { border-collapse: collapse; width: 100% } th, td { padding: .25rem .6rem; border-bottom: 1px solid #dde3ea }
+th { text-align: left; font-weight: 600 } td.number, th.number { text-align: right; font-variant-numeric: tabular-nums }
+.warning { background: #fff6e0; padding: .2rem .6rem; border-left: 3px solid #e0a100; margin: .3rem 0 }
+.bar { fill: #2f6db3 } .axis { font-size: 11px; fill: #5a6673 } footer { color: #5a6673; margin-top: 2rem }
+"""
+
+
+def write_reports(report: Report, folder: Path) -> None:
+    """Write ``report.json`` and ``report.html`` into ``folder``, each whole or not at all."""
+    for name, text in (("report.json", report.to_json()), ("report.html", html(report))):
+        with replacing(folder / name) as partial:
+            partial.write_text(text, encoding="utf-8")
+
+
+def html(report: Report) -> str:
+    """The whole page."""
+    recipe = report.recipe
+    patterns = dict.fromkeys(layer.pattern for layer in report.layers)
+    title = f"{report.model}: {recipe['algorithm']}, {next(iter(patterns)) if len(patterns) == 1 else 'mixed patterns'}"
+    parts = [
+        f"<h1>{escape(title)}</h1>",
+        _table(("", "dense", "compressed"), summary_rows(report)),
+        f"<p>{escape(remarks(report))}</p>",
+        *(f'<p class="warning">{escape(warning)}</p>' for warning in report.warnings),
+        *_finetuning(report),
+        "<h2>Relative error by layer</h2>",
+        *(_bars(name, rows) for name, rows in _by_kind(report.layers).items()),
+        "<h2>Layers</h2>",
+        _table(_LAYER_HEAD, (_layer_row(layer) for layer in report.layers)),
+        "<h2>Not compressed</h2>",
+        _table(("module", "parameters", "why"), (tuple(map(_text, row.values())) for row in report.not_compressed)),
+        "<h2>Recipe</h2>",
+        _table(("field", "value"), ((name, _text(value)) for name, value in recipe.items())),
+        "<h2>Seconds</h2>",
+        _table(("part", "seconds"), ((name, f"{value:.1f}") for name, value in report.seconds.items())),
+        f"<footer>{escape(', '.join(f'{k} {v}' for k, v in report.versions.items()))}</footer>",
+    ]
+    body = "\n".join(parts)
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body>{body}</body></html>\n"
+    )
+
+
+def _finetuning(report: Report) -> list[str]:
+    """What fine-tuning did, if anything."""
+    if not report.finetuning:
+        return []
+    shown = {name: value for name, value in report.finetuning.items() if name not in ("loss", "perplexity", "versions")}
+    shown |= {"first loss": report.finetuning["loss"][0], "last loss": report.finetuning["loss"][-1]}
+    return [
+        "<h2>Fine-tuning</h2>",
+        _table(("", "before", "after"), perplexities_of_finetuning(report)),
+        _table(("field", "value"), ((name, _text(value)) for name, value in shown.items())),
+    ]
+
+
+def perplexities_of_finetuning(report: Report) -> list[tuple[str, str, str]]:
+    """A row a corpus: name, before, after."""
+    before, after = (report.finetuning["perplexity"][when] for when in ("before", "after"))
+    return [(f"perplexity, {name}", _perplexity(before[name]), _perplexity(value)) for name, value in after.items()]
+
+
+def summary_rows(report: Report) -> list[tuple[str, str, str]]:
+    """What the terminal and the page both show first: name, dense, compressed."""
+    rows = [
+        (f"perplexity, {name}", f"{dense:.2f}", _perplexity(report.compressed["perplexity"].get(name)))
+        for name, dense in report.dense["perplexity"].items()
+    ]
+    sizes = report.bytes
+    values = report.values
+    rows.append(("values kept", f"{values['linears_dense']:,}", f"{values['linears_compressed']:,}"))
+    rows.append(("linear layers", megabytes(sizes["linears_dense"]), megabytes(sizes["linears_compressed"])))
+    rows.append(("whole model", megabytes(sizes["dense"]), megabytes(sizes["compressed"])))
+    dense_bits = report.bits_per_weight * sizes["linears_dense"] / max(sizes["linears_compressed"], 1)
+    rows.append(("bits a linear weight", f"{dense_bits:.2f}", f"{report.bits_per_weight:.2f}"))
+    rows.append(("mean relative error", "0", f"{report.mean_relative_error:.5f}"))
+    return rows
+
+
+def remarks(report: Report) -> str:
+    """One sentence on what was not as it should be, in how many layers."""
+    said = {
+        "extra_damping": "needed extra damping",
+        "dead_inputs": "had dead inputs",
+        "unsettled": "had not settled when the solver ended",
+        "without_data": "saw no calibration token",
+    }
+    parts = [f"{report.counts[name]} {what}" for name, what in said.items() if report.counts.get(name)]
+    return f"Of {len(report.layers)} layers {', '.join(parts) or 'none needs a remark'}."
+
+
+def megabytes(size: float) -> str:
+    """Bytes as text, in MB of 10⁶ bytes."""
+    return f"{size / 1e6:.1f} MB"
+
+
+def _perplexity(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
+
+
+_LAYER_HEAD = ("block", "layer", "shape", "pattern", "density", "rank", "relative error", "iterations", "seconds")
+
+
+def _layer_row(layer: LayerRecord) -> tuple[str, ...]:
+    shape = f"{layer.shape[0]} × {layer.shape[1]}"
+    numbers = (f"{layer.relative_error:.5f}", str(layer.iterations), f"{layer.seconds:.1f}")
+    return (str(layer.block), layer.name, shape, layer.pattern, f"{layer.density:.4f}", str(layer.rank), *numbers)
+
+
+def _by_kind(layers: Sequence[LayerRecord]) -> dict[str, list[LayerRecord]]:
+    kinds: dict[str, list[LayerRecord]] = {}
+    for layer in layers:
+        kinds.setdefault(layer.name, []).append(layer)
+    return kinds
+
+
+def _bars(name: str, layers: Sequence[LayerRecord]) -> str:
+    """One small bar chart: a bar a block, scaled to the largest."""
+    width, height, top = 16, 70, max(layer.relative_error for layer in layers) or 1.0
+    bars = "".join(
+        f'<rect class="bar" x="{i * width}" y="{height * (1 - layer.relative_error / top):.1f}" width="{width - 3}" '
+        f'height="{height * layer.relative_error / top:.1f}">'
+        f"<title>block {layer.block}: {layer.relative_error:.5f}</title></rect>"
+        for i, layer in enumerate(layers)
+    )
+    label = f'<text class="axis" x="0" y="{height + 14}">{escape(name)}, at most {top:.5f}</text>'
+    return f'<svg width="{max(len(layers) * width, 260)}" height="{height + 20}" role="img">{bars}{label}</svg>'
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    top = "".join(f"<th{_align(i)}>{escape(cell)}</th>" for i, cell in enumerate(head))
+    body = "".join(
+        "<tr>" + "".join(f"<td{_align(i)}>{escape(cell)}</td>" for i, cell in enumerate(row)) + "</tr>" for row in rows
+    )
+    return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _align(column: int) -> str:
+    return ' class="number"' if column else ""
+
+
+def _text(value: object) -> str:
+    return f"{value:,}" if isinstance(value, int) else str(value)

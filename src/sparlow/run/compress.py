@@ -1,0 +1,229 @@
+"""``sparlow.compress``: open the model, cut the text, run the job."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sparlow.distributed import Processes, joined, local_device
+from sparlow.errors import InputError
+from sparlow.evaluation.perplexity import require_context, require_tokenizer
+from sparlow.model.artefact.dtypes import Storage
+from sparlow.model.forward.decoder import decoder_blocks
+from sparlow.model.forward.generate import own_windows
+from sparlow.model.loading.meta import UnknownAheadError, outline
+from sparlow.model.loading.source import OpenedModel, for_computing, located, open_model
+from sparlow.model.loading.weights import survey, whole
+from sparlow.planning.feasibility import require_room
+from sparlow.planning.workload import Workload, workload
+from sparlow.progress import Notify
+from sparlow.recipe.recipe import GIVEN_WINDOWS, OWN_TEXT, Recipe
+from sparlow.report.records import Report
+from sparlow.run.job import Job
+from sparlow.run.output_dir import claimed
+from sparlow.text import calibration_windows, evaluation_windows
+
+
+def compress(
+    model: str | Path | PreTrainedModel,
+    recipe: Recipe | None = None,
+    *,
+    calibration: str | Path | Tensor | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    out: str | Path | None = None,
+    evaluate: Sequence[str] = ("builtin",),
+    evaluate_seqlen: int | None = None,
+    limit: int | None = None,
+    device: str = "auto",
+    offload: str = "auto",
+    overwrite: bool = False,
+    force: bool = False,
+    trust_remote_code: bool = False,
+    notify: Notify = lambda _: None,
+) -> Report:
+    """Compress every linear layer of every decoder block of a causal language model.
+
+    Args:
+        model: Hub id, directory, .gguf file, or a transformers model, which is then compressed in place.
+        recipe: What to do; the defaults of ``Recipe`` if left out.
+        calibration: Corpus, file, or token windows (n, seqlen) int64; instead of the recipe's.
+        tokenizer: Needed with a transformers model if text is used.
+        out: Directory to write as the run proceeds; an unfinished one is resumed. A model that is named is then read
+            block by block and never in memory as a whole. Without it nothing is written.
+        evaluate: Corpora or files on which perplexity is measured, dense first and compressed at the end.
+        evaluate_seqlen: Tokens in a window of these; the recipe's seqlen if left out.
+        limit: At most so many windows of each of these; all if left out.
+        device: "auto" (an accelerator if there is one), or torch's name of a device. A model object stays where it is.
+        offload: Where hidden states wait while other blocks are worked on: "cpu", "disk", or "auto" for what fits.
+        overwrite: Replace a result of sparlow in ``out``.
+        force: Begin even where memory or disk will not do by what ``sparlow.plan`` foresees.
+        trust_remote_code: Let a model bring Python code of its own.
+        notify: Called after every step.
+
+    Returns:
+        The report, which is also written to ``out`` as ``report.json`` and ``report.html``.
+
+    Raises:
+        InputError: Something given cannot be used, or memory or disk will not do; what it is.
+        RunError: The run could not go on; with ``out``, the same call resumes it.
+    """
+    recipe = with_calibration(recipe or Recipe(), calibration)
+    # without a directory the result would have no place but memory
+    streamed = out is not None
+    with joined() as processes, claimed_by_first(processes, out, overwrite=overwrite):
+        if not force:
+            work = foreseen(
+                model,
+                recipe,
+                evaluate=evaluate,
+                evaluate_seqlen=evaluate_seqlen,
+                limit=limit,
+                device=device,
+                offload=offload,
+                trust_remote_code=trust_remote_code,
+                streamed=streamed,
+                processes=processes.size,
+            )
+            if work:
+                require_room({Path(out) if out else None: work})
+        opened, storage = open_dense(
+            model, tokenizer, recipe, device, trust_remote_code=trust_remote_code, streamed=streamed
+        )
+        windows = windows_to_calibrate(calibration, opened, recipe)
+        # cut before the run, so that a missing file is noticed at once
+        evaluation = windows_to_evaluate(evaluate, opened, evaluate_seqlen or recipe.seqlen, limit)
+        job = Job(opened, storage, recipe, windows, notify, offload=offload, processes=processes)
+        if out is not None:
+            job.write_to(Path(out), overwrite=overwrite)
+        return job.go(evaluation)
+
+
+def claimed_by_first(processes: Processes, out: str | Path | None, *, overwrite: bool) -> AbstractContextManager[None]:
+    """See ``output.claimed``; the first of several processes claims the directory, if there is one, for all of them."""
+    if out is None or not processes.first:
+        return nullcontext()
+    return claimed(Path(out), overwrite=overwrite)
+
+
+def known_ahead(model: str | Path | PreTrainedModel, dtype: str, *, trust_remote_code: bool) -> PreTrainedModel | None:
+    """Return the outline of a model, an object as it is; None where only its weights say what it holds."""
+    if isinstance(model, PreTrainedModel):
+        return model
+    try:
+        return outline(located(str(model)), dtype=dtype, trust_remote_code=trust_remote_code)
+    except UnknownAheadError:
+        return None
+
+
+def foreseen(
+    model: str | Path | PreTrainedModel,
+    recipe: Recipe,
+    *,
+    evaluate: Sequence[str],
+    evaluate_seqlen: int | None,
+    limit: int | None,
+    device: str,
+    offload: str,
+    trust_remote_code: bool,
+    streamed: bool,
+    processes: int = 1,
+) -> Workload | None:
+    """Return what ``compress`` would have to do; None where that is only seen when the weights are opened."""
+    shape = known_ahead(model, recipe.dtype, trust_remote_code=trust_remote_code)
+    if shape is None:
+        return None
+    return workload(
+        shape,
+        recipe,
+        device=pick_device(device),
+        offload=offload,
+        evaluate=evaluate,
+        evaluate_seqlen=evaluate_seqlen,
+        limit=limit,
+        streamed=streamed,
+        processes=processes,
+    )
+
+
+def open_dense(
+    model: str | Path | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    recipe: Recipe,
+    device: str,
+    *,
+    trust_remote_code: bool,
+    streamed: bool,
+) -> tuple[OpenedModel, Storage]:
+    """Return the model ready to compute, and the types it came in. An object is taken as it is.
+
+    Args:
+        streamed: The weights of a model that is named stay on disk.
+    """
+    if isinstance(model, PreTrainedModel):
+        name = model.config.name_or_path or type(model).__name__
+        seen = survey([model.state_dict(keep_vars=True)])
+        return OpenedModel(model.eval(), tokenizer, name, seen.fingerprint, seen.damaged), Storage.of(model)
+    opened = open_model(
+        str(model),
+        dtype=recipe.dtype,
+        device=pick_device(device),
+        trust_remote_code=trust_remote_code,
+        streamed=streamed,
+    )
+    storage = Storage.of(opened.model)
+    ready = opened.model if opened.on_disk else for_computing(opened.model)
+    return replace(opened, model=ready, tokenizer=tokenizer or opened.tokenizer), storage
+
+
+def pick_device(name: str) -> str:
+    """Resolve "auto": an accelerator if there is one, else the CPU; of several, this process's own."""
+    if name == "auto":
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        name = "cpu" if accelerator is None else accelerator.type
+    return local_device(name)
+
+
+def with_calibration(recipe: Recipe, calibration: str | Path | Tensor | None) -> Recipe:
+    """Put a calibration given beside the recipe into it."""
+    if calibration is None:
+        return recipe
+    if not isinstance(calibration, Tensor):
+        return recipe.changed(calibration=str(calibration))
+    if calibration.ndim != 2 or calibration.dtype != torch.int64 or calibration.numel() == 0:  # noqa: PLR2004 - a matrix
+        raise InputError("Calibration windows must be a tensor (windows, seqlen) of int64 token ids.")
+    return recipe.changed(calibration=GIVEN_WINDOWS, samples=calibration.shape[0], seqlen=calibration.shape[1])
+
+
+def windows_to_calibrate(calibration: str | Path | Tensor | None, opened: OpenedModel, recipe: Recipe) -> Tensor:
+    """Return the calibration windows (samples, seqlen) int64."""
+    require_context(opened.model, recipe.seqlen)
+    if isinstance(calibration, Tensor):
+        vocabulary = opened.model.config.get_text_config().vocab_size
+        if calibration.min() < 0 or calibration.max() >= vocabulary:
+            raise InputError(f"Calibration windows hold token ids outside of the vocabulary of {vocabulary}.")
+        return calibration.cpu()
+    if recipe.calibration == GIVEN_WINDOWS:
+        raise InputError("The recipe was made for token windows given directly: give them, or name a corpus or a file.")
+    samples, seqlen, seed = recipe.samples, recipe.seqlen, recipe.seed
+    if recipe.calibration == OWN_TEXT:
+        parts, count = opened.on_disk, len(decoder_blocks(opened.model)[1])
+        with whole(parts, count) if parts else nullcontext():
+            return own_windows(opened.model, samples=samples, seqlen=seqlen, seed=seed, fingerprint=opened.fingerprint)
+    tokenizer = require_tokenizer(opened.tokenizer, opened.name)
+    return calibration_windows(recipe.calibration, tokenizer, samples=samples, seqlen=seqlen, seed=seed)
+
+
+def windows_to_evaluate(
+    corpora: Sequence[str], opened: OpenedModel, seqlen: int, limit: int | None
+) -> dict[str, Tensor]:
+    """Return the windows (n, seqlen) int64 of each corpus or file on which perplexity is measured."""
+    require_context(opened.model, seqlen)
+    found = {}
+    for corpus in corpora:
+        tokenizer = require_tokenizer(opened.tokenizer, opened.name)
+        found[corpus] = evaluation_windows(corpus, tokenizer, seqlen=max(seqlen, 2), limit=limit)
+    return found

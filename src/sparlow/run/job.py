@@ -1,0 +1,337 @@
+"""One run: measure the dense model, walk its blocks, write, measure again, report."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from sparlow.distributed import ALONE, Processes
+from sparlow.errors import InputError, RunError
+from sparlow.model.artefact.checkpoint import CheckpointWriter, Written, read_block
+from sparlow.model.artefact.dtypes import Storage
+from sparlow.model.artefact.hf_quantizer import attach
+from sparlow.model.artefact.layers import compressed_layers
+from sparlow.model.forward.activation_store import Shelf
+from sparlow.model.forward.capture import Recording
+from sparlow.model.forward.decoder import Call, linears, not_compressed, pass_through
+from sparlow.model.loading.source import OpenedModel
+from sparlow.model.loading.weights import Parts, ready, whole
+from sparlow.model.training.resume_state import Midway
+from sparlow.progress import Clock, Notify, Progress, counting
+from sparlow.recipe.allocation import Budget
+from sparlow.recipe.recipe import Recipe
+from sparlow.report.html_page import write_reports
+from sparlow.report.records import LayerRecord, Report, peak_memory, reset_peak_memory
+from sparlow.run.journal import DISTILLED, Journal
+from sparlow.run.passes import Meter
+from sparlow.run.pipeline import budgets, compress_block
+from sparlow.run.recovery import Teaching
+from sparlow.run.sensitivity import Walk, allocated_by_data
+from sparlow.text import fingerprint as text_fingerprint
+
+
+class Job:
+    """One compression from the checks to the report; writes only after ``write_to``.
+
+    Args:
+        opened: The dense model, which is compressed in place unless its weights stay on disk.
+        storage: The types of the result's weights.
+        recipe: What to do.
+        windows: Calibration token ids (samples, seqlen) int64.
+        notify: Called after every step.
+        offload: Where hidden states wait: auto, cpu or disk.
+        processes: Those that share the run; the first one writes, and only it tells of progress.
+
+    Raises:
+        InputError: A layer does not fit the recipe.
+    """
+
+    def __init__(
+        self,
+        opened: OpenedModel,
+        storage: Storage,
+        recipe: Recipe,
+        windows: Tensor,
+        notify: Notify,
+        *,
+        offload: str = "auto",
+        processes: Processes = ALONE,
+    ) -> None:
+        self.opened, self.recipe, self.processes = opened, recipe, processes
+        self.windows = processes.share(windows.contiguous())  # text sampled by the model may differ between machines
+        self.notify: Notify = notify if processes.first else lambda _: None
+        self.storage, self.model, self.clock = storage, opened.model, Clock()
+        self.meter = Meter(opened, offload, self.clock, self.notify, processes)
+        self.blocks_name, self.blocks, self.parts = self.meter.blocks_name, self.meter.blocks, self.meter.parts
+        self.budgets = budgets(self.blocks_name, self.blocks, recipe)
+        for name in (name for name, _ in self.model.named_parameters() if name in opened.damaged):
+            layer, _, part = name.rpartition(".")
+            raise InputError(f"{layer}: the {part} holds NaN or infinity; the model is damaged.")
+        self.report = Report(recipe=recipe.to_dict(), model=opened.name, warnings=list(opened.warnings))
+        self.report.bytes = {"dense": self.storage.bytes_of(self.model), "linears_dense": 0, "linears_compressed": 0}
+        self.teaching = Teaching(recipe, storage, self.blocks_name, windows, processes)
+        self.report.warnings += self.teaching.warnings
+        self.known_dense: dict[str, float] = {}  # perplexity by fingerprint of the windows
+        self.allocated: dict[str, Budget] = {}  # those of the budgets that the data decided
+        self.journal: Journal | None = None
+        self.writer: CheckpointWriter | None = None  # only the first process has one
+
+    def write_to(self, folder: Path, *, overwrite: bool) -> None:
+        """Write shards and records to ``folder`` as the run proceeds, going on from what is there.
+
+        Raises:
+            InputError: ``folder`` holds another run.
+        """
+        decides = {
+            "recipe": self.recipe.to_dict(),
+            "model": self.opened.fingerprint,
+            "calibration": text_fingerprint(self.windows),
+            "version": version("sparlow"),
+        }
+        self.journal = Journal(folder, decides, self.blocks_name, overwrite=overwrite)
+        if self.processes.first:
+            self.journal.settle()
+        self.journal.state = self.processes.gathered(self.journal.state)[0]  # what the first one found holds for all
+        self.known_dense |= self.journal.dense
+
+    def go(self, evaluation: Mapping[str, Tensor]) -> Report:
+        """Do what is not done yet; ``evaluation`` names token windows (n, seqlen) to measure perplexity on."""
+        if self.journal and self.journal.finished:
+            return self.measured_again(self.journal, evaluation)
+        reset_peak_memory()
+        if self.journal:
+            self.clock.add(self.journal.seconds)
+        with self.clock("total"):
+            self.report.dense["perplexity"] = self.meter.dense(evaluation, self.known_dense, self.report.warnings)
+            self.distilled(*self.walk())
+            if not self.opened.on_disk:
+                attach(self.model)
+            self.finish_files()
+            for name, windows in evaluation.items():
+                self.report.compressed["perplexity"][name] = self.perplexity_after(name, windows)
+        self.complete_report()
+        if self.journal and self.processes.first:
+            write_reports(self.report, self.journal.folder)
+            measured = self.report.compressed["perplexity"]
+            found = {text_fingerprint(windows): measured[name] for name, windows in evaluation.items()}
+            self.journal.finish(self.known_dense, found)
+        return self.report
+
+    def measured_again(self, journal: Journal, evaluation: Mapping[str, Tensor]) -> Report:
+        """The report of a finished run, with perplexities on this text: as recorded, or measured now and recorded."""
+        whole = Report.from_file(journal.folder / "report.json")
+        self.report = replace(whole, dense={"perplexity": {}}, compressed={"perplexity": {}})
+        self.report.dense["perplexity"] = self.meter.dense(evaluation, self.known_dense, self.report.warnings)
+        known = journal.compressed
+        new = False
+        for name, windows in evaluation.items():
+            text = text_fingerprint(windows)
+            if text not in known:
+                new = True
+                known[text] = self.perplexity_after(name, windows)
+            self.report.compressed["perplexity"][name] = known[text]
+        if new and self.processes.first:
+            for part, more in ((whole.dense, self.report.dense), (whole.compressed, self.report.compressed)):
+                part["perplexity"] |= more["perplexity"]  # what was measured before stays on record
+            write_reports(whole, journal.folder)
+            journal.finish(self.known_dense, known)
+        return self.report
+
+    @property
+    def result(self) -> Parts:
+        """The compressed model, as it was written if it was."""
+        return Written(self.journal.folder, self.blocks_name, self.parts) if self.journal else self.parts
+
+    def perplexity_after(self, name: str, windows: Tensor) -> float:
+        """Measure the compressed model; RunError if that gives no number."""
+        value = self.meter.perplexity("compressed perplexity", windows, self.result)
+        if value != value:  # noqa: PLR0124 - NaN
+            raise RunError(f"The compressed model's perplexity on {name} is not a number: use --dtype float32.")
+        return value
+
+    @torch.no_grad()
+    def walk(self) -> tuple[Recording, Shelf | None]:
+        """Compress block after block, each fed by the compressed ones before it.
+
+        Returns:
+            What enters the blocks, and what leaves the last of the dense ones if anyone wants it.
+        """
+        with self.clock("walk"):
+            recording = self.meter.recorded(self.windows, self.teaching.micro_batch, self.teaching.held_out)
+        self.allocate(recording)
+        self.begin_files()
+        hidden = recording.hidden
+        # the same place in the dense model
+        truth = hidden if self.distills or self.teaching.dense_targets else None
+        last_read = self.last_read
+        for i, calls in enumerate(recording.calls):
+            done = self.has(i)
+            dense = {name: self.storage.bytes_of(linear) for name, linear in linears(self.blocks[i]).items()}
+            with self.parts.block(i, empty=done and truth is None) as block:
+                if truth is not None:
+                    with self.clock("matching"):
+                        truth = pass_through(block, truth, calls)
+                goal = truth if self.teaching.dense_targets else None
+                layers, matching = self.restored(i, block) if done else self.compressed(i, block, calls, hidden, goal)
+                sparse = compressed_layers(block).values()
+                self.report.bytes["linears_compressed"] += sum(map(self.storage.packed_bytes, sparse))
+                if i < last_read:
+                    with self.clock("walk"):
+                        hidden = pass_through(block, hidden, calls, label=f"{self.blocks_name}.{i}")
+            self.report.layers += layers
+            self.report.matching += matching
+            self.report.bytes["linears_dense"] += sum(dense[layer.name] for layer in layers)
+            self.notify(Progress("blocks", i + 1, len(self.blocks)))
+        return recording, truth
+
+    @property
+    def last_read(self) -> int:
+        """The last block whose inputs anyone looks at; nothing needs to pass through it or those behind it."""
+        if self.teaching.by_block:
+            return len(self.blocks) - 1
+        return max(i for i in range(len(self.blocks)) if self.compresses(i))
+
+    def compresses(self, i: int) -> bool:
+        """Whether any layer of block i is compressed."""
+        return any(name.startswith(f"{self.blocks_name}.{i}.") for name in self.budgets)
+
+    def has(self, i: int) -> bool:
+        """Whether an earlier run finished block i, as the first process sees it."""
+        found = self.journal is not None and self.processes.first and self.journal.has(i)
+        return bool(self.processes.gathered(found)[0])
+
+    @property
+    def distills(self) -> bool:
+        """Whether all blocks together are still to be trained."""
+        return self.teaching.together and not (self.journal and self.journal.distillation)
+
+    def distilled(self, recording: Recording, truth: Shelf | None) -> None:
+        """Train all blocks together, if the recipe says so, and write them again."""
+        if self.journal:
+            self.report.distillation = self.journal.distillation
+        if truth is None or not self.distills:
+            return
+        self.processes.wait()  # for the last shard
+        with self.clock("matching"), whole(self.result, len(self.blocks)):
+            blocks = list(self.blocks)
+            found = self.teaching.distilled(self.model, blocks, recording, truth, self.notify, self.midway())
+            if self.journal and self.writer:
+                writer = self.new_writer(self.journal.folder / DISTILLED)
+                shards = [writer.write_block(i, block) for i, block in enumerate(blocks)]
+                self.journal.note_distilled(shards, found)
+        self.report.distillation = found
+
+    def midway(self) -> Midway | None:
+        """Where the state of the last pass is kept, so that a run that is killed goes on within it."""
+        if self.journal is None:
+            return None
+        return Midway(self.journal.training, self.journal.keep_training if self.processes.first else None)
+
+    def begin_files(self) -> None:
+        """Record what is known before the first block, if there is a directory."""
+        if self.journal and self.processes.first:
+            self.journal.begin(self.known_dense, {n: b.to_dict() for n, b in self.allocated.items()})
+            self.writer = self.new_writer(self.journal.folder)
+
+    def new_writer(self, folder: Path) -> CheckpointWriter:
+        """A writer of shards, in the types of the result."""
+        return CheckpointWriter(
+            folder,
+            self.model,
+            self.blocks_name,
+            len(self.blocks),
+            dtype=self.storage.dtype,
+            computed=self.parts.computing,
+            kept=self.storage.exceptions,
+        )
+
+    def allocate(self, recording: Recording) -> None:
+        """Let the data decide on the budgets, where the recipe wants it, unless an earlier part of the run did."""
+        if self.recipe.allocate == "uniform":
+            return
+        if self.journal and self.journal.allocation:
+            self.allocated = {name: Budget.from_dict(data) for name, data in self.journal.allocation.items()}
+        else:
+            advance = counting(self.notify, "allocation", len(self.blocks))
+            walk = Walk(self.blocks_name, self.meter.dense_blocks, recording, advance, self.processes)
+            with self.clock("statistics"):
+                self.allocated = allocated_by_data(walk, self.recipe, self.budgets)
+        self.budgets |= self.allocated
+
+    def restored(self, i: int, block: nn.Module) -> tuple[list[LayerRecord], list[dict[str, Any]]]:
+        """Take a block that an earlier run finished from its shard; return its records."""
+        journal = cast("Journal", self.journal)
+        read_block(journal.folder, self.blocks_name, i, block)
+        ready(block, self.parts)
+        return journal.layers(i), journal.matching(i)
+
+    def compressed(
+        self, i: int, block: nn.Module, calls: Mapping[int, Call], hidden: Shelf, truth: Shelf | None
+    ) -> tuple[list[LayerRecord], list[dict[str, Any]]]:
+        """Compress a block, match it if the recipe says so and, if there is a directory, write it.
+
+        Targets of matching are ``truth`` or, without it, what the dense block makes of ``hidden``.
+        """
+        if self.journal and i < self.journal.blocks_done:
+            self.report.warnings.append(f"the shard of block {i} was damaged after it was written; it was done again")
+        if not self.teaching.by_block and not self.compresses(i):
+            return self.noted(i, block, [], [])  # it stays dense: no need to see what it reads
+
+        def on_layer(layer: LayerRecord) -> None:
+            self.notify(Progress("blocks", i, len(self.blocks), layer))
+
+        outputs = hidden.fresh() if self.teaching.by_block and truth is None else None
+        layers = compress_block(
+            block,
+            (self.blocks_name, i),
+            calls,
+            hidden,
+            self.recipe,
+            self.budgets,
+            self.storage.dtype,
+            self.clock,
+            on_layer,
+            outputs=outputs,
+            processes=self.processes,
+        )
+        targets = outputs if truth is None else truth
+        if targets is None:
+            return self.noted(i, block, layers, [])
+        with self.clock("matching"):
+            matching = self.teaching.matched(i, block, calls, hidden, targets)
+        return self.noted(i, block, layers, [matching])
+
+    def noted(
+        self, i: int, block: nn.Module, layers: list[LayerRecord], matching: list[dict[str, Any]]
+    ) -> tuple[list[LayerRecord], list[dict[str, Any]]]:
+        """Write a finished block, if there is a directory; return its records."""
+        if self.journal and self.writer:
+            with self.clock("save"):
+                shard = self.writer.write_block(i, block)
+            self.journal.note_block(shard, layers, matching, self.clock.so_far())
+        return layers, matching
+
+    def finish_files(self) -> None:
+        """Write what lies outside of the blocks and the files that make the directory a model."""
+        if self.journal and self.writer:
+            with self.clock("save"), self.parts.rest(stored=True):
+                rest = self.writer.write_rest(self.model)
+                self.writer.finish(self.model, self.opened.tokenizer)
+                self.journal.note_rest(rest, self.recipe.to_toml())
+        self.processes.wait()  # the others read what the first has written
+
+    def complete_report(self) -> None:
+        """Add up what the layers and the clock say."""
+        report = self.report
+        report.add_up()
+        report.seconds, report.peak_memory = self.clock.seconds, peak_memory()
+        if self.processes.size > 1:
+            sent = round(self.processes.sent / len(self.blocks))
+            report.processes = {"count": self.processes.size, "bytes_per_block": sent}
+        names = {layer: f"{self.blocks_name}.{layer.block}.{layer.name}" for layer in report.layers}
+        report.warnings += [f"{names[layer]}: {warning}" for layer in report.layers for warning in layer.warnings]
+        report.not_compressed = [asdict(row) for row in not_compressed(self.model, names.values())]

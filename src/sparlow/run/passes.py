@@ -1,0 +1,85 @@
+"""What a run measures: perplexities of the dense and the compressed model, from parts that may lie on disk."""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from sparlow.distributed import ALONE, Processes
+from sparlow.errors import InputError
+from sparlow.evaluation.perplexity import TOKENS_AT_ONCE, perplexity_by_blocks
+from sparlow.model.forward.activation_store import place
+from sparlow.model.forward.capture import Recording, record
+from sparlow.model.forward.decoder import decoder_blocks
+from sparlow.model.loading.source import OpenedModel
+from sparlow.model.loading.weights import InMemory, Parts, one_by_one
+from sparlow.progress import Clock, Notify, counting
+from sparlow.run.pipeline import name_what_is_not_finite
+from sparlow.text import fingerprint as text_fingerprint
+
+
+class Meter:
+    """Lets text pass through the parts of one model.
+
+    Args:
+        opened: The dense model.
+        offload: Where hidden states wait: auto, cpu or disk.
+        clock: Counts "evaluate".
+        notify: Called after every step.
+        processes: Those that divide the text.
+    """
+
+    def __init__(
+        self, opened: OpenedModel, offload: str, clock: Clock, notify: Notify, processes: Processes = ALONE
+    ) -> None:
+        self._processes = processes
+        self._model, self._offload, self._clock, self._notify = opened.model, offload, clock, notify
+        self.blocks_name, self.blocks = decoder_blocks(opened.model)
+        self.parts: Parts = opened.on_disk or InMemory(self.blocks, opened.model.dtype)
+
+    @property
+    def dense_blocks(self) -> Iterator[nn.Module]:
+        """The blocks before anything is done to them, one at a time."""
+        return one_by_one(self.parts, len(self.blocks))
+
+    def recorded(self, windows: Tensor, micro_batch: int, apart: int = 0) -> Recording:
+        """What enters the blocks for these windows, see ``record``."""
+        width = self._model.config.get_text_config().hidden_size
+        size = windows.numel() * width * self.parts.computing.itemsize // self._processes.size
+        where = place(self._offload, size, self.parts.device)
+        with self.parts.rest(), self.parts.block(0):
+            return record(
+                self._model, windows, micro_batch=micro_batch, apart=apart, place=where, processes=self._processes
+            )
+
+    @torch.no_grad()
+    def perplexity(self, stage: str, windows: Tensor, parts: Parts) -> float:
+        """Perplexity of the model with these parts; ``stage`` is what the progress bar says."""
+        advance = counting(self._notify, stage, len(self.blocks) + 1)
+        with self._clock("evaluate"):
+            at_once = max(TOKENS_AT_ONCE // windows.shape[1], 1) * self._processes.size
+            recording = self.recorded(windows, at_once)
+            return perplexity_by_blocks(self._model, recording, parts, advance, self._processes)
+
+    def dense(self, evaluation: Mapping[str, Tensor], known: dict[str, float], warnings: list[str]) -> dict[str, float]:
+        """The sanity gate: a number for the model as it came, before any number for what becomes of it.
+
+        Args:
+            evaluation: Token windows (n, seqlen) by name.
+            known: Perplexities by fingerprint of the windows; what is measured is added.
+            warnings: Takes a sentence for each name on which the model is no better than chance.
+
+        Raises:
+            InputError: A perplexity is not a number; what is damaged.
+        """
+        found = {}
+        for name, windows in evaluation.items():
+            text = text_fingerprint(windows)
+            value = known.get(text) or self.perplexity("dense perplexity", windows, self.parts)
+            known[text] = found[name] = value
+            if value != value:  # noqa: PLR0124 - NaN
+                name_what_is_not_finite(self.blocks_name, self.dense_blocks, self.recorded(windows[:1], 1))
+                raise InputError("The dense model's perplexity is not a number: its head or embedding is damaged.")
+            if value > self._model.config.get_text_config().vocab_size:
+                warnings.append(f"the dense model is no better than chance on {name}: perplexity {value:.0f}")
+        return found

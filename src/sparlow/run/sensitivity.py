@@ -1,0 +1,109 @@
+"""The survey: walk the dense blocks once, before any is compressed, so that the data decide what each layer keeps."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from sparlow.distributed import ALONE, Processes
+from sparlow.linalg.error_curves import error_curve
+from sparlow.linalg.gram import GramAccumulator, SquareAccumulator
+from sparlow.linalg.patterns import Unstructured
+from sparlow.model.forward.capture import Recording
+from sparlow.model.forward.decoder import linears
+from sparlow.model.forward.input_statistics import Kind, Observation, observe
+from sparlow.recipe.allocation import Budget, Offer, error_driven, offered, owl_densities
+from sparlow.recipe.recipe import Recipe
+from sparlow.run.pipeline import with_grams
+
+
+@dataclass(frozen=True)
+class Walk:
+    """All that a walk along the dense blocks takes.
+
+    Attributes:
+        blocks_name: Name of the list of blocks in the model.
+        blocks: All of them, dense, of which one at a time is needed.
+        recording: What enters the first, and how each is called.
+        advance: Called with 1 after every block.
+        processes: Those that divide the text.
+    """
+
+    blocks_name: str
+    blocks: Iterable[nn.Module]
+    recording: Recording
+    advance: Callable[[int], None]
+    processes: Processes = ALONE
+
+    def observed(
+        self, statistic: Callable[[int, torch.device], Kind]
+    ) -> Iterator[tuple[str, nn.Module, Observation[Kind]]]:
+        """Each block's name, itself, and what one pass of it shows."""
+        hidden = self.recording.hidden
+        for i, block in enumerate(self.blocks):
+            name, outputs = f"{self.blocks_name}.{i}", hidden.fresh()
+            calls = self.recording.calls[i]
+            seen = observe(block, calls, hidden, statistic, outputs=outputs, label=name, processes=self.processes)
+            yield name, block, seen
+            hidden = outputs
+            self.advance(1)
+
+
+@torch.no_grad()
+def allocated_by_data(walk: Walk, recipe: Recipe, budgets: Mapping[str, Budget]) -> dict[str, Budget]:
+    """Return the budgets that ``recipe.allocate`` takes from the data; layers that a rule decides are left alone.
+
+    Args:
+        walk: Along the dense model.
+        recipe: What to do.
+        budgets: What each layer may keep otherwise, by its full name.
+    """
+    return {"owl": _outlier_weighed, "error": _error_driven}[recipe.allocate](walk, recipe, budgets)
+
+
+def _outlier_weighed(walk: Walk, recipe: Recipe, budgets: Mapping[str, Budget]) -> dict[str, Budget]:
+    """An outlier is a score |W_ij|·√H_jj above M times the mean over all linears of its block (arXiv 2310.05175)."""
+    shares: dict[str, float] = {}
+    for block_name, block, seen in walk.observed(SquareAccumulator):
+        sums = {owner: walk.processes.sum(statistic.sum) for owner, statistic in seen.statistics.items()}
+        norms = {name: sums[owner].sqrt().float() for name, owner in seen.owner.items()}
+        layers = linears(block)
+        scores = torch.cat([(layers[name].weight.float().abs() * norm).flatten() for name, norm in norms.items()])
+        shares[block_name] = (scores > recipe.owl_threshold * scores.mean()).float().mean().item()
+    densities = owl_densities(list(shares.values()), 1 - recipe.pattern_of_all.density, recipe.owl_spread)
+    sparsities = {name: round(1 - density, 12) for name, density in zip(shares, densities, strict=True)}
+    return {
+        name: Budget(Unstructured(sparsities[block_name]), budget.rank)
+        for name, budget in budgets.items()
+        for block_name in shares
+        if name.startswith(f"{block_name}.") and not recipe.rules_pattern(name)
+    }
+
+
+def _error_driven(walk: Walk, recipe: Recipe, budgets: Mapping[str, Budget]) -> dict[str, Budget]:
+    """Ranks and densities where the layers' relative errors fall most for each value kept; as many values in all."""
+    low_rank = recipe.found_algorithm.kind != "pruner"
+    offers: dict[str, list[Offer]] = {}
+    values = 0
+    for block_name, block, seen in walk.observed(GramAccumulator):
+        names = {layer: f"{block_name}.{layer}" for layer in linears(block)}
+        free = {n: m for n, m in linears(block).items() if names[n] in budgets and not recipe.has_rule(names[n])}
+        asked = {
+            n: offered(budgets[names[n]], (m.out_features, m.in_features), low_rank=low_rank) for n, m in free.items()
+        }
+        who = walk.processes.divided({n: float(m.weight.numel()) for n, m in free.items()})
+        errors = {
+            n: [error_curve(free[n].weight.float(), gram, pattern, ranks) for pattern, ranks in asked[n].items()]
+            for n, gram, _ in with_grams(block, seen, recipe, who, walk.processes)
+        }
+        errors = {n: curves for own in walk.processes.gathered(errors) for n, curves in own.items()}
+        for n, linear in free.items():
+            shape = (linear.out_features, linear.in_features)
+            values += budgets[names[n]].values(shape)
+            offers[names[n]] = [
+                Offer(Budget(pattern, rank), Budget(pattern, rank).values(shape), error)
+                for (pattern, ranks), curve in zip(asked[n].items(), errors[n], strict=True)
+                for rank, error in zip(ranks, curve, strict=True)
+            ]
+    return error_driven(offers, values)

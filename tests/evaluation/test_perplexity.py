@@ -1,0 +1,137 @@
+import math
+
+import pytest
+import torch
+
+import sparlow
+from families import VOCABULARY, tiny, tiny_tokenizer
+from sparlow.errors import InputError
+from sparlow.evaluation.perplexity import TOKENS_AT_ONCE, evaluate, perplexity, require_tokenizer
+from sparlow.recipe.recipe import Recipe
+
+TEXT = "".join(chr(32 + (5 * i * i + i // 7) % 95) for i in range(700))
+
+
+def by_hand(model, windows):
+    """One window and one prediction after the other, in float64."""
+    losses = []
+    for window in windows:
+        with torch.no_grad():
+            logits = model(window[None]).logits[0].double()
+        log_p = [logits[i].log_softmax(-1)[window[i + 1]].item() for i in range(len(window) - 1)]
+        losses.append(-sum(log_p) / len(log_p))
+    return math.exp(sum(losses) / len(losses))
+
+
+def tokens(windows, seqlen, seed=0):
+    return torch.randint(2, 97, (windows, seqlen), generator=torch.Generator().manual_seed(seed))
+
+
+def compressed():
+    model = tiny("llama")
+    recipe = Recipe(rank=4, options={"effort": 0.1, "max_steps": 10})
+    sparlow.compress(model, recipe, calibration=tokens(8, 16), evaluate=())
+    return model
+
+
+@pytest.fixture(scope="module", params=["dense", "compressed", "other family"])
+def model(request):
+    return {"dense": lambda: tiny("llama"), "compressed": compressed, "other family": lambda: tiny("opt")}[
+        request.param
+    ]()
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(TEXT)
+    return str(path)
+
+
+@pytest.mark.parametrize(("windows", "seqlen"), [(5, 16), (1, 2), (3, 33)])
+def test_perplexity_is_the_one_computed_by_hand(model, windows, seqlen):
+    ids = tokens(windows, seqlen)
+    assert perplexity(model, ids) == pytest.approx(by_hand(model, ids), rel=1e-5)
+
+
+def test_windows_count_alike_in_batches_of_any_size():
+    model, ids = tiny("llama"), tokens(7, 2)
+    seen = []
+    whole = perplexity(model, ids, seen.append)
+    assert seen == [7]
+    longer = tokens(3, TOKENS_AT_ONCE // 2 + 1)  # one window at a time
+    seen.clear()
+    assert perplexity(model, longer, seen.append) == pytest.approx(
+        math.exp(sum(math.log(perplexity(model, one[None])) for one in longer) / 3), rel=1e-5
+    )
+    assert seen == [1, 1, 1]
+    assert whole == pytest.approx(by_hand(model, ids), rel=1e-5)
+
+
+def test_a_model_that_knows_nothing_has_the_vocabulary_for_perplexity():
+    model = tiny("llama")
+    torch.nn.init.zeros_(model.lm_head.weight)
+    assert perplexity(model, tokens(3, 16)) == pytest.approx(VOCABULARY, rel=1e-6)
+
+
+def test_a_model_that_is_sure_and_wrong_has_no_finite_perplexity():
+    model = tiny("llama")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e6)
+    assert perplexity(model, tokens(3, 16)) == math.inf
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_is_left_as_it_was(training):
+    model = tiny("llama").train(training)
+    model.model.layers[1].self_attn.attention_dropout = 0.5
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    assert perplexity(model, tokens(3, 16)) == perplexity(model, tokens(3, 16))  # no dropout
+    assert model.training is training
+    assert all(torch.equal(p, before[name]) and p.grad is None for name, p in model.named_parameters())
+
+
+def test_evaluate_cuts_the_text_as_documented(model, text):
+    ids = torch.tensor(tiny_tokenizer()(TEXT).input_ids)
+    windows = ids[: len(ids) // 24 * 24].view(-1, 24)
+    assert len(windows) == 29
+    found = evaluate(model, tiny_tokenizer(), perplexity_on=[text], seqlen=24)
+    assert found == {"perplexity": {text: pytest.approx(by_hand(model, windows), rel=1e-5)}}
+    few = evaluate(model, tiny_tokenizer(), perplexity_on=[text], seqlen=24, limit=2)
+    assert few["perplexity"][text] == pytest.approx(by_hand(model, windows[:2]), rel=1e-5)
+    assert few != found
+
+
+def test_evaluate_takes_several_texts(text, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text(TEXT[::-1])
+    both = evaluate(tiny("llama"), tiny_tokenizer(), perplexity_on=[text, str(other)], seqlen=24)["perplexity"]
+    assert list(both) == [text, str(other)]
+    assert both[text] != both[str(other)]
+    assert evaluate(tiny("llama"), tiny_tokenizer(), perplexity_on=[], seqlen=24) == {"perplexity": {}}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seqlen": 1}, "seqlen"),
+        ({"seqlen": 65}, "at most 64 tokens"),
+        ({"seqlen": 24, "limit": 0}, "limit"),
+    ],
+)
+def test_text_that_gives_no_window(options, message, text):
+    with pytest.raises(InputError, match=message):
+        evaluate(tiny("llama"), tiny_tokenizer(), perplexity_on=[text], **options)
+
+
+def test_a_text_shorter_than_a_window(tmp_path):
+    (tmp_path / "short.txt").write_text(TEXT[:23])
+    with pytest.raises(InputError, match="holds 23 tokens, one window needs 24"):
+        evaluate(tiny("llama"), tiny_tokenizer(), perplexity_on=[str(tmp_path / "short.txt")], seqlen=24)
+
+
+def test_a_missing_tokenizer_is_said_with_what_to_do():
+    tokenizer = tiny_tokenizer()
+    assert require_tokenizer(tokenizer, "model") is tokenizer
+    with pytest.raises(InputError, match="my-model has no tokenizer: give token windows"):
+        require_tokenizer(None, "my-model")

@@ -1,0 +1,472 @@
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+
+from families import save_tiny, tiny, tiny_tokenizer
+from sparlow.errors import InputError, RunError
+from sparlow.model.artefact import shards
+from sparlow.model.artefact.checkpoint import CheckpointWriter, load, read_block
+from sparlow.model.artefact.describe import describe, verify
+from sparlow.model.artefact.hf_quantizer import attach
+from sparlow.model.artefact.layers import SparseLowRankLinear, compressed_layers
+from sparlow.model.forward.decoder import decoder_blocks, linears
+
+LAYER = "model.layers.1.mlp.up_proj"
+SHARD = "model-00002-of-00004.safetensors"  # that holds LAYER
+
+
+def two_of_four(W):
+    group = W.reshape(len(W), -1, 4)
+    return W.masked_fill((group.argsort(-1).argsort(-1) < 2).reshape(W.shape), 0)
+
+
+def compress(model, rank=3):
+    """Replace every linear of the blocks by random 2:4 plus random low rank."""
+    generator = torch.Generator().manual_seed(0)
+    for block in decoder_blocks(model)[1]:
+        for name, linear in linears(block).items():
+            W = linear.weight.detach()
+            U, V = (torch.randn(shape, generator=generator).to(W) / 9 for shape in ((len(W), rank), (rank, W.shape[1])))
+            block.set_submodule(name, SparseLowRankLinear(two_of_four(W), U, V, linear.bias))
+    return model
+
+
+def opened_and_compressed(family, dtype, folder, rank=3):
+    """Opened from a directory, because a model that was cast has other rotary tables than one that is opened."""
+    save_tiny(family, folder, dtype=dtype)
+    return compress(AutoModelForCausalLM.from_pretrained(folder), rank)
+
+
+def write(model, folder):
+    name, blocks = decoder_blocks(model)
+    writer = CheckpointWriter(folder, model, name, len(blocks))
+    records = [writer.write_block(i, block) for i, block in enumerate(blocks)]
+    records.append(writer.write_rest(model))
+    writer.finish(model, tiny_tokenizer())
+    return records
+
+
+@pytest.fixture
+def model(tmp_path_factory):
+    return opened_and_compressed("llama", torch.bfloat16, tmp_path_factory.mktemp("dense"))
+
+
+@pytest.fixture
+def folder(model, tmp_path):
+    write(model, tmp_path / "out")
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(2, 97, (2, 12), generator=torch.Generator().manual_seed(1))
+
+
+def bits(state):
+    return {name: t.contiguous().view(torch.uint8) if t.numel() else t for name, t in state.items()}
+
+
+def assert_same_bits(one, other):
+    one, other = bits(one.state_dict()), bits(other.state_dict())
+    assert one.keys() == other.keys()
+    assert all(torch.equal(t, other[name]) for name, t in one.items())
+
+
+def edit(path, change):
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+# Round trips
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rank"), [(torch.float32, 3), (torch.bfloat16, 3), (torch.float16, 3), (torch.bfloat16, 0)]
+)
+def test_comes_back_bit_for_bit(dtype, rank, tmp_path, ids):
+    model = opened_and_compressed("qwen2", dtype, tmp_path / "dense", rank)  # with biases
+    write(model, tmp_path / "out")
+    opened = load(tmp_path / "out")
+    assert_same_bits(model, opened)
+    assert len(compressed_layers(opened)) == 21
+    assert torch.equal(model(ids).logits, opened(ids).logits)
+    assert_same_bits(model, AutoModelForCausalLM.from_pretrained(tmp_path / "out", device_map={"": "cpu"}))
+    greedy = {"max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(model.generate(ids, **greedy), opened.generate(ids, **greedy))
+
+
+@pytest.mark.parametrize("family", ["opt", "falcon", "gemma2", "gpt_neox", "gpt2", "mixtral"])
+def test_needs_to_know_no_architecture(family, tmp_path, ids):
+    model = opened_and_compressed(family, torch.float32, tmp_path / "dense")
+    write(model, tmp_path / "written")
+    opened = load(tmp_path / "written")
+    opened.save_pretrained(tmp_path / "saved")
+    attach(model)  # as if it were opened
+    model.save_pretrained(tmp_path / "attached")
+    for again in (opened, load(tmp_path / "saved"), load(tmp_path / "attached")):
+        assert_same_bits(model, again)
+        assert torch.equal(model(ids).logits, again(ids).logits)
+
+
+def test_opens_in_a_new_process(model, folder, ids, tmp_path):
+    code = (
+        "import sys, torch; import sparlow.model.checkpoint; from transformers import AutoModelForCausalLM\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
+        "torch.save(model(torch.load(sys.argv[2])).logits, sys.argv[3])"
+    )
+    torch.save(ids, tmp_path / "ids")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    arguments = [sys.executable, "-c", code, folder, tmp_path / "ids", tmp_path / "logits"]
+    subprocess.run(arguments, check=True, env=environment, timeout=120)
+    assert torch.equal(torch.load(tmp_path / "logits"), model(ids).logits)
+
+
+def test_opens_without_the_head_and_in_another_dtype(model, folder, ids):
+    body = AutoModel.from_pretrained(folder)
+    assert torch.equal(body(ids).last_hidden_state, model.model(ids).last_hidden_state)
+    wide = load(folder, dtype=torch.float32)
+    assert {p.dtype for p in wide.parameters()} == {torch.float32}
+    assert torch.equal(wide.get_submodule(LAYER).S, model.get_submodule(LAYER).S.float())
+
+
+def test_the_tokenizer_comes_along(folder):
+    assert AutoTokenizer.from_pretrained(folder)("abc").input_ids == tiny_tokenizer()("abc").input_ids
+
+
+# On disk
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_each_tensor_is_stored_once_in_its_shard(family, tmp_path):
+    model = compress(tiny(family))
+    records = write(model, tmp_path)
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert tied == (family == "gemma2")
+    *blocks, rest = (load_file(tmp_path / record.file) for record in records)
+    assert rest.keys() == {"model.embed_tokens.weight", "model.norm.weight"} | (set() if tied else {"lm_head.weight"})
+    for i, block in enumerate(blocks):
+        assert all(name.startswith(f"model.layers.{i}.") for name in block)
+    files = {name: record.file for record, shard in zip(records, [*blocks, rest], strict=True) for name in shard}
+    assert json.loads((tmp_path / shards.INDEX).read_text())["weight_map"] == files
+    assert [record.file for record in records] == sorted(p.name for p in tmp_path.glob("*.safetensors"))
+
+
+def test_two_of_four_costs_nine_bits_a_weight(model, folder):
+    with safe_open(folder / SHARD, "pt") as shard:
+        parts = {part: shard.get_tensor(f"{LAYER}.{part}") for part in ("values", "mask", "U", "V")}
+    weights = model.get_submodule(LAYER).S.numel()
+    assert 8 * (parts["values"].nbytes + parts["mask"].nbytes) == 9 * weights
+    described = {layer.name: layer for layer in describe(folder)}[LAYER]
+    assert described.bytes == sum(t.nbytes for t in parts.values())
+    assert (described.shape, described.kept, described.density) == ((48, 32), weights // 2, 0.5)
+    assert (described.rank, described.dtype) == (3, "bfloat16")
+    assert len(describe(folder)) == 21
+
+
+def test_tensors_in_the_same_memory_are_written_twice_if_the_model_would_not_tie_them(tmp_path):
+    one = torch.arange(4.0)
+    shards.write_shard(tmp_path / "a.safetensors", {"x": one, "y": one, "z": one[1:3]})
+    read = load_file(tmp_path / "a.safetensors")
+    assert torch.equal(read["x"], one)
+    assert torch.equal(read["y"], one)
+    assert torch.equal(read["z"], one[1:3])
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
+def test_a_killed_writer_leaves_nothing_that_looks_finished(model, tmp_path, monkeypatch, error):
+    def dying(_tensors, path, *_):
+        path.write_bytes(b"half a shard")
+        raise error
+
+    writer = CheckpointWriter(tmp_path, model, "model.layers", 3)
+    writer.write_block(0, model.model.layers[0])
+    monkeypatch.setattr(shards, "save_file", dying)
+    with pytest.raises(RunError if isinstance(error, OSError) else KeyboardInterrupt):
+        writer.write_block(1, model.model.layers[1])
+    assert [path.name for path in tmp_path.iterdir()] == ["model-00001-of-00004.safetensors"]
+    with pytest.raises(RunError, match=f"{SHARD} is missing"):
+        writer.finish(model)
+    assert not (tmp_path / "config.json").exists()
+    with pytest.raises(InputError, match="no finished model"):
+        load(tmp_path)
+
+
+def test_a_block_that_was_never_loaded_is_not_written(model, tmp_path):
+    writer = CheckpointWriter(tmp_path, model, "model.layers", 3)
+    with pytest.raises((InputError, RunError), match=r"loaded|off-loaded"):
+        writer.write_block(0, model.model.layers[0].to("meta"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_directory_that_cannot_be_made(model, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="file"):
+        CheckpointWriter(tmp_path / "file", model, "model.layers", 3)
+
+
+def test_shared_blocks_are_refused(model, tmp_path):
+    model.all_tied_weights_keys["model.layers.1.mlp.up_proj.weight"] = "model.layers.0.mlp.up_proj.weight"
+    with pytest.raises(InputError, match="shared"):
+        CheckpointWriter(tmp_path / "out", model, "model.layers", 3)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_block_comes_back_into_a_dense_one(model, folder, device):
+    (folder / "config.json").unlink()  # unfinished
+    block = tiny("llama", seed=5).model.layers[1].to(device)
+    read_block(folder, "model.layers", 1, block)
+    assert_same_bits(block, model.model.layers[1])
+    assert all(p.requires_grad and p.device.type == "cpu" for p in block.parameters())
+
+
+def test_a_block_that_does_not_fit_is_refused(folder):
+    with pytest.raises(InputError, match="found 0"):
+        read_block(folder, "model.layers", 9, tiny("llama").model.layers[0])
+    with pytest.raises(InputError, match="no linear layer"):
+        read_block(folder, "model.layers", 1, tiny("opt").model.decoder.layers[0])
+    with pytest.raises(InputError, match=r"does not fit block 1.*pre_feedforward_layernorm"):
+        read_block(folder, "model.layers", 1, tiny("gemma2").model.layers[0])
+    larger = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, intermediate_size=56))
+    with pytest.raises(InputError, match="should have the shape"):
+        read_block(folder, "model.layers", 1, larger.model.layers[1])
+    with pytest.raises(InputError, match="does not fit block 3"):
+        read_block(folder, "model.layers", 3, tiny("llama").model.layers[0])  # the shard of all the rest
+
+
+# Use by other libraries
+
+
+def trainer(model, folder, **options):
+    text = torch.randint(2, 97, (8, 12), generator=torch.Generator().manual_seed(2))
+    arguments = TrainingArguments(
+        folder,
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        weight_decay=0.1,
+        save_steps=3,
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        **options,
+    )
+    return Trainer(model, arguments, train_dataset=[{"input_ids": row, "labels": row} for row in text])
+
+
+def test_trainer_keeps_the_support_and_its_checkpoints_open(model, folder, tmp_path):
+    opened = load(folder)
+    trainer(opened, tmp_path / "run", max_steps=3).train()
+    for name, layer in compressed_layers(model).items():
+        before, after = layer.S, opened.get_submodule(name).S
+        assert torch.equal(before == 0, after == 0)
+        assert not after[before == 0].signbit().any()
+        assert not torch.equal(before, after)
+    assert_same_bits(opened, load(tmp_path / "run" / "checkpoint-3"))
+    resumed = load(folder)
+    trainer(resumed, tmp_path / "run", max_steps=3).train(resume_from_checkpoint=True)
+    assert_same_bits(opened, resumed)
+
+
+def test_saving_counts_the_values_again(folder, tmp_path):
+    opened = load(folder)
+    layer = opened.get_submodule(LAYER)
+    with torch.no_grad():
+        layer.S[0] = 0
+    opened.save_pretrained(tmp_path / "again")
+    assert {row.name: row.kept for row in describe(tmp_path / "again")}[LAYER] == layer.S.count_nonzero()
+    assert_same_bits(opened, load(tmp_path / "again"))
+
+
+def test_a_model_that_is_partly_on_disk_computes_but_is_not_saved(model, folder, tmp_path, ids):
+    places = {"model.layers.1": "disk"} | {f"model.layers.{i}": "cpu" for i in (0, 2)}
+    places |= dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    opened = load(folder, device_map=places, offload_folder=str(tmp_path / "offload"))
+    assert torch.equal(opened(ids).logits, model(ids).logits)
+    with pytest.raises(InputError, match="off-loaded"):
+        opened.save_pretrained(tmp_path / "again")
+
+
+def test_lm_eval_scores_it(model, folder):
+    huggingface = pytest.importorskip("lm_eval.models.huggingface")
+    instance = pytest.importorskip("lm_eval.api.instance").Instance
+    request = instance("loglikelihood", {}, ("abcabc", "abc"), 0)
+    tokenizer = tiny_tokenizer()
+    (score,) = huggingface.HFLM(load(folder), tokenizer=tokenizer, batch_size=1).loglikelihood(
+        [request], disable_tqdm=True
+    )
+    tokens = tokenizer("abcabcabc", return_tensors="pt").input_ids
+    log_p = model(tokens).logits[0].float().log_softmax(-1)
+    expected = sum(log_p[i - 1, tokens[0, i]] for i in range(6, 9))
+    assert score[0] == pytest.approx(expected.item(), rel=1e-2)
+
+
+# Directories that are not to be trusted
+
+
+def opens():
+    return {"load": load, "from_pretrained": AutoModelForCausalLM.from_pretrained}
+
+
+@pytest.fixture(params=opens())
+def opening(request):
+    return opens()[request.param]
+
+
+@pytest.mark.parametrize("where", ["../evil.safetensors", "{folder}/../evil.safetensors"])
+def test_an_index_that_leads_out_of_the_directory(folder, opening, where):
+    shutil.move(folder / SHARD, folder / "../evil.safetensors")
+    there = where.format(folder=folder)
+    edit(folder / shards.INDEX, lambda index: index["weight_map"].update({f"{LAYER}.U": there, f"{LAYER}.V": there}))
+    with pytest.raises(InputError, match="directory"):
+        opening(folder)
+    assert "evil" in verify(folder)[0]
+
+
+@pytest.mark.parametrize("name", ["a/b.safetensors", r"a\b.safetensors", "..", "", "model.bin", r"C:x.safetensors", 3])
+def test_names_that_are_no_plain_file_names(name):
+    with pytest.raises(InputError, match="not the name of a safetensors file"):
+        shards.plain_name(name)
+
+
+def test_a_link_that_leads_out_of_the_directory(folder, opening, tmp_path):
+    (folder / SHARD).rename(tmp_path / SHARD)
+    (folder / SHARD).symlink_to(tmp_path / SHARD)
+    with pytest.raises(InputError, match="leads out of the model's directory"):
+        opening(folder)
+
+
+def test_links_of_a_cache_of_the_hub_are_followed(folder, tmp_path, opening):
+    (tmp_path / "repository" / "blobs").mkdir(parents=True)
+    snapshot = tmp_path / "repository" / "snapshots" / "0123abc"
+    snapshot.mkdir(parents=True)
+    for path in folder.iterdir():
+        path.rename(tmp_path / "repository" / "blobs" / path.name)
+        (snapshot / path.name).symlink_to(tmp_path / "repository" / "blobs" / path.name)
+    opening(snapshot)
+
+
+def test_an_adapter_beside_the_model_is_not_opened(folder):
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "some/where"}')
+    with pytest.raises(InputError, match="holds an adapter"):
+        load(folder)
+
+
+def test_a_newer_format(folder, opening):
+    edit(folder / "config.json", lambda config: config["quantization_config"].update(format=2, layers=[], more=1))
+    with pytest.raises(InputError, match=r"newer sparlow \(format 2.*upgrade"):
+        opening(folder)
+
+
+@pytest.mark.parametrize(
+    "record", [{"kept": 5, "rank": 3}, {"kept": 768, "rank": 2}, {"kept": 768}, {"kept": -1, "rank": 3}, 7]
+)
+def test_records_that_the_shards_do_not_bear_out(folder, opening, record):
+    edit(folder / "config.json", lambda config: config["quantization_config"]["layers"].update({LAYER: record}))
+    with pytest.raises(InputError, match=r"should have the shape|must have layers"):
+        opening(folder)
+
+
+def test_a_model_of_another_size(folder, opening):
+    edit(folder / "config.json", lambda config: config.update(intermediate_size=56))
+    with pytest.raises(InputError, match="should have the shape"):
+        opening(folder)
+
+
+def test_layers_that_the_model_does_not_have(folder, opening):
+    edit(folder / "config.json", lambda config: config.update(num_hidden_layers=2))
+    with pytest.raises(InputError, match="no linear layer of this name"):
+        opening(folder)
+
+
+def spoil(path, change):
+    with safe_open(path, "pt") as shard:
+        metadata = shard.metadata()
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata)
+
+
+def drop_bit(tensors):
+    mask = tensors[f"{LAYER}.mask"]
+    mask[0, 0] &= mask[0, 0] - 1  # the lowest
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (drop_bit, "the mask keeps 767 entries, but there are 768"),
+        (lambda tensors: tensors.pop(f"{LAYER}.U"), "should have the tensors"),
+        (lambda tensors: tensors.update({f"{LAYER}.bias": torch.zeros(48)}), "should have the tensors"),
+        (lambda tensors: tensors.update({f"{LAYER}.mask": torch.zeros(48, 4)}), "should have the shape"),
+    ],
+)
+def test_damaged_layers(folder, opening, change, message):
+    spoil(folder / SHARD, change)
+    with pytest.raises(InputError, match=message):
+        opening(folder)
+
+
+def test_missing_and_broken_shards(folder, opening):
+    (folder / SHARD).write_bytes(b"no shard")
+    with pytest.raises(InputError, match="damaged"):
+        opening(folder)
+    (folder / SHARD).unlink()
+    with pytest.raises(InputError, match="missing"):
+        opening(folder)
+
+
+def test_a_missing_norm_is_not_made_up(folder):
+    norm = "model.layers.1.input_layernorm.weight"
+    spoil(folder / SHARD, lambda tensors: tensors.pop(norm))
+    edit(folder / shards.INDEX, lambda index: index["weight_map"].pop(norm))
+    with pytest.raises(InputError, match=norm):
+        load(folder)
+
+
+def test_directories_of_others(tmp_path):
+    with pytest.raises(InputError, match="no finished model"):
+        load(tmp_path)
+    tiny("llama").save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="not a model that sparlow compressed"):
+        load(tmp_path)
+
+
+# verify
+
+
+def test_verify_finds_nothing_wrong_with_what_was_written(model, tmp_path):
+    records = write(model, tmp_path)
+    journal = {"shards": {r.file: {"bytes": r.bytes, "sha256": r.sha256} for r in records}}
+    (tmp_path / "sparlow.json").write_text(json.dumps(journal))
+    seen = {}
+    assert verify(tmp_path, lambda name, S: seen.update({name: S})) == []
+    assert seen.keys() == compressed_layers(model).keys()
+    assert torch.equal(seen[LAYER], model.get_submodule(LAYER).S)
+
+
+def test_verify_finds_what_is_wrong(model, tmp_path):
+    records = write(model, tmp_path)
+    journal = {"shards": {r.file: {"bytes": r.bytes, "sha256": r.sha256} for r in records}}
+    (tmp_path / "sparlow.json").write_text(json.dumps(journal))
+    spoil(tmp_path / SHARD, lambda tensors: tensors[f"{LAYER}.values"].fill_(torch.nan))
+    spoil(tmp_path / records[0].file, lambda tensors: tensors.pop("model.layers.0.input_layernorm.weight"))
+    found = verify(
+        tmp_path, lambda name, S: f"{name} is {len(S)} high" if name == "model.layers.2.mlp.up_proj" else None
+    )
+    assert found == [
+        f"the shard {records[0].file} is not the one that was written: its checksum differs",
+        f"the shard {SHARD} is not the one that was written: its checksum differs",
+        f"model.layers.0.input_layernorm.weight is not in {records[0].file}",
+        f"{LAYER} holds numbers that are not finite",
+        "model.layers.2.mlp.up_proj is 48 high",
+    ]
+    (tmp_path / records[0].file).unlink()
+    assert verify(tmp_path)[0] == f"the shard {records[0].file} is missing"

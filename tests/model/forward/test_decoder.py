@@ -1,0 +1,540 @@
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from families import EXTRAS, FAMILIES, tiny
+from sparlow.errors import InputError
+from sparlow.model.forward.activation_store import Shelf
+from sparlow.model.forward.capture import record
+from sparlow.model.forward.decoder import Call, decoder_blocks, linears, not_compressed, run_block
+from sparlow.model.forward.input_statistics import observe
+
+SEQLEN = 20  # longer than the sliding windows
+
+
+@pytest.fixture
+def windows():
+    return torch.randint(2, 97, (5, SEQLEN), generator=torch.Generator().manual_seed(1))
+
+
+class Products:
+    """Σ x xᵀ."""
+
+    def __init__(self, features, device):
+        self.H = torch.zeros(features, features, device=device)
+
+    def add(self, x):
+        x = x.flatten(0, -2).float()
+        self.H += x.T @ x
+
+
+def products_of_each(block, calls, hidden):
+    """Σ x xᵀ of every linear by itself."""
+    found = {}
+
+    def note(name):
+        def hook(_, args):
+            found.setdefault(name, Products(args[0].shape[-1], args[0].device)).add(args[0])
+
+        return hook
+
+    handles = [m.register_forward_pre_hook(note(name)) for name, m in linears(block).items()]
+    with torch.no_grad():
+        for x in hidden:
+            run_block(block, x, calls[len(x)])
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def hooks_of(model):
+    return [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__]
+
+
+def own_pass(model, blocks, ids):
+    """Hidden states behind every block, and logits, of the model's own forward."""
+    states = []
+    handles = [
+        b.register_forward_hook(lambda _, __, y: states.append(y[0] if isinstance(y, tuple) else y)) for b in blocks
+    ]
+    with torch.no_grad():
+        logits = model(ids, use_cache=False).logits
+    for handle in handles:
+        handle.remove()
+    return states, logits
+
+
+def logits_behind(model, block, state, ids):
+    """Logits of the model if ``block``, its last one, returned ``state``."""
+    handle = block.register_forward_hook(lambda _, __, y: (state, *y[1:]) if isinstance(y, tuple) else state)
+    with torch.no_grad():
+        logits = model(ids, use_cache=False).logits
+    handle.remove()
+    return logits
+
+
+class TestRecordAndRun:
+    @pytest.mark.parametrize("name", FAMILIES + EXTRAS)
+    def test_replays_the_model_exactly(self, name, windows):
+        model = tiny(name)
+        _, blocks = decoder_blocks(model)
+        recording = record(model, windows, micro_batch=2)
+        assert [len(x) for x in recording.hidden] == [2, 2, 1]
+        for ids, x in zip(windows.split(2), recording.hidden, strict=True):
+            states, logits = own_pass(model, blocks, ids)
+            with torch.no_grad():
+                for block, calls, expected in zip(blocks, recording.calls, states, strict=True):
+                    assert not torch.equal(x, expected)
+                    x = run_block(block, x, calls[len(x)])  # noqa: PLW2901 - the hidden state goes on
+                    assert torch.equal(x, expected)
+            assert torch.equal(logits_behind(model, blocks[-1], x, ids), logits)
+
+    def test_works_in_bfloat16(self, windows):
+        model = tiny("llama", dtype=torch.bfloat16)
+        _, blocks = decoder_blocks(model)
+        recording = record(model, windows, micro_batch=5)
+        x = recording.hidden[0]
+        states, _ = own_pass(model, blocks, windows)
+        for block, calls, expected in zip(blocks, recording.calls, states, strict=True):
+            outputs = Shelf("cpu")
+            observe(block, calls, [x], Products, outputs=outputs)
+            (x,) = outputs
+            assert x.dtype == torch.bfloat16
+            assert torch.equal(x, expected)
+
+    def test_sliding_and_global_blocks_keep_their_own_arguments(self, windows):
+        sliding, full = record(tiny("gemma3_text"), windows, micro_batch=2).calls[:2]
+        causal = SEQLEN * (SEQLEN + 1) // 2
+        assert sliding[2].kwargs["attention_mask"][0].sum() < causal
+        assert full[2].kwargs["attention_mask"] is None
+        assert not torch.equal(sliding[2].kwargs["position_embeddings"][0], full[2].kwargs["position_embeddings"][0])
+
+    def test_keeps_the_arguments_of_each_size(self, windows):
+        calls = record(tiny("bloom"), windows, micro_batch=2).calls[1]
+        assert {size: len(call.kwargs["alibi"]) // size for size, call in calls.items()} == {2: 4, 1: 4}
+
+    @pytest.mark.parametrize("name", ["llama", "falcon", "gemma3_text"])
+    def test_computes_the_first_block_only(self, name, windows):
+        model = tiny(name)
+        expected = record(model, windows, micro_batch=2)
+        _, blocks = decoder_blocks(model)
+        for block in blocks[1:]:
+            block.to("meta")
+        model.get_output_embeddings().register_forward_hook(lambda *_: pytest.fail("logits were computed"))
+        found = record(model, windows, micro_batch=2)
+        assert all(map(torch.equal, found.hidden, expected.hidden))
+        for calls, others in zip(found.calls, expected.calls, strict=True):
+            assert calls.keys() == others.keys()
+            for size, call in calls.items():
+                torch.testing.assert_close(call.kwargs, others[size].kwargs, rtol=0, atol=0)
+
+    def test_computes_the_first_block_twice_a_size_at_most(self, windows):
+        model = tiny("llama")
+        _, blocks = decoder_blocks(model)
+        sizes = []
+        blocks[0].mlp.register_forward_hook(lambda _, __, y: sizes.append(len(y)))
+        recording = record(model, windows.repeat(2, 1)[:9], micro_batch=2)
+        assert [len(x) for x in recording.hidden] == [2, 2, 2, 2, 1]
+        assert sizes == [2, 2, 1]
+
+    def test_leaves_the_model_as_it_was(self, windows):
+        model = tiny("opt")
+        with torch.no_grad():
+            before = model(windows).logits
+        record(model, windows, micro_batch=2)
+        with pytest.raises(IndexError):
+            record(model, windows + 1000, micro_batch=2)  # no such tokens
+        assert not hooks_of(model)
+        with torch.no_grad():
+            assert torch.equal(model(windows).logits, before)
+
+    def test_lets_gradients_through(self, windows):
+        model = tiny("qwen2")
+        _, blocks = decoder_blocks(model)
+        recording = record(model, windows, micro_batch=5)
+        run_block(blocks[1], recording.hidden[0], recording.calls[1][5]).square().mean().backward()
+        assert all(p.grad is not None and p.grad.any() for p in blocks[1].parameters())
+
+    @pytest.mark.parametrize("name", ["mistral", "bloom"])
+    def test_takes_hidden_state_and_arguments_to_the_block(self, name, windows):
+        model = tiny(name)
+        _, blocks = decoder_blocks(model)
+        recording = record(model, windows, micro_batch=5)
+        out = run_block(blocks[1].to("meta"), recording.hidden[0], recording.calls[1][5])
+        assert out.device.type == "meta"
+        assert out.shape == recording.hidden[0].shape
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Linear(6, 6)
+
+    def forward(self, state, scale, *, shift=None):
+        return [state + scale * functional.gelu(self.up(state)) + (0 if shift is None else shift), "something else"]
+
+
+class Chain(nn.Module):
+    """A decoder with habits of its own, overridden below."""
+
+    def __init__(self, depth=3):
+        super().__init__()
+        self.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(num_hidden_layers=depth))
+        self.embed = nn.Embedding(97, 6)
+        self.list = nn.ModuleList(Block() for _ in range(depth))
+
+    def get_decoder(self):
+        return self
+
+    def get_input_embeddings(self):
+        return self.embed
+
+    def get_output_embeddings(self):
+        return None
+
+    def order(self):
+        return self.list
+
+    def call(self, block, x, ids):  # noqa: ARG002 - overridden
+        return block(x, 0.5)[0]
+
+    def forward(self, ids, use_cache):
+        assert not use_cache
+        x = self.embed(ids)
+        for block in self.order():
+            x = self.call(block, x, ids)
+        return x
+
+
+class ByKeyword(Chain):
+    def call(self, block, x, ids):
+        return block(shift=torch.ones(len(ids), 1, 1), scale=0.5, state=x)[0]
+
+
+class Twice(Chain):
+    def order(self):
+        return [*self.list, *self.list]
+
+
+class Reversed(Chain):
+    def order(self):
+        return self.list[::-1]
+
+
+class Short(Chain):
+    def order(self):
+        return self.list[:2]
+
+
+class Unused(Chain):
+    def order(self):
+        return []
+
+
+class Scaled(Chain):
+    def call(self, block, x, ids):  # noqa: ARG002 - a Chain's call
+        return 2 * block(x, 0.5)[0]
+
+
+class ByText(Chain):
+    def call(self, block, x, ids):
+        return block(x, 0.5, shift=ids[..., None].float())[0]
+
+
+class ByTextPositional(Chain):
+    def call(self, block, x, ids):
+        return block(x, ids[..., None].float())[0]
+
+
+class Flat(Chain):
+    def call(self, block, x, ids):
+        return block(x.flatten(0, 1), 0.5)[0].reshape(*ids.shape, 6)
+
+
+class TestForeignModels:
+    @pytest.mark.parametrize("kind", [Chain, ByKeyword])
+    def test_replays_positional_and_keyword_arguments(self, kind, windows):
+        model = kind()
+        recording = record(model, windows, micro_batch=3)
+        with torch.no_grad():
+            for x, ids in zip(recording.hidden, windows.split(3), strict=True):
+                for block, calls in zip(model.list, recording.calls, strict=True):
+                    x = run_block(block, x, calls[len(x)])  # noqa: PLW2901 - the hidden state goes on
+                assert torch.equal(x, model(ids, use_cache=False))
+
+    @pytest.mark.parametrize(
+        ("kind", "message"),
+        [
+            (Twice, "block 0 is called where block 3 was expected"),
+            (Reversed, "block 2 is called where block 0 was expected"),
+            (Short, "block 2 is never called"),
+            (Unused, "block 0 is never called"),
+            (Scaled, "changes the hidden state between blocks 0 and 1"),
+            (ByText, "shift of block 0 depends on the text"),
+            (ByTextPositional, "argument 2 of block 0 depends on the text"),
+            (Flat, "block 0 is not called with a hidden state of shape"),
+        ],
+    )
+    def test_refuses_what_it_cannot_replay(self, kind, message, windows):
+        model = kind()
+        with pytest.raises(InputError, match=message):
+            record(model, windows, micro_batch=2)
+        assert not hooks_of(model)
+
+
+class TestDecoderBlocks:
+    def test_names_the_list(self):
+        model = tiny("opt")
+        name, blocks = decoder_blocks(model)
+        assert name == "model.decoder.layers"
+        assert blocks is model.model.decoder.layers
+
+    def test_refuses_a_model_without_such_a_list(self):
+        model = tiny("llama")
+        model.config.num_hidden_layers = 7
+        with pytest.raises(InputError, match="expected one list of 7 decoder blocks, found 0"):
+            decoder_blocks(model)
+
+    def test_refuses_two_such_lists(self):
+        model = tiny("llama")
+        model.model.others = nn.ModuleList(nn.Identity() for _ in range(3))
+        with pytest.raises(InputError, match=r"list of 3 decoder blocks, found 2: model\.layers, model\.others"):
+            decoder_blocks(model)
+
+    def test_ignores_lists_within_blocks_and_outside_the_decoder(self):
+        model = tiny("llama")
+        model.tower = nn.ModuleList(nn.Identity() for _ in range(3))
+        for block in model.model.layers:
+            block.experts = nn.ModuleList(nn.Identity() for _ in range(3))
+        assert decoder_blocks(model)[0] == "model.layers"
+
+
+class Plain(nn.Linear):
+    def forward(self, input):  # noqa: A002 - torch's name
+        return input @ self.weight.T + (0 if self.bias is None else self.bias)
+
+
+class Router(nn.Linear):
+    def forward(self, input):  # noqa: A002 - torch's name
+        return super().forward(input).topk(1).indices
+
+
+class Scaling(nn.Linear):
+    def forward(self, input):  # noqa: A002 - torch's name
+        return 2 * super().forward(input)
+
+
+class Failing(nn.Linear):
+    def forward(self, input):  # noqa: A002 - torch's name
+        return self.no_such_thing(input)
+
+
+class TestLinears:
+    def test_takes_only_what_computes_a_plain_linear_map(self):
+        kinds = {"a": nn.Linear, "b": Plain, "c": Router, "d": Scaling, "e": Failing, "f": nn.Identity}
+        block = nn.ModuleDict({name: kind(5, 6, bias=name == "b") for name, kind in kinds.items()})
+        block["g"] = Plain(5, 6, bias=False)
+        assert list(linears(block)) == ["a", "b", "g"]
+        assert list(linears(block.to("meta"))) == ["a", "b", "g"]
+
+    def test_leaves_packed_weights_out(self):
+        block = nn.ModuleDict({"packed": nn.Linear(8, 8), "quantised": nn.Linear(8, 8)})
+        block["packed"].weight = nn.Parameter(torch.zeros(32, 1))
+        block["quantised"].weight = nn.Parameter(torch.zeros(8, 8, dtype=torch.int8), requires_grad=False)
+        assert linears(block) == {}
+
+    def test_knows_layers_of_a_class_of_their_own(self):
+        _, blocks = decoder_blocks(tiny("falcon"))
+        assert type(next(iter(linears(blocks[0]).values()))) is not nn.Linear
+        assert len(linears(blocks[0])) == 4
+
+
+class TestNotCompressed:
+    @pytest.mark.parametrize("name", FAMILIES + EXTRAS)
+    def test_accounts_for_every_parameter_once(self, name):
+        model = tiny(name)
+        prefix, blocks = decoder_blocks(model)
+        compressed = {f"{prefix}.{i}.{n}": m for i, block in enumerate(blocks) for n, m in linears(block).items()}
+        rows = not_compressed(model, compressed.keys())
+        inside = sum(p.numel() for m in compressed.values() for p in m.parameters())
+        assert inside + sum(row.parameters for row in rows) == sum(p.numel() for p in model.parameters())
+        assert len({row.name for row in rows}) == len(rows)
+        assert all(row.parameters > 0 for row in rows)
+
+    def test_says_why(self):
+        model = tiny("qwen2")
+        rows = {row.name: row for row in not_compressed(model, ["model.layers.0.self_attn.q_proj"])}
+        assert rows["model.embed_tokens"].why == "embedding"
+        assert rows["lm_head"].why == "output head"
+        assert rows["model.layers.2.input_layernorm"].why == "norm or bias"
+        assert rows["model.layers.0.self_attn.k_proj"].why == "linear layer that was not selected"
+        assert rows["model.layers.0.self_attn.k_proj"].parameters == 16 * 32 + 16
+        assert "model.layers.0.self_attn.q_proj" not in rows
+
+    def test_counts_a_tied_head_once(self):
+        rows = {row.name: row for row in not_compressed(tiny("gemma2"), [])}
+        assert rows["model.embed_tokens"].why == "embedding and output head, tied"
+        assert "lm_head" not in rows
+
+    @pytest.mark.parametrize(
+        ("name", "layer", "kind"),
+        [("gpt2", "transformer.h.1.mlp.c_fc", "Conv1D"), ("mixtral", "model.layers.1.mlp.experts", "MixtralExperts")],
+    )
+    def test_reports_weights_that_are_no_linear_layer(self, name, layer, kind):
+        rows = {row.name: row for row in not_compressed(tiny(name), [])}
+        assert rows[layer].why == f"weights of {kind}, not a plain linear layer"
+
+
+@pytest.fixture
+def second_block(windows):
+    """A function from a family's name to its second block, the block's calls and its inputs."""
+
+    def make(name, **options):
+        model = tiny(name, **options)
+        _, blocks = decoder_blocks(model)
+        recording = record(model, windows, micro_batch=2)
+        return blocks[1], recording.calls[1], recording.hidden
+
+    return make
+
+
+class Experts(nn.Module):
+    """Sends each micro-batch to the experts named by ``plan``; ``apart`` ones read a copy of their own."""
+
+    def __init__(self, plan):
+        super().__init__()
+        self.experts = nn.ModuleDict({name: nn.Linear(6, 6) for name in "abcd"})
+        self.plan = iter(plan)
+
+    def forward(self, x):
+        together, apart = next(self.plan)
+        return sum(self.experts[n](x) for n in together) + sum(self.experts[n](x + 1) for n in apart)
+
+
+class TestObserve:
+    @pytest.mark.parametrize("name", FAMILIES + EXTRAS)
+    def test_gives_outputs_and_statistics_in_one_pass(self, name, second_block):
+        block, calls, hidden = second_block(name)
+        outputs = Shelf("cpu")
+        seen = observe(block, calls, hidden, Products, outputs=outputs)
+        with torch.no_grad():
+            assert all(torch.equal(y, run_block(block, x, calls[len(x)])) for x, y in zip(hidden, outputs, strict=True))
+        expected = products_of_each(block, calls, hidden)
+        assert seen.owner.keys() == expected.keys()
+        for layer, owner in seen.owner.items():
+            assert torch.equal(seen.statistics[owner].H, expected[layer].H)
+        assert set(seen.statistics) == set(seen.owner.values())
+        alone = observe(block, calls, hidden, Products)
+        assert alone.owner == seen.owner
+        assert all(torch.equal(statistic.H, seen.statistics[name].H) for name, statistic in alone.statistics.items())
+        assert not hooks_of(block)
+
+    @pytest.mark.parametrize(("outputs", "times"), [(None, 1), (Shelf("cpu"), 3)])
+    def test_ends_a_pass_where_nothing_is_left_to_see(self, outputs, times, second_block):
+        block, calls, hidden = second_block("llama")
+        assert len(hidden) == 3
+        seen = []
+        block.mlp.down_proj.register_forward_hook(lambda *_: seen.append(1))
+        observe(block, calls, hidden, Products, outputs=outputs)
+        assert len(seen) == times  # the first pass shows which linear is the last
+
+    def test_sees_to_the_end_what_is_called_more_than_once(self):
+        plan = [("ab", "a")] * 3  # the last call of a comes after every linear was called
+        block, hidden, calls = Experts(plan), list(torch.randn(3, 2, 4, 6)), {2: Call((), {})}
+        block.experts = nn.ModuleDict({name: block.experts[name] for name in "ab"})
+        seen = observe(block, calls, hidden, Products)
+        block.plan = iter(plan)
+        for layer, expected in products_of_each(block, calls, hidden).items():
+            assert torch.equal(seen.statistics[seen.owner[layer]].H, expected.H)
+
+    def test_names_what_is_not_finite_in_a_pass_that_it_ends(self, second_block):
+        block, calls, hidden = second_block("llama")
+        hidden = list(hidden)
+        hidden[1] = hidden[1].clone().index_fill_(1, torch.tensor([2]), torch.inf)
+        with pytest.raises(InputError, match=r"the input of self_attn\.q_proj is not finite"):
+            observe(block, calls, hidden, Products)
+
+    def test_shares_the_statistic_of_a_shared_input(self, second_block):
+        seen = observe(*second_block("llama"), Products)
+        assert seen.owner == {
+            "self_attn.q_proj": "self_attn.q_proj",
+            "self_attn.k_proj": "self_attn.q_proj",
+            "self_attn.v_proj": "self_attn.q_proj",
+            "self_attn.o_proj": "self_attn.o_proj",
+            "mlp.gate_proj": "mlp.gate_proj",
+            "mlp.up_proj": "mlp.gate_proj",
+            "mlp.down_proj": "mlp.down_proj",
+        }
+
+    def test_shares_it_between_parallel_attention_and_mlp(self, second_block):
+        owner = observe(*second_block("falcon_alibi"), Products).owner
+        assert owner["mlp.dense_h_to_4h"] == owner["self_attention.query_key_value"]
+
+    @pytest.mark.parametrize(
+        ("plan", "owner"),
+        [
+            ([("ab", ""), ("ab", ""), ("ab", "")], {"a": "a", "b": "a"}),
+            ([("ab", ""), ("a", "b"), ("ab", "")], {"a": "a", "b": "b"}),
+            ([("abc", ""), ("a", ""), ("abc", "")], {"a": "a", "b": "b", "c": "b"}),
+            ([("abc", ""), ("bc", ""), ("abc", "")], {"a": "a", "b": "b", "c": "b"}),
+            ([("a", ""), ("ab", "c"), ("abc", "")], {"a": "a", "b": "b", "c": "c"}),
+            ([("", "a"), ("a", ""), ("a", "")], {"a": "a"}),
+        ],
+    )
+    def test_separates_layers_as_soon_as_their_inputs_differ(self, plan, owner):
+        block, hidden = Experts(plan), list(torch.randn(3, 2, 4, 6))
+        calls = {2: Call((), {})}
+        seen = observe(block, calls, hidden, Products)
+        assert seen.owner == {f"experts.{name}": f"experts.{own}" for name, own in owner.items()}
+        block.plan = iter(plan)
+        for layer, expected in products_of_each(block, calls, hidden).items():
+            assert torch.equal(seen.statistics[seen.owner[layer]].H, expected.H)
+
+    @pytest.mark.parametrize(
+        ("broken", "named"),
+        [
+            ("self_attn.k_proj", "a weight of self_attn.k_proj"),
+            ("mlp.down_proj", "a weight of mlp.down_proj"),
+            ("post_attention_layernorm", "the input of mlp.gate_proj"),
+        ],
+    )
+    def test_names_the_layer_where_numbers_go_wrong(self, broken, named, second_block):
+        block, calls, hidden = second_block("llama")
+        with torch.no_grad():
+            block.get_submodule(broken).weight[3] = torch.nan
+        with pytest.raises(InputError, match=f"block 3: {named} is not finite .* --dtype float32"):
+            observe(block, calls, hidden, Products, label="block 3")
+        assert not hooks_of(block)
+
+    def test_names_the_layer_whose_input_overflows(self, second_block):
+        block, calls, hidden = second_block("llama", dtype=torch.float16)
+        with torch.no_grad():
+            block.mlp.up_proj.weight *= 1e4
+            block.mlp.gate_proj.weight *= 1e3
+        with pytest.raises(InputError, match=r"the input of mlp\.down_proj is not finite"):
+            observe(block, calls, hidden, Products)
+
+    def test_refuses_inputs_that_change_under_its_eyes(self):
+        class InPlace(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.up = nn.Linear(6, 6)
+
+            def forward(self, x):
+                x += self.up(x)
+                return x
+
+        block = InPlace()
+        with pytest.raises(InputError, match="block 3 changes the input of up in place"):
+            observe(block, {2: Call((), {})}, [torch.ones(2, 4, 6)], Products, label="block 3")
+        assert not hooks_of(block)
+
+    def test_names_the_output_if_every_layer_is_sound(self, second_block):
+        block, calls, hidden = second_block("gemma2")
+        with torch.no_grad():
+            block.post_feedforward_layernorm.weight[0] = torch.inf
+        with pytest.raises(InputError, match="block: the output is not finite"):
+            observe(block, calls, hidden, Products)

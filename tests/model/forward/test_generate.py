@@ -1,0 +1,94 @@
+"""Text that a model writes itself: from its beginning, full windows, the same for the same seed."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional
+
+import sparlow
+from families import save_tiny, tiny
+from sparlow.errors import InputError
+from sparlow.model.forward import generate as sampling
+from sparlow.model.forward.generate import own_windows
+from sparlow.recipe.recipe import Recipe
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPARLOW_CACHE", str(tmp_path / "cache"))
+
+
+def draw(model, samples=6, seqlen=12, seed=0, fingerprint="abc"):
+    return own_windows(model, samples=samples, seqlen=seqlen, seed=seed, fingerprint=fingerprint)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "bloom"])
+def test_windows_begin_with_the_beginning_and_never_end(family):
+    model = tiny(family)
+    windows = draw(model, samples=20, seqlen=40)
+    assert windows.shape == (20, 40)
+    assert windows.dtype == torch.int64
+    assert (windows[:, 0] == 0).all()  # bos
+    assert (windows[:, 1:] != 1).all()  # eos
+    assert len({tuple(row) for row in windows.tolist()}) == 20
+
+
+def test_the_same_seed_writes_the_same_text():
+    model, state = tiny("llama"), torch.random.get_rng_state()
+    first = draw(model, fingerprint="a")
+    assert torch.equal(first, draw(model, fingerprint="b"))  # not from the cache
+    assert not torch.equal(first, draw(model, seed=1))
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_windows_are_kept_for_the_run_that_is_resumed(monkeypatch):
+    model = tiny("llama")
+    first = draw(model)
+    monkeypatch.setattr(sampling, "_draw", lambda *_: pytest.fail("written again"))
+    assert torch.equal(draw(model), first)
+
+
+def test_batches_are_as_large_as_they_may_be(monkeypatch):
+    sizes = []
+    real = sampling._draw
+    monkeypatch.setattr(sampling, "AT_ONCE", 4)
+
+    def counting(model, start, count, *rest):
+        sizes.append(count)
+        return real(model, start, count, *rest)
+
+    monkeypatch.setattr(sampling, "_draw", counting)
+    assert draw(tiny("llama"), samples=10).shape == (10, 12)
+    assert sizes == [4, 4, 2]
+
+
+def test_tokens_are_drawn_from_the_models_own_distribution():
+    model = tiny("llama")
+    with torch.no_grad():
+        for p in model.get_output_embeddings().parameters():
+            p.mul_(5)  # neither uniform nor one token alone
+        windows = draw(model, samples=200, seqlen=2)
+        logits = model(torch.zeros(1, 1, dtype=torch.int64)).logits[0, 0]
+    logits[1] = -math.inf  # the end is not drawn
+    expected = functional.softmax(logits, 0)
+    seen = torch.bincount(windows[:, 1], minlength=len(expected)) / 200
+    assert (expected * (1 - expected)).sum() > 0.2
+    assert (seen - expected).abs().max() < 4 * (0.25 / 200) ** 0.5
+
+
+def test_a_model_without_a_beginning():
+    model = tiny("llama")
+    for config in (model.config, model.generation_config):
+        config.bos_token_id = config.eos_token_id = None
+    with pytest.raises(InputError, match="no beginning-of-text token"):
+        draw(model)
+
+
+def test_compressing_without_any_text(tmp_path):
+    save_tiny("llama", tmp_path / "model")
+    recipe = Recipe(algorithm="wanda", calibration="self", samples=4, seqlen=8)
+    report = sparlow.compress(tmp_path / "model", recipe, evaluate=(), out=tmp_path / "out")
+    assert report.recipe["calibration"] == "self"
+    again = sparlow.compress(tmp_path / "model", recipe, evaluate=(), out=tmp_path / "again")
+    assert [layer.relative_error for layer in report.layers] == [layer.relative_error for layer in again.layers]

@@ -1,0 +1,49 @@
+import pytest
+import torch
+
+from families import EXTRAS, FAMILIES, save_tiny, tiny
+from sparlow.errors import InputError
+from sparlow.linalg.gram import SquareAccumulator
+from sparlow.model.forward.capture import record
+from sparlow.model.forward.decoder import decoder_blocks
+from sparlow.model.forward.input_statistics import observe
+from sparlow.model.loading.meta import outline, shared_inputs
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *EXTRAS])
+def test_the_outline_has_the_shapes_of_the_model(family, tmp_path):
+    model = save_tiny(family, tmp_path, dtype=torch.bfloat16)
+    found = outline(str(tmp_path))
+    shapes = {name: (p.shape, p.dtype) for name, p in model.named_parameters()}
+    assert {name: (p.shape, p.dtype) for name, p in found.named_parameters()} == shapes
+    assert all(p.is_meta for p in found.parameters())
+    assert found.all_tied_weights_keys == model.all_tied_weights_keys
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "falcon_alibi", "phi3", "gemma3_text", "bloom", "mixtral"])
+def test_who_reads_what_is_seen_without_weights(family, tmp_path):
+    model = save_tiny(family, tmp_path)
+    _, blocks = decoder_blocks(model)
+    recording = record(model, torch.arange(24).view(2, 12), micro_batch=2)
+    found = observe(blocks[0], recording.calls[0], recording.hidden, SquareAccumulator)
+    assert shared_inputs(outline(str(tmp_path)))[0] == found.owner
+    assert shared_inputs(model)[0] == found.owner
+
+
+def test_where_nothing_runs_every_layer_stands_by_itself(monkeypatch):
+    model = tiny("llama")
+    monkeypatch.setattr(type(model), "forward", lambda *_, **__: 1 / 0)
+    assert all(name == owner for owners in shared_inputs(model) for name, owner in owners.items())
+
+
+def test_a_type_can_be_asked_for(tmp_path):
+    save_tiny("llama", tmp_path, dtype=torch.bfloat16)
+    assert outline(str(tmp_path), dtype="float16").dtype == torch.float16
+    with pytest.raises(InputError, match="float31"):
+        outline(str(tmp_path), dtype="float31")
+
+
+@pytest.mark.parametrize("name", ["/no/such/model", "./no.gguf", "nobody/nothing"])
+def test_a_model_that_is_not_there(name):
+    with pytest.raises(InputError):
+        outline(name)

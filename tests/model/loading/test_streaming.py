@@ -1,0 +1,167 @@
+import hashlib
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import sparlow
+from families import EXTRAS, FAMILIES, save_tiny, tiny
+from sparlow.evaluation.perplexity import perplexity
+from sparlow.model.forward.activation_store import Shelf, place
+from sparlow.model.forward.decoder import decoder_blocks
+from sparlow.model.loading.source import OpenedModel, for_computing, open_model
+from sparlow.model.loading.weights import survey, whole
+from sparlow.progress import Clock
+from sparlow.recipe.recipe import Recipe
+from sparlow.run import compress as compression
+from sparlow.run.passes import Meter
+
+CPU = torch.device("cpu")
+QUICK = Recipe(rank=4, options={"effort": 0.1, "max_steps": 5})
+WINDOWS = torch.randint(2, 97, (6, 12), generator=torch.Generator().manual_seed(1))
+
+
+def stored(model):
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def same(found, expected):
+    return found.dtype == expected.dtype and torch.equal(found, expected)
+
+
+def by_blocks(opened, offload="auto", notify=lambda _: None):
+    meter = Meter(opened, offload, Clock(), notify)
+    return meter.perplexity("dense perplexity", WINDOWS, meter.parts)
+
+
+def checksums(folder):
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("*.safetensors"))}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", [*FAMILIES, *EXTRAS])
+def test_parts_are_those_of_the_whole_model(name, dtype, tmp_path):
+    save_tiny(name, tmp_path, dtype=dtype)
+    opened = open_model(str(tmp_path))
+    expected = stored(for_computing(opened.model))
+    streamed = open_model(str(tmp_path), streamed=True)
+    assert streamed.fingerprint == opened.fingerprint
+    assert not streamed.warnings
+    model, parts = streamed.model, streamed.on_disk
+    blocks_name, blocks = decoder_blocks(model)
+    found = set()
+    with parts.rest():
+        for key, tensor in stored(model).items():
+            if not key.startswith(f"{blocks_name}."):
+                found.add(key)
+                assert same(tensor, expected[key]), key
+    for i in range(len(blocks)):
+        with parts.block(i) as block:
+            for key, tensor in stored(block).items():
+                found.add(f"{blocks_name}.{i}.{key}")
+                assert same(tensor, expected[f"{blocks_name}.{i}.{key}"]), key
+    assert found == expected.keys()
+    assert all(p.is_meta for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "gemma3_text", "mixtral", "falcon_alibi"])
+def test_a_streamed_run_gives_the_bytes_of_one_in_memory(name, tmp_path, monkeypatch):
+    save_tiny(name, tmp_path / "dense", dtype=torch.bfloat16)
+    options = {"calibration": WINDOWS, "evaluate": ()}
+    streamed = sparlow.compress(tmp_path / "dense", QUICK, out=tmp_path / "streamed", **options)
+    opening = compression.open_dense
+    monkeypatch.setattr(compression, "open_dense", lambda *a, **k: opening(*a, **{**k, "streamed": False}))
+    whole_run = sparlow.compress(tmp_path / "dense", QUICK, out=tmp_path / "whole", offload="disk", **options)
+    assert checksums(tmp_path / "streamed") == checksums(tmp_path / "whole")
+    assert streamed.bytes == whole_run.bytes
+    assert streamed.not_compressed == whole_run.not_compressed
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "gemma2", "granite", "bloom", "mixtral"])
+def test_perplexity_by_blocks_is_that_of_the_model(name, tmp_path):
+    model = save_tiny(name, tmp_path)
+    expected = perplexity(model, WINDOWS)
+    seen = []
+    found = by_blocks(OpenedModel(model, None, name, ""), notify=seen.append)
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert [step.done for step in seen] == list(range(1, len(decoder_blocks(model)[1]) + 2))
+    assert by_blocks(open_model(str(tmp_path), streamed=True), offload="disk") == found
+
+
+def test_logits_are_taken_a_few_at_a_time(tmp_path, monkeypatch):
+    model = save_tiny("gemma2", tmp_path)
+    opened = OpenedModel(model, None, "tiny", "")
+    expected = by_blocks(opened)
+    shapes = []
+    model.lm_head.register_forward_hook(lambda *args: shapes.append(args[-1].numel()))
+    monkeypatch.setattr("sparlow.model.forward.capture.LOGITS_AT_ONCE", 3000)
+    assert by_blocks(opened) == pytest.approx(expected, rel=1e-6)
+    assert max(shapes) <= 3000
+
+
+def test_tied_weights_stay_tied(tmp_path):
+    save_tiny("gemma2", tmp_path)
+    streamed = open_model(str(tmp_path), streamed=True)
+    model = streamed.model
+    for _ in range(2):
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+        with streamed.on_disk.rest():
+            assert model.lm_head.weight is model.model.embed_tokens.weight
+            assert not model.lm_head.weight.is_meta
+
+
+def test_an_embedding_that_is_stored_twice_is_tied_as_transformers_does(tmp_path):
+    save_tiny("gemma2", tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    assert open_model(str(tmp_path), streamed=True).fingerprint == open_model(str(tmp_path)).fingerprint
+
+
+def test_several_files_are_read(tmp_path):
+    model = tiny("llama")
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    streamed = open_model(str(tmp_path), streamed=True)
+    with whole(streamed.on_disk, 3), torch.no_grad():
+        assert torch.equal(streamed.model(WINDOWS).logits, model(WINDOWS).logits)
+
+
+def test_a_model_that_cannot_be_streamed_is_held_whole_and_that_is_said(tmp_path):
+    save_tiny("llama", tmp_path / "dense")
+    (tmp_path / "dense" / "model.safetensors").rename(tmp_path / "dense" / "other.safetensors")
+    config = json.loads((tmp_path / "dense" / "config.json").read_text())
+    (tmp_path / "dense" / "config.json").write_text(json.dumps(config | {"transformers_weights": "other.safetensors"}))
+    report = sparlow.compress(tmp_path / "dense", QUICK, calibration=WINDOWS, evaluate=(), out=tmp_path / "out")
+    assert [w for w in report.warnings if "the whole model was held in memory, because" in w]
+
+
+def test_damaged_tensors_are_named():
+    model = tiny("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = float("inf")
+    assert survey([model.state_dict(keep_vars=True)]).damaged == {"model.layers.1.mlp.up_proj.weight"}
+
+
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+def test_a_shelf_gives_back_what_it_was_given(where):
+    tensors = [torch.randn(2, 3), torch.randn(4, 3).bfloat16(), torch.randn(3, 1).T]
+    shelf = Shelf(where, tensors)
+    assert len(shelf) == 3
+    for _ in range(2):
+        assert all(map(torch.equal, shelf, tensors))
+    assert torch.equal(shelf[-1], tensors[-1])
+    assert [len(x) for x in shelf[:2]] == [2, 4]
+    assert len(shelf.fresh()) == 0
+    assert shelf.fresh().place == where
+    with pytest.raises(IndexError):
+        shelf[3]
+
+
+def test_what_is_too_large_for_memory_goes_to_disk():
+    assert place("auto", 1000, CPU) == "cpu"
+    assert place("auto", 10**18, CPU) == "disk"
+    assert place("disk", 1000, CPU) == "disk"
+    with pytest.raises(sparlow.errors.InputError, match="offload must be one of auto, cpu, disk"):
+        place("attic", 1000, CPU)

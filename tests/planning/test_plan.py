@@ -1,0 +1,181 @@
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import sparlow
+from families import save_tiny, tiny
+from sparlow.errors import InputError
+from sparlow.model.artefact.describe import describe
+from sparlow.model.loading.meta import outline
+from sparlow.planning.duration import seconds
+from sparlow.planning.memory import disk, stages
+from sparlow.planning.microbenchmarks import BOUND, Solver, Speed
+from sparlow.planning.workload import workload
+from sparlow.recipe.recipe import GIVEN_WINDOWS, Recipe
+
+SIZES = {"samples": 4, "seqlen": 16, "calibration": GIVEN_WINDOWS}
+QUICK = {"options": {"effort": 0.1, "max_steps": 1}, **SIZES}
+RULES = ({"match": "mlp.*", "rank": 2}, {"match": "*.layers.1.*", "pattern": "4:8"})
+RECIPES = {
+    "pruner": Recipe(algorithm="magnitude", **SIZES),
+    "unstructured": Recipe(algorithm="magnitude", pattern="0.3", **SIZES),
+    "rank": Recipe(rank=3, **QUICK),
+    "rules": Recipe(rank=4, ignore=("*.layers.0.*",), layers=RULES, **QUICK),
+    "compression and pattern": Recipe(compression=0.4, pattern="2:4", **QUICK),
+    "compression and share": Recipe(compression=0.5, rank_share=0.3, **QUICK),
+}
+
+
+def windows(recipe):
+    ids = torch.randint(2, 128, (recipe.samples, recipe.seqlen), generator=torch.Generator().manual_seed(0))
+    return {"calibration": ids, "evaluate": ()}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model's directory, for reading only."""
+    place = tmp_path_factory.mktemp("estimate")
+    save_tiny("gpt_neox", place, dtype=torch.bfloat16)
+    return place
+
+
+def foreseen(folder, recipe, **options):
+    return sparlow.plan(folder, recipe, evaluate=(), timed=False, **options)
+
+
+def contents(folder):
+    """Bytes of all tensors in the shards of a directory, headers left out."""
+    total = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            tensors = [file.get_tensor(name) for name in file.keys()]  # noqa: SIM118 - not a dict
+            total += sum(tensor.nbytes for tensor in tensors)
+    return total
+
+
+@pytest.mark.parametrize(
+    ("family", "recipe"),
+    [("gpt_neox", name) for name in RECIPES] + [("llama", "rank"), ("opt", "compression and pattern")],
+)
+def test_what_is_kept_is_what_is_written(family, recipe, tmp_path):
+    save_tiny(family, tmp_path / "model", dtype=torch.bfloat16)
+    recipe = RECIPES[recipe]
+    if family != "gpt_neox":
+        recipe = replace(recipe, ignore=(), layers=())
+    plan = foreseen(tmp_path / "model", recipe)
+    report = sparlow.compress(tmp_path / "model", recipe, out=tmp_path / "out", **windows(recipe))
+    assert plan.bytes == report.bytes
+    assert plan.bytes["compressed"] == plan.disk.out == contents(tmp_path / "out")
+    assert plan.bits_per_weight == report.bits_per_weight
+    rows = [(layer.name, tuple(layer.shape), layer.pattern, layer.rank) for layer in report.layers]
+    compressed = {(k.name, k.shape, k.pattern, k.rank): k.count for k in plan.layers if k.pattern}
+    assert compressed == {row: rows.count(row) for row in rows}
+    assert sum(k.bytes_kept for k in plan.layers if k.pattern) == sum(row.bytes for row in describe(tmp_path / "out"))
+    kept = sum(row["parameters"] for row in report.not_compressed)
+    assert sum(row["parameters"] for row in plan.not_compressed) == kept
+    assert {row["why"] for row in plan.not_compressed} == {row["why"] for row in report.not_compressed}
+    assert sum(row["count"] for row in plan.not_compressed) == len(report.not_compressed)
+
+
+def test_no_weight_is_read(folder, tmp_path):
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    (tmp_path / "model.safetensors").write_bytes(b"no weights")
+    recipe = RECIPES["rank"]
+    spoilt, whole = foreseen(tmp_path, recipe), foreseen(folder, recipe)
+    assert (spoilt.layers, spoilt.bytes, spoilt.stages) == (whole.layers, whole.bytes, whole.stages)
+    (tmp_path / "model.safetensors").unlink()
+    assert foreseen(tmp_path, recipe).bytes == whole.bytes
+
+
+def test_a_model_in_memory_is_planned_as_it_is(folder):
+    model = tiny("gpt_neox", dtype=torch.bfloat16)
+    plan = foreseen(model, RECIPES["rank"])
+    assert plan.bytes == foreseen(folder, RECIPES["rank"]).bytes
+    assert "opening" in {stage.name for stage in plan.stages}
+
+
+def test_the_plan_as_json_and_its_time(folder):
+    plan = sparlow.plan(folder, RECIPES["pruner"], evaluate=("builtin",), limit=2)
+    found = json.loads(plan.to_json())
+    assert found["version"] == 1
+    assert found["bytes"] == plan.bytes
+    spent = dict(found["seconds"])
+    assert spent.pop("total") == pytest.approx(sum(spent.values()))
+    assert spent["solve"] > 0
+    assert spent["evaluate"] > 0
+    assert found["peak_memory"]["rss"] == found["baseline"] + max(stage["cpu"] for stage in found["stages"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"pattern": "2:5"}, "2:5"),
+        ({"rank": 33}, "Rank 33"),
+        ({"ignore": ("nothing",)}, "nothing"),
+        ({"seqlen": 65}, "lower --seqlen"),
+        ({"dtype": "float31"}, "float31"),
+    ],
+)
+def test_what_compress_refuses_the_plan_refuses(changes, said, folder):
+    with pytest.raises(InputError, match=said):
+        foreseen(folder, RECIPES["rank"].changed(**changes))
+
+
+def test_packed_weights_are_not_guessed_at(folder, tmp_path):
+    config = json.loads((folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "awq"}}))
+    with pytest.raises(InputError, match="packed"):
+        foreseen(tmp_path, RECIPES["rank"])
+
+
+def worked(folder, recipe, **changes):
+    return workload(outline(str(folder)), recipe, device="cpu", **{"offload": "cpu", **changes})
+
+
+def counted(work):
+    return {stage.name: stage.cpu for stage in stages(work, BOUND)}
+
+
+def test_hidden_states_are_counted_where_they_wait(folder):
+    recipe = RECIPES["rank"].changed(samples=512, seqlen=64)
+    here, away = worked(folder, recipe), worked(folder, recipe, offload="disk")
+    copy = 512 * 64 * 32 * 4
+    assert here.hidden == copy
+    assert counted(here)["solving"] - counted(away)["solving"] == 2 * copy
+    assert counted(here)["passing on"] - counted(away)["passing on"] == 3 * copy
+    assert (disk(here).hidden, disk(away).hidden) == (0, 3 * copy)
+    matched = worked(folder, recipe.changed(match=True))
+    assert counted(matched)["solving"] - counted(here)["solving"] == copy
+
+
+def test_each_option_that_takes_memory_is_counted(folder):
+    plain = counted(worked(folder, RECIPES["rank"]))
+    more = worked(folder, RECIPES["rank"].changed(match=True, calibration="self"))
+    assert counted(more).keys() - plain.keys() == {"distilling", "writing calibration text"}
+    by_block = worked(folder, RECIPES["rank"].changed(match=True, match_preset="blocks"))
+    assert counted(by_block).keys() - plain.keys() == {"matching"}
+    assert disk(by_block).second == 0
+    state = 4 * 4 * sum(block.trained for block in more.blocks)
+    assert disk(more).second == state + max(state, sum(block.kept_bytes(2) for block in more.blocks))
+    assert disk(more).out == more.kept_bytes + disk(more).second
+    whole = counted(worked(folder, RECIPES["rank"], streamed=False))
+    assert all(whole[stage] > size for stage, size in plain.items() if stage in ("solving", "passing on", "saving"))
+
+
+def test_seconds_follow_from_what_was_measured(folder):
+    work = worked(folder, RECIPES["rank"])
+    speed = Speed(products=1e9, memory=1e9, hashing=1e9)
+    spent = seconds(work, speed, Solver(product=1e-6, gram=0, entry=0, call=0, largest=64))
+    steps = sum(out * features**2 for (out, features), _ in work.kinds)
+    assert spent["solve"] == pytest.approx(1e-6 * steps)
+    shared = seconds(work, speed, Solver(product=0, gram=1e-6, entry=0, call=0, largest=64))
+    inputs = sum(features**3 for block in work.blocks for features in block.inputs.values())
+    assert shared["solve"] == pytest.approx(1e-6 * inputs)
+    twice = worked(folder, RECIPES["rank"].changed(samples=8))
+    solver = Solver(product=1e-6, gram=0, entry=0, call=0, largest=64)
+    loading = seconds(worked(folder, RECIPES["rank"], streamed=False), speed, solver)["walk"]
+    assert seconds(replace(twice, streamed=False), speed, solver)["walk"] == pytest.approx(2 * loading)
+    assert spent["total"] == pytest.approx(sum(value for stage, value in spent.items() if stage != "total"))

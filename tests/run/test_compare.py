@@ -1,0 +1,308 @@
+import json
+import re
+import xml.etree.ElementTree as ET  # our own files
+
+import pytest
+
+import sparlow.report.figures
+from families import save_tiny
+from sparlow.algorithms import algorithms, find, variants
+from sparlow.cli.commands import main
+from sparlow.errors import InputError, RunError
+from sparlow.recipe.recipe import Recipe
+from sparlow.report.records import Report
+from sparlow.run import compare as comparison
+from sparlow.run import passes as measuring
+from sparlow.run.compare import NAME, compare, recipes_for
+
+TEXT = "".join(chr(32 + (7 * i * i + i // 3) % 95) for i in range(600))
+METHODS = ("magnitude", "wanda", "3basil")
+OPTIONS = {"3basil": {"effort": 0.1, "max_steps": 5}}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    place = tmp_path_factory.mktemp("place")
+    save_tiny("llama", place / "model")
+    (place / "text.txt").write_text(TEXT)
+    (place / "other.txt").write_text(TEXT[::-1])
+    return place
+
+
+def base(place, **changes):
+    return Recipe(rank=2, calibration=str(place / "text.txt"), samples=4, seqlen=16).changed(**changes)
+
+
+def run(place, out, names=METHODS, texts=("text.txt",), **options):
+    recipes = recipes_for(base(place), names, {k: v for k, v in OPTIONS.items() if k in names})
+    return compare(place / "model", recipes, out=out, evaluate=[str(place / text) for text in texts], **options)
+
+
+@pytest.fixture(scope="module")
+def done(place, tmp_path_factory):
+    out = tmp_path_factory.mktemp("done") / "out"
+    return out, run(place, out)
+
+
+def counted(monkeypatch):
+    """Count how many layers are solved and how many perplexities measured from here on."""
+    counts = {"layers": 0, "perplexities": 0}
+
+    def counting(module, name, key):
+        real = getattr(module, name)
+
+        def wrapper(*args, **kwargs):
+            counts[key] += 1
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, wrapper)
+
+    counting(sparlow.pipeline, "solve", "layers")
+    counting(measuring, "perplexity_by_blocks", "perplexities")
+    return counts
+
+
+def test_every_method_has_a_row_with_the_figures_of_its_own_report(done):
+    out, found = done
+    assert [row.name for row in found.rows] == list(METHODS)
+    for row in found.rows:
+        report = Report.from_file(out / row.name / "report.json")
+        assert row.perplexity == report.compressed["perplexity"]
+        assert row.mean_relative_error == report.mean_relative_error
+        assert row.bytes == report.bytes["compressed"] < found.dense["bytes"]
+        assert 0 < row.seconds < report.seconds["total"]
+        assert len(row.layers) == 21
+        assert report.recipe.get("rank") == (2 if row.name == "3basil" else None)
+    assert found.rows[0].mean_relative_error > found.rows[1].mean_relative_error > found.rows[2].mean_relative_error
+
+
+def test_every_method_without_and_with_matching(place, tmp_path):
+    recipes = recipes_for(base(place, match_epochs=2), ("wanda", "3basil"), OPTIONS, match="both")
+    assert [(name, recipe.match) for name, recipe in recipes.items()] == [
+        ("wanda", False),
+        ("wanda+match", True),
+        ("3basil", False),
+        ("3basil+match", True),
+    ]
+    found = compare(place / "model", recipes, out=tmp_path / "out", evaluate=[str(place / "text.txt")])
+    assert [row.name for row in found.rows] == list(recipes)
+    for name, recipe in recipes.items():
+        assert bool(Report.from_file(tmp_path / "out" / name / "report.json").distillation) == recipe.match
+
+
+def test_matching_or_not_is_as_the_recipe_says_unless_it_is_said(place):
+    assert recipes_for(base(place, match=True), ("wanda",), {})["wanda"].match
+    assert not recipes_for(base(place, match=True), ("wanda",), {}, match="no")["wanda"].match
+    assert recipes_for(base(place), ("wanda",), {}, match="yes")["wanda"].match
+
+
+def test_a_row_is_what_compress_gives_alone(done, place, tmp_path):
+    out, found = done
+    recipe = base(place, algorithm="3basil", options=OPTIONS["3basil"])
+    text = str(place / "text.txt")
+    report = sparlow.compress(place / "model", recipe, out=tmp_path / "alone", evaluate=[text])
+    assert found.rows[2].perplexity == report.compressed["perplexity"]
+    for shard in (tmp_path / "alone").glob("*.safetensors"):
+        assert shard.read_bytes() == (out / "3basil" / shard.name).read_bytes()
+
+
+def test_the_file_holds_what_the_figures_are_drawn_from(done):
+    out, found = done
+    data = json.loads((out / NAME).read_text())
+    assert data["version"] == 1
+    assert data["dense"]["perplexity"] == found.dense["perplexity"]
+    assert [row["name"] for row in data["rows"]] == list(METHODS)
+    assert len(data["rows"][0]["layers"]) == 21
+
+
+def test_the_figures_show_every_method_and_every_kind_of_layer(done):
+    out, _ = done
+    texts = {}
+    for name in ("perplexity_against_time", "relative_error"):
+        root = ET.parse(out / f"{name}.svg").getroot()  # noqa: S314 - our own file
+        texts[name] = {element.text.strip() for element in root.iter() if element.text and element.text.strip()}
+    assert {*METHODS, "dense", "text.txt"} <= texts["perplexity_against_time"]
+    kinds = {f"self_attn.{k}_proj" for k in "qkvo"} | {f"mlp.{k}_proj" for k in ("gate", "up", "down")}
+    assert {*METHODS, *kinds} <= texts["relative_error"]
+
+
+def test_what_is_finished_is_not_done_again(place, tmp_path, monkeypatch):
+    first = run(place, tmp_path / "out", METHODS[:2])
+    counts = counted(monkeypatch)
+    again = run(place, tmp_path / "out", METHODS[:2])
+    assert counts == {"layers": 0, "perplexities": 0}
+    assert again.rows == first.rows
+    assert again.dense == first.dense
+    more = run(place, tmp_path / "out")
+    assert counts == {"layers": 21, "perplexities": 1}  # the dense model's is known
+    assert more.rows[:2] == first.rows
+
+
+def test_another_text_is_measured_on_the_results_that_are_there(place, tmp_path, monkeypatch):
+    run(place, tmp_path / "out", METHODS[:2])
+    counts = counted(monkeypatch)
+    found = run(place, tmp_path / "out", METHODS[:2], texts=("other.txt", "text.txt"))
+    assert counts == {"layers": 0, "perplexities": 3}  # the dense one once, two compressed ones
+    run(place, tmp_path / "out", METHODS[:2], texts=("other.txt",))
+    assert counts["perplexities"] == 3  # now both texts are on record, the dense model's figures too
+    recorded = Report.from_file(tmp_path / "out" / "wanda" / "report.json")
+    assert len(recorded.dense["perplexity"]) == len(recorded.compressed["perplexity"]) == 2
+    new = run(place, tmp_path / "new", METHODS[:2], texts=("other.txt", "text.txt"))
+    assert [row.perplexity for row in found.rows] == [pytest.approx(row.perplexity) for row in new.rows]
+
+
+def test_a_comparison_that_was_stopped_goes_on(place, done, tmp_path, monkeypatch):
+    def stop(step):
+        if step.stage == "3basil: blocks" and step.done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(place, tmp_path / "out", notify=stop)
+    before = Report.from_file(tmp_path / "out" / "wanda" / "report.json").seconds
+    counts = counted(monkeypatch)
+    found = run(place, tmp_path / "out")
+    assert counts == {"layers": 7, "perplexities": 1}
+    assert [row.perplexity for row in found.rows] == [row.perplexity for row in done[1].rows]
+    assert Report.from_file(tmp_path / "out" / "wanda" / "report.json").seconds == before
+    solved = Report.from_file(tmp_path / "out" / "3basil" / "report.json")
+    assert solved.seconds["solve"] >= sum(layer.seconds for layer in solved.layers)  # both parts of the run are counted
+
+
+def test_another_recipe_in_the_same_place_is_refused(place, tmp_path):
+    run(place, tmp_path / "out", ("magnitude",))
+    recipes = recipes_for(base(place, samples=3), ("magnitude",), {})
+    with pytest.raises(InputError, match=r"differs in samples \(4 there, 3 now\)"):
+        compare(place / "model", recipes, out=tmp_path / "out", evaluate=())
+    assert compare(place / "model", recipes, out=tmp_path / "out", evaluate=(), overwrite=True).rows
+
+
+def test_a_method_that_fails_does_not_stop_the_others(place, tmp_path, monkeypatch):
+    real = sparlow.pipeline.solve
+
+    def failing(algorithm, *args):
+        if algorithm.name == "magnitude":
+            raise RunError("a factorisation failed")
+        return real(algorithm, *args)
+
+    monkeypatch.setattr(sparlow.pipeline, "solve", failing)
+    found = run(place, tmp_path / "out", METHODS[:2])
+    assert [row.name for row in found.rows] == ["wanda"]
+    assert "q_proj: a factorisation failed" in found.failed["magnitude"]
+    assert json.loads((tmp_path / "out" / NAME).read_text())["failed"] == found.failed
+
+
+def test_without_matplotlib_nothing_is_begun(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(sparlow.report.figures.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(InputError, match="pip install 'sparlow\\[plots\\]'"):
+        run(place, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_recipes_must_share_the_text(place, tmp_path):
+    recipes = {"a": base(place), "b": base(place, seed=1)}
+    with pytest.raises(InputError, match="must agree in calibration, samples, seqlen, seed"):
+        compare(place / "model", recipes, out=tmp_path / "out")
+
+
+# Which methods
+
+
+def test_the_variants_stand_for_every_algorithm_once():
+    names = variants()
+    assert {find(name)[0].name for name in names} == {algorithm.name for algorithm in algorithms()}
+    resolved = [(find(name)[0].name, tuple(sorted(find(name)[1].items()))) for name in names]
+    assert len(set(resolved)) == len(names)
+
+
+def test_pruners_take_what_the_base_says_and_no_rank():
+    by_ratio = recipes_for(Recipe(compression=0.5, rank_share=0.2), ("wanda", "3basil"), {})
+    assert str(by_ratio["wanda"].budget("any", (8, 8)).pattern) == "0.5"
+    assert str(by_ratio["3basil"].budget("any", (8, 8)).pattern) == "0.6"
+    with_pattern = recipes_for(Recipe(compression=0.4, pattern="2:4"), ("wanda", "3basil"), {})
+    assert str(with_pattern["wanda"].budget("any", (8, 8)).pattern) == "2:4"
+
+
+@pytest.mark.parametrize(
+    ("names", "options", "message"),
+    [
+        (("wanda", "wanda"), {}, "each once"),
+        ((), {}, "none"),
+        (("wand",), {}, "did you mean 'wanda'"),
+        (("wanda",), {"3basil": {"effort": 1}}, "given for 3basil, which is not compared"),
+        (("3basil",), {"3basil": {"efort": 1}}, "did you mean 'effort'"),
+    ],
+)
+def test_methods_that_cannot_be_compared(names, options, message):
+    with pytest.raises(InputError, match=message):
+        recipes_for(Recipe(), names, options)
+
+
+# On the command line
+
+
+def command(place, out, *more):
+    text = str(place / "text.txt")
+    sizes = ["--samples", "4", "--seqlen", "16", "--rank", "2", "--calibration", text, "--evaluate", text]
+    return ["compare", str(place / "model"), "--out", str(out), *sizes, *more]
+
+
+def call(arguments):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    return stop.value.code or 0
+
+
+def test_the_command_prints_the_table(place, tmp_path, capsys):
+    more = ["--algorithms", "wanda,3basil", "--option", "3basil.effort=0.1", "--option", "3basil.max_steps=5"]
+    assert call(command(place, tmp_path / "out", *more, "--limit", "9")) == 0
+    shown = capsys.readouterr().out
+    rows = {line.split()[0]: line.split() for line in shown.splitlines() if line}
+    data = json.loads((tmp_path / "out" / NAME).read_text())
+    (corpus,) = data["dense"]["perplexity"]
+    assert rows["dense"][1] == f"{data['dense']['perplexity'][corpus]:.2f}"
+    for row in data["rows"]:
+        assert rows[row["name"]][1] == f"{row['perplexity'][corpus]:.2f}"
+        assert rows[row["name"]][2] == f"{row['mean_relative_error']:.5f}"
+    assert data["evaluation"]["windows"] == {corpus: 9}
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--algorithms", "wanda,nothing"], "There is no algorithm 'nothing'"),
+        (["--algorithms", "wanda", "--option", "effort=1"], "write ALGORITHM.key=value"),
+        (["--algorithms", "wanda", "--pattern", "2:5"], "Pattern 2:5"),
+        (["--algorithms", "wanda", "--match", "maybe"], "--match maybe is not understood: give no, yes or both."),
+        (["--algorithms", "wanda", "--owl", "--allocate", "uniform"], "--owl and --allocate uniform contradict"),
+    ],
+)
+def test_bad_input_is_one_line(more, said, place, tmp_path, capsys):
+    assert call(command(place, tmp_path / "out", *more)) == 2
+    shown = capsys.readouterr()
+    assert said in re.sub(r"\s+", " ", shown.err)
+    assert "Traceback" not in shown.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_failure_is_told_at_the_end(place, tmp_path, monkeypatch, capsys):
+    def failing(*_):
+        raise RunError("it is damaged")
+
+    monkeypatch.setattr(sparlow.pipeline, "solve", failing)
+    assert call(command(place, tmp_path / "out", "--algorithms", "wanda")) == 1
+    assert "wanda: model.layers.0.self_attn.q_proj: it is damaged" in capsys.readouterr().err
+    assert comparison.NAME in {path.name for path in (tmp_path / "out").iterdir()}
+
+
+@pytest.mark.parametrize(("pattern", "expected"), [("2:4", "uniform"), ("0.5", "error")])
+def test_a_pruner_at_n_of_m_has_nothing_that_an_allocation_by_error_could_move(pattern, expected):
+    recipes = recipes_for(Recipe(pattern=pattern, rank=4, allocate="error"), ["wanda", "eora"], {})
+    assert {name: recipe.allocate for name, recipe in recipes.items()} == {"wanda": expected, "eora": "error"}
+
+
+def test_every_recipe_is_checked_before_the_first_is_begun(place, tmp_path):
+    recipes = {"magnitude": base(place, algorithm="magnitude", rank=None)}
+    recipes["wanda"] = base(place, algorithm="wanda", rank=None, pattern="2:5")
+    with pytest.raises(InputError, match="Pattern 2:5"):
+        compare(place / "model", recipes, out=tmp_path / "out", evaluate=())
+    assert not (tmp_path / "out").exists()

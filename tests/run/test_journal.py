@@ -1,0 +1,237 @@
+import json
+
+import pytest
+
+from sparlow.errors import InputError
+from sparlow.model.artefact.shards import ShardRecord, sha256
+from sparlow.recipe.recipe import Recipe
+from sparlow.report.records import LayerRecord
+from sparlow.run.journal import Journal, read_records
+from sparlow.run.output_dir import LOCK, NAME, check_folder
+
+DECIDES = {"recipe": Recipe(rank=4).to_dict(), "model": "abc", "calibration": "def", "version": "1"}
+
+
+def record(block, name="mlp.up_proj"):
+    return LayerRecord(block, name, (48, 32), "2:4", 0.5, 4, 0.01, 50, 1.25, 0.0, ("look twice",))
+
+
+def journal(folder, *, overwrite=False, **changes):
+    return Journal(folder, DECIDES | changes, "model.layers", overwrite=overwrite)
+
+
+def shard(folder, i):
+    path = folder / f"model-{i + 1:05d}-of-00003.safetensors"
+    header = json.dumps({"__metadata__": {"block": str(i)}}).ljust(92)
+    path.write_bytes(len(header).to_bytes(8, "little") + header.encode())
+    return ShardRecord(path.name, 100, sha256(path))
+
+
+def begun(folder, blocks=2):
+    """A run that was stopped after some blocks."""
+    run = journal(folder)
+    run.begin({"builtin": 12.5}, {})
+    for i in range(blocks):
+        run.note_block(shard(folder, i), [record(i), record(i, "mlp.down_proj")], [], {"solve": i + 1.5})
+    return run
+
+
+def finished(folder):
+    run = begun(folder)
+    run.note_rest(shard(folder, 2), Recipe(rank=4).to_toml())
+    run.finish(run.dense, {})
+    return run
+
+
+def content(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+# What is remembered
+
+
+def test_nothing_is_on_disk_before_the_first_record(tmp_path):
+    run = journal(tmp_path / "a" / "out")
+    assert (run.blocks_done, run.dense) == (0, {})
+    assert not (tmp_path / "a").exists()
+    run.begin({"builtin": 12.5}, {})
+    assert content(tmp_path / "a" / "out").keys() == {NAME}
+
+
+def test_a_later_run_goes_on_from_what_is_there(tmp_path):
+    begun(tmp_path)
+    again = journal(tmp_path)
+    assert again.blocks_done == 2
+    assert again.dense == {"builtin": 12.5}
+    assert again.layers(1) == [record(1), record(1, "mlp.down_proj")]
+
+
+def test_perplexities_are_added_to_those_known(tmp_path):
+    begun(tmp_path)
+    journal(tmp_path).begin({"c4": 9.0}, {})
+    assert journal(tmp_path).dense == {"builtin": 12.5, "c4": 9.0}
+
+
+def test_finished_comes_last(tmp_path):
+    run = begun(tmp_path)
+    assert json.loads((tmp_path / NAME).read_text())["finished"] is False
+    assert not (tmp_path / "recipe.toml").exists()
+    run.note_rest(shard(tmp_path, 2), Recipe(rank=4).to_toml())
+    assert json.loads((tmp_path / NAME).read_text())["finished"] is False
+    run.finish(run.dense, {})
+    state = json.loads((tmp_path / NAME).read_text())
+    assert state["finished"] is True
+    assert state["shards"].keys() == {path.name for path in tmp_path.glob("*.safetensors")}
+    assert Recipe.from_file(tmp_path / "recipe.toml") == Recipe(rank=4)
+
+
+def test_records_by_full_name(tmp_path):
+    begun(tmp_path)
+    names = [f"model.layers.{i}.mlp.{part}_proj" for i in range(2) for part in ("up", "down")]
+    assert read_records(tmp_path) == dict(
+        zip(names, [r for i in range(2) for r in journal(tmp_path).layers(i)], strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: state.pop("blocks"),
+        lambda state: state.pop("blocks_name"),
+        lambda state: state["blocks"][0].pop("layers"),
+        lambda state: state["blocks"][0]["layers"][0].pop("shape"),
+        lambda state: state["blocks"][0]["layers"][0].update(colour="red"),
+        lambda state: state.update(blocks=7),
+    ],
+)
+def test_records_that_cannot_be_understood(change, tmp_path):
+    begun(tmp_path)
+    state = json.loads((tmp_path / NAME).read_text())
+    change(state)
+    (tmp_path / NAME).write_text(json.dumps(state))
+    with pytest.raises(InputError, match="not a record of sparlow"):
+        read_records(tmp_path)
+
+
+# Another run
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"model": "xyz"}, "differs in model:"),
+        ({"calibration": "xyz"}, "differs in calibration:"),
+        ({"version": "2"}, "differs in version:"),
+        ({"model": "xyz", "version": "2"}, "differs in model, version:"),
+        ({"recipe": Recipe(rank=4, seed=3).to_dict()}, r"differs in seed \(0 there, 3 now\):"),
+        ({"recipe": Recipe(rank=5).to_dict()}, r"differs in rank \(4 there, 5 now\):"),
+        ({"recipe": Recipe().to_dict()}, r"differs in rank \(4 there, None now\):"),
+        (
+            {"recipe": Recipe(rank=4, pattern="4:8", options={"effort": 2.0}).to_dict()},
+            r"options \({} there, {'effort': 2.0} now\), pattern \(None there, 4:8 now\):",
+        ),
+    ],
+)
+def test_another_run_is_refused_with_what_differs(changes, named, tmp_path):
+    begun(tmp_path)
+    before = content(tmp_path)
+    with pytest.raises(InputError, match=named) as caught:
+        journal(tmp_path, **changes)
+    assert "--overwrite" in str(caught.value)
+    assert content(tmp_path) == before
+
+
+def test_a_damaged_record_is_refused(tmp_path):
+    begun(tmp_path)
+    (tmp_path / NAME).write_bytes((tmp_path / NAME).read_bytes()[:-20])
+    with pytest.raises(InputError, match="cannot be read"):
+        journal(tmp_path)
+
+
+def test_overwriting_forgets_at_once_and_removes_with_the_first_record(tmp_path):
+    finished(tmp_path)
+    before = content(tmp_path)
+    run = journal(tmp_path, overwrite=True, model="xyz")
+    assert (run.blocks_done, run.dense) == (0, {})
+    assert content(tmp_path) == before
+    run.begin({}, {})
+    assert content(tmp_path).keys() == {NAME}
+    run.note_block(shard(tmp_path, 0), [record(0)], [], {})
+    assert content(tmp_path).keys() == {NAME, "model-00001-of-00003.safetensors"}  # removed once only
+
+
+# Shards
+
+
+def test_a_shard_as_it_was_recorded_passes(tmp_path):
+    run = begun(tmp_path)
+    assert run.has(0)
+    assert journal(tmp_path).has(1)
+    assert not journal(tmp_path).has(2)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda path: path.unlink(),
+        lambda path: path.write_bytes(path.read_bytes() + b"!"),
+        lambda path: path.write_bytes(path.read_bytes()[:-1] + b"!"),
+    ],
+    ids=["missing", "longer", "one byte"],
+)
+def test_a_shard_that_is_another_is_not_had(spoil, tmp_path):
+    run = begun(tmp_path)
+    spoil(tmp_path / "model-00002-of-00003.safetensors")
+    assert (run.has(0), run.has(1)) == (True, False)
+
+
+@pytest.mark.parametrize("file", ["../model-00001-of-00003.safetensors", "/etc/passwd"])
+def test_a_record_does_not_lead_out_of_the_directory(file, tmp_path):
+    begun(tmp_path)
+    state = json.loads((tmp_path / NAME).read_text())
+    state["blocks"][0]["file"] = file
+    state["shards"][file] = {"bytes": 100, "sha256": ""}
+    (tmp_path / NAME).write_text(json.dumps(state))
+    with pytest.raises(InputError, match="not the name of a safetensors file"):
+        journal(tmp_path)
+
+
+# Whether a directory may be written to
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_new_empty_and_unfinished_directories_may_be_written_to(overwrite, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "unfinished").mkdir()
+    begun(tmp_path / "unfinished")
+    (tmp_path / "hardly begun").mkdir()
+    for name in (LOCK, f".{NAME}.partial"):  # of a run that was killed before its first record
+        (tmp_path / "hardly begun" / name).write_bytes(b"")
+    for name in ("new", "empty", "unfinished", "hardly begun"):
+        check_folder(tmp_path / name, overwrite=overwrite)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_finished_directory_only_if_asked_to(tmp_path):
+    finished(tmp_path)
+    with pytest.raises(InputError, match=r"holds a finished result.*--overwrite"):
+        check_folder(tmp_path, overwrite=False)
+    check_folder(tmp_path, overwrite=True)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_never_a_file_nor_what_is_not_ours(overwrite, tmp_path):
+    (tmp_path / "thesis.txt").write_text("the only copy")
+    with pytest.raises(InputError, match=r"thesis.txt is a file"):
+        check_folder(tmp_path / "thesis.txt", overwrite=overwrite)
+    with pytest.raises(InputError, match="not empty and holds no run of sparlow"):
+        check_folder(tmp_path, overwrite=overwrite)
+    assert (tmp_path / "thesis.txt").read_text() == "the only copy"
+
+
+@pytest.mark.parametrize("theirs", ["{}", '{"colour": "brown", "species": "sparrow"}'])
+def test_a_file_of_our_name_does_not_make_a_directory_ours(theirs, tmp_path):
+    (tmp_path / "thesis.txt").write_text("the only copy")
+    (tmp_path / NAME).write_text(theirs)
+    with pytest.raises(InputError):
+        check_folder(tmp_path, overwrite=True)
