@@ -18,12 +18,12 @@ from typing import Any
 
 import sparlow
 from sparlow.algorithms import find
-from sparlow.cli import display as console
+from sparlow.cli import display
 from sparlow.cli.options import split
 from sparlow.errors import InputError, RunError
 from sparlow.evaluation.tasks import LoadedTasks, load_tasks
 from sparlow.model.artefact.shards import replacing
-from sparlow.model.loading.source import for_computing, open_model
+from sparlow.model.loading.source import open_model, upcast_for_cpu
 from sparlow.recipe.recipe import Recipe
 
 DENSE = "dense"
@@ -167,8 +167,8 @@ def _run(args: argparse.Namespace) -> None:
     if args.compression_alg != DENSE:
         recipe = recipe_of(args)
         words = [*command_of(args.model_name_or_path, str(out), recipe), "--evaluate", ""]
-        console.out.print(shlex.join(words), markup=False, highlight=False)
-        with console.progress() as notify:
+        display.out.print(shlex.join(words), markup=False, highlight=False)
+        with display.progress() as notify:
             sparlow.compress(
                 args.model_name_or_path,
                 recipe,
@@ -199,7 +199,7 @@ def _evaluate(args: argparse.Namespace, result: str | Path, out: Path, tasks: Lo
     if opened.tokenizer is None:
         raise InputError(f"{result} has no tokenizer.")
     found = sparlow.evaluate(
-        for_computing(opened.model),
+        upcast_for_cpu(opened.model),
         opened.tokenizer,
         perplexity_on=split(args.eval_datasets),
         seqlen=args.seqlen,
@@ -210,7 +210,7 @@ def _evaluate(args: argparse.Namespace, result: str | Path, out: Path, tasks: Lo
     out.mkdir(parents=True, exist_ok=True)
     with replacing(out / "evaluation.json") as partial:
         partial.write_text(json.dumps({"model": str(result), **found}, indent=2) + "\n", encoding="utf-8")
-    console.show_evaluations({str(result): found}, args.seqlen)
+    display.show_evaluations({str(result): found}, args.seqlen)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from sparlow.errors import InputError
 from sparlow.linalg.gram import GramAccumulator
-from sparlow.model.forward.capture import record
+from sparlow.model.forward.capture import capture_block_inputs
 from sparlow.model.forward.decoder import decoder_blocks, linears, run_block
-from sparlow.model.forward.input_statistics import observe
+from sparlow.model.forward.input_statistics import collect_statistics
 from sparlow.model.loading.source import find_embedded_gguf, open_model
 from sparlow.text import calibration_windows
 
@@ -46,12 +46,12 @@ def block_layers(
         raise InputError(f"There is no block {block}: {opened.name} has blocks 0 to {len(blocks) - 1}.")
     weights = {n: m.weight.detach() for n, m in _chosen(linears(blocks[block]), layers).items()}
     windows = calibration_windows(corpus, opened.tokenizer, samples=samples, seqlen=seqlen, seed=0)
-    recording = record(opened.model, windows, micro_batch=MICRO_BATCH)
+    recording = capture_block_inputs(opened.model, windows, micro_batch=MICRO_BATCH)
     hidden = recording.hidden
     with torch.no_grad():
         for before, calls in zip(blocks[:block], recording.calls[:block], strict=True):
             hidden = [run_block(before, x, calls[len(x)]) for x in hidden]
-    seen = observe(blocks[block], recording.calls[block], hidden, GramAccumulator, label=f"block {block}")
+    seen = collect_statistics(blocks[block], recording.calls[block], hidden, GramAccumulator, label=f"block {block}")
     moments = {owner: statistic.second_moment(samples) for owner, statistic in seen.statistics.items()}
     return {name: (W, moments[seen.owner[name]]) for name, W in weights.items() if name in seen.owner}
 

@@ -27,7 +27,7 @@ from sparlow.finetuning.finetune import Parent
 from sparlow.finetuning.trainer import STAGE, Plan, train
 from sparlow.model.artefact.peft_adapter import take_apart, with_lora
 from sparlow.model.artefact.shards import replacing
-from sparlow.model.loading.source import for_computing, open_model
+from sparlow.model.loading.source import open_model, upcast_for_cpu
 from sparlow.progress import Progress
 from sparlow.report.figures import STYLE
 from sparlow.report.records import versions
@@ -60,7 +60,7 @@ class Task:
 
 def run(start: Start, task: Task, plan: Plan) -> dict[str, Any]:
     """Train once; perplexity is measured at step 0 and ``points`` times after."""
-    model = for_computing(open_model(str(start.folder), device=task.device).model)
+    model = upcast_for_cpu(open_model(str(start.folder), device=task.device).model)
     parts = take_apart(model)
     own = {name: parts[name] for name in task.ranks} if start.own else {}
     wrapped = with_lora(model, own, task.ranks, plan.seed)

@@ -24,9 +24,9 @@ from transformers import PreTrainedModel
 
 import sparlow
 from sparlow.evaluation.perplexity import perplexity
-from sparlow.model.forward.capture import Recording, record
+from sparlow.model.forward.capture import Recording, capture_block_inputs
 from sparlow.model.forward.decoder import decoder_blocks, pass_through
-from sparlow.model.loading.source import for_computing, open_model
+from sparlow.model.loading.source import open_model, upcast_for_cpu
 from sparlow.model.training.block_matching import match
 from sparlow.model.training.distillation import distill
 from sparlow.model.training.loop import Plan
@@ -93,13 +93,13 @@ def main() -> None:
 
 def _run(name: str, args: argparse.Namespace, train: Tensor, text: Tensor) -> Row:
     plan = VARIANTS[name]
-    dense: Any = for_computing(open_model(args.model).model)
-    compressed: Any = for_computing(sparlow.load(args.compressed))
+    dense: Any = upcast_for_cpu(open_model(args.model).model)
+    compressed: Any = upcast_for_cpu(sparlow.load(args.compressed))
     stored = open_model(args.model).model.dtype
     held_out = max(len(train) // 16, 1)
     micro_batch = min(max(4096 // args.seqlen, 1), plan.batch)
     with torch.no_grad():
-        recording = record(dense, train, micro_batch=micro_batch, apart=held_out)
+        recording = capture_block_inputs(dense, train, micro_batch=micro_batch, apart=held_out)
     if plan.together:
         return _run_together(name, dense, compressed, recording, text, stored)
     (_, blocks), (_, sparse) = decoder_blocks(dense), decoder_blocks(compressed)

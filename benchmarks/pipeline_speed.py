@@ -23,7 +23,7 @@ from solver_speed import plain_three_basil
 
 from sparlow import compress
 from sparlow.algorithms import decomposer
-from sparlow.model.forward.capture import record
+from sparlow.model.forward.capture import capture_block_inputs
 from sparlow.model.forward.decoder import decoder_blocks, pass_through
 from sparlow.model.loading.source import open_model
 from sparlow.model.training.block_matching import PRESETS, loss_on, match
@@ -71,7 +71,7 @@ def matched(args: argparse.Namespace, recipe: Recipe) -> list[dict[str, Any]]:
     name, blocks = decoder_blocks(opened.model)
     allowed, windows = budgets(name, blocks, recipe), windows_to_calibrate(None, opened, recipe)
     apart = len(windows) // HELD_OUT  # neither is trained on these
-    recording = record(opened.model, windows, micro_batch=PRESETS["blocks"].batch, apart=apart)
+    recording = capture_block_inputs(opened.model, windows, micro_batch=PRESETS["blocks"].batch, apart=apart)
     hidden, rows = recording.hidden, []
     for i in range(min(args.blocks or len(blocks), len(blocks))):
         calls, targets, clock = recording.calls[i], hidden.fresh(), Clock()

@@ -14,10 +14,10 @@ from families import save_tiny, tiny
 from processes import Run, join, together
 from sparlow.distributed import Processes, local_device, require_one
 from sparlow.errors import InputError
-from sparlow.model.artefact.dtypes import Storage
+from sparlow.model.artefact.dtypes import StoredDtypes
 from sparlow.recipe.recipe import Recipe
 from sparlow.report.records import Report
-from sparlow.run.recovery import Teaching
+from sparlow.run.recovery import Recovery
 from sparlow.run.verify import verify_artefact
 
 TEXT = "".join(chr(32 + (7 * i * i + i // 3) % 95) for i in range(900))
@@ -152,21 +152,21 @@ def test_other_commands_say_that_they_are_for_one_process(monkeypatch):
 
 def test_steps_that_more_processes_make_wider_are_told():
     recipe, ids = Recipe(match=True, match_batch=3), torch.zeros(32, 16, dtype=torch.int64)
-    storage = Storage.of(tiny("llama"))
-    three, four = (Teaching(recipe, storage, "model.layers", ids, Processes(0, size)) for size in (3, 4))
+    storage = StoredDtypes.of(tiny("llama"))
+    three, four = (Recovery(recipe, storage, "model.layers", ids, Processes(0, size)) for size in (3, 4))
     assert (three.plan.batch, three.warnings) == (3, [])
     assert (four.plan.batch, four.warnings) == (4, ["4 processes train on 4 windows a step, not on 3"])
 
 
 def test_costly_layers_are_divided_first():
     costs = {"a": 1.0, "b": 5.0, "c": 3.0, "d": 3.0}
-    assert Processes(0, 2).divided(costs) == {"b": 0, "c": 1, "d": 1, "a": 0}
-    assert set(Processes().divided(costs).values()) == {0}
+    assert Processes(0, 2).assign(costs) == {"b": 0, "c": 1, "d": 1, "a": 0}
+    assert set(Processes().assign(costs).values()) == {0}
 
 
 def test_shares_of_rows_are_all_rows():
     rows = torch.arange(7)
-    shares = [Processes(rank, 3).own(rows) for rank in range(3)]
+    shares = [Processes(rank, 3).local_rows(rows) for rank in range(3)]
     assert torch.equal(torch.cat(shares), rows)
     assert {len(share) for share in shares} == {2, 3}
 

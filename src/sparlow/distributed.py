@@ -41,11 +41,11 @@ class Processes:
         """Whether this is the one that writes."""
         return self.rank == 0
 
-    def own(self, rows: Tensor) -> Tensor:
+    def local_rows(self, rows: Tensor) -> Tensor:
         """This process's share of ``rows`` (n, …): consecutive ones, as many as any other's, or one less or more."""
         return rows.tensor_split(self.size)[self.rank]
 
-    def divided(self, costs: Mapping[str, float]) -> dict[str, int]:
+    def assign(self, costs: Mapping[str, float]) -> dict[str, int]:
         """Give each piece of work to a process, by name: the costliest first, each to who has least to do."""
         load = [0.0] * self.size
         found = {}
@@ -54,23 +54,23 @@ class Processes:
             load[found[name]] += costs[name]
         return found
 
-    def sum(self, tensor: Tensor) -> Tensor:
+    def all_reduce(self, tensor: Tensor) -> Tensor:
         """Add up what all processes have, in place; return it."""
         if self.size > 1:
             with self._together(tensor.nbytes):
                 dist.all_reduce(tensor)
         return tensor
 
-    def collect(self, tensor: Tensor, wanting: set[int]) -> bool:
+    def reduce_to(self, tensor: Tensor, wanting: set[int]) -> bool:
         """Add up in place what all have, for those processes that want it; return whether this is one of them."""
         if self.size > 1 and len(wanting) == 1:
             with self._together(tensor.nbytes):
                 dist.reduce(tensor, next(iter(wanting)))
         elif wanting:
-            self.sum(tensor)
+            self.all_reduce(tensor)
         return self.rank in wanting
 
-    def share(self, tensor: Tensor, source: int = 0) -> Tensor:
+    def broadcast(self, tensor: Tensor, source: int = 0) -> Tensor:
         """Give all processes what ``source`` has, in place; return it."""
         if self.size > 1:
             with self._together(tensor.nbytes):
@@ -79,9 +79,9 @@ class Processes:
 
     def totals(self, numbers: Sequence[float]) -> list[float]:
         """Add up each of some numbers over all processes, in float64."""
-        return [float(x) for x in self.sum(torch.tensor(numbers, dtype=torch.float64))]
+        return [float(x) for x in self.all_reduce(torch.tensor(numbers, dtype=torch.float64))]
 
-    def gathered(self, value: Any) -> list[Any]:  # noqa: ANN401 - whatever JSON holds
+    def all_gather(self, value: Any) -> list[Any]:  # noqa: ANN401 - whatever JSON holds
         """What each process has, in order, as it comes through JSON (torch's own way would unpickle)."""
         if self.size == 1:
             return [value]
@@ -89,10 +89,10 @@ class Processes:
         sizes = [int(n) for n in self.totals([len(data) if rank == self.rank else 0 for rank in range(self.size)])]
         room = torch.zeros(self.size, max(sizes), dtype=torch.uint8)
         room[self.rank, : len(data)] = data
-        self.sum(room)
+        self.all_reduce(room)
         return [json.loads(bytes(row[:n].tolist())) for row, n in zip(room, sizes, strict=True)]
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Go on when all have come here."""
         self.totals([0])
 

@@ -20,7 +20,7 @@ from sparlow.finetuning.finetune import Parent
 from sparlow.model.artefact.describe import changed_sparse_parts, describe
 from sparlow.model.artefact.layers import SparseLowRankLinear, compressed_layers
 from sparlow.model.forward.decoder import decoder_blocks, linears
-from sparlow.model.loading.source import for_computing, open_model
+from sparlow.model.loading.source import open_model, upcast_for_cpu
 from sparlow.recipe.recipe import Recipe
 from sparlow.report.records import Report
 from sparlow.run.output_dir import NAME
@@ -530,7 +530,7 @@ def test_the_benchmark_compares_with_a_fresh_adapter(place, tmp_path, monkeypatc
     assert (ours["start"], fresh["start"]) == ("U V", "fresh, on the same S")
     assert [point["step"] for point in ours["perplexity"]] == [0, 2, 4] == [p["step"] for p in fresh["perplexity"]]
     opened = open_model(str(place / "mixed"))
-    compressed = perplexity(for_computing(opened.model), evaluation_windows(text, opened.tokenizer, seqlen=SEQLEN))
+    compressed = perplexity(upcast_for_cpu(opened.model), evaluation_windows(text, opened.tokenizer, seqlen=SEQLEN))
     assert ours["perplexity"][0]["value"] == pytest.approx(compressed, rel=1e-5)  # U V are there from the beginning
     assert fresh["perplexity"][0]["value"] != pytest.approx(compressed, rel=1e-2)
     assert ours["perplexity"][-1]["value"] < ours["perplexity"][0]["value"]

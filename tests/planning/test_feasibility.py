@@ -4,7 +4,7 @@ import torch
 import sparlow
 from families import save_tiny
 from sparlow.errors import InputError
-from sparlow.model.loading.meta import outline
+from sparlow.model.loading.meta import meta_model
 from sparlow.planning import feasibility as room
 from sparlow.planning.memory import disk, stages
 from sparlow.planning.microbenchmarks import BOUND
@@ -26,7 +26,7 @@ def folder(tmp_path_factory):
 
 
 def needed(folder, recipe=RECIPE, **changes):
-    work = workload(outline(str(folder)), recipe, device="cpu", **{"offload": "cpu", **changes})
+    work = workload(meta_model(str(folder)), recipe, device="cpu", **{"offload": "cpu", **changes})
     return max(stage.cpu for stage in stages(work, BOUND))
 
 
@@ -48,7 +48,7 @@ def test_too_little_memory_is_told_with_what_would_fit(folder, tmp_path, monkeyp
     available = needed(folder, offload="disk") + HIDDEN // 2
     monkeypatch.setattr(room, "memory_available", lambda: available)
     message = refused(folder, tmp_path / "out")
-    assert f"{room.spoken(available)} are available" in message
+    assert f"{room.human_bytes(available)} are available" in message
     assert "--offload disk" in message
     assert compressed(folder, tmp_path / "out", offload="disk").bytes == compressed(folder, None, force=True).bytes
 
@@ -72,16 +72,21 @@ def test_only_what_fits_is_named(folder, tmp_path, monkeypatch):
 
 def test_where_no_option_is_enough_the_fewest_together_are_named(folder):
     recipe = RECIPE.changed(match=True)
-    work = workload(outline(str(folder)), recipe, device="cpu", offload="cpu")
+    work = workload(meta_model(str(folder)), recipe, device="cpu", offload="cpu")
 
     def fits(changed):
         return changed.place == "disk" and not changed.together
 
-    assert room.fitting(work, fits) == ["--offload disk and --match-preset blocks", "--offload disk and --no-match"]
+    assert room.options_that_fit(work, fits) == [
+        "--offload disk and --match-preset blocks",
+        "--offload disk and --no-match",
+    ]
     everything = "--offload disk and --no-match and --samples 64"
-    assert room.fitting(work, lambda w: fits(w) and not w.recipe.match and w.recipe.samples <= 64) == [everything]
-    assert room.fitting(work, lambda w: w.recipe.samples <= 100) == ["--samples 64"]
-    assert room.fitting(work, lambda _: False) == []
+    assert room.options_that_fit(work, lambda w: fits(w) and not w.recipe.match and w.recipe.samples <= 64) == [
+        everything
+    ]
+    assert room.options_that_fit(work, lambda w: w.recipe.samples <= 100) == ["--samples 64"]
+    assert room.options_that_fit(work, lambda _: False) == []
 
 
 def test_where_nothing_would_fit_it_says_so(folder, tmp_path, monkeypatch):
@@ -97,7 +102,7 @@ def test_force_begins_all_the_same(folder, tmp_path, monkeypatch):
 
 
 def test_a_bound_that_does_not_fit_is_replaced_by_a_measurement(folder, monkeypatch):
-    work = workload(outline(str(folder)), RECIPE, device="cpu", offload="cpu")
+    work = workload(meta_model(str(folder)), RECIPE, device="cpu", offload="cpu")
     measured = []
     monkeypatch.setattr(room, "workspace", lambda *_: measured.append(1) or BOUND)
     room.require_memory(work)
@@ -109,11 +114,11 @@ def test_a_bound_that_does_not_fit_is_replaced_by_a_measurement(folder, monkeypa
 
 
 def test_too_little_disk_is_told_and_what_is_there_counts(folder, tmp_path, monkeypatch):
-    work = workload(outline(str(folder)), RECIPE, device="cpu", offload="cpu")
+    work = workload(meta_model(str(folder)), RECIPE, device="cpu", offload="cpu")
     size = disk(work).out
     monkeypatch.setattr(room, "disk_available", lambda _: size - 1)
     message = refused(folder, tmp_path / "out")
-    assert f"{room.spoken(size)} of disk (mostly for the result in {tmp_path / 'out'})" in message
+    assert f"{room.human_bytes(size)} of disk (mostly for the result in {tmp_path / 'out'})" in message
     assert "give another --out" in message
     compressed(folder, tmp_path / "out", force=True)
     compressed(folder, tmp_path / "out", overwrite=True)  # its own files will be gone
@@ -121,7 +126,7 @@ def test_too_little_disk_is_told_and_what_is_there_counts(folder, tmp_path, monk
 
 def test_disk_for_the_last_pass_is_counted(folder, tmp_path, monkeypatch):
     recipe = RECIPE.changed(match=True)
-    size = disk(workload(outline(str(folder)), recipe, device="cpu", offload="cpu")).out
+    size = disk(workload(meta_model(str(folder)), recipe, device="cpu", offload="cpu")).out
     monkeypatch.setattr(room, "disk_available", lambda _: size - 1)
     assert "it fits with --match-preset blocks or --no-match" in refused(folder, tmp_path / "out", recipe)
     compressed(folder, tmp_path / "out")
@@ -141,7 +146,7 @@ def test_a_comparison_is_refused_as_a_whole(folder, tmp_path, monkeypatch):
     text.write_text("words and more words " * 60)
     base = Recipe(algorithm="magnitude", samples=4, seqlen=16, calibration=str(text))
     recipes = {"magnitude": base, "wanda": base.changed(algorithm="wanda")}
-    one = disk(workload(outline(str(folder)), base, device="cpu")).out
+    one = disk(workload(meta_model(str(folder)), base, device="cpu")).out
     monkeypatch.setattr(room, "disk_available", lambda _: 2 * one - 1)
     with pytest.raises(InputError, match="of disk"):
         compare(folder, recipes, out=tmp_path / "out", evaluate=())
@@ -177,6 +182,8 @@ def test_processes_of_one_machine_divide_its_memory_and_the_windows(folder, monk
     monkeypatch.setattr(room, "_limits", lambda: iter([40]))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert room.memory_available() == 10
-    alone, shared = (workload(outline(str(folder)), RECIPE, device="cpu", offload="disk", processes=n) for n in (1, 4))
+    alone, shared = (
+        workload(meta_model(str(folder)), RECIPE, device="cpu", offload="disk", processes=n) for n in (1, 4)
+    )
     assert alone.hidden == 4 * shared.hidden
     assert disk(alone).hidden == disk(shared).hidden  # all of them lie on that machine's disk

@@ -9,7 +9,7 @@ import sparlow
 from families import save_tiny, tiny
 from sparlow.errors import InputError
 from sparlow.model.artefact.describe import describe
-from sparlow.model.loading.meta import outline
+from sparlow.model.loading.meta import meta_model
 from sparlow.planning.duration import seconds
 from sparlow.planning.memory import disk, stages
 from sparlow.planning.microbenchmarks import BOUND, Solver, Speed
@@ -132,7 +132,7 @@ def test_packed_weights_are_not_guessed_at(folder, tmp_path):
 
 
 def worked(folder, recipe, **changes):
-    return workload(outline(str(folder)), recipe, device="cpu", **{"offload": "cpu", **changes})
+    return workload(meta_model(str(folder)), recipe, device="cpu", **{"offload": "cpu", **changes})
 
 
 def counted(work):

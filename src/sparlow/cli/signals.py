@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from sparlow.cli import display as console
+from sparlow.cli import display
 
 
 @contextmanager
@@ -28,7 +28,7 @@ def resumable(unit: str = "finished block") -> Iterator[None]:
     except (KeyboardInterrupt, Exception) as error:
         if not came and not isinstance(error, KeyboardInterrupt):
             raise
-        console.err.print(f"stopped: the same command resumes the run from its last {unit}")
+        display.err.print(f"stopped: the same command resumes the run from its last {unit}")
         raise KeyboardInterrupt from error
     finally:
         if ours:

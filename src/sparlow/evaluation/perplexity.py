@@ -18,9 +18,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sparlow.distributed import ALONE, Processes
 from sparlow.errors import InputError
 from sparlow.evaluation.tasks import LoadedTasks, TaskResult, average, load_tasks, measure_tasks
-from sparlow.model.forward.capture import Recording, behind_blocks, tokens_at_once
+from sparlow.model.forward.capture import Recording, run_head, tokens_at_once
 from sparlow.model.forward.decoder import pass_through
-from sparlow.model.loading.weights import Parts
+from sparlow.model.loading.weights import Weights
 from sparlow.progress import Notify
 from sparlow.text import evaluation_windows
 
@@ -61,7 +61,7 @@ def perplexity(model: PreTrainedModel, windows: Tensor, advance: Callable[[int],
 def perplexity_by_blocks(
     model: PreTrainedModel,
     recording: Recording,
-    parts: Parts,
+    parts: Weights,
     advance: Callable[[int], None] = lambda _: None,
     processes: Processes = ALONE,
 ) -> float:
@@ -80,12 +80,12 @@ def perplexity_by_blocks(
             hidden = pass_through(block, hidden, calls)
         advance(1)
     total, count = 0.0, 0
-    with parts.rest():
+    with parts.outside_blocks():
         for ids, x in ((ids, x) for ids, x in zip(recording.ids, hidden, strict=True) if len(ids)):
             pieces = _in_pieces(model, ids, x)
             count += len(ids)
             total += _mean_losses(
-                _losses(behind_blocks(model, recording.output, some, state), after) for some, after, state in pieces
+                _losses(run_head(model, recording.output, some, state), after) for some, after, state in pieces
             )
     advance(1)
     return _perplexity(*processes.totals([total, count]))

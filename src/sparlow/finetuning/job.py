@@ -19,12 +19,12 @@ from sparlow.finetuning.finetune import ORIGIN, Parent, Places
 from sparlow.finetuning.trainer import Plan, train
 from sparlow.model.artefact.checkpoint import CheckpointWriter
 from sparlow.model.artefact.describe import changed_sparse_parts
-from sparlow.model.artefact.dtypes import Storage
+from sparlow.model.artefact.dtypes import StoredDtypes
 from sparlow.model.artefact.layers import compressed_layers
 from sparlow.model.artefact.peft_adapter import LowRank, put_together, save_adapter, take_apart, unwrap, with_lora
 from sparlow.model.artefact.shards import ShardRecord, read_json, replacing
 from sparlow.model.forward.decoder import decoder_blocks
-from sparlow.model.loading.source import OpenedModel, for_computing
+from sparlow.model.loading.source import OpenedModel, upcast_for_cpu
 from sparlow.progress import Notify, counting
 from sparlow.report.html_page import write_reports
 from sparlow.report.records import LayerRecord, Report, versions
@@ -57,8 +57,8 @@ class FineTuning:
     ) -> None:
         self.parent, self.opened, self.places, self.plan = parent, opened, places, plan
         self.ranks, self.notify = ranks, notify
-        self.storage = Storage.of(opened.model)
-        self.model = for_computing(opened.model)
+        self.storage = StoredDtypes.of(opened.model)
+        self.model = upcast_for_cpu(opened.model)
         if self.model.dtype == torch.float16:
             self.model = self.model.float()  # gradients leave the range of float16
         self.blocks_name, self.blocks = decoder_blocks(self.model)

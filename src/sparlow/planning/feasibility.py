@@ -76,7 +76,7 @@ def _left(group: Path, limit: str, usage: str) -> Iterator[int]:
             yield int(text) - int(used.read_text(encoding="ascii")) + cached
 
 
-def require_room(works: Mapping[Path | None, Workload]) -> None:
+def require_resources(works: Mapping[Path | None, Workload]) -> None:
     """Raise InputError if memory or disk will not do for some runs, one after the other.
 
     Args:
@@ -94,17 +94,17 @@ def require_memory(work: Workload) -> None:
 
     A bound on what solving takes comes first. Only where that does not fit, it is measured on small layers.
     """
-    if not lacking(work, BOUND):
+    if not shortage(work, BOUND):
         return
     space = workspace(work.recipe, typical(work.kinds), work.stored_in)
-    why = lacking(work, space)
+    why = shortage(work, space)
     if why:
-        options = " or ".join(fitting(work, lambda changed: not lacking(changed, space)))
+        options = " or ".join(options_that_fit(work, lambda changed: not shortage(changed, space)))
         advice = f"it fits with {options}" if options else "no option makes it fit"
         raise InputError(f"The run needs {why}: {advice}; {FORCE}.")
 
 
-def lacking(work: Workload, space: Workspace) -> str | None:
+def shortage(work: Workload, space: Workspace) -> str | None:
     """Say of which memory there is too little, with the numbers; None if there is enough."""
     counted = stages(work, space)
     for part, available in (("cpu", memory_available()), ("device", device_available(work.device))):
@@ -112,25 +112,25 @@ def lacking(work: Workload, space: Workspace) -> str | None:
         needed = getattr(worst, part)
         if available is not None and needed > available:
             kind = "main memory" if part == "cpu" else f"memory of {work.device}"
-            return f"{spoken(needed)} more of {kind} ({worst.name}), and {spoken(available)} are available"
+            return f"{human_bytes(needed)} more of {kind} ({worst.name}), and {human_bytes(available)} are available"
     return None
 
 
-def fitting(work: Workload, fits: Callable[[Workload], bool]) -> list[str]:
+def options_that_fit(work: Workload, fits: Callable[[Workload], bool]) -> list[str]:
     """Changes of options under which a run fits: one at a time or, where none is enough, as few together as will do."""
     changes = _changes(work)
     single = [words for words, change in changes if fits(change(work))]
-    fewer = [_fewest(work, name, fits) for name in ("samples", "seqlen")]
+    fewer = [_largest_that_fits(work, name, fits) for name in ("samples", "seqlen")]
     found = [*single, *(words for words in fewer if words)]
     for size in range(2, len(changes) + 1):
         if not found:
-            found = [_spoken(those) for those in itertools.combinations(changes, size) if fits(_changed(work, those))]
+            found = [_joined(those) for those in itertools.combinations(changes, size) if fits(_changed(work, those))]
     if found or not changes:
         return found
     if work.together:  # without any matching it does not matter which
         changes = [change for change in changes if change[0] != BY_BLOCK]
-    last = _fewest(_changed(work, changes), "samples", fits)
-    return [f"{_spoken(changes)} and {last}"] if last else []
+    last = _largest_that_fits(_changed(work, changes), "samples", fits)
+    return [f"{_joined(changes)} and {last}"] if last else []
 
 
 BY_BLOCK = "--match-preset blocks"
@@ -157,11 +157,11 @@ def _changed(work: Workload, changes: Sequence[Change]) -> Workload:
     return work
 
 
-def _spoken(changes: Sequence[Change]) -> str:
+def _joined(changes: Sequence[Change]) -> str:
     return " and ".join(words for words, _ in changes)
 
 
-def _fewest(work: Workload, name: str, fits: Callable[[Workload], bool]) -> str | None:
+def _largest_that_fits(work: Workload, name: str, fits: Callable[[Workload], bool]) -> str | None:
     """The first of half as many samples, or tokens in each, a quarter, … that fits."""
     count = getattr(work.recipe, name) // 2
     while count:
@@ -177,15 +177,15 @@ def require_disk(works: Mapping[Path, Workload]) -> None:
     What an unfinished or replaced run has written there already counts as free.
     """
     out = next(iter(works))
-    why = _crowded(works)
+    why = _disk_shortage(works)
     if not why:
         return
     shared = next(iter(works.values()))
 
     def fits(changed: Workload) -> bool:
-        return not _crowded({folder: _with_changes(work, shared, changed) for folder, work in works.items()})
+        return not _disk_shortage({folder: _with_changes(work, shared, changed) for folder, work in works.items()})
 
-    options = " or ".join(fitting(shared, fits))
+    options = " or ".join(options_that_fit(shared, fits))
     advice = f"it fits with {options}" if options else f"free some, or give another --out than {out}"
     raise InputError(f"The run needs {why}: {advice}; {FORCE}.")
 
@@ -197,7 +197,7 @@ def _with_changes(work: Workload, shared: Workload, changed: Workload) -> Worklo
     return replace(work, recipe=work.recipe.changed(**same), offload=changed.offload, evaluation=changed.evaluation)
 
 
-def _crowded(works: Mapping[Path, Workload]) -> str | None:
+def _disk_shortage(works: Mapping[Path, Workload]) -> str | None:
     """Say where there is too little room on disk, with the numbers; None if there is enough."""
     temporary = Path(tempfile.gettempdir())
     needs: dict[int, list[tuple[str, Path, int]]] = {}
@@ -211,7 +211,7 @@ def _crowded(works: Mapping[Path, Workload]) -> str | None:
         needed, free = sum(size for _, _, size in parts), disk_available(parts[0][1])
         if needed > free:
             what, where, _ = max(parts, key=lambda part: part[2])
-            return f"{spoken(needed)} of disk (mostly for {what} in {where}), and {spoken(free)} are free"
+            return f"{human_bytes(needed)} of disk (mostly for {what} in {where}), and {human_bytes(free)} are free"
     return None
 
 
@@ -219,6 +219,6 @@ def _existing(folder: Path) -> Path:
     return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
 
 
-def spoken(size: int) -> str:
+def human_bytes(size: int) -> str:
     """A number of bytes as a reader wants it."""
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"  # noqa: PLR2004 - a gigabyte

@@ -11,7 +11,7 @@ import psutil
 from transformers import PreTrainedModel
 
 from sparlow.model.forward.decoder import Skipped, not_compressed
-from sparlow.model.loading.meta import outline
+from sparlow.model.loading.meta import meta_model
 from sparlow.planning.duration import seconds
 from sparlow.planning.feasibility import device_available, disk_available, memory_available
 from sparlow.planning.memory import Disk, Stage, disk, stages
@@ -131,7 +131,7 @@ def plan(
     if isinstance(model, PreTrainedModel):
         shape, name = model, model.config.name_or_path or type(model).__name__
     else:
-        shape, name = outline(str(model), dtype=recipe.dtype, trust_remote_code=trust_remote_code), str(model)
+        shape, name = meta_model(str(model), dtype=recipe.dtype, trust_remote_code=trust_remote_code), str(model)
     work = workload(
         shape,
         recipe,

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from sparlow.evaluation.perplexity import require_context
-from sparlow.model.artefact.dtypes import Storage
+from sparlow.model.artefact.dtypes import StoredDtypes
 from sparlow.model.forward.activation_store import place
 from sparlow.model.forward.decoder import decoder_blocks, linears
 from sparlow.model.loading.meta import shared_inputs
@@ -242,8 +242,8 @@ def workload(
     where = model.device if there else torch.device(device)
     name, blocks = decoder_blocks(model)
     found = _blocks(model, budgets(name, blocks, recipe))
-    stored = Storage.of(model).dtype
-    half = where.type == "cpu" and not there and stored in (torch.float16, torch.bfloat16)  # see source.for_computing
+    stored = StoredDtypes.of(model).dtype
+    half = where.type == "cpu" and not there and stored in (torch.float16, torch.bfloat16)  # see source.upcast_for_cpu
     config = model.config.get_text_config()
     seqlen = max(evaluate_seqlen or recipe.seqlen, 2)
     for tokens in (recipe.seqlen, seqlen if evaluate else recipe.seqlen):

@@ -14,7 +14,7 @@ from sparlow.errors import InputError, RunError
 from sparlow.linalg.patterns import NM
 from sparlow.model.artefact.shards import replacing
 from sparlow.model.forward.decoder import decoder_blocks
-from sparlow.planning.feasibility import require_room
+from sparlow.planning.feasibility import require_resources
 from sparlow.progress import Notify, labelled
 from sparlow.recipe.recipe import Recipe
 from sparlow.report.figures import draw, require_matplotlib
@@ -171,7 +171,7 @@ def compare(
         how |= {"device": device, "offload": offload, "trust_remote_code": trust_remote_code, "streamed": True}
         shape = known_ahead(model, first.dtype, trust_remote_code=trust_remote_code) or model  # one for all recipes
         works = {out / name: foreseen(shape, recipe, **how) for name, recipe in recipes.items()}
-        require_room({folder: work for folder, work in works.items() if work})
+        require_resources({folder: work for folder, work in works.items() if work})
     opening = functools.partial(
         open_dense, model, None, device=device, trust_remote_code=trust_remote_code, streamed=True
     )

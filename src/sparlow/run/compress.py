@@ -12,13 +12,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sparlow.distributed import Processes, joined, local_device
 from sparlow.errors import InputError
 from sparlow.evaluation.perplexity import require_context, require_tokenizer
-from sparlow.model.artefact.dtypes import Storage
+from sparlow.model.artefact.dtypes import StoredDtypes
 from sparlow.model.forward.decoder import decoder_blocks
 from sparlow.model.forward.generate import own_windows
-from sparlow.model.loading.meta import UnknownAheadError, outline
-from sparlow.model.loading.source import OpenedModel, for_computing, located, open_model
-from sparlow.model.loading.weights import survey, whole
-from sparlow.planning.feasibility import require_room
+from sparlow.model.loading.meta import UnknownAheadError, meta_model
+from sparlow.model.loading.source import OpenedModel, open_model, resolve_model_path, upcast_for_cpu
+from sparlow.model.loading.weights import all_loaded, scan
+from sparlow.planning.feasibility import require_resources
 from sparlow.planning.workload import Workload, workload
 from sparlow.progress import Notify
 from sparlow.recipe.recipe import GIVEN_WINDOWS, OWN_TEXT, Recipe
@@ -89,7 +89,7 @@ def compress(
                 processes=processes.size,
             )
             if work:
-                require_room({Path(out) if out else None: work})
+                require_resources({Path(out) if out else None: work})
         opened, storage = open_dense(
             model, tokenizer, recipe, device, trust_remote_code=trust_remote_code, streamed=streamed
         )
@@ -114,7 +114,7 @@ def known_ahead(model: str | Path | PreTrainedModel, dtype: str, *, trust_remote
     if isinstance(model, PreTrainedModel):
         return model
     try:
-        return outline(located(str(model)), dtype=dtype, trust_remote_code=trust_remote_code)
+        return meta_model(resolve_model_path(str(model)), dtype=dtype, trust_remote_code=trust_remote_code)
     except UnknownAheadError:
         return None
 
@@ -157,7 +157,7 @@ def open_dense(
     *,
     trust_remote_code: bool,
     streamed: bool,
-) -> tuple[OpenedModel, Storage]:
+) -> tuple[OpenedModel, StoredDtypes]:
     """Return the model ready to compute, and the types it came in. An object is taken as it is.
 
     Args:
@@ -165,8 +165,8 @@ def open_dense(
     """
     if isinstance(model, PreTrainedModel):
         name = model.config.name_or_path or type(model).__name__
-        seen = survey([model.state_dict(keep_vars=True)])
-        return OpenedModel(model.eval(), tokenizer, name, seen.fingerprint, seen.damaged), Storage.of(model)
+        seen = scan([model.state_dict(keep_vars=True)])
+        return OpenedModel(model.eval(), tokenizer, name, seen.fingerprint, seen.damaged), StoredDtypes.of(model)
     opened = open_model(
         str(model),
         dtype=recipe.dtype,
@@ -174,8 +174,8 @@ def open_dense(
         trust_remote_code=trust_remote_code,
         streamed=streamed,
     )
-    storage = Storage.of(opened.model)
-    ready = opened.model if opened.on_disk else for_computing(opened.model)
+    storage = StoredDtypes.of(opened.model)
+    ready = opened.model if opened.on_disk else upcast_for_cpu(opened.model)
     return replace(opened, model=ready, tokenizer=tokenizer or opened.tokenizer), storage
 
 
@@ -211,7 +211,7 @@ def windows_to_calibrate(calibration: str | Path | Tensor | None, opened: Opened
     samples, seqlen, seed = recipe.samples, recipe.seqlen, recipe.seed
     if recipe.calibration == OWN_TEXT:
         parts, count = opened.on_disk, len(decoder_blocks(opened.model)[1])
-        with whole(parts, count) if parts else nullcontext():
+        with all_loaded(parts, count) if parts else nullcontext():
             return own_windows(opened.model, samples=samples, seqlen=seqlen, seed=seed, fingerprint=opened.fingerprint)
     tokenizer = require_tokenizer(opened.tokenizer, opened.name)
     return calibration_windows(recipe.calibration, tokenizer, samples=samples, seqlen=seqlen, seed=seed)

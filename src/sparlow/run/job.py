@@ -12,25 +12,25 @@ from torch import Tensor, nn
 from sparlow.distributed import ALONE, Processes
 from sparlow.errors import InputError, RunError
 from sparlow.model.artefact.checkpoint import CheckpointWriter, Written, read_block
-from sparlow.model.artefact.dtypes import Storage
+from sparlow.model.artefact.dtypes import StoredDtypes
 from sparlow.model.artefact.hf_quantizer import attach
 from sparlow.model.artefact.layers import compressed_layers
-from sparlow.model.forward.activation_store import Shelf
+from sparlow.model.forward.activation_store import ActivationStore
 from sparlow.model.forward.capture import Recording
 from sparlow.model.forward.decoder import Call, linears, not_compressed, pass_through
 from sparlow.model.loading.source import OpenedModel
-from sparlow.model.loading.weights import Parts, ready, whole
-from sparlow.model.training.resume_state import Midway
+from sparlow.model.loading.weights import Weights, all_loaded, to_compute
+from sparlow.model.training.resume_state import TrainingCheckpoint
 from sparlow.progress import Clock, Notify, Progress, counting
 from sparlow.recipe.allocation import Budget
 from sparlow.recipe.recipe import Recipe
 from sparlow.report.html_page import write_reports
 from sparlow.report.records import LayerRecord, Report, peak_memory, reset_peak_memory
 from sparlow.run.journal import DISTILLED, Journal
-from sparlow.run.passes import Meter
+from sparlow.run.passes import BlockwiseRunner
 from sparlow.run.pipeline import budgets, compress_block
-from sparlow.run.recovery import Teaching
-from sparlow.run.sensitivity import Walk, allocated_by_data
+from sparlow.run.recovery import Recovery
+from sparlow.run.sensitivity import DenseWalk, allocated_by_data
 from sparlow.text import fingerprint as text_fingerprint
 
 
@@ -53,7 +53,7 @@ class Job:
     def __init__(
         self,
         opened: OpenedModel,
-        storage: Storage,
+        storage: StoredDtypes,
         recipe: Recipe,
         windows: Tensor,
         notify: Notify,
@@ -62,10 +62,12 @@ class Job:
         processes: Processes = ALONE,
     ) -> None:
         self.opened, self.recipe, self.processes = opened, recipe, processes
-        self.windows = processes.share(windows.contiguous())  # text sampled by the model may differ between machines
+        self.windows = processes.broadcast(
+            windows.contiguous()
+        )  # text sampled by the model may differ between machines
         self.notify: Notify = notify if processes.first else lambda _: None
         self.storage, self.model, self.clock = storage, opened.model, Clock()
-        self.meter = Meter(opened, offload, self.clock, self.notify, processes)
+        self.meter = BlockwiseRunner(opened, offload, self.clock, self.notify, processes)
         self.blocks_name, self.blocks, self.parts = self.meter.blocks_name, self.meter.blocks, self.meter.parts
         self.budgets = budgets(self.blocks_name, self.blocks, recipe)
         for name in (name for name, _ in self.model.named_parameters() if name in opened.damaged):
@@ -73,8 +75,8 @@ class Job:
             raise InputError(f"{layer}: the {part} holds NaN or infinity; the model is damaged.")
         self.report = Report(recipe=recipe.to_dict(), model=opened.name, warnings=list(opened.warnings))
         self.report.bytes = {"dense": self.storage.bytes_of(self.model), "linears_dense": 0, "linears_compressed": 0}
-        self.teaching = Teaching(recipe, storage, self.blocks_name, windows, processes)
-        self.report.warnings += self.teaching.warnings
+        self.recovery = Recovery(recipe, storage, self.blocks_name, windows, processes)
+        self.report.warnings += self.recovery.warnings
         self.known_dense: dict[str, float] = {}  # perplexity by fingerprint of the windows
         self.allocated: dict[str, Budget] = {}  # those of the budgets that the data decided
         self.journal: Journal | None = None
@@ -95,7 +97,7 @@ class Job:
         self.journal = Journal(folder, decides, self.blocks_name, overwrite=overwrite)
         if self.processes.first:
             self.journal.settle()
-        self.journal.state = self.processes.gathered(self.journal.state)[0]  # what the first one found holds for all
+        self.journal.state = self.processes.all_gather(self.journal.state)[0]  # what the first one found holds for all
         self.known_dense |= self.journal.dense
 
     def go(self, evaluation: Mapping[str, Tensor]) -> Report:
@@ -107,7 +109,7 @@ class Job:
             self.clock.add(self.journal.seconds)
         with self.clock("total"):
             self.report.dense["perplexity"] = self.meter.dense(evaluation, self.known_dense, self.report.warnings)
-            self.distilled(*self.walk())
+            self.distill(*self.walk())
             if not self.opened.on_disk:
                 attach(self.model)
             self.finish_files()
@@ -123,8 +125,8 @@ class Job:
 
     def measured_again(self, journal: Journal, evaluation: Mapping[str, Tensor]) -> Report:
         """The report of a finished run, with perplexities on this text: as recorded, or measured now and recorded."""
-        whole = Report.from_file(journal.folder / "report.json")
-        self.report = replace(whole, dense={"perplexity": {}}, compressed={"perplexity": {}})
+        all_loaded = Report.from_file(journal.folder / "report.json")
+        self.report = replace(all_loaded, dense={"perplexity": {}}, compressed={"perplexity": {}})
         self.report.dense["perplexity"] = self.meter.dense(evaluation, self.known_dense, self.report.warnings)
         known = journal.compressed
         new = False
@@ -135,14 +137,14 @@ class Job:
                 known[text] = self.perplexity_after(name, windows)
             self.report.compressed["perplexity"][name] = known[text]
         if new and self.processes.first:
-            for part, more in ((whole.dense, self.report.dense), (whole.compressed, self.report.compressed)):
+            for part, more in ((all_loaded.dense, self.report.dense), (all_loaded.compressed, self.report.compressed)):
                 part["perplexity"] |= more["perplexity"]  # what was measured before stays on record
-            write_reports(whole, journal.folder)
+            write_reports(all_loaded, journal.folder)
             journal.finish(self.known_dense, known)
         return self.report
 
     @property
-    def result(self) -> Parts:
+    def result(self) -> Weights:
         """The compressed model, as it was written if it was."""
         return Written(self.journal.folder, self.blocks_name, self.parts) if self.journal else self.parts
 
@@ -154,29 +156,31 @@ class Job:
         return value
 
     @torch.no_grad()
-    def walk(self) -> tuple[Recording, Shelf | None]:
+    def walk(self) -> tuple[Recording, ActivationStore | None]:
         """Compress block after block, each fed by the compressed ones before it.
 
         Returns:
             What enters the blocks, and what leaves the last of the dense ones if anyone wants it.
         """
         with self.clock("walk"):
-            recording = self.meter.recorded(self.windows, self.teaching.micro_batch, self.teaching.held_out)
+            recording = self.meter.recorded(self.windows, self.recovery.micro_batch, self.recovery.held_out)
         self.allocate(recording)
         self.begin_files()
         hidden = recording.hidden
         # the same place in the dense model
-        truth = hidden if self.distills or self.teaching.dense_targets else None
+        truth = hidden if self.distills or self.recovery.dense_targets else None
         last_read = self.last_read
         for i, calls in enumerate(recording.calls):
             done = self.has(i)
             dense = {name: self.storage.bytes_of(linear) for name, linear in linears(self.blocks[i]).items()}
-            with self.parts.block(i, empty=done and truth is None) as block:
+            with self.parts.block(i, load=not done or truth is not None) as block:
                 if truth is not None:
                     with self.clock("matching"):
                         truth = pass_through(block, truth, calls)
-                goal = truth if self.teaching.dense_targets else None
-                layers, matching = self.restored(i, block) if done else self.compressed(i, block, calls, hidden, goal)
+                goal = truth if self.recovery.dense_targets else None
+                layers, matching = (
+                    self.restore_block(i, block) if done else self.compress_block(i, block, calls, hidden, goal)
+                )
                 sparse = compressed_layers(block).values()
                 self.report.bytes["linears_compressed"] += sum(map(self.storage.packed_bytes, sparse))
                 if i < last_read:
@@ -191,7 +195,7 @@ class Job:
     @property
     def last_read(self) -> int:
         """The last block whose inputs anyone looks at; nothing needs to pass through it or those behind it."""
-        if self.teaching.by_block:
+        if self.recovery.by_block:
             return len(self.blocks) - 1
         return max(i for i in range(len(self.blocks)) if self.compresses(i))
 
@@ -202,34 +206,34 @@ class Job:
     def has(self, i: int) -> bool:
         """Whether an earlier run finished block i, as the first process sees it."""
         found = self.journal is not None and self.processes.first and self.journal.has(i)
-        return bool(self.processes.gathered(found)[0])
+        return bool(self.processes.all_gather(found)[0])
 
     @property
     def distills(self) -> bool:
         """Whether all blocks together are still to be trained."""
-        return self.teaching.together and not (self.journal and self.journal.distillation)
+        return self.recovery.together and not (self.journal and self.journal.distillation)
 
-    def distilled(self, recording: Recording, truth: Shelf | None) -> None:
+    def distill(self, recording: Recording, truth: ActivationStore | None) -> None:
         """Train all blocks together, if the recipe says so, and write them again."""
         if self.journal:
             self.report.distillation = self.journal.distillation
         if truth is None or not self.distills:
             return
-        self.processes.wait()  # for the last shard
-        with self.clock("matching"), whole(self.result, len(self.blocks)):
+        self.processes.barrier()  # for the last shard
+        with self.clock("matching"), all_loaded(self.result, len(self.blocks)):
             blocks = list(self.blocks)
-            found = self.teaching.distilled(self.model, blocks, recording, truth, self.notify, self.midway())
+            found = self.recovery.distill(self.model, blocks, recording, truth, self.notify, self.midway())
             if self.journal and self.writer:
                 writer = self.new_writer(self.journal.folder / DISTILLED)
                 shards = [writer.write_block(i, block) for i, block in enumerate(blocks)]
                 self.journal.note_distilled(shards, found)
         self.report.distillation = found
 
-    def midway(self) -> Midway | None:
+    def midway(self) -> TrainingCheckpoint | None:
         """Where the state of the last pass is kept, so that a run that is killed goes on within it."""
         if self.journal is None:
             return None
-        return Midway(self.journal.training, self.journal.keep_training if self.processes.first else None)
+        return TrainingCheckpoint(self.journal.training, self.journal.keep_training if self.processes.first else None)
 
     def begin_files(self) -> None:
         """Record what is known before the first block, if there is a directory."""
@@ -257,20 +261,25 @@ class Job:
             self.allocated = {name: Budget.from_dict(data) for name, data in self.journal.allocation.items()}
         else:
             advance = counting(self.notify, "allocation", len(self.blocks))
-            walk = Walk(self.blocks_name, self.meter.dense_blocks, recording, advance, self.processes)
+            walk = DenseWalk(self.blocks_name, self.meter.dense_blocks, recording, advance, self.processes)
             with self.clock("statistics"):
                 self.allocated = allocated_by_data(walk, self.recipe, self.budgets)
         self.budgets |= self.allocated
 
-    def restored(self, i: int, block: nn.Module) -> tuple[list[LayerRecord], list[dict[str, Any]]]:
+    def restore_block(self, i: int, block: nn.Module) -> tuple[list[LayerRecord], list[dict[str, Any]]]:
         """Take a block that an earlier run finished from its shard; return its records."""
         journal = cast("Journal", self.journal)
         read_block(journal.folder, self.blocks_name, i, block)
-        ready(block, self.parts)
+        to_compute(block, self.parts)
         return journal.layers(i), journal.matching(i)
 
-    def compressed(
-        self, i: int, block: nn.Module, calls: Mapping[int, Call], hidden: Shelf, truth: Shelf | None
+    def compress_block(
+        self,
+        i: int,
+        block: nn.Module,
+        calls: Mapping[int, Call],
+        hidden: ActivationStore,
+        truth: ActivationStore | None,
     ) -> tuple[list[LayerRecord], list[dict[str, Any]]]:
         """Compress a block, match it if the recipe says so and, if there is a directory, write it.
 
@@ -278,13 +287,13 @@ class Job:
         """
         if self.journal and i < self.journal.blocks_done:
             self.report.warnings.append(f"the shard of block {i} was damaged after it was written; it was done again")
-        if not self.teaching.by_block and not self.compresses(i):
-            return self.noted(i, block, [], [])  # it stays dense: no need to see what it reads
+        if not self.recovery.by_block and not self.compresses(i):
+            return self.write_block(i, block, [], [])  # it stays dense: no need to see what it reads
 
         def on_layer(layer: LayerRecord) -> None:
             self.notify(Progress("blocks", i, len(self.blocks), layer))
 
-        outputs = hidden.fresh() if self.teaching.by_block and truth is None else None
+        outputs = hidden.fresh() if self.recovery.by_block and truth is None else None
         layers = compress_block(
             block,
             (self.blocks_name, i),
@@ -300,12 +309,12 @@ class Job:
         )
         targets = outputs if truth is None else truth
         if targets is None:
-            return self.noted(i, block, layers, [])
+            return self.write_block(i, block, layers, [])
         with self.clock("matching"):
-            matching = self.teaching.matched(i, block, calls, hidden, targets)
-        return self.noted(i, block, layers, [matching])
+            matching = self.recovery.match_block(i, block, calls, hidden, targets)
+        return self.write_block(i, block, layers, [matching])
 
-    def noted(
+    def write_block(
         self, i: int, block: nn.Module, layers: list[LayerRecord], matching: list[dict[str, Any]]
     ) -> tuple[list[LayerRecord], list[dict[str, Any]]]:
         """Write a finished block, if there is a directory; return its records."""
@@ -318,11 +327,11 @@ class Job:
     def finish_files(self) -> None:
         """Write what lies outside of the blocks and the files that make the directory a model."""
         if self.journal and self.writer:
-            with self.clock("save"), self.parts.rest(stored=True):
+            with self.clock("save"), self.parts.outside_blocks(stored=True):
                 rest = self.writer.write_rest(self.model)
                 self.writer.finish(self.model, self.opened.tokenizer)
                 self.journal.note_rest(rest, self.recipe.to_toml())
-        self.processes.wait()  # the others read what the first has written
+        self.processes.barrier()  # the others read what the first has written
 
     def complete_report(self) -> None:
         """Add up what the layers and the clock say."""

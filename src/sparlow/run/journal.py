@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sparlow.errors import InputError
 from sparlow.model.artefact.checksums import small_sums
-from sparlow.model.artefact.places import plain_name, within
+from sparlow.model.artefact.places import resolve_inside, shard_filename
 from sparlow.model.artefact.shards import ShardRecord, read_json, replacing, sha256, sync_folder, write_shard
 from sparlow.recipe.allocation import Budget
 from sparlow.report.records import LayerRecord, plain
@@ -109,7 +109,7 @@ class Journal:
 
     def _is_there(self, record: Mapping[str, Any]) -> bool:
         """Whether a file is on disk as it was written."""
-        path = within(self.folder, plain_name(record["file"]))
+        path = resolve_inside(self.folder, shard_filename(record["file"]))
         return path.exists() and path.stat().st_size == record["bytes"] and sha256(path) == record["sha256"]
 
     def settle(self) -> None:
@@ -252,7 +252,7 @@ def _check_state(state: Mapping[str, Any]) -> None:
     """Read every part once as it will be read later; whatever is raised says that it is damaged."""
     dict(state["fingerprint"]), state["finished"], str(state["blocks_name"])
     for file, record in state["shards"].items():
-        plain_name(file), int(record["bytes"]), str(record["sha256"])
+        shard_filename(file), int(record["bytes"]), str(record["sha256"])
     for block in state["blocks"]:
         state["shards"][block["file"]], list(block.get("matching", []))
         for row in block["layers"]:
@@ -261,7 +261,7 @@ def _check_state(state: Mapping[str, Any]) -> None:
         [float(value) for value in numbers.values()]
     if "training" in state:
         record = state["training"]
-        plain_name(record["file"]), int(record["bytes"]), str(record["sha256"]), int(record["number"])
+        shard_filename(record["file"]), int(record["bytes"]), str(record["sha256"]), int(record["number"])
     for budget in state.get("allocation", {}).values():
         Budget.from_dict(budget)
 

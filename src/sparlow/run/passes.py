@@ -9,16 +9,16 @@ from sparlow.distributed import ALONE, Processes
 from sparlow.errors import InputError
 from sparlow.evaluation.perplexity import TOKENS_AT_ONCE, perplexity_by_blocks
 from sparlow.model.forward.activation_store import place
-from sparlow.model.forward.capture import Recording, record
+from sparlow.model.forward.capture import Recording, capture_block_inputs
 from sparlow.model.forward.decoder import decoder_blocks
 from sparlow.model.loading.source import OpenedModel
-from sparlow.model.loading.weights import InMemory, Parts, one_by_one
+from sparlow.model.loading.weights import InMemory, Weights, one_by_one
 from sparlow.progress import Clock, Notify, counting
 from sparlow.run.pipeline import name_what_is_not_finite
 from sparlow.text import fingerprint as text_fingerprint
 
 
-class Meter:
+class BlockwiseRunner:
     """Lets text pass through the parts of one model.
 
     Args:
@@ -35,7 +35,7 @@ class Meter:
         self._processes = processes
         self._model, self._offload, self._clock, self._notify = opened.model, offload, clock, notify
         self.blocks_name, self.blocks = decoder_blocks(opened.model)
-        self.parts: Parts = opened.on_disk or InMemory(self.blocks, opened.model.dtype)
+        self.parts: Weights = opened.on_disk or InMemory(self.blocks, opened.model.dtype)
 
     @property
     def dense_blocks(self) -> Iterator[nn.Module]:
@@ -43,17 +43,17 @@ class Meter:
         return one_by_one(self.parts, len(self.blocks))
 
     def recorded(self, windows: Tensor, micro_batch: int, apart: int = 0) -> Recording:
-        """What enters the blocks for these windows, see ``record``."""
+        """What enters the blocks for these windows, see ``capture_block_inputs``."""
         width = self._model.config.get_text_config().hidden_size
         size = windows.numel() * width * self.parts.computing.itemsize // self._processes.size
         where = place(self._offload, size, self.parts.device)
-        with self.parts.rest(), self.parts.block(0):
-            return record(
+        with self.parts.outside_blocks(), self.parts.block(0):
+            return capture_block_inputs(
                 self._model, windows, micro_batch=micro_batch, apart=apart, place=where, processes=self._processes
             )
 
     @torch.no_grad()
-    def perplexity(self, stage: str, windows: Tensor, parts: Parts) -> float:
+    def perplexity(self, stage: str, windows: Tensor, parts: Weights) -> float:
         """Perplexity of the model with these parts; ``stage`` is what the progress bar says."""
         advance = counting(self._notify, stage, len(self.blocks) + 1)
         with self._clock("evaluate"):

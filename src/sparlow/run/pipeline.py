@@ -13,10 +13,10 @@ from sparlow.errors import InputError, RunError
 from sparlow.linalg.gram import Gram, GramAccumulator, SquareAccumulator
 from sparlow.model.artefact.bitmask import pack, unpack
 from sparlow.model.artefact.layers import SparseLowRankLinear
-from sparlow.model.forward.activation_store import Shelf
+from sparlow.model.forward.activation_store import ActivationStore
 from sparlow.model.forward.capture import Recording
 from sparlow.model.forward.decoder import Call, linears
-from sparlow.model.forward.input_statistics import Observation, observe
+from sparlow.model.forward.input_statistics import Observation, collect_statistics
 from sparlow.progress import Clock
 from sparlow.recipe.allocation import Budget, matches
 from sparlow.recipe.recipe import Recipe
@@ -56,7 +56,9 @@ def name_what_is_not_finite(blocks_name: str, blocks: Iterable[nn.Module], recor
     hidden = recording.hidden
     for i, block in enumerate(blocks):
         outputs = hidden.fresh()
-        observe(block, recording.calls[i], hidden, SquareAccumulator, outputs=outputs, label=f"{blocks_name}.{i}")
+        collect_statistics(
+            block, recording.calls[i], hidden, SquareAccumulator, outputs=outputs, label=f"{blocks_name}.{i}"
+        )
         hidden = outputs
 
 
@@ -65,14 +67,14 @@ def compress_block(
     block: nn.Module,
     where: tuple[str, int],
     calls: Mapping[int, Call],
-    hidden: Shelf,
+    hidden: ActivationStore,
     recipe: Recipe,
     budgets: Mapping[str, Budget],
     stored: torch.dtype,
     clock: Clock,
     on_layer: Callable[[LayerRecord], None],
     *,
-    outputs: Shelf | None = None,
+    outputs: ActivationStore | None = None,
     processes: Processes = ALONE,
 ) -> list[LayerRecord]:
     """Replace the linear layers of one block by compressed ones.
@@ -102,9 +104,11 @@ def compress_block(
     name, index = where
     label = f"{name}.{index}"
     with clock("statistics"):
-        seen = observe(block, calls, hidden, GramAccumulator, outputs=outputs, label=label, processes=processes)
+        seen = collect_statistics(
+            block, calls, hidden, GramAccumulator, outputs=outputs, label=label, processes=processes
+        )
     layers = {n: linear for n, linear in linears(block).items() if f"{label}.{n}" in budgets}
-    who = processes.divided({n: _cost(linear) for n, linear in layers.items()})
+    who = processes.assign({n: _cost(linear) for n, linear in layers.items()})
     found: dict[str, LayerRecord] = {}
     for layer, gram, tokens in with_grams(block, seen, recipe, who, processes):
         budget = budgets[f"{label}.{layer}"]
@@ -155,7 +159,7 @@ def with_grams(
         statistic = seen.statistics.pop(owner)
         readers = [name for name in layers if name in who and seen.owner.get(name) == owner]
         # of no tokens, every input would count as dead
-        wanted = tokens[owner] and processes.collect(statistic.sum, {who[name] for name in readers})
+        wanted = tokens[owner] and processes.reduce_to(statistic.sum, {who[name] for name in readers})
         if not wanted:
             continue
         H = statistic.second_moment(windows)
@@ -182,7 +186,7 @@ def _exchanged(
 ) -> dict[str, LayerRecord]:
     """Put the layers that other processes have solved in their places too, sent as they are stored; all records."""
     own = {name: _as_stored(block.get_submodule(name), stored) for name in found}
-    told = processes.gathered({name: [asdict(found[name]), len(parts[0])] for name, parts in own.items()})
+    told = processes.all_gather({name: [asdict(found[name]), len(parts[0])] for name, parts in own.items()})
     records = {}
     for name, linear in layers.items():
         data, kept = told[who[name]][name]
@@ -190,7 +194,7 @@ def _exchanged(
         parts = own.get(name) or _empty(linear, kept, record.rank, stored)
         for part in parts:
             if part.numel():
-                processes.share(part.view(torch.uint8), who[name])
+                processes.broadcast(part.view(torch.uint8), who[name])
         if name not in own:
             values, mask, U, V = parts
             S = unpack(values, mask, record.shape)

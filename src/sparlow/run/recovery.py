@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparlow.distributed import ALONE, Processes
-from sparlow.model.artefact.dtypes import Storage
-from sparlow.model.forward.activation_store import Shelf
+from sparlow.model.artefact.dtypes import StoredDtypes
+from sparlow.model.forward.activation_store import ActivationStore
 from sparlow.model.forward.capture import Recording
 from sparlow.model.forward.decoder import Call
 from sparlow.model.training import block_matching as matching
@@ -18,7 +18,7 @@ from sparlow.model.training.block_matching import match
 from sparlow.model.training.distillation import distill
 from sparlow.model.training.loop import Plan
 from sparlow.model.training.packed_layer import round_through
-from sparlow.model.training.resume_state import Midway
+from sparlow.model.training.resume_state import TrainingCheckpoint
 from sparlow.progress import Notify, counting
 from sparlow.recipe.recipe import Recipe
 
@@ -27,7 +27,7 @@ MICRO_BATCH_TOKENS = 2048  # that pass through a block at a time; twice as many 
 HELD_OUT = 16  # one calibration window of so many judges the training
 
 
-class Teaching:
+class Recovery:
     """Matching and distillation of one run, and how its calibration windows are divided for them.
 
     Args:
@@ -39,7 +39,7 @@ class Teaching:
     """
 
     def __init__(
-        self, recipe: Recipe, storage: Storage, blocks_name: str, windows: Tensor, processes: Processes
+        self, recipe: Recipe, storage: StoredDtypes, blocks_name: str, windows: Tensor, processes: Processes
     ) -> None:
         self._recipe, self._storage, self._blocks_name = recipe, storage, blocks_name
         self._processes = processes
@@ -71,8 +71,8 @@ class Teaching:
             return []
         return [f"{self.plan.batch} processes train on {self.plan.batch} windows a step, not on {asked.batch}"]
 
-    def matched(
-        self, i: int, block: nn.Module, calls: Mapping[int, Call], hidden: Shelf, targets: Shelf
+    def match_block(
+        self, i: int, block: nn.Module, calls: Mapping[int, Call], hidden: ActivationStore, targets: ActivationStore
     ) -> dict[str, Any]:
         """Train a compressed block towards its targets, rounded as it will be stored; return the row for the report."""
         found = match(
@@ -89,14 +89,14 @@ class Teaching:
         self._round(i, block)
         return {"block": i, **asdict(found)}
 
-    def distilled(
+    def distill(
         self,
         model: PreTrainedModel,
         blocks: Sequence[nn.Module],
         recording: Recording,
-        truth: Shelf,
+        truth: ActivationStore,
         notify: Notify,
-        midway: Midway | None = None,
+        midway: TrainingCheckpoint | None = None,
     ) -> dict[str, Any]:
         """Train all blocks together towards ``truth``, rounded as they will be stored; return what the report says."""
         plan = _given(self.plan)

@@ -12,14 +12,14 @@ from sparlow.linalg.gram import GramAccumulator, SquareAccumulator
 from sparlow.linalg.patterns import Unstructured
 from sparlow.model.forward.capture import Recording
 from sparlow.model.forward.decoder import linears
-from sparlow.model.forward.input_statistics import Kind, Observation, observe
+from sparlow.model.forward.input_statistics import Kind, Observation, collect_statistics
 from sparlow.recipe.allocation import Budget, Offer, error_driven, offered, owl_densities
 from sparlow.recipe.recipe import Recipe
 from sparlow.run.pipeline import with_grams
 
 
 @dataclass(frozen=True)
-class Walk:
+class DenseWalk:
     """All that a walk along the dense blocks takes.
 
     Attributes:
@@ -44,14 +44,16 @@ class Walk:
         for i, block in enumerate(self.blocks):
             name, outputs = f"{self.blocks_name}.{i}", hidden.fresh()
             calls = self.recording.calls[i]
-            seen = observe(block, calls, hidden, statistic, outputs=outputs, label=name, processes=self.processes)
+            seen = collect_statistics(
+                block, calls, hidden, statistic, outputs=outputs, label=name, processes=self.processes
+            )
             yield name, block, seen
             hidden = outputs
             self.advance(1)
 
 
 @torch.no_grad()
-def allocated_by_data(walk: Walk, recipe: Recipe, budgets: Mapping[str, Budget]) -> dict[str, Budget]:
+def allocated_by_data(walk: DenseWalk, recipe: Recipe, budgets: Mapping[str, Budget]) -> dict[str, Budget]:
     """Return the budgets that ``recipe.allocate`` takes from the data; layers that a rule decides are left alone.
 
     Args:
@@ -62,11 +64,11 @@ def allocated_by_data(walk: Walk, recipe: Recipe, budgets: Mapping[str, Budget])
     return {"owl": _outlier_weighed, "error": _error_driven}[recipe.allocate](walk, recipe, budgets)
 
 
-def _outlier_weighed(walk: Walk, recipe: Recipe, budgets: Mapping[str, Budget]) -> dict[str, Budget]:
+def _outlier_weighed(walk: DenseWalk, recipe: Recipe, budgets: Mapping[str, Budget]) -> dict[str, Budget]:
     """An outlier is a score |W_ij|·√H_jj above M times the mean over all linears of its block (arXiv 2310.05175)."""
     shares: dict[str, float] = {}
     for block_name, block, seen in walk.observed(SquareAccumulator):
-        sums = {owner: walk.processes.sum(statistic.sum) for owner, statistic in seen.statistics.items()}
+        sums = {owner: walk.processes.all_reduce(statistic.sum) for owner, statistic in seen.statistics.items()}
         norms = {name: sums[owner].sqrt().float() for name, owner in seen.owner.items()}
         layers = linears(block)
         scores = torch.cat([(layers[name].weight.float().abs() * norm).flatten() for name, norm in norms.items()])
@@ -81,7 +83,7 @@ def _outlier_weighed(walk: Walk, recipe: Recipe, budgets: Mapping[str, Budget]) 
     }
 
 
-def _error_driven(walk: Walk, recipe: Recipe, budgets: Mapping[str, Budget]) -> dict[str, Budget]:
+def _error_driven(walk: DenseWalk, recipe: Recipe, budgets: Mapping[str, Budget]) -> dict[str, Budget]:
     """Ranks and densities where the layers' relative errors fall most for each value kept; as many values in all."""
     low_rank = recipe.found_algorithm.kind != "pruner"
     offers: dict[str, list[Offer]] = {}
@@ -92,12 +94,12 @@ def _error_driven(walk: Walk, recipe: Recipe, budgets: Mapping[str, Budget]) -> 
         asked = {
             n: offered(budgets[names[n]], (m.out_features, m.in_features), low_rank=low_rank) for n, m in free.items()
         }
-        who = walk.processes.divided({n: float(m.weight.numel()) for n, m in free.items()})
+        who = walk.processes.assign({n: float(m.weight.numel()) for n, m in free.items()})
         errors = {
             n: [error_curve(free[n].weight.float(), gram, pattern, ranks) for pattern, ranks in asked[n].items()]
             for n, gram, _ in with_grams(block, seen, recipe, who, walk.processes)
         }
-        errors = {n: curves for own in walk.processes.gathered(errors) for n, curves in own.items()}
+        errors = {n: curves for own in walk.processes.all_gather(errors) for n, curves in own.items()}
         for n, linear in free.items():
             shape = (linear.out_features, linear.in_features)
             values += budgets[names[n]].values(shape)

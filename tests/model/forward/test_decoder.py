@@ -7,10 +7,10 @@ from torch.nn import functional
 
 from families import EXTRAS, FAMILIES, tiny
 from sparlow.errors import InputError
-from sparlow.model.forward.activation_store import Shelf
-from sparlow.model.forward.capture import record
+from sparlow.model.forward.activation_store import ActivationStore
+from sparlow.model.forward.capture import capture_block_inputs
 from sparlow.model.forward.decoder import Call, decoder_blocks, linears, not_compressed, run_block
-from sparlow.model.forward.input_statistics import observe
+from sparlow.model.forward.input_statistics import collect_statistics
 
 SEQLEN = 20  # longer than the sliding windows
 
@@ -81,7 +81,7 @@ class TestRecordAndRun:
     def test_replays_the_model_exactly(self, name, windows):
         model = tiny(name)
         _, blocks = decoder_blocks(model)
-        recording = record(model, windows, micro_batch=2)
+        recording = capture_block_inputs(model, windows, micro_batch=2)
         assert [len(x) for x in recording.hidden] == [2, 2, 1]
         for ids, x in zip(windows.split(2), recording.hidden, strict=True):
             states, logits = own_pass(model, blocks, ids)
@@ -95,36 +95,36 @@ class TestRecordAndRun:
     def test_works_in_bfloat16(self, windows):
         model = tiny("llama", dtype=torch.bfloat16)
         _, blocks = decoder_blocks(model)
-        recording = record(model, windows, micro_batch=5)
+        recording = capture_block_inputs(model, windows, micro_batch=5)
         x = recording.hidden[0]
         states, _ = own_pass(model, blocks, windows)
         for block, calls, expected in zip(blocks, recording.calls, states, strict=True):
-            outputs = Shelf("cpu")
-            observe(block, calls, [x], Products, outputs=outputs)
+            outputs = ActivationStore("cpu")
+            collect_statistics(block, calls, [x], Products, outputs=outputs)
             (x,) = outputs
             assert x.dtype == torch.bfloat16
             assert torch.equal(x, expected)
 
     def test_sliding_and_global_blocks_keep_their_own_arguments(self, windows):
-        sliding, full = record(tiny("gemma3_text"), windows, micro_batch=2).calls[:2]
+        sliding, full = capture_block_inputs(tiny("gemma3_text"), windows, micro_batch=2).calls[:2]
         causal = SEQLEN * (SEQLEN + 1) // 2
         assert sliding[2].kwargs["attention_mask"][0].sum() < causal
         assert full[2].kwargs["attention_mask"] is None
         assert not torch.equal(sliding[2].kwargs["position_embeddings"][0], full[2].kwargs["position_embeddings"][0])
 
     def test_keeps_the_arguments_of_each_size(self, windows):
-        calls = record(tiny("bloom"), windows, micro_batch=2).calls[1]
+        calls = capture_block_inputs(tiny("bloom"), windows, micro_batch=2).calls[1]
         assert {size: len(call.kwargs["alibi"]) // size for size, call in calls.items()} == {2: 4, 1: 4}
 
     @pytest.mark.parametrize("name", ["llama", "falcon", "gemma3_text"])
     def test_computes_the_first_block_only(self, name, windows):
         model = tiny(name)
-        expected = record(model, windows, micro_batch=2)
+        expected = capture_block_inputs(model, windows, micro_batch=2)
         _, blocks = decoder_blocks(model)
         for block in blocks[1:]:
             block.to("meta")
         model.get_output_embeddings().register_forward_hook(lambda *_: pytest.fail("logits were computed"))
-        found = record(model, windows, micro_batch=2)
+        found = capture_block_inputs(model, windows, micro_batch=2)
         assert all(map(torch.equal, found.hidden, expected.hidden))
         for calls, others in zip(found.calls, expected.calls, strict=True):
             assert calls.keys() == others.keys()
@@ -136,7 +136,7 @@ class TestRecordAndRun:
         _, blocks = decoder_blocks(model)
         sizes = []
         blocks[0].mlp.register_forward_hook(lambda _, __, y: sizes.append(len(y)))
-        recording = record(model, windows.repeat(2, 1)[:9], micro_batch=2)
+        recording = capture_block_inputs(model, windows.repeat(2, 1)[:9], micro_batch=2)
         assert [len(x) for x in recording.hidden] == [2, 2, 2, 2, 1]
         assert sizes == [2, 2, 1]
 
@@ -144,9 +144,9 @@ class TestRecordAndRun:
         model = tiny("opt")
         with torch.no_grad():
             before = model(windows).logits
-        record(model, windows, micro_batch=2)
+        capture_block_inputs(model, windows, micro_batch=2)
         with pytest.raises(IndexError):
-            record(model, windows + 1000, micro_batch=2)  # no such tokens
+            capture_block_inputs(model, windows + 1000, micro_batch=2)  # no such tokens
         assert not hooks_of(model)
         with torch.no_grad():
             assert torch.equal(model(windows).logits, before)
@@ -154,7 +154,7 @@ class TestRecordAndRun:
     def test_lets_gradients_through(self, windows):
         model = tiny("qwen2")
         _, blocks = decoder_blocks(model)
-        recording = record(model, windows, micro_batch=5)
+        recording = capture_block_inputs(model, windows, micro_batch=5)
         run_block(blocks[1], recording.hidden[0], recording.calls[1][5]).square().mean().backward()
         assert all(p.grad is not None and p.grad.any() for p in blocks[1].parameters())
 
@@ -162,7 +162,7 @@ class TestRecordAndRun:
     def test_takes_hidden_state_and_arguments_to_the_block(self, name, windows):
         model = tiny(name)
         _, blocks = decoder_blocks(model)
-        recording = record(model, windows, micro_batch=5)
+        recording = capture_block_inputs(model, windows, micro_batch=5)
         out = run_block(blocks[1].to("meta"), recording.hidden[0], recording.calls[1][5])
         assert out.device.type == "meta"
         assert out.shape == recording.hidden[0].shape
@@ -258,7 +258,7 @@ class TestForeignModels:
     @pytest.mark.parametrize("kind", [Chain, ByKeyword])
     def test_replays_positional_and_keyword_arguments(self, kind, windows):
         model = kind()
-        recording = record(model, windows, micro_batch=3)
+        recording = capture_block_inputs(model, windows, micro_batch=3)
         with torch.no_grad():
             for x, ids in zip(recording.hidden, windows.split(3), strict=True):
                 for block, calls in zip(model.list, recording.calls, strict=True):
@@ -281,7 +281,7 @@ class TestForeignModels:
     def test_refuses_what_it_cannot_replay(self, kind, message, windows):
         model = kind()
         with pytest.raises(InputError, match=message):
-            record(model, windows, micro_batch=2)
+            capture_block_inputs(model, windows, micro_batch=2)
         assert not hooks_of(model)
 
 
@@ -395,7 +395,7 @@ def second_block(windows):
     def make(name, **options):
         model = tiny(name, **options)
         _, blocks = decoder_blocks(model)
-        recording = record(model, windows, micro_batch=2)
+        recording = capture_block_inputs(model, windows, micro_batch=2)
         return blocks[1], recording.calls[1], recording.hidden
 
     return make
@@ -418,8 +418,8 @@ class TestObserve:
     @pytest.mark.parametrize("name", FAMILIES + EXTRAS)
     def test_gives_outputs_and_statistics_in_one_pass(self, name, second_block):
         block, calls, hidden = second_block(name)
-        outputs = Shelf("cpu")
-        seen = observe(block, calls, hidden, Products, outputs=outputs)
+        outputs = ActivationStore("cpu")
+        seen = collect_statistics(block, calls, hidden, Products, outputs=outputs)
         with torch.no_grad():
             assert all(torch.equal(y, run_block(block, x, calls[len(x)])) for x, y in zip(hidden, outputs, strict=True))
         expected = products_of_each(block, calls, hidden)
@@ -427,25 +427,25 @@ class TestObserve:
         for layer, owner in seen.owner.items():
             assert torch.equal(seen.statistics[owner].H, expected[layer].H)
         assert set(seen.statistics) == set(seen.owner.values())
-        alone = observe(block, calls, hidden, Products)
+        alone = collect_statistics(block, calls, hidden, Products)
         assert alone.owner == seen.owner
         assert all(torch.equal(statistic.H, seen.statistics[name].H) for name, statistic in alone.statistics.items())
         assert not hooks_of(block)
 
-    @pytest.mark.parametrize(("outputs", "times"), [(None, 1), (Shelf("cpu"), 3)])
+    @pytest.mark.parametrize(("outputs", "times"), [(None, 1), (ActivationStore("cpu"), 3)])
     def test_ends_a_pass_where_nothing_is_left_to_see(self, outputs, times, second_block):
         block, calls, hidden = second_block("llama")
         assert len(hidden) == 3
         seen = []
         block.mlp.down_proj.register_forward_hook(lambda *_: seen.append(1))
-        observe(block, calls, hidden, Products, outputs=outputs)
+        collect_statistics(block, calls, hidden, Products, outputs=outputs)
         assert len(seen) == times  # the first pass shows which linear is the last
 
     def test_sees_to_the_end_what_is_called_more_than_once(self):
         plan = [("ab", "a")] * 3  # the last call of a comes after every linear was called
         block, hidden, calls = Experts(plan), list(torch.randn(3, 2, 4, 6)), {2: Call((), {})}
         block.experts = nn.ModuleDict({name: block.experts[name] for name in "ab"})
-        seen = observe(block, calls, hidden, Products)
+        seen = collect_statistics(block, calls, hidden, Products)
         block.plan = iter(plan)
         for layer, expected in products_of_each(block, calls, hidden).items():
             assert torch.equal(seen.statistics[seen.owner[layer]].H, expected.H)
@@ -455,10 +455,10 @@ class TestObserve:
         hidden = list(hidden)
         hidden[1] = hidden[1].clone().index_fill_(1, torch.tensor([2]), torch.inf)
         with pytest.raises(InputError, match=r"the input of self_attn\.q_proj is not finite"):
-            observe(block, calls, hidden, Products)
+            collect_statistics(block, calls, hidden, Products)
 
     def test_shares_the_statistic_of_a_shared_input(self, second_block):
-        seen = observe(*second_block("llama"), Products)
+        seen = collect_statistics(*second_block("llama"), Products)
         assert seen.owner == {
             "self_attn.q_proj": "self_attn.q_proj",
             "self_attn.k_proj": "self_attn.q_proj",
@@ -470,7 +470,7 @@ class TestObserve:
         }
 
     def test_shares_it_between_parallel_attention_and_mlp(self, second_block):
-        owner = observe(*second_block("falcon_alibi"), Products).owner
+        owner = collect_statistics(*second_block("falcon_alibi"), Products).owner
         assert owner["mlp.dense_h_to_4h"] == owner["self_attention.query_key_value"]
 
     @pytest.mark.parametrize(
@@ -487,7 +487,7 @@ class TestObserve:
     def test_separates_layers_as_soon_as_their_inputs_differ(self, plan, owner):
         block, hidden = Experts(plan), list(torch.randn(3, 2, 4, 6))
         calls = {2: Call((), {})}
-        seen = observe(block, calls, hidden, Products)
+        seen = collect_statistics(block, calls, hidden, Products)
         assert seen.owner == {f"experts.{name}": f"experts.{own}" for name, own in owner.items()}
         block.plan = iter(plan)
         for layer, expected in products_of_each(block, calls, hidden).items():
@@ -506,7 +506,7 @@ class TestObserve:
         with torch.no_grad():
             block.get_submodule(broken).weight[3] = torch.nan
         with pytest.raises(InputError, match=f"block 3: {named} is not finite .* --dtype float32"):
-            observe(block, calls, hidden, Products, label="block 3")
+            collect_statistics(block, calls, hidden, Products, label="block 3")
         assert not hooks_of(block)
 
     def test_names_the_layer_whose_input_overflows(self, second_block):
@@ -515,7 +515,7 @@ class TestObserve:
             block.mlp.up_proj.weight *= 1e4
             block.mlp.gate_proj.weight *= 1e3
         with pytest.raises(InputError, match=r"the input of mlp\.down_proj is not finite"):
-            observe(block, calls, hidden, Products)
+            collect_statistics(block, calls, hidden, Products)
 
     def test_refuses_inputs_that_change_under_its_eyes(self):
         class InPlace(nn.Module):
@@ -529,7 +529,7 @@ class TestObserve:
 
         block = InPlace()
         with pytest.raises(InputError, match="block 3 changes the input of up in place"):
-            observe(block, {2: Call((), {})}, [torch.ones(2, 4, 6)], Products, label="block 3")
+            collect_statistics(block, {2: Call((), {})}, [torch.ones(2, 4, 6)], Products, label="block 3")
         assert not hooks_of(block)
 
     def test_names_the_output_if_every_layer_is_sound(self, second_block):
@@ -537,4 +537,4 @@ class TestObserve:
         with torch.no_grad():
             block.post_feedforward_layernorm.weight[0] = torch.inf
         with pytest.raises(InputError, match="block: the output is not finite"):
-            observe(block, calls, hidden, Products)
+            collect_statistics(block, calls, hidden, Products)

@@ -4,16 +4,16 @@ import torch
 from families import EXTRAS, FAMILIES, save_tiny, tiny
 from sparlow.errors import InputError
 from sparlow.linalg.gram import SquareAccumulator
-from sparlow.model.forward.capture import record
+from sparlow.model.forward.capture import capture_block_inputs
 from sparlow.model.forward.decoder import decoder_blocks
-from sparlow.model.forward.input_statistics import observe
-from sparlow.model.loading.meta import outline, shared_inputs
+from sparlow.model.forward.input_statistics import collect_statistics
+from sparlow.model.loading.meta import meta_model, shared_inputs
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *EXTRAS])
 def test_the_outline_has_the_shapes_of_the_model(family, tmp_path):
     model = save_tiny(family, tmp_path, dtype=torch.bfloat16)
-    found = outline(str(tmp_path))
+    found = meta_model(str(tmp_path))
     shapes = {name: (p.shape, p.dtype) for name, p in model.named_parameters()}
     assert {name: (p.shape, p.dtype) for name, p in found.named_parameters()} == shapes
     assert all(p.is_meta for p in found.parameters())
@@ -24,9 +24,9 @@ def test_the_outline_has_the_shapes_of_the_model(family, tmp_path):
 def test_who_reads_what_is_seen_without_weights(family, tmp_path):
     model = save_tiny(family, tmp_path)
     _, blocks = decoder_blocks(model)
-    recording = record(model, torch.arange(24).view(2, 12), micro_batch=2)
-    found = observe(blocks[0], recording.calls[0], recording.hidden, SquareAccumulator)
-    assert shared_inputs(outline(str(tmp_path)))[0] == found.owner
+    recording = capture_block_inputs(model, torch.arange(24).view(2, 12), micro_batch=2)
+    found = collect_statistics(blocks[0], recording.calls[0], recording.hidden, SquareAccumulator)
+    assert shared_inputs(meta_model(str(tmp_path)))[0] == found.owner
     assert shared_inputs(model)[0] == found.owner
 
 
@@ -38,12 +38,12 @@ def test_where_nothing_runs_every_layer_stands_by_itself(monkeypatch):
 
 def test_a_type_can_be_asked_for(tmp_path):
     save_tiny("llama", tmp_path, dtype=torch.bfloat16)
-    assert outline(str(tmp_path), dtype="float16").dtype == torch.float16
+    assert meta_model(str(tmp_path), dtype="float16").dtype == torch.float16
     with pytest.raises(InputError, match="float31"):
-        outline(str(tmp_path), dtype="float31")
+        meta_model(str(tmp_path), dtype="float31")
 
 
 @pytest.mark.parametrize("name", ["/no/such/model", "./no.gguf", "nobody/nothing"])
 def test_a_model_that_is_not_there(name):
     with pytest.raises(InputError):
-        outline(name)
+        meta_model(name)

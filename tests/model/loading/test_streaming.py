@@ -8,14 +8,14 @@ from safetensors.torch import load_file, save_file
 import sparlow
 from families import EXTRAS, FAMILIES, save_tiny, tiny
 from sparlow.evaluation.perplexity import perplexity
-from sparlow.model.forward.activation_store import Shelf, place
+from sparlow.model.forward.activation_store import ActivationStore, place
 from sparlow.model.forward.decoder import decoder_blocks
-from sparlow.model.loading.source import OpenedModel, for_computing, open_model
-from sparlow.model.loading.weights import survey, whole
+from sparlow.model.loading.source import OpenedModel, open_model, upcast_for_cpu
+from sparlow.model.loading.weights import all_loaded, scan
 from sparlow.progress import Clock
 from sparlow.recipe.recipe import Recipe
 from sparlow.run import compress as compression
-from sparlow.run.passes import Meter
+from sparlow.run.passes import BlockwiseRunner
 
 CPU = torch.device("cpu")
 QUICK = Recipe(rank=4, options={"effort": 0.1, "max_steps": 5})
@@ -31,7 +31,7 @@ def same(found, expected):
 
 
 def by_blocks(opened, offload="auto", notify=lambda _: None):
-    meter = Meter(opened, offload, Clock(), notify)
+    meter = BlockwiseRunner(opened, offload, Clock(), notify)
     return meter.perplexity("dense perplexity", WINDOWS, meter.parts)
 
 
@@ -44,14 +44,14 @@ def checksums(folder):
 def test_parts_are_those_of_the_whole_model(name, dtype, tmp_path):
     save_tiny(name, tmp_path, dtype=dtype)
     opened = open_model(str(tmp_path))
-    expected = stored(for_computing(opened.model))
+    expected = stored(upcast_for_cpu(opened.model))
     streamed = open_model(str(tmp_path), streamed=True)
     assert streamed.fingerprint == opened.fingerprint
     assert not streamed.warnings
     model, parts = streamed.model, streamed.on_disk
     blocks_name, blocks = decoder_blocks(model)
     found = set()
-    with parts.rest():
+    with parts.outside_blocks():
         for key, tensor in stored(model).items():
             if not key.startswith(f"{blocks_name}."):
                 found.add(key)
@@ -106,7 +106,7 @@ def test_tied_weights_stay_tied(tmp_path):
     model = streamed.model
     for _ in range(2):
         assert model.lm_head.weight is model.model.embed_tokens.weight
-        with streamed.on_disk.rest():
+        with streamed.on_disk.outside_blocks():
             assert model.lm_head.weight is model.model.embed_tokens.weight
             assert not model.lm_head.weight.is_meta
 
@@ -124,7 +124,7 @@ def test_several_files_are_read(tmp_path):
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     streamed = open_model(str(tmp_path), streamed=True)
-    with whole(streamed.on_disk, 3), torch.no_grad():
+    with all_loaded(streamed.on_disk, 3), torch.no_grad():
         assert torch.equal(streamed.model(WINDOWS).logits, model(WINDOWS).logits)
 
 
@@ -141,13 +141,13 @@ def test_damaged_tensors_are_named():
     model = tiny("llama")
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0, 0] = float("inf")
-    assert survey([model.state_dict(keep_vars=True)]).damaged == {"model.layers.1.mlp.up_proj.weight"}
+    assert scan([model.state_dict(keep_vars=True)]).damaged == {"model.layers.1.mlp.up_proj.weight"}
 
 
 @pytest.mark.parametrize("where", ["cpu", "disk"])
 def test_a_shelf_gives_back_what_it_was_given(where):
     tensors = [torch.randn(2, 3), torch.randn(4, 3).bfloat16(), torch.randn(3, 1).T]
-    shelf = Shelf(where, tensors)
+    shelf = ActivationStore(where, tensors)
     assert len(shelf) == 3
     for _ in range(2):
         assert all(map(torch.equal, shelf, tensors))

@@ -10,10 +10,10 @@ import sparlow
 from families import save_tiny, tiny
 from sparlow.errors import RunError
 from sparlow.model.artefact.layers import SparseLowRankLinear, compressed_layers
-from sparlow.model.forward.activation_store import Shelf
-from sparlow.model.forward.capture import record
+from sparlow.model.forward.activation_store import ActivationStore
+from sparlow.model.forward.capture import capture_block_inputs
 from sparlow.model.forward.decoder import decoder_blocks, linears
-from sparlow.model.forward.input_statistics import observe
+from sparlow.model.forward.input_statistics import collect_statistics
 from sparlow.model.training.block_matching import PRESETS, match
 from sparlow.model.training.loop import Plan
 from sparlow.model.training.packed_layer import packed, round_through
@@ -37,9 +37,9 @@ def problem(family="llama", rank=2, seed=0):
     """A compressed block, its calls, inputs and the dense block's outputs."""
     model = tiny(family)
     _, blocks = decoder_blocks(model)
-    recording = record(model, WINDOWS, micro_batch=4, apart=2)
-    outputs = Shelf("cpu")
-    observe(blocks[0], recording.calls[0], recording.hidden, Nothing, outputs=outputs)
+    recording = capture_block_inputs(model, WINDOWS, micro_batch=4, apart=2)
+    outputs = ActivationStore("cpu")
+    collect_statistics(blocks[0], recording.calls[0], recording.hidden, Nothing, outputs=outputs)
     draw = torch.Generator().manual_seed(seed)
     for name, linear in linears(blocks[0]).items():
         W = linear.weight.detach()
@@ -137,11 +137,11 @@ def test_micro_batches_add_up_to_a_step():
     blocks = []
     for size in (4, 8):
         model = tiny("llama")
-        recording = record(model, WINDOWS[:8], micro_batch=size)
+        recording = capture_block_inputs(model, WINDOWS[:8], micro_batch=size)
         block, _, _, _ = problem()
         dense = decoder_blocks(tiny("llama"))[1][0]
-        targets = Shelf("cpu")
-        observe(dense, recording.calls[0], recording.hidden, Nothing, outputs=targets)
+        targets = ActivationStore("cpu")
+        collect_statistics(dense, recording.calls[0], recording.hidden, Nothing, outputs=targets)
         plan = replace(PLAN, batch=8, epochs=1, relative=True)
         match(block, recording.calls[0], recording.hidden, targets, plan)
         blocks.append(block)

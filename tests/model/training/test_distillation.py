@@ -11,7 +11,7 @@ import sparlow
 from families import save_tiny, tiny
 from sparlow.errors import RunError
 from sparlow.model.artefact.layers import SparseLowRankLinear, compressed_layers
-from sparlow.model.forward.capture import record
+from sparlow.model.forward.capture import capture_block_inputs
 from sparlow.model.forward.decoder import decoder_blocks, linears, pass_through
 from sparlow.model.training import distillation as distilling
 from sparlow.model.training.distillation import PRESETS, distill
@@ -38,7 +38,7 @@ def compressed(family):
 
 def problem(family):
     model, dense = compressed(family)
-    recording = record(dense, WINDOWS, micro_batch=2, apart=2)
+    recording = capture_block_inputs(dense, WINDOWS, micro_batch=2, apart=2)
     wanted = recording.hidden
     with torch.no_grad():
         for block, calls in zip(decoder_blocks(dense)[1], recording.calls, strict=True):
@@ -145,7 +145,7 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bits(when, whole, tmp_path, mo
 
     with monkeypatch.context() as patch:
         if when == "trained":
-            patch.setattr("sparlow.run.recovery.Teaching._round", stop)
+            patch.setattr("sparlow.run.recovery.Recovery._round", stop)
         elif when == "written":
             patch.setattr(Journal, "note_distilled", stop)
         elif when == "recorded":
@@ -192,7 +192,7 @@ def test_a_state_of_the_training_that_is_damaged_is_not_gone_on_from(whole, tmp_
     model, out, _ = whole
     with monkeypatch.context() as patch:
         patch.setattr("sparlow.model.training.resume_state.EVERY", 0)
-        patch.setattr("sparlow.run.recovery.Teaching._round", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("sparlow.run.recovery.Recovery._round", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run(model, tmp_path / "out")
     (state,) = (tmp_path / "out").glob("training-*")

@@ -40,7 +40,7 @@ from sparlow.model.artefact.shards import (
     write_shard,
 )
 from sparlow.model.loading.source import as_input_error
-from sparlow.model.loading.weights import Parts, ready
+from sparlow.model.loading.weights import Weights, to_compute
 
 
 class CheckpointWriter:
@@ -187,7 +187,7 @@ def read_block(folder: str | Path, blocks_name: str, i: int, block: nn.Module) -
 
 
 class Written:
-    """The parts of a compressed model, see ``parts.Parts``: its blocks as they were written.
+    """The parts of a compressed model, see ``weights.Weights``: its blocks as they were written.
 
     Args:
         folder: where they were written to.
@@ -195,21 +195,21 @@ class Written:
         dense: the parts of the model that was compressed.
     """
 
-    def __init__(self, folder: Path, blocks_name: str, dense: Parts) -> None:
+    def __init__(self, folder: Path, blocks_name: str, dense: Weights) -> None:
         self.device, self.computing = dense.device, dense.computing
         self._folder, self._name, self._dense = folder, blocks_name, dense
 
-    def rest(self, *, stored: bool = False) -> AbstractContextManager[None]:
-        """See ``Parts``; nothing outside of the blocks was changed."""
-        return self._dense.rest(stored=stored)
+    def outside_blocks(self, *, stored: bool = False) -> AbstractContextManager[None]:
+        """See ``Weights``; nothing outside of the blocks was changed."""
+        return self._dense.outside_blocks(stored=stored)
 
     @contextmanager
-    def block(self, i: int, *, empty: bool = False) -> Iterator[nn.Module]:
-        """See ``Parts``."""
-        with self._dense.block(i, empty=True) as block:
-            if not (empty or compressed_layers(block)):  # in memory they have stayed
+    def block(self, i: int, *, load: bool = True) -> Iterator[nn.Module]:
+        """See ``Weights``."""
+        with self._dense.block(i, load=False) as block:
+            if load and not compressed_layers(block):  # in memory they have stayed
                 read_block(self._folder, self._name, i, block)
-                ready(block, self)
+                to_compute(block, self)
             yield block
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sparlow.errors import InputError
-from sparlow.model.artefact.places import within
+from sparlow.model.artefact.places import resolve_inside
 from sparlow.model.artefact.shards import INDEX, sha256
 
 CONFIG = "config.json"
@@ -51,7 +51,7 @@ def require_recorded(folder: Path, recorded: Mapping[str, Any]) -> None:
         InputError: names the first that is not.
     """
     for name, expected in recorded.items():
-        file = within(folder, Path(name).name)
+        file = resolve_inside(folder, Path(name).name)
         if not file.exists():
             raise InputError(f"{file} is missing")
         if (header_sum(file) if file.suffix == ".safetensors" else sha256(file)) != expected:

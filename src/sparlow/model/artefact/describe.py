@@ -13,7 +13,7 @@ from sparlow.errors import InputError
 from sparlow.finite import all_finite
 from sparlow.model.artefact.bitmask import unpack
 from sparlow.model.artefact.checkpoint import read_layers
-from sparlow.model.artefact.places import plain_name
+from sparlow.model.artefact.places import shard_filename
 from sparlow.model.artefact.shards import Header, by_layer, check_parts, read_headers, read_index, read_json, sha256
 
 
@@ -114,7 +114,7 @@ def _checksum_problems(folder: Path) -> list[str]:
     present = {file.name for file in folder.glob("*.safetensors")}
     problems = [f"the shard {name} is not recorded in sparlow.json" for name in sorted(present - recorded.keys())]
     for name, record in recorded.items():
-        file = folder / plain_name(name)
+        file = folder / shard_filename(name)
         if not file.exists():
             problems.append(f"the shard {name} is missing")
         elif record != {"bytes": file.stat().st_size, "sha256": sha256(file)}:

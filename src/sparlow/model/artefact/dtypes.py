@@ -10,7 +10,7 @@ from sparlow.model.artefact.layers import SparseLowRankLinear
 
 
 @dataclass(frozen=True)
-class Storage:
+class StoredDtypes:
     """The types of the result's weights, which are those of the model as it came; it may compute in another.
 
     Attributes:
@@ -22,7 +22,7 @@ class Storage:
     exceptions: frozenset[str]
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> "Storage":
+    def of(cls, model: PreTrainedModel) -> "StoredDtypes":
         """Look at a model before it changes its type for computing."""
         state = model.state_dict().items()
         return cls(model.dtype, frozenset(name for name, tensor in state if tensor.dtype != model.dtype))

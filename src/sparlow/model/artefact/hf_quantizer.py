@@ -20,7 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from sparlow.errors import InputError
 from sparlow.model.artefact.bitmask import unpack
 from sparlow.model.artefact.layers import compressed_layers, install
-from sparlow.model.artefact.places import within
+from sparlow.model.artefact.places import resolve_inside
 from sparlow.model.artefact.shards import Header, by_layer, check_layer, packed_state, read_headers
 
 METHOD = "sparlow"
@@ -188,4 +188,4 @@ def _check_places(files: Iterable[str], folder: str) -> None:
     for file in files:
         if root.is_dir() and root not in Path(os.path.abspath(file)).parents:  # noqa: PTH100 - the same
             raise InputError(f"the index names {file}, which is not in the model's directory")
-        within(Path(file).parent, Path(file).name)
+        resolve_inside(Path(file).parent, Path(file).name)

@@ -6,7 +6,7 @@ from typing import Any
 from sparlow.errors import InputError
 
 
-def plain_name(file: Any) -> str:  # noqa: ANN401 - what a JSON file holds
+def shard_filename(file: Any) -> str:  # noqa: ANN401 - what a JSON file holds
     """Return the name of a safetensors file if it has no directory part.
 
     Raises:
@@ -18,7 +18,7 @@ def plain_name(file: Any) -> str:  # noqa: ANN401 - what a JSON file holds
     raise InputError(f"{file!r} is not the name of a safetensors file in the model's directory")
 
 
-def within(folder: Path, name: str) -> Path:
+def resolve_inside(folder: Path, name: str) -> Path:
     """Return the path of a file in a directory.
 
     Raises:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sparlow.errors import InputError, RunError
 from sparlow.model.artefact.bitmask import pack, packed_shapes
 from sparlow.model.artefact.layers import SparseLowRankLinear, compressed_layers
-from sparlow.model.artefact.places import plain_name, within
+from sparlow.model.artefact.places import resolve_inside, shard_filename
 
 INDEX = "model.safetensors.index.json"
 RECORD = "sparlow.json"  # the journal, by which a directory is known as ours
@@ -149,7 +149,7 @@ def read_json(path: Path) -> dict[str, Any]:
         InputError: there is none.
     """
     try:
-        content = json.loads(within(path.parent, path.name).read_text("utf-8"))
+        content = json.loads(resolve_inside(path.parent, path.name).read_text("utf-8"))
     except InputError:
         raise
     except FileNotFoundError as problem:
@@ -168,12 +168,12 @@ def read_index(folder: Path) -> dict[str, Path]:
         InputError: there is no index, or it leads out of the directory.
     """
     if not (folder / INDEX).exists() and (folder / SINGLE).exists():
-        file = within(folder, SINGLE)
+        file = resolve_inside(folder, SINGLE)
         return dict.fromkeys(read_headers([file]), file)
     files = read_json(folder / INDEX).get("weight_map")
     if not isinstance(files, dict):
         raise InputError(f"{folder / INDEX} has no weight_map")
-    inside = {file: within(folder, plain_name(file)) for file in set(map(str, files.values()))}
+    inside = {file: resolve_inside(folder, shard_filename(file)) for file in set(map(str, files.values()))}
     return {name: inside[str(file)] for name, file in files.items()}
 
 

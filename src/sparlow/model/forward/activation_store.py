@@ -16,11 +16,11 @@ PLACES = ("auto", "cpu", "disk")
 AT_ONCE = 4  # copies of the hidden states: inputs of a block, its outputs, targets, and the last of these before
 
 
-class Shelf(Sequence[Tensor]):
+class ActivationStore(Sequence[Tensor]):
     """Tensors in a row, to be read again and again, in any order.
 
     Args:
-        place: a device, or "disk" for files in the system's folder for temporary ones; they go with the shelf.
+        place: a device, or "disk" for files in the system's folder for temporary ones; they go with the store.
         tensors: what it holds from the beginning.
     """
 
@@ -40,9 +40,9 @@ class Shelf(Sequence[Tensor]):
             self._held.append(tensor.to(self.place))
         self._count += 1
 
-    def fresh(self) -> "Shelf":
+    def fresh(self) -> "ActivationStore":
         """Return an empty one in the same place."""
-        return Shelf(self.place)
+        return ActivationStore(self.place)
 
     def __len__(self) -> int:
         return self._count

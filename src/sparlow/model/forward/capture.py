@@ -1,6 +1,6 @@
 """Learn what enters the chain of decoder blocks, and how each block is called.
 
-``behind_blocks`` goes the rest of the way: from what leaves the last block to the logits.
+``run_head`` goes the rest of the way: from what leaves the last block to the logits.
 
 Masks and rotary tables differ from block to block, so every block's own are kept; the model is checked to be a chain.
 """
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from sparlow.distributed import ALONE, Processes
 from sparlow.errors import InputError
-from sparlow.model.forward.activation_store import Shelf
+from sparlow.model.forward.activation_store import ActivationStore
 from sparlow.model.forward.decoder import Call, decoder_blocks, hidden_state, output_head, tensors_in
 
 LOGITS_AT_ONCE = 2**24  # numbers: 64 MB in float32
@@ -35,14 +35,14 @@ class Recording:
         output: the form of what a block returns, without its hidden state.
     """
 
-    hidden: Shelf
+    hidden: ActivationStore
     ids: list[Tensor]
     calls: list[dict[int, Call]]
     output: Any = None
 
 
 @torch.no_grad()
-def record(
+def capture_block_inputs(
     model: PreTrainedModel,
     windows: Tensor,
     *,
@@ -60,7 +60,7 @@ def record(
         windows: (n, seqlen) int64 token ids.
         micro_batch: windows at a time.
         apart: so many windows at the end make a micro-batch of their own.
-        place: where hidden states are kept, see ``offload.Shelf``; where the model lies if left out.
+        place: where hidden states are kept, see ``activation_store.ActivationStore``; where the model lies if left out.
         processes: those that divide every micro-batch.
 
     Raises:
@@ -68,7 +68,7 @@ def record(
     """
     _, blocks = decoder_blocks(model)
     device = next(model.get_input_embeddings().parameters()).device
-    recorder = _Recorder(blocks, Shelf(device if place is None else place))
+    recorder = _Recorder(blocks, ActivationStore(device if place is None else place))
     with ExitStack() as stack:
         for i, block in enumerate(blocks):
             stack.enter_context(_forward_replaced(block, recorder.stand_in(i, block.forward)))
@@ -78,7 +78,7 @@ def record(
         together = len(windows) - apart
         own = []
         for batch in (*windows[:together].split(micro_batch), *((windows[together:],) if apart else ())):
-            ids = processes.own(batch)
+            ids = processes.local_rows(batch)
             own.append(ids)
             seen = ids if len(ids) else batch[:1]  # where there is nothing to keep, its form is still learnt
             recorder.begin(seen, keep=len(ids))
@@ -88,7 +88,7 @@ def record(
     return Recording(recorder.hidden, own, recorder.calls, recorder.output)
 
 
-def behind_blocks(model: PreTrainedModel, output: Any, ids: Tensor, hidden: Tensor) -> Tensor:  # noqa: ANN401 - foreign
+def run_head(model: PreTrainedModel, output: Any, ids: Tensor, hidden: Tensor) -> Tensor:  # noqa: ANN401 - foreign
     """Return the logits (b, n, vocabulary); blocks are not run, and may be on the meta device; gradients flow.
 
     What is behind the blocks looks at each token by itself, so any n tokens will do, the context need not be there.
@@ -146,7 +146,7 @@ class _Recorder:
     Of later ones only what enters block 0 is kept.
     """
 
-    def __init__(self, blocks: nn.ModuleList, hidden: Shelf) -> None:
+    def __init__(self, blocks: nn.ModuleList, hidden: ActivationStore) -> None:
         self.hidden = hidden
         self.calls: list[dict[int, Call]] = [{} for _ in blocks]
         self._output: Any = None  # what block 0 returned, and what every other block returns

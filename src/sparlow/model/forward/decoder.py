@@ -1,7 +1,7 @@
 """The decoder blocks of a causal LM and the linear layers in them, found without knowing any architecture.
 
-A decoder is a chain: embedding → block 0 → block 1 → … → norm and head. ``recording.record`` learns how each block is
-called, ``observing.observe`` and ``run_block`` then need one block at a time.
+A decoder is a chain: embedding → block 0 → block 1 → … → norm and head. ``capture.capture_block_inputs`` learns how
+each block is called, ``input_statistics.collect_statistics`` and ``run_block`` then need one block at a time.
 """
 
 import copy
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from sparlow.errors import InputError, RunError
 from sparlow.finite import all_finite
-from sparlow.model.forward.activation_store import Shelf
+from sparlow.model.forward.activation_store import ActivationStore
 
 _WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -149,14 +149,16 @@ def run_block(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
 
     Args:
         hidden: (b, seqlen, d), on any device.
-        call: what ``record`` noted for this block and b windows.
+        call: what ``capture_block_inputs`` noted for this block and b windows.
     """
     device = next(block.parameters()).device
     call = call.to(device)
     return hidden_state(block(hidden.to(device), *call.args, **call.kwargs))
 
 
-def pass_through(block: nn.Module, hidden: Shelf, calls: Mapping[int, Call], *, label: str | None = None) -> Shelf:
+def pass_through(
+    block: nn.Module, hidden: ActivationStore, calls: Mapping[int, Call], *, label: str | None = None
+) -> ActivationStore:
     """Return what a block makes of all hidden states (b, seqlen, d), kept where they were.
 
     Args:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sparlow.distributed import ALONE, Processes
 from sparlow.errors import InputError
 from sparlow.finite import all_finite
-from sparlow.model.forward.activation_store import Shelf
+from sparlow.model.forward.activation_store import ActivationStore
 from sparlow.model.forward.decoder import Call, linears, run_block
 
 
@@ -46,13 +46,13 @@ class _AllSeen(Exception):  # noqa: N818 - no error, but the only way out of a f
 
 
 @torch.no_grad()
-def observe(
+def collect_statistics(
     block: nn.Module,
     calls: Mapping[int, Call],
     hidden: Iterable[Tensor],
     new_statistic: Callable[[int, torch.device], Kind],
     *,
-    outputs: Shelf | None = None,
+    outputs: ActivationStore | None = None,
     label: str = "block",
     processes: Processes = ALONE,
 ) -> Observation[Kind]:
@@ -62,7 +62,7 @@ def observe(
     not wanted, and the first micro-batch called every linear once, the others end where the last linear would begin.
 
     Args:
-        calls: the block's calls by number of windows, from ``record``.
+        calls: the block's calls by number of windows, from ``capture_block_inputs``.
         hidden: the block's inputs, (b, seqlen, d) each.
         new_statistic: makes an empty statistic of inputs (..., in) from ``in`` and their device.
         outputs: takes the outputs; they are not kept if left out.
@@ -164,7 +164,7 @@ def _agreed(
 
     An expert, for one, may see tokens in some processes only.
     """
-    owners = processes.gathered(seen.owner)
+    owners = processes.all_gather(seen.owner)
     groups: dict[tuple[str | None, ...], list[str]] = {}
     for name in linears(block):
         key = tuple(owner.get(name) for owner in owners)

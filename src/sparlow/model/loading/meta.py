@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from sparlow.errors import InputError
 from sparlow.model.forward.decoder import decoder_blocks, linears
-from sparlow.model.loading.source import as_input_error, located, typed
+from sparlow.model.loading.source import as_input_error, parse_dtype, resolve_model_path
 
 
 class UnknownAheadError(InputError):
@@ -21,7 +21,7 @@ class UnknownAheadError(InputError):
 TOKENS = 8  # that pass through the outline, to see who reads what
 
 
-def outline(name: str, *, dtype: str = "auto", trust_remote_code: bool = False) -> PreTrainedModel:
+def meta_model(name: str, *, dtype: str = "auto", trust_remote_code: bool = False) -> PreTrainedModel:
     """Return the model without weights, in eval mode, of the type its weights are stored in.
 
     Args:
@@ -36,7 +36,7 @@ def outline(name: str, *, dtype: str = "auto", trust_remote_code: bool = False) 
     config, stored = _config(name, trust_remote_code=trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
         raise UnknownAheadError(f"the weights of {name} are packed, so its config alone does not say what it holds")
-    wanted = stored if dtype == "auto" else typed(dtype)
+    wanted = stored if dtype == "auto" else parse_dtype(dtype)
     untyped: Any = AutoModelForCausalLM
     with as_input_error(f"cannot open the config of {name}"), torch.device("meta"):
         model: PreTrainedModel = untyped.from_config(config, dtype=wanted, trust_remote_code=trust_remote_code)
@@ -54,13 +54,13 @@ def _config(name: str, *, trust_remote_code: bool) -> tuple[Any, torch.dtype]:
                 str(path.parent), gguf_file=path.name
             ), torch.float16  # see source._convert
     with as_input_error(f"cannot open the model {name}"):
-        config = AutoConfig.from_pretrained(located(name), trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(resolve_model_path(name), trust_remote_code=trust_remote_code)
     stored = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None) or torch.float32
     return config, getattr(torch, stored) if isinstance(stored, str) else stored
 
 
 def shared_inputs(model: PreTrainedModel) -> list[dict[str, str]]:
-    """Tell for each block which of its linear layers read the same tensor, as ``observing.observe`` will find it.
+    """Tell for each block which of its linear layers read the same tensor, as ``collect_statistics`` will find it.
 
     Returns:
         For each block, for each of its linears by name, the first linear that reads the same; itself where that could

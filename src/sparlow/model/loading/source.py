@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from sparlow.errors import InputError
 from sparlow.model.artefact.shards import sync_folder
 from sparlow.model.loading.streaming import CannotStreamError, OnDisk, stored_tensors
-from sparlow.model.loading.weights import survey
+from sparlow.model.loading.weights import scan
 
 _DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -33,7 +33,7 @@ class OpenedModel:
         model: in eval mode, on the device asked for.
         tokenizer: ``None`` if the directory has none; token windows must then be given.
         name: what the user called it.
-        fingerprint: of the model as opened, see ``parts.Survey``.
+        fingerprint: of the model as opened, see ``weights.Scan``.
         damaged: names of the tensors that hold NaN or infinity.
         on_disk: its parts, where the model itself is a skeleton without weights.
         warnings: what the user should know.
@@ -71,9 +71,9 @@ def open_model(
     Raises:
         InputError: nothing usable is there, or the dtype or the device does not exist.
     """
-    wanted = typed(dtype)
+    wanted = parse_dtype(dtype)
     check_device(device)
-    where = located(name)
+    where = resolve_model_path(name)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
     loading = functools.partial(_loaded, name, where, dtype=wanted, use_safetensors=True, **options)
     warnings: tuple[str, ...] = ()
@@ -84,7 +84,7 @@ def open_model(
             warnings = (f"the whole model was held in memory, because {problem}",)
     model: Any = loading()
     model = model.to(device).eval()
-    seen = survey([model.state_dict(keep_vars=True)])
+    seen = scan([model.state_dict(keep_vars=True)])
     tokenizer = _tokenizer(name, where, options)
     return OpenedModel(model, tokenizer, name, seen.fingerprint, seen.damaged, warnings=warnings)
 
@@ -98,11 +98,11 @@ def _skeleton(
         raise CannotStreamError("its weights are packed")
     model: Any = loading(device_map="meta")
     parts = OnDisk(model.eval(), stored_tensors(where, options["revision"]), device)
-    seen = survey(parts.states())
+    seen = scan(parts.states())
     return OpenedModel(model, _tokenizer(name, where, options), name, seen.fingerprint, seen.damaged, on_disk=parts)
 
 
-def for_computing(model: PreTrainedModel) -> PreTrainedModel:
+def upcast_for_cpu(model: PreTrainedModel) -> PreTrainedModel:
     """Return ``model`` in the type it should compute in: float32 on the CPU, elsewhere its own.
 
     On the CPU half precision is two to eight times slower than float32. Every half-precision number is a float32 one,
@@ -113,7 +113,7 @@ def for_computing(model: PreTrainedModel) -> PreTrainedModel:
     return cast("PreTrainedModel", untyped.to(torch.float32)) if half else model
 
 
-def typed(dtype: str) -> Any:  # noqa: ANN401 - "auto" or a torch.dtype, as transformers takes it
+def parse_dtype(dtype: str) -> Any:  # noqa: ANN401 - "auto" or a torch.dtype, as transformers takes it
     """Return what transformers calls a type of weights; InputError if there is none of this name."""
     if dtype not in _DTYPES:
         raise InputError(f"dtype must be one of {', '.join(_DTYPES)}, not {dtype!r}")
@@ -128,7 +128,7 @@ def check_device(device: str) -> None:
         raise InputError(f"the device {device!r} cannot be used: {_first_line(error)}") from error
 
 
-def located(name: str) -> str:
+def resolve_model_path(name: str) -> str:
     """Return what transformers can open, a directory or a hub id; a .gguf file is converted."""
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
@@ -235,5 +235,5 @@ def _convert(file: Path, folder: Path) -> None:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Return the fingerprint of a model in memory, see ``parts.Survey``."""
-    return survey([model.state_dict(keep_vars=True)]).fingerprint
+    """Return the fingerprint of a model in memory, see ``weights.Scan``."""
+    return scan([model.state_dict(keep_vars=True)]).fingerprint

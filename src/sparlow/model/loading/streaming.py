@@ -28,7 +28,7 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from sparlow.model.artefact.shards import INDEX, SINGLE
 from sparlow.model.forward.decoder import decoder_blocks
-from sparlow.model.loading.weights import ready
+from sparlow.model.loading.weights import to_compute
 
 CHUNK = 2**22  # bytes read ahead at a time
 
@@ -38,7 +38,7 @@ class CannotStreamError(Exception):
 
 
 class OnDisk:
-    """The parts of a model on disk, see ``parts.Parts``.
+    """The parts of a model on disk, see ``weights.Weights``.
 
     Args:
         skeleton: what ``from_pretrained`` opens on the meta device; its buffers that are not stored come to life here.
@@ -52,7 +52,7 @@ class OnDisk:
     def __init__(self, skeleton: PreTrainedModel, files: Mapping[str, Path], device: torch.device) -> None:
         self.device = device
         half = device.type == "cpu" and skeleton.dtype in (torch.float16, torch.bfloat16)
-        self.computing = torch.float32 if half else skeleton.dtype  # see source.for_computing
+        self.computing = torch.float32 if half else skeleton.dtype  # see source.upcast_for_cpu
         self._model = skeleton
         self._name, self._blocks = decoder_blocks(skeleton)
         if any(self._number(name) is not None for pair in skeleton.all_tied_weights_keys.items() for name in pair):
@@ -80,8 +80,8 @@ class OnDisk:
                 yield {f"{self._name}.{i}.{k}": t for k, t in block.state_dict(keep_vars=True).items()}
 
     @contextmanager
-    def rest(self, *, stored: bool = False) -> Iterator[None]:
-        """See ``Parts``."""
+    def outside_blocks(self, *, stored: bool = False) -> Iterator[None]:
+        """See ``Weights``."""
         self._read(None)
         for _, module in () if stored or self.computing != torch.float32 else self._outside():
             for p in module.parameters(recurse=False):
@@ -95,16 +95,16 @@ class OnDisk:
             self._release_rest()
 
     @contextmanager
-    def block(self, i: int, *, empty: bool = False) -> Iterator[nn.Module]:
-        """See ``Parts``."""
-        if empty:
+    def block(self, i: int, *, load: bool = True) -> Iterator[nn.Module]:
+        """See ``Weights``."""
+        if not load:
             with self._in_place(i) as block:
                 yield block
             return
         with self._loaded(i) as block:
             if i + 1 < len(self._blocks):  # by the time it is asked for, the system has it in memory
                 Thread(target=_read_ahead, args=(self._files[i + 1],), daemon=True).start()
-            yield ready(block, self)
+            yield to_compute(block, self)
 
     @contextmanager
     def _loaded(self, i: int) -> Iterator[nn.Module]:

@@ -17,25 +17,25 @@ from torch import Tensor, nn
 from sparlow.finite import all_finite
 
 
-class Parts(Protocol):
+class Weights(Protocol):
     """Weights on demand, in the type they compute in, on the device they compute on."""
 
     device: torch.device
     computing: torch.dtype
 
-    def rest(self, *, stored: bool = False) -> AbstractContextManager[None]:
+    def outside_blocks(self, *, stored: bool = False) -> AbstractContextManager[None]:
         """Everything outside of the blocks has its weights inside of this context.
 
         Args:
             stored: They will not compute, and may be of the type they are stored in.
         """
 
-    def block(self, i: int, *, empty: bool = False) -> AbstractContextManager[nn.Module]:
+    def block(self, i: int, *, load: bool = True) -> AbstractContextManager[nn.Module]:
         """Give block i; what becomes of it is forgotten at the end where the model lies on disk.
 
         Args:
             i: Its number.
-            empty: Its weights are not needed: they come from elsewhere.
+            load: False where its weights are not needed because they come from elsewhere.
         """
 
 
@@ -46,16 +46,16 @@ class InMemory:
         self.device, self.computing = next(blocks.parameters()).device, computing
         self._blocks = blocks
 
-    def rest(self, *, stored: bool = False) -> AbstractContextManager[None]:  # noqa: ARG002 - as they are
-        """See ``Parts``."""
+    def outside_blocks(self, *, stored: bool = False) -> AbstractContextManager[None]:  # noqa: ARG002 - as they are
+        """See ``Weights``."""
         return nullcontext()
 
-    def block(self, i: int, *, empty: bool = False) -> AbstractContextManager[nn.Module]:  # noqa: ARG002 - it is there
-        """See ``Parts``."""
+    def block(self, i: int, *, load: bool = True) -> AbstractContextManager[nn.Module]:  # noqa: ARG002 - it is there
+        """See ``Weights``."""
         return nullcontext(self._blocks[i])
 
 
-def ready(module: nn.Module, parts: Parts) -> nn.Module:
+def to_compute(module: nn.Module, parts: Weights) -> nn.Module:
     """Put what was read where the parts compute; half precision becomes float32 if that is what they compute in.
 
     Otherwise each tensor keeps its type: some have one of their own, such as a router's bias in float32.
@@ -64,16 +64,16 @@ def ready(module: nn.Module, parts: Parts) -> nn.Module:
 
 
 @contextmanager
-def whole(parts: Parts, count: int) -> Iterator[None]:
+def all_loaded(parts: Weights, count: int) -> Iterator[None]:
     """All of a model has its weights inside of this context."""
     with ExitStack() as stack:
-        stack.enter_context(parts.rest())
+        stack.enter_context(parts.outside_blocks())
         for i in range(count):
             stack.enter_context(parts.block(i))
         yield
 
 
-def one_by_one(parts: Parts, count: int) -> Iterator[nn.Module]:
+def one_by_one(parts: Weights, count: int) -> Iterator[nn.Module]:
     """Yield the blocks, each with its weights until the next is asked for."""
     for i in range(count):
         with parts.block(i) as block:
@@ -81,7 +81,7 @@ def one_by_one(parts: Parts, count: int) -> Iterator[nn.Module]:
 
 
 @dataclass(frozen=True)
-class Survey:
+class Scan:
     """What one look at every stored tensor shows.
 
     Attributes:
@@ -94,7 +94,7 @@ class Survey:
     damaged: frozenset[str]
 
 
-def survey(states: Iterable[Mapping[str, Tensor]]) -> Survey:
+def scan(states: Iterable[Mapping[str, Tensor]]) -> Scan:
     """Look at a model as it is stored.
 
     Args:
@@ -113,7 +113,7 @@ def survey(states: Iterable[Mapping[str, Tensor]]) -> Survey:
                 if tensor.is_floating_point() and not all_finite(tensor):
                     damaged.add(name)
     text = "".join(lines[name] for name in sorted(lines))
-    return Survey(hashlib.sha256(text.encode()).hexdigest(), frozenset(damaged))
+    return Scan(hashlib.sha256(text.encode()).hexdigest(), frozenset(damaged))
 
 
 def _digest(tensor: Tensor) -> str:

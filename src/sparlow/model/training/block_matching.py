@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from sparlow.distributed import ALONE, Processes
 from sparlow.model.forward.decoder import Call, run_block
-from sparlow.model.training.loop import Data, Loss, Matched, Plan, fit
+from sparlow.model.training.loop import Loss, MicroBatches, Plan, TrainingResult, train
 
 PRESETS = {
     "blocks": Plan(epochs=3, lr=2e-4, batch=2, relative=True, patience=1, dense_targets=True),
@@ -37,7 +37,7 @@ def match(
     seed: int = 0,
     label: str = "block",
     processes: Processes = ALONE,
-) -> Matched:
+) -> TrainingResult:
     """Train ``block`` in place, in eval mode, and leave it with the parameters of the best epoch.
 
     Args:
@@ -57,7 +57,7 @@ def match(
     device = next(block.parameters()).device
     calls = {size: call.to(device) for size, call in calls.items()}
     loss_of = _loss(block, calls, device, relative=plan.relative)
-    return fit(
+    return train(
         block,
         loss_of,
         inputs,
@@ -81,7 +81,9 @@ def loss_on(
 ) -> float:
     """Return what ``match`` would minimise, for windows of its own; the arguments are those of ``match``."""
     device = next(block.parameters()).device
-    return Data(inputs, targets, ALONE).judged(_loss(block, calls, device, relative=relative), range(len(inputs)))
+    return MicroBatches(inputs, targets, ALONE).judged(
+        _loss(block, calls, device, relative=relative), range(len(inputs))
+    )
 
 
 def _loss(block: nn.Module, calls: Mapping[int, Call], device: torch.device, *, relative: bool) -> Loss:

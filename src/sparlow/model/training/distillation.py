@@ -17,10 +17,10 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from sparlow.distributed import ALONE, Processes
-from sparlow.model.forward.capture import Recording, behind_blocks, tokens_at_once
+from sparlow.model.forward.capture import Recording, run_head, tokens_at_once
 from sparlow.model.forward.decoder import Call, run_block
-from sparlow.model.training.loop import Matched, Plan, fit
-from sparlow.model.training.resume_state import Midway
+from sparlow.model.training.loop import Plan, TrainingResult, train
+from sparlow.model.training.resume_state import TrainingCheckpoint
 
 PRESETS = {"logits": Plan(epochs=1, lr=2e-4, low_rank=0.25, batch=2, relative=False, patience=1, together=True)}
 
@@ -92,7 +92,7 @@ class _Divergence:
 
     def _log_probabilities(self, state: Tensor) -> Tensor:
         ids = torch.zeros(state.shape[:2], dtype=torch.int64)  # what is behind the blocks does not look at them
-        return functional.log_softmax(behind_blocks(self.model, self.output, ids, state).float(), dim=-1)
+        return functional.log_softmax(run_head(self.model, self.output, ids, state).float(), dim=-1)
 
     def _pieces(self, held: Tensor, wanted: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         n = tokens_at_once(self.model, len(held))
@@ -110,8 +110,8 @@ def distill(
     seed: int = 0,
     advance: Callable[[int], None] = lambda _: None,
     processes: Processes = ALONE,
-    midway: Midway | None = None,
-) -> Matched:
+    midway: TrainingCheckpoint | None = None,
+) -> TrainingResult:
     """Train all ``blocks`` in place and leave them with the parameters of the best epoch.
 
     Args:
@@ -138,7 +138,7 @@ def distill(
     for p in outside:
         p.requires_grad = False
     try:
-        return fit(
+        return train(
             chain,
             loss,
             recording.hidden,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sparlow.distributed import ALONE, Processes
 from sparlow.errors import RunError
 from sparlow.model.training.packed_layer import Packed, packed
-from sparlow.model.training.resume_state import Midway, Stand
+from sparlow.model.training.resume_state import TrainingCheckpoint, TrainingState
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # (inputs, targets) of one micro-batch → mean over its tokens
 
@@ -45,7 +45,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Matched:
+class TrainingResult:
     """What matching did; losses are relative to the size of the targets, on the held-out windows if there are any."""
 
     loss_before: float
@@ -54,7 +54,7 @@ class Matched:
     seconds: float
 
 
-def fit(
+def train(
     block: nn.Module,
     loss_of: Loss,
     inputs: Sequence[Tensor],
@@ -67,8 +67,8 @@ def fit(
     advice: str,
     advance: Callable[[int], None] = lambda _: None,
     processes: Processes = ALONE,
-    midway: Midway | None = None,
-) -> Matched:
+    midway: TrainingCheckpoint | None = None,
+) -> TrainingResult:
     """Train the parameters of ``block`` by any loss; see ``match``.
 
     Args:
@@ -85,9 +85,9 @@ def fit(
         processes: As of ``match``.
         midway: Keeps the state from time to time, and has the one to go on from.
     """
-    midway = midway or Midway()
+    midway = midway or TrainingCheckpoint()
     parted = len(inputs) - held_out
-    data = Data(inputs, targets, processes)
+    data = MicroBatches(inputs, targets, processes)
     judge = range(parted, len(inputs)) if held_out else range(parted)
     order = torch.Generator().manual_seed(seed)
     with packed(block) as values, torch.enable_grad():
@@ -104,11 +104,11 @@ def fit(
             advance(1)
         block.load_state_dict(training.best)
     for p in block.parameters():
-        processes.share(p.data)  # the same bits everywhere, whatever the machines
-    return Matched(stand.before, stand.best, stand.epochs, training.seconds())
+        processes.broadcast(p.data)  # the same bits everywhere, whatever the machines
+    return TrainingResult(stand.before, stand.best, stand.epochs, training.seconds())
 
 
-class Data:
+class MicroBatches:
     """Micro-batches with their targets, read when their turn comes; of several processes each has a part of every one.
 
     Args:
@@ -161,7 +161,7 @@ class Data:
             torch.zeros(1, device=p.device) if p.grad is None else torch.ones(1, device=p.device) for p in parameters
         ]
         parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        flat = self._processes.sum(torch.cat([part.flatten().float() for part in (*parts, *having)]))
+        flat = self._processes.all_reduce(torch.cat([part.flatten().float() for part in (*parts, *having)]))
         *sums, counts = flat.split([*(p.numel() for p in parameters), len(parameters)])
         for p, summed, count in zip(parameters, sums, counts.tolist(), strict=True):
             p.grad = summed.view_as(p).to(p.dtype) if count else None
@@ -175,10 +175,10 @@ class _Training:
         block: nn.Module,
         optimiser: torch.optim.Optimizer,
         plan: Plan,
-        data: Data,
+        data: MicroBatches,
         loss_of: Loss,
         judge: Sequence[int],
-        midway: Midway,
+        midway: TrainingCheckpoint,
     ) -> None:
         self._start = time.perf_counter()
         self._block, self._optimiser, self._plan, self._data = block, optimiser, plan, data
@@ -187,7 +187,7 @@ class _Training:
         found = midway.resume(block, optimiser)
         if found is None:
             before = data.judged(loss_of, judge)
-            found = Stand(before, before), _copy(block)
+            found = TrainingState(before, before), _copy(block)
         self.stand, self.best = found
 
     def epoch(self, shuffled: Sequence[int]) -> list[float]:

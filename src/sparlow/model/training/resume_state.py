@@ -13,7 +13,7 @@ EVERY = 300.0  # seconds between one state that is kept and the next
 
 
 @dataclass
-class Stand:
+class TrainingState:
     """What counts while a training goes on.
 
     Attributes:
@@ -35,7 +35,7 @@ class Stand:
     seconds: float = 0.0
 
 
-class Midway:
+class TrainingCheckpoint:
     """Keeps the state of one training from time to time.
 
     Args:
@@ -47,7 +47,7 @@ class Midway:
         self._found, self._keep, self._kept_at = found, keep, time.monotonic()
 
     def keep(
-        self, stand: Stand, block: nn.Module, optimiser: torch.optim.Optimizer, best: Mapping[str, Tensor]
+        self, stand: TrainingState, block: nn.Module, optimiser: torch.optim.Optimizer, best: Mapping[str, Tensor]
     ) -> None:
         """Keep everything that the steps to come depend on, if the last time is long enough ago.
 
@@ -67,7 +67,9 @@ class Midway:
         self._kept_at = time.monotonic()
 
     @torch.no_grad()
-    def resume(self, block: nn.Module, optimiser: torch.optim.Optimizer) -> tuple[Stand, dict[str, Tensor]] | None:
+    def resume(
+        self, block: nn.Module, optimiser: torch.optim.Optimizer
+    ) -> tuple[TrainingState, dict[str, Tensor]] | None:
         """Bring block and optimiser to the state that was found; return its numbers and best parameters."""
         if self._found is None:
             return None
@@ -89,6 +91,6 @@ class Midway:
         return stand, best
 
 
-def _stand(numbers: Tensor) -> Stand:
+def _stand(numbers: Tensor) -> TrainingState:
     before, best, epochs, steps, updates, waited, seconds = numbers.tolist()
-    return Stand(before, best, int(epochs), int(steps), int(updates), int(waited), seconds)
+    return TrainingState(before, best, int(epochs), int(steps), int(updates), int(waited), seconds)
