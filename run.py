@@ -22,7 +22,7 @@ from sparlow.cli import display
 from sparlow.cli.options import split
 from sparlow.errors import InputError, RunError
 from sparlow.evaluation.tasks import LoadedTasks, load_tasks
-from sparlow.model.artefact.shards import replacing
+from sparlow.files import replacing
 from sparlow.model.loading.source import open_model, upcast_for_cpu
 from sparlow.recipe.recipe import Recipe
 

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig
 
-from sparlow.model.artefact.shards import INDEX
+from sparlow.files import INDEX
 
 
 @dataclass(frozen=True)

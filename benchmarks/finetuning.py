@@ -23,15 +23,14 @@ from torch import Tensor
 
 from sparlow.errors import InputError
 from sparlow.evaluation.perplexity import perplexity, require_tokenizer
+from sparlow.files import replacing
 from sparlow.finetuning.finetune import Parent
 from sparlow.finetuning.trainer import STAGE, Plan, train
+from sparlow.machine import pick_device, versions
 from sparlow.model.artefact.peft_adapter import take_apart, with_lora
-from sparlow.model.artefact.shards import replacing
 from sparlow.model.loading.source import open_model, upcast_for_cpu
 from sparlow.progress import Progress
 from sparlow.report.figures import STYLE
-from sparlow.report.records import versions
-from sparlow.run.compress import pick_device
 from sparlow.text import evaluation_windows, training_windows
 
 OURS, SAME, OTHER = "U V", "fresh, on the same S", "fresh, on a pruned model"

@@ -31,7 +31,7 @@ from sparlow.model.training.block_matching import match
 from sparlow.model.training.distillation import distill
 from sparlow.model.training.loop import Plan
 from sparlow.model.training.packed_layer import round_through
-from sparlow.run.recovery import PRESETS
+from sparlow.recipe.training_plan import PRESETS
 from sparlow.text import calibration_windows, evaluation_windows
 
 BLOCKS, LOGITS = PRESETS["blocks"], PRESETS["logits"]

@@ -28,8 +28,8 @@ def measure(
 ) -> dict[str, Any]:
     """Compress one model in this process."""
     from sparlow.algorithms import three_basil
+    from sparlow.machine import peak_memory
     from sparlow.recipe.recipe import GIVEN_WINDOWS, Recipe
-    from sparlow.report.records import peak_memory
     from sparlow.run.compress import open_dense
     from sparlow.run.job import Job
 

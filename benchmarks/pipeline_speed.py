@@ -28,10 +28,11 @@ from sparlow.model.forward.decoder import decoder_blocks, pass_through
 from sparlow.model.loading.source import open_model
 from sparlow.model.training.block_matching import PRESETS, loss_on, match
 from sparlow.progress import Clock
+from sparlow.recipe.budgets import budgets
 from sparlow.recipe.recipe import Recipe
+from sparlow.recipe.training_plan import HELD_OUT, plan_of
 from sparlow.run.compress import open_dense, windows_to_calibrate
-from sparlow.run.pipeline import budgets, compress_block
-from sparlow.run.recovery import HELD_OUT, plan_of
+from sparlow.run.pipeline import compress_block
 
 PLAIN = "plain"
 decomposer(PLAIN)(plain_three_basil)

@@ -1,5 +1,8 @@
 """The two ways sparlow fails on purpose; everything else is a bug."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class InputError(ValueError):
     """What the caller gave cannot be used; one sentence says what to do. The command line exits with 2."""
@@ -7,3 +10,19 @@ class InputError(ValueError):
 
 class RunError(RuntimeError):
     """A run that started well could not go on; one sentence says where and why. The command line exits with 1."""
+
+
+@contextmanager
+def as_input_error(what: str) -> Iterator[None]:
+    """Turn whatever is raised by reading foreign files into an InputError that begins with ``what``."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # foreign files make transformers, tokenizers and gguf raise anything, even Exception
+        raise InputError(f"{what}: {first_line(error)}") from error
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of what an exception says, or its type's name."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -22,12 +22,11 @@ from command_line import run, run_and_fail
 from families import save_tiny, tiny_tokenizer
 from sparlow.algorithms import algorithms
 from sparlow.cli import commands as cli
-from sparlow.cli import demo
-from sparlow.cli import display as console
+from sparlow.cli import demo, display
 from sparlow.cli.commands import main
 from sparlow.errors import InputError
 from sparlow.model.artefact.describe import describe
-from sparlow.planning import feasibility as room
+from sparlow.planning import feasibility
 from sparlow.progress import Progress
 from sparlow.recipe.recipe import Recipe
 from sparlow.report.records import LayerRecord
@@ -279,7 +278,7 @@ def stopping(after):
 
 def interrupt(monkeypatch, command, after=1):
     with monkeypatch.context() as patch:
-        patch.setattr(console, "progress", lambda: stopping(after))
+        patch.setattr(display, "progress", lambda: stopping(after))
         return run(*command)
 
 
@@ -368,7 +367,7 @@ def test_plan_takes_an_algorithm_and_its_options_as_compress_does(command, capsy
 
 @pytest.mark.parametrize("lacking", ["memory_available", "disk_available"])
 def test_what_will_not_do_is_refused_unless_forced(lacking, command, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(room, lacking, lambda *_: 1)
+    monkeypatch.setattr(feasibility, lacking, lambda *_: 1)
     assert "--force" in run_and_fail(capsys, *command)
     assert not (tmp_path / "out").exists()
     assert run(*command, "--force") == 0
@@ -385,8 +384,8 @@ def layer(block, **changes):
 
 def test_a_terminal_gets_bars(monkeypatch):
     screen = io.StringIO()
-    monkeypatch.setattr(console, "err", Console(file=screen, force_terminal=True, width=160))
-    with console.progress() as notify:
+    monkeypatch.setattr(display, "err", Console(file=screen, force_terminal=True, width=160))
+    with display.progress() as notify:
         notify(Progress("dense perplexity", 5, 20))
         notify(Progress("blocks", 1, 3, layer(1)))
     shown = screen.getvalue()
@@ -395,7 +394,7 @@ def test_a_terminal_gets_bars(monkeypatch):
 
 
 def test_more_than_ten_warnings_are_counted(finished, capsys):
-    console.show_report(replace(finished[1], warnings=[f"warning [{i}] of layer" for i in range(13)]))
+    display.show_report(replace(finished[1], warnings=[f"warning [{i}] of layer" for i in range(13)]))
     shown = capsys.readouterr().out
     assert "warning [9] of layer" in shown
     assert "warning [10]" not in shown

@@ -3,9 +3,10 @@ import torch
 
 import sparlow
 from families import save_tiny
+from sparlow import machine
 from sparlow.errors import InputError
 from sparlow.model.loading.meta import meta_model
-from sparlow.planning import feasibility as room
+from sparlow.planning import feasibility
 from sparlow.planning.memory import disk, stages
 from sparlow.planning.microbenchmarks import BOUND
 from sparlow.planning.workload import workload
@@ -46,15 +47,15 @@ def refused(folder, out, recipe=RECIPE, **options):
 
 def test_too_little_memory_is_told_with_what_would_fit(folder, tmp_path, monkeypatch):
     available = needed(folder, offload="disk") + HIDDEN // 2
-    monkeypatch.setattr(room, "memory_available", lambda: available)
+    monkeypatch.setattr(feasibility, "memory_available", lambda: available)
     message = refused(folder, tmp_path / "out")
-    assert f"{room.human_bytes(available)} are available" in message
+    assert f"{feasibility.human_bytes(available)} are available" in message
     assert "--offload disk" in message
     assert compressed(folder, tmp_path / "out", offload="disk").bytes == compressed(folder, None, force=True).bytes
 
 
 def test_the_samples_that_are_named_fit_and_twice_as_many_do_not(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(room, "memory_available", lambda: needed(folder, RECIPE.changed(samples=64)) + 1000)
+    monkeypatch.setattr(feasibility, "memory_available", lambda: needed(folder, RECIPE.changed(samples=64)) + 1000)
     assert "or --samples 64 or" in refused(folder, tmp_path / "out")
     refused(folder, tmp_path / "out", RECIPE.changed(samples=128))
     compressed(folder, tmp_path / "out", RECIPE.changed(samples=64))
@@ -62,7 +63,7 @@ def test_the_samples_that_are_named_fit_and_twice_as_many_do_not(folder, tmp_pat
 
 def test_only_what_fits_is_named(folder, tmp_path, monkeypatch):
     recipe = RECIPE.changed(samples=4096)
-    monkeypatch.setattr(room, "memory_available", lambda: needed(folder, recipe) + HIDDEN)
+    monkeypatch.setattr(feasibility, "memory_available", lambda: needed(folder, recipe) + HIDDEN)
     ids = torch.zeros(4096, 64, dtype=torch.int64)
     with pytest.raises(InputError, match="--no-match") as refusal:
         sparlow.compress(folder, recipe.changed(match=True), calibration=ids, out=tmp_path, evaluate=(), offload="cpu")
@@ -77,26 +78,26 @@ def test_where_no_option_is_enough_the_fewest_together_are_named(folder):
     def fits(changed):
         return changed.place == "disk" and not changed.together
 
-    assert room.options_that_fit(work, fits) == [
+    assert feasibility.options_that_fit(work, fits) == [
         "--offload disk and --match-preset blocks",
         "--offload disk and --no-match",
     ]
     everything = "--offload disk and --no-match and --samples 64"
-    assert room.options_that_fit(work, lambda w: fits(w) and not w.recipe.match and w.recipe.samples <= 64) == [
+    assert feasibility.options_that_fit(work, lambda w: fits(w) and not w.recipe.match and w.recipe.samples <= 64) == [
         everything
     ]
-    assert room.options_that_fit(work, lambda w: w.recipe.samples <= 100) == ["--samples 64"]
-    assert room.options_that_fit(work, lambda _: False) == []
+    assert feasibility.options_that_fit(work, lambda w: w.recipe.samples <= 100) == ["--samples 64"]
+    assert feasibility.options_that_fit(work, lambda _: False) == []
 
 
 def test_where_nothing_would_fit_it_says_so(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(room, "memory_available", lambda: 1)
+    monkeypatch.setattr(feasibility, "memory_available", lambda: 1)
     assert "no option makes it fit" in refused(folder, tmp_path / "out")
 
 
 def test_force_begins_all_the_same(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(room, "memory_available", lambda: 1)
-    monkeypatch.setattr(room, "disk_available", lambda _: 1)
+    monkeypatch.setattr(feasibility, "memory_available", lambda: 1)
+    monkeypatch.setattr(feasibility, "disk_available", lambda _: 1)
     compressed(folder, tmp_path / "out", force=True)
     assert (tmp_path / "out" / "report.json").exists()
 
@@ -104,21 +105,21 @@ def test_force_begins_all_the_same(folder, tmp_path, monkeypatch):
 def test_a_bound_that_does_not_fit_is_replaced_by_a_measurement(folder, monkeypatch):
     work = workload(meta_model(str(folder)), RECIPE, device="cpu", offload="cpu")
     measured = []
-    monkeypatch.setattr(room, "workspace", lambda *_: measured.append(1) or BOUND)
-    room.require_memory(work)
+    monkeypatch.setattr(feasibility, "workspace", lambda *_: measured.append(1) or BOUND)
+    feasibility.require_memory(work)
     assert not measured
-    monkeypatch.setattr(room, "memory_available", lambda: 1)
+    monkeypatch.setattr(feasibility, "memory_available", lambda: 1)
     with pytest.raises(InputError):
-        room.require_memory(work)
+        feasibility.require_memory(work)
     assert measured
 
 
 def test_too_little_disk_is_told_and_what_is_there_counts(folder, tmp_path, monkeypatch):
     work = workload(meta_model(str(folder)), RECIPE, device="cpu", offload="cpu")
     size = disk(work).out
-    monkeypatch.setattr(room, "disk_available", lambda _: size - 1)
+    monkeypatch.setattr(feasibility, "disk_available", lambda _: size - 1)
     message = refused(folder, tmp_path / "out")
-    assert f"{room.human_bytes(size)} of disk (mostly for the result in {tmp_path / 'out'})" in message
+    assert f"{feasibility.human_bytes(size)} of disk (mostly for the result in {tmp_path / 'out'})" in message
     assert "give another --out" in message
     compressed(folder, tmp_path / "out", force=True)
     compressed(folder, tmp_path / "out", overwrite=True)  # its own files will be gone
@@ -127,13 +128,13 @@ def test_too_little_disk_is_told_and_what_is_there_counts(folder, tmp_path, monk
 def test_disk_for_the_last_pass_is_counted(folder, tmp_path, monkeypatch):
     recipe = RECIPE.changed(match=True)
     size = disk(workload(meta_model(str(folder)), recipe, device="cpu", offload="cpu")).out
-    monkeypatch.setattr(room, "disk_available", lambda _: size - 1)
+    monkeypatch.setattr(feasibility, "disk_available", lambda _: size - 1)
     assert "it fits with --match-preset blocks or --no-match" in refused(folder, tmp_path / "out", recipe)
     compressed(folder, tmp_path / "out")
 
 
 def test_hidden_states_on_disk_are_counted(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(room, "disk_available", lambda _: 3 * HIDDEN - 1)
+    monkeypatch.setattr(feasibility, "disk_available", lambda _: 3 * HIDDEN - 1)
     message = refused(folder, tmp_path / "out", offload="disk")
     assert "hidden states" in message
     assert "--samples 128" in message
@@ -147,7 +148,7 @@ def test_a_comparison_is_refused_as_a_whole(folder, tmp_path, monkeypatch):
     base = Recipe(algorithm="magnitude", samples=4, seqlen=16, calibration=str(text))
     recipes = {"magnitude": base, "wanda": base.changed(algorithm="wanda")}
     one = disk(workload(meta_model(str(folder)), base, device="cpu")).out
-    monkeypatch.setattr(room, "disk_available", lambda _: 2 * one - 1)
+    monkeypatch.setattr(feasibility, "disk_available", lambda _: 2 * one - 1)
     with pytest.raises(InputError, match="of disk"):
         compare(folder, recipes, out=tmp_path / "out", evaluate=())
     assert not (tmp_path / "out").exists()
@@ -161,27 +162,27 @@ def group(folder, **values):
 
 
 def test_the_limit_of_a_control_group_counts(tmp_path, monkeypatch):
-    monkeypatch.setattr(room, "CGROUPS", tmp_path)
+    monkeypatch.setattr(machine, "CGROUPS", tmp_path)
     stat = "inactive_file 30\nactive_file 5"
     group(tmp_path / "a", memory_dot_max=100, memory_dot_current=90, memory_dot_stat=stat)
     group(tmp_path / "a" / "b", memory_dot_max="max", memory_dot_current=50, memory_dot_stat=stat)
-    assert list(room._left(tmp_path / "a" / "b", "memory.max", "memory.current")) == [40]
-    monkeypatch.setattr(room, "_limits", lambda: iter([40]))
-    assert room.memory_available() == 40
-    monkeypatch.setattr(room, "_limits", lambda: iter([-3]))
-    assert room.memory_available() == 0
+    assert list(machine._left(tmp_path / "a" / "b", "memory.max", "memory.current")) == [40]
+    monkeypatch.setattr(machine, "_limits", lambda: iter([40]))
+    assert machine.memory_available() == 40
+    monkeypatch.setattr(machine, "_limits", lambda: iter([-3]))
+    assert machine.memory_available() == 0
 
 
 def test_a_limit_on_addresses_counts(monkeypatch):
     resource = pytest.importorskip("resource")
     monkeypatch.setattr(resource, "getrlimit", lambda _: (10**15, 10**15))
-    assert 0 < next(room._limits()) < 10**15
+    assert 0 < next(machine._limits()) < 10**15
 
 
 def test_processes_of_one_machine_divide_its_memory_and_the_windows(folder, monkeypatch):
-    monkeypatch.setattr(room, "_limits", lambda: iter([40]))
+    monkeypatch.setattr(machine, "_limits", lambda: iter([40]))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert room.memory_available() == 10
+    assert machine.memory_available() == 10
     alone, shared = (
         workload(meta_model(str(folder)), RECIPE, device="cpu", offload="disk", processes=n) for n in (1, 4)
     )

@@ -10,10 +10,11 @@ from sparlow.algorithms import algorithms, find, variants
 from sparlow.cli.commands import main
 from sparlow.errors import InputError, RunError
 from sparlow.recipe.recipe import Recipe
+from sparlow.report.comparison import NAME
 from sparlow.report.records import Report
 from sparlow.run import compare as comparison
 from sparlow.run import passes as measuring
-from sparlow.run.compare import NAME, compare, recipes_for
+from sparlow.run.compare import compare, recipes_for
 
 TEXT = "".join(chr(32 + (7 * i * i + i // 3) % 95) for i in range(600))
 METHODS = ("magnitude", "wanda", "3basil")

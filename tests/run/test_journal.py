@@ -3,7 +3,8 @@ import json
 import pytest
 
 from sparlow.errors import InputError
-from sparlow.model.artefact.shards import ShardRecord, sha256
+from sparlow.files import sha256
+from sparlow.model.artefact.shards import ShardRecord
 from sparlow.recipe.recipe import Recipe
 from sparlow.report.records import LayerRecord
 from sparlow.run.journal import Journal, read_records

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 import sparlow
 from families import tiny
 from sparlow.errors import InputError
-from sparlow.model.artefact.shards import sha256
+from sparlow.files import sha256
 from sparlow.recipe.recipe import Recipe
 from sparlow.run.output_dir import NAME
 from sparlow.run.verify import recorded_patterns, verify_artefact

@@ -35,13 +35,13 @@ from sparlow.errors import InputError, RunError
 from sparlow.evaluation.perplexity import Evaluation, require_tokenizer
 from sparlow.evaluation.perplexity import evaluate as measure
 from sparlow.evaluation.tasks import load_tasks
+from sparlow.files import replacing, write_json
 from sparlow.finetuning.finetune import finetune as run_finetuning
+from sparlow.machine import pick_device
 from sparlow.model.artefact.describe import describe
-from sparlow.model.artefact.shards import replacing
 from sparlow.model.loading.source import open_model, upcast_for_cpu
 from sparlow.progress import labelled
 from sparlow.run.compress import compress as run_compression
-from sparlow.run.compress import pick_device
 from sparlow.run.verify import recorded_patterns, verify_artefact
 
 app = typer.Typer(
@@ -208,8 +208,7 @@ def evaluate(
     if json_file:
         beside = {} if baseline is None else {"baseline": {"model": baseline, **found[baseline]}}
         record = {"model": model, "seqlen": seqlen, **found[model], **beside}
-        with replacing(json_file) as partial:
-            partial.write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+        write_json(json_file, record, indent=2)
 
 
 @app.command()

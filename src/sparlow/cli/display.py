@@ -17,9 +17,9 @@ from sparlow.evaluation.tasks import TaskResult
 from sparlow.model.artefact.describe import LayerInfo
 from sparlow.planning.plan import Plan
 from sparlow.progress import Notify, Progress
+from sparlow.report.comparison import Comparison
 from sparlow.report.html_page import megabytes, perplexities_of_finetuning, remarks, summary_rows
 from sparlow.report.records import Report
-from sparlow.run.compare import Comparison
 
 WIDE = 200  # columns where nobody looks, as in a pipe: no name is cut
 out = Console(soft_wrap=True, width=None if sys.stdout.isatty() else WIDE)

@@ -14,12 +14,13 @@ from typing import Any
 
 from sparlow.errors import InputError
 from sparlow.evaluation.perplexity import require_context, require_tokenizer
+from sparlow.files import read_json
+from sparlow.machine import pick_device
 from sparlow.model.artefact.checkpoint import read_layers
-from sparlow.model.artefact.shards import read_json
 from sparlow.model.loading.source import open_model
 from sparlow.progress import Notify
 from sparlow.report.records import Report
-from sparlow.run.compress import pick_device, windows_to_evaluate
+from sparlow.run.compress import windows_to_evaluate
 from sparlow.run.output_dir import NAME, claimed
 from sparlow.text import training_windows
 

@@ -15,19 +15,21 @@ from transformers import PreTrainedModel
 
 from sparlow.errors import InputError, RunError
 from sparlow.evaluation.perplexity import perplexity
+from sparlow.files import read_json, replacing
 from sparlow.finetuning.finetune import ORIGIN, Parent, Places
 from sparlow.finetuning.trainer import Plan, train
+from sparlow.machine import versions
 from sparlow.model.artefact.checkpoint import CheckpointWriter
 from sparlow.model.artefact.describe import changed_sparse_parts
 from sparlow.model.artefact.dtypes import StoredDtypes
 from sparlow.model.artefact.layers import compressed_layers
 from sparlow.model.artefact.peft_adapter import LowRank, put_together, save_adapter, take_apart, unwrap, with_lora
-from sparlow.model.artefact.shards import ShardRecord, read_json, replacing
+from sparlow.model.artefact.shards import ShardRecord
 from sparlow.model.forward.decoder import decoder_blocks
 from sparlow.model.loading.source import OpenedModel, upcast_for_cpu
 from sparlow.progress import Notify, counting
 from sparlow.report.html_page import write_reports
-from sparlow.report.records import LayerRecord, Report, versions
+from sparlow.report.records import LayerRecord, Report
 from sparlow.run.journal import Journal
 from sparlow.text import fingerprint as text_fingerprint
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import Trainer, TrainerState
 
 from sparlow.errors import RunError
-from sparlow.model.artefact.shards import read_json, sync_folder
+from sparlow.files import read_json, sync_folder
 
 STATE = "trainer_state.json"
 _TENSORS, _NUMBERS = "optimizer.safetensors", "optimizer.json"

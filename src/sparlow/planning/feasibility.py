@@ -1,79 +1,18 @@
 """Whether memory and disk will do for a run, and what would make it fit; asked before any weight is read."""
 
 import itertools
-import shutil
-import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
-import torch
-
-from sparlow.distributed import on_this_machine
 from sparlow.errors import InputError
+from sparlow.machine import device_available, disk_available, existing_parent, human_bytes, memory_available
 from sparlow.planning.memory import disk, stages
 from sparlow.planning.microbenchmarks import BOUND, Workspace, typical, workspace
 from sparlow.planning.workload import Workload
 
-CGROUPS = Path("/sys/fs/cgroup")
 FORCE = "--force runs it all the same"
-
-
-def memory_available() -> int:
-    """Bytes of main memory that this process may still take: what the system has, and what limits leave.
-
-    Where several processes of a run share a machine, each may take an equal part.
-    """
-    found: int = psutil.virtual_memory().available
-    return max(min([found, *_limits()]) // on_this_machine(), 0)
-
-
-def device_available(device: torch.device) -> int | None:
-    """Bytes of the accelerator that this process may still take; None where that cannot be known, as on the CPU."""
-    if device.type != "cuda":
-        return None
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + unused
-
-
-def disk_available(folder: Path) -> int:
-    """Bytes that may still be written to a folder, which need not exist yet."""
-    return shutil.disk_usage(_existing(folder)).free
-
-
-def _limits() -> Iterator[int]:
-    """What is left of the limits of the process (``ulimit -v``) and of its control group, where there are any."""
-    if sys.platform != "linux":
-        return
-    import resource
-
-    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if limit != resource.RLIM_INFINITY:
-        yield limit - psutil.Process().memory_info().vms
-    for line in Path("/proc/self/cgroup").read_text(encoding="ascii").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if not controllers:
-            yield from _left(CGROUPS / path.lstrip("/"), "memory.max", "memory.current")
-        elif controllers == "memory":
-            group = CGROUPS / "memory" / path.lstrip("/")
-            yield from _left(group, "memory.limit_in_bytes", "memory.usage_in_bytes")
-
-
-def _left(group: Path, limit: str, usage: str) -> Iterator[int]:
-    """Of a control group, or of the root that a container sees in its place; cached files give way."""
-    for folder in (group, *group.parents):
-        if folder in CGROUPS.parents:
-            return
-        bound, used, more = folder / limit, folder / usage, folder / "memory.stat"
-        if not (bound.exists() and used.exists() and more.exists()):
-            continue
-        text = bound.read_text(encoding="ascii").strip()
-        if text != "max":
-            stat = dict(line.split() for line in more.read_text(encoding="ascii").splitlines())
-            cached = int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))
-            yield int(text) - int(used.read_text(encoding="ascii")) + cached
 
 
 def require_resources(works: Mapping[Path | None, Workload]) -> None:
@@ -204,7 +143,7 @@ def _disk_shortage(works: Mapping[Path, Workload]) -> str | None:
     for folder, work in works.items():
         there = sum(path.stat().st_size for path in folder.rglob("*.safetensors")) if folder.is_dir() else 0
         part = ("the result", folder, max(disk(work).out - there, 0))
-        needs.setdefault(_existing(folder).stat().st_dev, []).append(part)
+        needs.setdefault(existing_parent(folder).stat().st_dev, []).append(part)
     waiting = max(disk(work).hidden for work in works.values())
     needs.setdefault(temporary.stat().st_dev, []).append(("hidden states", temporary, waiting))
     for parts in needs.values():
@@ -213,12 +152,3 @@ def _disk_shortage(works: Mapping[Path, Workload]) -> str | None:
             what, where, _ = max(parts, key=lambda part: part[2])
             return f"{human_bytes(needed)} of disk (mostly for {what} in {where}), and {human_bytes(free)} are free"
     return None
-
-
-def _existing(folder: Path) -> Path:
-    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-
-
-def human_bytes(size: int) -> str:
-    """A number of bytes as a reader wants it."""
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"  # noqa: PLR2004 - a gigabyte

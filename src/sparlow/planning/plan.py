@@ -1,6 +1,5 @@
 """``sparlow.plan``: what a compression keeps and needs, known before it runs, from the model's config alone."""
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -10,16 +9,15 @@ from typing import Any
 import psutil
 from transformers import PreTrainedModel
 
+from sparlow.files import as_json
+from sparlow.machine import device_available, disk_available, memory_available, pick_device
 from sparlow.model.forward.decoder import Skipped, not_compressed
 from sparlow.model.loading.meta import meta_model
 from sparlow.planning.duration import seconds
-from sparlow.planning.feasibility import device_available, disk_available, memory_available
 from sparlow.planning.memory import Disk, Stage, disk, stages
 from sparlow.planning.microbenchmarks import solver, speed, typical, workspace
 from sparlow.planning.workload import Layer, Workload, workload
-from sparlow.recipe.recipe import Recipe
-from sparlow.report.records import plain
-from sparlow.run.compress import pick_device, with_calibration
+from sparlow.recipe.recipe import Recipe, with_calibration
 
 VERSION = 1  # of the keys of ``Plan.to_json``
 
@@ -91,7 +89,7 @@ class Plan:
 
     def to_json(self) -> str:
         """All fields, as the text of a file."""
-        return json.dumps(plain(asdict(self)), indent=2, allow_nan=False) + "\n"
+        return as_json(asdict(self), indent=2)
 
 
 def plan(

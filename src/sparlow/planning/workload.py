@@ -8,16 +8,16 @@ import torch
 from transformers import PreTrainedModel
 
 from sparlow.evaluation.perplexity import require_context
+from sparlow.machine import check_device
 from sparlow.model.artefact.dtypes import StoredDtypes
 from sparlow.model.forward.activation_store import place
 from sparlow.model.forward.decoder import decoder_blocks, linears
 from sparlow.model.loading.meta import shared_inputs
-from sparlow.model.loading.source import check_device
 from sparlow.model.training.loop import Plan as Matching
 from sparlow.recipe.allocation import Budget, Shape
+from sparlow.recipe.budgets import budgets
 from sparlow.recipe.recipe import Recipe
-from sparlow.run.pipeline import budgets
-from sparlow.run.recovery import micro_batch, plan_of
+from sparlow.recipe.training_plan import micro_batch, plan_of
 from sparlow.text import expected_windows
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
+import torch
+from torch import Tensor
 
 from sparlow.algorithms import Algorithm, find
 from sparlow.errors import InputError
@@ -242,6 +244,17 @@ class Recipe:
     def changed(self, **changes: Any) -> "Recipe":  # noqa: ANN401 - fields have many types
         """Return a copy with some fields replaced."""
         return dataclasses.replace(self, **changes)
+
+
+def with_calibration(recipe: Recipe, calibration: str | Path | Tensor | None) -> Recipe:
+    """Put a calibration given beside the recipe into it."""
+    if calibration is None:
+        return recipe
+    if not isinstance(calibration, Tensor):
+        return recipe.changed(calibration=str(calibration))
+    if calibration.ndim != 2 or calibration.dtype != torch.int64 or calibration.numel() == 0:  # noqa: PLR2004 - a matrix
+        raise InputError("Calibration windows must be a tensor (windows, seqlen) of int64 token ids.")
+    return recipe.changed(calibration=GIVEN_WINDOWS, samples=calibration.shape[0], seqlen=calibration.shape[1])
 
 
 _TYPES: dict[str, tuple[type, ...]] = {

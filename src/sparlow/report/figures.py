@@ -2,13 +2,11 @@
 
 import importlib.util
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sparlow.errors import InputError
-from sparlow.model.artefact.shards import replacing
-
-if TYPE_CHECKING:
-    from sparlow.run.compare import Comparison
+from sparlow.files import replacing
+from sparlow.report.comparison import Comparison
 
 PER_LINE = 4  # panels side by side
 STYLE: Any = {"svg.hashsalt": "sparlow", "svg.fonttype": "none", "font.size": 9}  # the same figures give the same file
@@ -20,7 +18,7 @@ def require_matplotlib() -> None:
         raise InputError("Figures need matplotlib: pip install 'sparlow[plots]'.")
 
 
-def draw(found: "Comparison", folder: Path) -> list[Path]:
+def draw(found: Comparison, folder: Path) -> list[Path]:
     """Write ``perplexity_against_time.svg`` and ``relative_error.svg`` into ``folder``; return their paths."""
     from matplotlib import rc_context
 
@@ -32,7 +30,7 @@ def draw(found: "Comparison", folder: Path) -> list[Path]:
     return [folder / f"{name}.svg" for name in figures]
 
 
-def _against_time(found: "Comparison") -> Any:  # noqa: ANN401 - matplotlib is imported where it is used
+def _against_time(found: Comparison) -> Any:  # noqa: ANN401 - matplotlib is imported where it is used
     from matplotlib.figure import Figure
 
     dense = found.dense.get("perplexity", {})
@@ -50,7 +48,7 @@ def _against_time(found: "Comparison") -> Any:  # noqa: ANN401 - matplotlib is i
     return figure
 
 
-def _errors(found: "Comparison") -> Any:  # noqa: ANN401 - matplotlib is imported where it is used
+def _errors(found: Comparison) -> Any:  # noqa: ANN401 - matplotlib is imported where it is used
     from matplotlib.figure import Figure
 
     kinds = list(dict.fromkeys(name for row in found.rows for _, name, _ in row.layers))

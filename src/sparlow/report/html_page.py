@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
-from sparlow.model.artefact.shards import replacing
+from sparlow.files import replacing
 from sparlow.report.records import LayerRecord, Report
 
 _STYLE = """

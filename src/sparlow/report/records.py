@@ -1,19 +1,14 @@
 """What a run has to say for itself: one record a layer, and ``report.json`` (version 1)."""
 
 import json
-import math
-import platform
-import sys
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from sparlow.errors import InputError
+from sparlow.files import as_json
+from sparlow.machine import machine, versions
 
 VERSION = 1  # of the keys of report.json
 
@@ -80,18 +75,6 @@ _KINDS: dict[str, tuple[type, ...]] = {
 }
 
 
-def versions() -> dict[str, str]:
-    """Versions of what computed the result."""
-    packages = {name: version(name) for name in ("sparlow", "torch", "transformers", "safetensors")}
-    return {**packages, "python": platform.python_version()}
-
-
-def machine() -> dict[str, Any]:
-    """What it was computed on."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"system": platform.platform(), "threads": torch.get_num_threads(), "accelerator": device}
-
-
 @dataclass
 class Report:
     """A whole run; the fields are the keys of ``report.json``."""
@@ -141,7 +124,7 @@ class Report:
 
     def to_json(self) -> str:
         """The text of ``report.json``."""
-        return json.dumps(plain(asdict(self)), indent=2, allow_nan=False) + "\n"
+        return as_json(asdict(self), indent=2)
 
     @classmethod
     def from_file(cls, path: Path) -> "Report":
@@ -158,34 +141,3 @@ class Report:
             if isinstance(error, InputError):
                 raise
             raise InputError(f"{path} is not a report of sparlow: {error}.") from None
-
-
-def plain(value: Any) -> Any:  # noqa: ANN401 - anything JSON holds
-    """Return ``value`` for JSON, with text for what is not finite, such as the perplexity of a ruined model."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, Mapping):
-        return {name: plain(item) for name, item in value.items()}
-    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def peak_memory() -> dict[str, int]:
-    """Highest resident memory since ``reset_peak_memory``, and that of the accelerator, in bytes (0: not known)."""
-    device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    if sys.platform == "win32":
-        return {"rss": 0, "device": device}
-    import resource
-
-    status = Path("/proc/self/status")
-    if status.exists():  # Linux: the peak since the last reset
-        return {"rss": int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024, "device": device}
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kibibytes elsewhere
-    return {"rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "device": device}
-
-
-def reset_peak_memory() -> None:
-    """Forget the peak so far where the system lets a process do so, for a second run in one process."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")

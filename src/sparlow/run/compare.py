@@ -1,9 +1,8 @@
 """Many methods on one model: the same text, one dense evaluation, a directory a method, one table, two figures."""
 
 import functools
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,82 +11,19 @@ from torch import Tensor
 from sparlow.algorithms import find
 from sparlow.errors import InputError, RunError
 from sparlow.linalg.patterns import NM
-from sparlow.model.artefact.shards import replacing
 from sparlow.model.forward.decoder import decoder_blocks
 from sparlow.planning.feasibility import require_resources
 from sparlow.progress import Notify, labelled
+from sparlow.recipe.budgets import budgets
 from sparlow.recipe.recipe import Recipe
+from sparlow.report.comparison import Comparison, Row
 from sparlow.report.figures import draw, require_matplotlib
-from sparlow.report.records import Report, machine, plain, versions
 from sparlow.run.compress import foreseen, known_ahead, open_dense, windows_to_calibrate, windows_to_evaluate
 from sparlow.run.job import Job
 from sparlow.run.output_dir import check_folder, claimed
-from sparlow.run.pipeline import budgets
 
 MATCHED = "+match"  # what a method's name ends in where it stands beside itself without matching
-VERSION = 1  # of the keys of compare.json
-NAME = "compare.json"
 TEXT = ("calibration", "samples", "seqlen", "seed")  # what the methods of one comparison must share
-
-
-@dataclass(frozen=True)
-class Row:
-    """One method.
-
-    Attributes:
-        name: As asked for.
-        perplexity: By corpus.
-        mean_relative_error: Over the layers.
-        seconds: Of compressing: everything but evaluation.
-        bytes: Of the whole model as stored.
-        bits_per_weight: Of the compressed layers.
-        peak_memory: Resident, in bytes.
-        layers: Block, name within it and relative error of every layer.
-    """
-
-    name: str
-    perplexity: dict[str, float]
-    mean_relative_error: float
-    seconds: float
-    bytes: int
-    bits_per_weight: float
-    peak_memory: int
-    layers: list[tuple[int, str, float]]
-
-    @classmethod
-    def of(cls, name: str, report: Report) -> "Row":
-        """What a comparison wants to know of a run."""
-        return cls(
-            name=name,
-            perplexity=report.compressed["perplexity"],
-            mean_relative_error=report.mean_relative_error,
-            seconds=report.seconds["total"] - report.seconds["evaluate"],
-            bytes=report.bytes["compressed"],
-            bits_per_weight=report.bits_per_weight,
-            peak_memory=report.peak_memory["rss"],
-            layers=[(layer.block, layer.name, layer.relative_error) for layer in report.layers],
-        )
-
-
-@dataclass
-class Comparison:
-    """All methods so far; the fields are the keys of ``compare.json``."""
-
-    model: str
-    recipe: dict[str, Any]
-    evaluation: dict[str, Any]
-    dense: dict[str, Any] = field(default_factory=dict)
-    rows: list[Row] = field(default_factory=list)
-    failed: dict[str, str] = field(default_factory=dict)
-    versions: dict[str, str] = field(default_factory=versions)
-    machine: dict[str, Any] = field(default_factory=machine)
-    version: int = VERSION
-
-    def write(self, folder: Path) -> None:
-        """Write ``compare.json`` whole or not at all."""
-        with replacing(folder / NAME) as partial:
-            text = json.dumps(plain(asdict(self)), indent=1, allow_nan=False)
-            partial.write_text(text + "\n", encoding="utf-8")
 
 
 def recipes_for(

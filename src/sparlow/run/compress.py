@@ -5,13 +5,13 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sparlow.distributed import Processes, joined, local_device
+from sparlow.distributed import Processes, joined
 from sparlow.errors import InputError
 from sparlow.evaluation.perplexity import require_context, require_tokenizer
+from sparlow.machine import pick_device
 from sparlow.model.artefact.dtypes import StoredDtypes
 from sparlow.model.forward.decoder import decoder_blocks
 from sparlow.model.forward.generate import own_windows
@@ -21,7 +21,7 @@ from sparlow.model.loading.weights import all_loaded, scan
 from sparlow.planning.feasibility import require_resources
 from sparlow.planning.workload import Workload, workload
 from sparlow.progress import Notify
-from sparlow.recipe.recipe import GIVEN_WINDOWS, OWN_TEXT, Recipe
+from sparlow.recipe.recipe import GIVEN_WINDOWS, OWN_TEXT, Recipe, with_calibration
 from sparlow.report.records import Report
 from sparlow.run.job import Job
 from sparlow.run.output_dir import claimed
@@ -177,25 +177,6 @@ def open_dense(
     storage = StoredDtypes.of(opened.model)
     ready = opened.model if opened.on_disk else upcast_for_cpu(opened.model)
     return replace(opened, model=ready, tokenizer=tokenizer or opened.tokenizer), storage
-
-
-def pick_device(name: str) -> str:
-    """Resolve "auto": an accelerator if there is one, else the CPU; of several, this process's own."""
-    if name == "auto":
-        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        name = "cpu" if accelerator is None else accelerator.type
-    return local_device(name)
-
-
-def with_calibration(recipe: Recipe, calibration: str | Path | Tensor | None) -> Recipe:
-    """Put a calibration given beside the recipe into it."""
-    if calibration is None:
-        return recipe
-    if not isinstance(calibration, Tensor):
-        return recipe.changed(calibration=str(calibration))
-    if calibration.ndim != 2 or calibration.dtype != torch.int64 or calibration.numel() == 0:  # noqa: PLR2004 - a matrix
-        raise InputError("Calibration windows must be a tensor (windows, seqlen) of int64 token ids.")
-    return recipe.changed(calibration=GIVEN_WINDOWS, samples=calibration.shape[0], seqlen=calibration.shape[1])
 
 
 def windows_to_calibrate(calibration: str | Path | Tensor | None, opened: OpenedModel, recipe: Recipe) -> Tensor:

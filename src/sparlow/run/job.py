@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sparlow.distributed import ALONE, Processes
 from sparlow.errors import InputError, RunError
+from sparlow.machine import peak_memory, reset_peak_memory
 from sparlow.model.artefact.checkpoint import CheckpointWriter, Written, read_block
 from sparlow.model.artefact.dtypes import StoredDtypes
 from sparlow.model.artefact.hf_quantizer import attach
@@ -23,12 +24,13 @@ from sparlow.model.loading.weights import Weights, all_loaded, to_compute
 from sparlow.model.training.resume_state import TrainingCheckpoint
 from sparlow.progress import Clock, Notify, Progress, counting
 from sparlow.recipe.allocation import Budget
+from sparlow.recipe.budgets import budgets
 from sparlow.recipe.recipe import Recipe
 from sparlow.report.html_page import write_reports
-from sparlow.report.records import LayerRecord, Report, peak_memory, reset_peak_memory
+from sparlow.report.records import LayerRecord, Report
 from sparlow.run.journal import DISTILLED, Journal
 from sparlow.run.passes import BlockwiseRunner
-from sparlow.run.pipeline import budgets, compress_block
+from sparlow.run.pipeline import compress_block
 from sparlow.run.recovery import Recovery
 from sparlow.run.sensitivity import DenseWalk, allocated_by_data
 from sparlow.text import fingerprint as text_fingerprint

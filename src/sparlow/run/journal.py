@@ -4,7 +4,6 @@
 stands there; a shard without a record is written again. ``finished`` becomes true last.
 """
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -14,11 +13,11 @@ from typing import Any
 from torch import Tensor
 
 from sparlow.errors import InputError
+from sparlow.files import read_json, replacing, resolve_inside, sha256, shard_filename, sync_folder, write_json
 from sparlow.model.artefact.checksums import small_sums
-from sparlow.model.artefact.places import resolve_inside, shard_filename
-from sparlow.model.artefact.shards import ShardRecord, read_json, replacing, sha256, sync_folder, write_shard
+from sparlow.model.artefact.shards import ShardRecord, write_shard
 from sparlow.recipe.allocation import Budget
-from sparlow.report.records import LayerRecord, plain
+from sparlow.report.records import LayerRecord
 from sparlow.run.output_dir import LOCK, NAME
 
 FORMAT = 1
@@ -225,8 +224,7 @@ class Journal:
             self._put()
 
     def _put(self) -> None:
-        with replacing(self.folder / NAME) as partial:
-            partial.write_text(json.dumps(plain(self.state), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        write_json(self.folder / NAME, self.state)
 
 
 def read_records(folder: Path) -> dict[str, LayerRecord]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from sparlow.errors import InputError
-from sparlow.model.artefact.shards import RECORD, partial_of, read_json
+from sparlow.files import RECORD, partial_of, read_json
 
 NAME = RECORD
 LOCK = ".sparlow.lock"  # there only while a process writes, or after one that was killed; the lock itself dies with it

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparlow.algorithms import check_budget, solve
+from sparlow.algorithms import solve
 from sparlow.distributed import ALONE, Processes
-from sparlow.errors import InputError, RunError
+from sparlow.errors import RunError
 from sparlow.linalg.gram import Gram, GramAccumulator, SquareAccumulator
 from sparlow.model.artefact.bitmask import pack, unpack
 from sparlow.model.artefact.layers import SparseLowRankLinear
@@ -18,37 +18,9 @@ from sparlow.model.forward.capture import Recording
 from sparlow.model.forward.decoder import Call, linears
 from sparlow.model.forward.input_statistics import Observation, collect_statistics
 from sparlow.progress import Clock
-from sparlow.recipe.allocation import Budget, matches
+from sparlow.recipe.allocation import Budget
 from sparlow.recipe.recipe import Recipe
 from sparlow.report.records import LayerRecord
-
-
-def budgets(blocks_name: str, blocks: Iterable[nn.Module], recipe: Recipe) -> dict[str, Budget]:
-    """Return what each layer may keep by its full name, those that stay dense left out, before the data have a say.
-
-    Raises:
-        InputError: Names the first layer that does not fit the recipe, or says that there is nothing to compress.
-    """
-    named = [(f"{blocks_name}.{i}.{n}", m) for i, block in enumerate(blocks) for n, m in linears(block).items()]
-    if not named:
-        raise InputError("There is no plain linear layer in the model's decoder blocks: nothing to compress.")
-    for pattern in (*recipe.ignore, *(rule.match for rule in recipe.layers)):
-        if not any(matches(pattern, name) for name, _ in named):
-            raise InputError(f"No layer's name ends in {pattern!r}: the first is {named[0][0]}.")
-    found = {}
-    for name, linear in named:
-        shape = (linear.out_features, linear.in_features)
-        budget = recipe.budget(name, shape)
-        if budget is None:
-            continue
-        try:
-            check_budget(recipe.found_algorithm, shape, budget.pattern, budget.rank)
-        except InputError as error:
-            raise InputError(f"{name}: {error}") from None
-        found[name] = budget
-    if not found:
-        raise InputError("The recipe ignores every layer: nothing to compress.")
-    return found
 
 
 def name_what_is_not_finite(blocks_name: str, blocks: Iterable[nn.Module], recording: Recording) -> None:

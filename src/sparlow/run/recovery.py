@@ -1,19 +1,17 @@
 """What a run trains, if the recipe says so: each compressed block towards the dense one, or all blocks together."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sparlow.distributed import ALONE, Processes
+from sparlow.distributed import Processes
 from sparlow.model.artefact.dtypes import StoredDtypes
 from sparlow.model.forward.activation_store import ActivationStore
 from sparlow.model.forward.capture import Recording
 from sparlow.model.forward.decoder import Call
-from sparlow.model.training import block_matching as matching
-from sparlow.model.training import distillation as distilling
 from sparlow.model.training.block_matching import match
 from sparlow.model.training.distillation import distill
 from sparlow.model.training.loop import Plan
@@ -21,10 +19,7 @@ from sparlow.model.training.packed_layer import round_through
 from sparlow.model.training.resume_state import TrainingCheckpoint
 from sparlow.progress import Notify, counting
 from sparlow.recipe.recipe import Recipe
-
-PRESETS = {**distilling.PRESETS, **matching.PRESETS}
-MICRO_BATCH_TOKENS = 2048  # that pass through a block at a time; twice as many take a tenth longer on a CPU
-HELD_OUT = 16  # one calibration window of so many judges the training
+from sparlow.recipe.training_plan import HELD_OUT, micro_batch, plan_of
 
 
 class Recovery:
@@ -120,29 +115,6 @@ class Recovery:
         """Give a trained block the values it will have once it was stored."""
         kept = [name.removeprefix(f"{self._blocks_name}.{i}.") for name in self._storage.exceptions]
         round_through(block, self._storage.dtype, kept)
-
-
-def micro_batch(recipe: Recipe, seqlen: int, processes: Processes = ALONE) -> int:
-    """Windows that pass through a block at a time, in all processes; while training, no more than a step takes."""
-    windows = max(MICRO_BATCH_TOKENS // seqlen, 1) * processes.size
-    plan = plan_of(recipe, processes)
-    return min(windows, plan.batch) if plan else windows
-
-
-def plan_of(recipe: Recipe, processes: Processes = ALONE) -> Plan | None:
-    """The preset of matching, with what the recipe says otherwise; None if nothing is trained.
-
-    A step has a window for each process at least.
-    """
-    if not recipe.match:
-        return None
-    preset = PRESETS[recipe.match_preset]
-    return replace(
-        preset,
-        epochs=recipe.match_epochs or preset.epochs,  # none of these may be 0
-        lr=recipe.match_lr or preset.lr,
-        batch=max(recipe.match_batch or preset.batch, processes.size),
-    )
 
 
 def _given(plan: Plan | None) -> Plan:

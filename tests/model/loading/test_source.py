@@ -12,8 +12,9 @@ from transformers import PreTrainedTokenizerBase
 
 from families import save_tiny, tiny, tiny_tokenizer
 from sparlow.errors import InputError
+from sparlow.files import cache_folder
 from sparlow.model.loading import source
-from sparlow.model.loading.source import cache_folder, find_embedded_gguf, fingerprint, open_model
+from sparlow.model.loading.source import find_embedded_gguf, fingerprint, open_model
 
 
 @pytest.fixture

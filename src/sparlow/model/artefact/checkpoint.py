@@ -19,13 +19,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import custom_object_save
 
-from sparlow.errors import InputError, RunError
-from sparlow.model.artefact.checksums import CONFIG, require_recorded, require_sane
+from sparlow.errors import InputError, RunError, as_input_error
+from sparlow.files import CONFIG, INDEX, RECORD, read_json, replacing, sync_folder
+from sparlow.model.artefact.checksums import require_recorded, require_sane
 from sparlow.model.artefact.hf_quantizer import METHOD, SparlowConfig
 from sparlow.model.artefact.layers import compressed_layers, install
 from sparlow.model.artefact.shards import (
-    INDEX,
-    RECORD,
     Header,
     ShardRecord,
     by_layer,
@@ -34,12 +33,8 @@ from sparlow.model.artefact.shards import (
     packed_state,
     read_headers,
     read_index,
-    read_json,
-    replacing,
-    sync_folder,
     write_shard,
 )
-from sparlow.model.loading.source import as_input_error
 from sparlow.model.loading.weights import Weights, to_compute
 
 

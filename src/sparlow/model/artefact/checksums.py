@@ -11,11 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from sparlow.errors import InputError
-from sparlow.model.artefact.places import resolve_inside
-from sparlow.model.artefact.shards import INDEX, sha256
+from sparlow.files import CONFIG, GENERATION, INDEX, resolve_inside, sha256
 
-CONFIG = "config.json"
-GENERATION = "generation_config.json"
 _COUNTS_LAYERS = re.compile(r"(n|num)_(\w+_)?layers?")
 _LONGEST_HEADER = 100_000_000  # what safetensors itself allows
 

@@ -10,11 +10,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from sparlow.errors import InputError
+from sparlow.files import read_json, sha256, shard_filename
 from sparlow.finite import all_finite
 from sparlow.model.artefact.bitmask import unpack
 from sparlow.model.artefact.checkpoint import read_layers
-from sparlow.model.artefact.places import shard_filename
-from sparlow.model.artefact.shards import Header, by_layer, check_parts, read_headers, read_index, read_json, sha256
+from sparlow.model.artefact.shards import Header, by_layer, check_parts, read_headers, read_index
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sparlow.errors import InputError
+from sparlow.files import resolve_inside
 from sparlow.model.artefact.bitmask import unpack
 from sparlow.model.artefact.layers import compressed_layers, install
-from sparlow.model.artefact.places import resolve_inside
 from sparlow.model.artefact.shards import Header, by_layer, check_layer, packed_state, read_headers
 
 METHOD = "sparlow"

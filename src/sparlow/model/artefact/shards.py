@@ -1,13 +1,9 @@
 """The files of a compressed model: written whole or not at all, and looked into before they are trusted."""
 
-import hashlib
-import json
-import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,13 +11,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sparlow.errors import InputError, RunError
+from sparlow.files import INDEX, SINGLE, read_json, replacing, resolve_inside, sha256, shard_filename
 from sparlow.model.artefact.bitmask import pack, packed_shapes
 from sparlow.model.artefact.layers import SparseLowRankLinear, compressed_layers
-from sparlow.model.artefact.places import resolve_inside, shard_filename
-
-INDEX = "model.safetensors.index.json"
-RECORD = "sparlow.json"  # the journal, by which a directory is known as ours
-SINGLE = "model.safetensors"  # what save_pretrained writes when one file is enough
 
 _DTYPES = {
     "F64": torch.float64,
@@ -49,49 +41,6 @@ class Header(NamedTuple):
     shape: tuple[int, ...]
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Give a path to write to, whose file takes the name ``path``, on disk for good, only if nothing is raised.
-
-    Raises:
-        RunError: it cannot be written.
-    """
-    partial = partial_of(path)
-    try:
-        partial.unlink(missing_ok=True)  # of a run that was killed, or a link that leads elsewhere
-        yield partial
-        _sync(partial)
-        partial.replace(path)
-        _sync(path.parent)
-    except (OSError, SafetensorError) as problem:
-        raise RunError(f"cannot write {path}: {problem}") from problem
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def partial_of(path: Path) -> Path:
-    """Return where a file lies until it is whole."""
-    return path.with_name(f".{path.name}.partial")
-
-
-def sync_folder(folder: Path) -> None:
-    """Bring every file of a directory to the disk for good, before something else there says that they are whole."""
-    for path in folder.iterdir():
-        if path.is_file() and not path.is_symlink():
-            _sync(path)
-    _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():  # directories cannot be opened there
-        return
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def write_shard(path: Path, state: Mapping[str, Tensor]) -> ShardRecord:
     """Write tensors, from any device, as one safetensors file: the same tensors, the same bytes.
 
@@ -116,12 +65,6 @@ def _apart(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
-def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def packed_state(root: nn.Module, *, without: str | None = None) -> dict[str, Tensor]:
     """Return the state dict of a module with values and mask in place of each S.
 
@@ -140,25 +83,6 @@ def packed_state(root: nn.Module, *, without: str | None = None) -> dict[str, Te
             values, mask = pack(S)
             state |= {f"{name}.values": values.cpu(), f"{name}.mask": mask.cpu()}
     return state
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file.
-
-    Raises:
-        InputError: there is none.
-    """
-    try:
-        content = json.loads(resolve_inside(path.parent, path.name).read_text("utf-8"))
-    except InputError:
-        raise
-    except FileNotFoundError as problem:
-        raise InputError(f"{path} is missing: {path.parent} is no finished model of sparlow") from problem
-    except (OSError, ValueError, RecursionError) as problem:
-        raise InputError(f"{path} cannot be read: {problem}") from problem
-    if not isinstance(content, dict):
-        raise InputError(f"{path} must hold one JSON object")
-    return content
 
 
 def read_index(folder: Path) -> dict[str, Path]:

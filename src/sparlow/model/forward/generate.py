@@ -9,8 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparlow.errors import InputError
-from sparlow.model.artefact.shards import replacing
-from sparlow.model.loading.source import cache_folder
+from sparlow.files import cache_folder, replacing
 
 TEMPERATURE = 1.0  # the model's own distribution, neither cut off (top-k, top-p) nor sharpened
 AT_ONCE = 32  # windows generated together

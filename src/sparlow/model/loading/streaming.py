@@ -26,7 +26,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
-from sparlow.model.artefact.shards import INDEX, SINGLE
+from sparlow.files import INDEX, SINGLE
 from sparlow.model.forward.decoder import decoder_blocks
 from sparlow.model.loading.weights import to_compute
 

@@ -1,0 +1,143 @@
+"""Files: written whole or not at all, read without trust; the names of ours, and the cache's folder."""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from safetensors import SafetensorError
+
+from sparlow.errors import InputError, RunError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"  # what save_pretrained writes when one file is enough
+RECORD = "sparlow.json"  # the journal, by which a directory is known as ours
+CONFIG = "config.json"
+GENERATION = "generation_config.json"
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a path to write to, whose file takes the name ``path``, on disk for good, only if nothing is raised.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    partial = partial_of(path)
+    try:
+        partial.unlink(missing_ok=True)  # of a run that was killed, or a link that leads elsewhere
+        yield partial
+        _sync(partial)
+        partial.replace(path)
+        _sync(path.parent)
+    except (OSError, SafetensorError) as problem:
+        raise RunError(f"cannot write {path}: {problem}") from problem
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def partial_of(path: Path) -> Path:
+    """Return where a file lies until it is whole."""
+    return path.with_name(f".{path.name}.partial")
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring every file of a directory to the disk for good, before something else there says that they are whole."""
+    for path in folder.iterdir():
+        if path.is_file() and not path.is_symlink():
+            _sync(path)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():  # directories cannot be opened there
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: Path, content: Any, *, indent: int = 1) -> None:  # noqa: ANN401 - anything JSON holds
+    """Write a JSON file whole or not at all; numbers that are not finite become text, which JSON can hold.
+
+    Raises:
+        RunError: It cannot be written.
+    """
+    with replacing(path) as partial:
+        partial.write_text(as_json(content, indent=indent), encoding="utf-8")
+
+
+def as_json(content: Any, *, indent: int = 1) -> str:  # noqa: ANN401 - anything JSON holds
+    """Return the text of a JSON file that every strict reader takes."""
+    return json.dumps(plain(content), indent=indent, allow_nan=False) + "\n"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file.
+
+    Raises:
+        InputError: there is none.
+    """
+    try:
+        content = json.loads(resolve_inside(path.parent, path.name).read_text("utf-8"))
+    except InputError:
+        raise
+    except FileNotFoundError as problem:
+        raise InputError(f"{path} is missing: {path.parent} is no finished model of sparlow") from problem
+    except (OSError, ValueError, RecursionError) as problem:
+        raise InputError(f"{path} cannot be read: {problem}") from problem
+    if not isinstance(content, dict):
+        raise InputError(f"{path} must hold one JSON object")
+    return content
+
+
+def plain(value: Any) -> Any:  # noqa: ANN401 - anything JSON holds
+    """Return ``value`` for JSON, with text for what is not finite, such as the perplexity of a ruined model."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {name: plain(item) for name, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def shard_filename(file: Any) -> str:  # noqa: ANN401 - what a JSON file holds
+    """Return the name of a safetensors file if it has no directory part.
+
+    Raises:
+        InputError: it could be outside of the model's directory, or is no safetensors file.
+    """
+    name = str(file)
+    if PurePosixPath(name).name == name == PureWindowsPath(name).name and name.endswith(".safetensors"):
+        return name
+    raise InputError(f"{file!r} is not the name of a safetensors file in the model's directory")
+
+
+def resolve_inside(folder: Path, name: str) -> Path:
+    """Return the path of a file in a directory.
+
+    Raises:
+        InputError: it is a link that leads elsewhere; a cache of the hub may lead to its own store of files.
+    """
+    path, home = folder / name, folder.resolve()
+    store = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
+    if path.is_symlink() and path.resolve().parent not in (home, store):
+        raise InputError(f"{path} is a link that leads out of the model's directory")
+    return path
+
+
+def cache_folder() -> Path:
+    """Return the folder of converted models: $SPARLOW_CACHE, $XDG_CACHE_HOME/sparlow or ~/.cache/sparlow."""
+    own = os.environ.get("SPARLOW_CACHE")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparlow"
