@@ -15,5 +15,5 @@ W = torch.randn(256, 256, generator=generator)
 
 for algorithm in algorithms():
     rank = 0 if algorithm.kind == "pruner" else 16
-    found = sparlow.decompose(W, 2 * X.T @ X, pattern="2:4", rank=rank, algorithm=algorithm.name)
+    found = sparlow.decompose(W, 2 * X.T @ X, pattern="16:32", rank=rank, algorithm=algorithm.name)
     print(f"{algorithm.name:12} {found.stats['relative_error']:.5f}  {found.stats['seconds']:.2f} s")

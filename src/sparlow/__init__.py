@@ -1,8 +1,8 @@
 """Compress pretrained language models in one shot into sparse plus low-rank form: every linear W becomes S + U V.
 
     import sparlow
-    report = sparlow.compress("meta-llama/Llama-3.2-1B", sparlow.Recipe(pattern="2:4", rank=64), out="llama-2to4")
-    model = sparlow.load("llama-2to4")   # or, after this import, AutoModelForCausalLM.from_pretrained("llama-2to4")
+    report = sparlow.compress("meta-llama/Llama-3.2-1B", sparlow.Recipe(pattern="16:32", rank=64), out="llama-16to32")
+    model = sparlow.load("llama-16to32")   # or, after this import, AutoModelForCausalLM.from_pretrained("llama-16to32")
 
 Importing the package teaches transformers to open the directories it writes.
 """

@@ -28,7 +28,7 @@ from sparlow.errors import InputError
 from sparlow.model.artefact.describe import describe
 from sparlow.planning import feasibility
 from sparlow.progress import Progress
-from sparlow.recipe.recipe import Recipe
+from sparlow.recipe.recipe import Recipe, default_pattern
 from sparlow.report.records import LayerRecord
 from sparlow.run.output_dir import NAME
 
@@ -360,7 +360,7 @@ def test_plan_shows_what_compress_writes(command, capsys, tmp_path):
 def test_plan_takes_an_algorithm_and_its_options_as_compress_does(command, capsys):
     arguments = ["plan", *command[1:], *BASIL, "--rank", 2, "--option", "max_steps=1", "--no-time"]
     assert run(*arguments) == 0
-    assert "2:4     2" in capsys.readouterr().out
+    assert "16:32     2" in capsys.readouterr().out
     assert "did you mean 'effort'?" in run_and_fail(capsys, *arguments, "--option", "efort=1")
     assert "there is no directory" in run_and_fail(capsys, "plan", "/no/such/model")
 
@@ -424,12 +424,16 @@ def rows_of(shown):
     return [match.groups() for match in map(pattern.fullmatch, shown.splitlines()) if match]
 
 
+def default(row):
+    return str(default_pattern(row.shape[1]))
+
+
 def test_inspect_shows_what_describe_finds(finished, capsys):
     out, _ = finished
     assert run("inspect", out) == 0
     shown = capsys.readouterr().out
     expected = [
-        (row.name, *map(str, row.shape), "2:4", f"{row.density:.4f}", str(row.rank), f"{row.bytes:,}")
+        (row.name, *map(str, row.shape), default(row), f"{row.density:.4f}", str(row.rank), f"{row.bytes:,}")
         for row in describe(out)
     ]
     assert rows_of(shown) == expected
@@ -449,7 +453,7 @@ def test_inspect_as_json(finished, capsys):
     assert [row["name"] for row in found["layers"]] == list(described)
     for row in found["layers"]:
         info = described[row["name"]]
-        assert row["pattern"] == "2:4"
+        assert row["pattern"] == default(described[row["name"]])
         assert tuple(row["shape"]) == info.shape
         assert (row["kept"], row["density"], row["rank"]) == (info.kept, info.density, info.rank)
         assert (row["bytes"], row["dtype"]) == (info.bytes, "float32")

@@ -223,7 +223,7 @@ def test_an_allocation_by_error_leaves_layers_with_a_rule_alone():
     rules = (Rule("down_proj", rank=2), Rule("q_proj", pattern="4:8"))
     report = compress(tiny("llama"), BY_ERROR.changed(layers=rules))
     found = {layer.name: (layer.pattern, layer.rank) for layer in report.layers}
-    assert found["mlp.down_proj"] == ("2:4", 2)
+    assert found["mlp.down_proj"] == ("8:16", 2)
     assert found["self_attn.q_proj"] == ("4:8", 3)
 
 
@@ -275,9 +275,9 @@ def test_rules_and_ignored_layers_in_a_result(tmp_path):
     found = {f"{layer.block}.{layer.name}": (layer.pattern, layer.rank) for layer in report.layers}
     assert len(found) == 12
     assert not any(".k_proj" in name or name.startswith("1.") for name in found)
-    assert found["0.mlp.down_proj"] == ("2:4", 5)
+    assert found["0.mlp.down_proj"] == ("8:16", 5)
     assert found["2.mlp.up_proj"] == ("0.25", 0)
-    assert found["0.mlp.up_proj"] == ("2:4", 2)
+    assert found["0.mlp.up_proj"] == ("16:32", 2)
     assert verify_artefact(tmp_path / "out") == []
     dense, loaded = tiny("llama"), sparlow.load(tmp_path / "out")
     assert len(compressed_layers(loaded)) == 12

@@ -128,8 +128,15 @@ def test_the_rank_left_out_depends_on_the_kind_of_algorithm():
     assert set(kinds.values()) == {"pruner", "decomposer"}
     for name, kind in kinds.items():
         assert Recipe(algorithm=name).budget("any", (200, 100)) == Budget(NM(2, 4), 0 if kind == "pruner" else 64)
-    assert Recipe(rank=0).budget("any", (8, 8)) == Budget(NM(2, 4), 0)
-    assert Recipe(rank=5).budget("any", (8, 8)) == Budget(NM(2, 4), 5)
+    assert Recipe(rank=0).budget("any", (8, 8)) == Budget(NM(4, 8), 0)
+    assert Recipe(rank=5).budget("any", (8, 8)) == Budget(NM(4, 8), 5)
+
+
+@pytest.mark.parametrize(("columns", "pattern"), [(64, "16:32"), (48, "8:16"), (40, "4:8"), (12, "2:4"), (30, "16:32")])
+def test_the_pattern_left_out_takes_the_largest_groups_that_fit(columns, pattern):
+    assert str(Recipe().budget("any", (100, columns)).pattern) == pattern
+    assert str(Recipe().pattern_of_all) == "16:32"
+    assert str(Recipe(pattern="2:4").budget("any", (100, columns)).pattern) == "2:4"
 
 
 def test_options_and_pattern_are_parsed():

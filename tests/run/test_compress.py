@@ -25,8 +25,8 @@ from sparlow.run.output_dir import LOCK, NAME
 from sparlow.text import calibration_windows
 
 OPTIONS = {"effort": 0.1, "max_steps": 10}
-QUICK = Recipe(rank=4, options=OPTIONS)
-PRUNE = Recipe(algorithm="magnitude", seqlen=16)
+QUICK = Recipe(pattern="2:4", rank=4, options=OPTIONS)
+PRUNE = Recipe(algorithm="magnitude", pattern="2:4", seqlen=16)
 TEXT = "".join(chr(32 + (7 * i * i + i // 3) % 95) for i in range(600))
 KEYS = {  # of report.json: design 4b, and which model and which version of the keys it is
     "recipe",

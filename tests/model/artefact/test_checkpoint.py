@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 
 from families import save_tiny, tiny, tiny_tokenizer
 from sparlow.errors import InputError, RunError
+from sparlow.files import INDEX, shard_filename
 from sparlow.model.artefact import shards
 from sparlow.model.artefact.checkpoint import CheckpointWriter, load, read_block
 from sparlow.model.artefact.describe import describe, verify
@@ -119,7 +120,7 @@ def test_needs_to_know_no_architecture(family, tmp_path, ids):
 
 def test_opens_in_a_new_process(model, folder, ids, tmp_path):
     code = (
-        "import sys, torch; import sparlow.model.checkpoint; from transformers import AutoModelForCausalLM\n"
+        "import sys, torch; import sparlow; from transformers import AutoModelForCausalLM\n"
         "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
         "torch.save(model(torch.load(sys.argv[2])).logits, sys.argv[3])"
     )
@@ -156,7 +157,7 @@ def test_each_tensor_is_stored_once_in_its_shard(family, tmp_path):
     for i, block in enumerate(blocks):
         assert all(name.startswith(f"model.layers.{i}.") for name in block)
     files = {name: record.file for record, shard in zip(records, [*blocks, rest], strict=True) for name in shard}
-    assert json.loads((tmp_path / shards.INDEX).read_text())["weight_map"] == files
+    assert json.loads((tmp_path / INDEX).read_text())["weight_map"] == files
     assert [record.file for record in records] == sorted(p.name for p in tmp_path.glob("*.safetensors"))
 
 
@@ -324,7 +325,7 @@ def opening(request):
 def test_an_index_that_leads_out_of_the_directory(folder, opening, where):
     shutil.move(folder / SHARD, folder / "../evil.safetensors")
     there = where.format(folder=folder)
-    edit(folder / shards.INDEX, lambda index: index["weight_map"].update({f"{LAYER}.U": there, f"{LAYER}.V": there}))
+    edit(folder / INDEX, lambda index: index["weight_map"].update({f"{LAYER}.U": there, f"{LAYER}.V": there}))
     with pytest.raises(InputError, match="directory"):
         opening(folder)
     assert "evil" in verify(folder)[0]
@@ -333,7 +334,7 @@ def test_an_index_that_leads_out_of_the_directory(folder, opening, where):
 @pytest.mark.parametrize("name", ["a/b.safetensors", r"a\b.safetensors", "..", "", "model.bin", r"C:x.safetensors", 3])
 def test_names_that_are_no_plain_file_names(name):
     with pytest.raises(InputError, match="not the name of a safetensors file"):
-        shards.plain_name(name)
+        shard_filename(name)
 
 
 def test_a_link_that_leads_out_of_the_directory(folder, opening, tmp_path):
@@ -426,7 +427,7 @@ def test_missing_and_broken_shards(folder, opening):
 def test_a_missing_norm_is_not_made_up(folder):
     norm = "model.layers.1.input_layernorm.weight"
     spoil(folder / SHARD, lambda tensors: tensors.pop(norm))
-    edit(folder / shards.INDEX, lambda index: index["weight_map"].pop(norm))
+    edit(folder / INDEX, lambda index: index["weight_map"].pop(norm))
     with pytest.raises(InputError, match=norm):
         load(folder)
 
