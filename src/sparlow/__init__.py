@@ -7,8 +7,6 @@
 Importing the package teaches transformers to open the directories it writes.
 """
 
-from importlib.metadata import version
-
 from sparlow.algorithms import Decomposition, decompose, decomposer, pruner
 from sparlow.compression import compress
 from sparlow.errors import InputError, RunError
@@ -20,9 +18,9 @@ from sparlow.model.checkpoint import load
 from sparlow.model.layers import SparseLowRankLinear
 from sparlow.progress import Progress
 from sparlow.recipe import Recipe
-from sparlow.report import Report
+from sparlow.report import Report, own_version
 
-__version__ = version("sparlow")
+__version__ = own_version()
 __all__ = [
     "NM",
     "Decomposition",

@@ -41,6 +41,7 @@ from sparlow.options import (
     takes_recipe,
 )
 from sparlow.progress import labelled
+from sparlow.report import own_version
 from sparlow.tasks import load_tasks
 from sparlow.verification import recorded_patterns, verify_artefact
 
@@ -54,6 +55,21 @@ app = typer.Typer(
 Model = Annotated[str, typer.Argument(help="Hub id, directory, or .gguf file.")]
 Out = Annotated[Path, typer.Option(help="Directory to write; an unfinished one is resumed.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the result to this file too.")]
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"sparlow {own_version()}")  # noqa: T201 - for scripts: no colours
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[  # noqa: ARG001 - its callback has done all
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -173,7 +189,7 @@ def evaluate(
         Path | None, typer.Option(help="Directory of task files (.yaml); they go before lm-eval's of the same name.")
     ] = None,
     fewshot: Annotated[
-        int | None, typer.Option(help="Examples before each question. [default: as the task says; mmlu 5]")
+        int | None, typer.Option(help="Examples before each question. \\[default: as the task says; mmlu 5]")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Sequences in one pass, for tasks.")] = 8,
     limit: Annotated[
@@ -219,7 +235,7 @@ def finetune(
     dataset: Annotated[str, typer.Option(help="c4, wikitext2, ptb, builtin, a file or a hub data set.")] = "c4",
     steps: Annotated[int, typer.Option(help="Of the optimiser.")] = 500,
     lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 1e-4,
-    rank: Annotated[int | None, typer.Option(help="For a model that was only pruned. [default: 16]")] = None,
+    rank: Annotated[int | None, typer.Option(help="For a model that was only pruned. \\[default: 16]")] = None,
     block_size: Annotated[int, typer.Option(help="Tokens a window.")] = 1024,
     batch: Annotated[int, typer.Option(help="Windows at a time.")] = 4,
     accumulate: Annotated[int, typer.Option(help="Batches a step.")] = 4,

@@ -27,7 +27,7 @@ from sparlow.model.source import OpenedModel, for_computing
 from sparlow.model.storage import Storage
 from sparlow.page import write_reports
 from sparlow.progress import Notify, counting
-from sparlow.report import LayerRecord, Report, versions
+from sparlow.report import LayerRecord, Report, own_version, versions
 from sparlow.text import fingerprint as text_fingerprint
 from sparlow.training import Plan, train
 
@@ -72,7 +72,7 @@ class FineTuning:
         """
         decides = {
             **self.parent.state["fingerprint"],
-            "version": version("sparlow"),
+            "version": own_version(),
             "parent": self.opened.fingerprint,
             "finetuning": self.options(),
             "text": text_fingerprint(windows),

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,7 +27,7 @@ from sparlow.page import write_reports
 from sparlow.pipeline import budgets, compress_block
 from sparlow.progress import Clock, Notify, Progress, counting
 from sparlow.recipe import Recipe
-from sparlow.report import LayerRecord, Report, peak_memory, reset_peak_memory
+from sparlow.report import LayerRecord, Report, own_version, peak_memory, reset_peak_memory
 from sparlow.survey import Walk, allocated_by_data
 from sparlow.teaching import Teaching
 from sparlow.text import fingerprint as text_fingerprint
@@ -90,7 +89,7 @@ class Job:
             "recipe": self.recipe.to_dict(),
             "model": self.opened.fingerprint,
             "calibration": text_fingerprint(self.windows),
-            "version": version("sparlow"),
+            "version": own_version(),
         }
         self.journal = Journal(folder, decides, self.blocks_name, overwrite=overwrite)
         if self.processes.first:

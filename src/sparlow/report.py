@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -80,10 +80,18 @@ _KINDS: dict[str, tuple[type, ...]] = {
 }
 
 
+def own_version() -> str:
+    """The version of sparlow; ``unknown`` where it is imported from its sources without being installed."""
+    try:
+        return version("sparlow")
+    except PackageNotFoundError:
+        return "unknown"
+
+
 def versions() -> dict[str, str]:
     """Versions of what computed the result."""
-    packages = {name: version(name) for name in ("sparlow", "torch", "transformers", "safetensors")}
-    return {**packages, "python": platform.python_version()}
+    packages = {name: version(name) for name in ("torch", "transformers", "safetensors")}
+    return {"sparlow": own_version(), **packages, "python": platform.python_version()}
 
 
 def machine() -> dict[str, Any]:
