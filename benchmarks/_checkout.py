@@ -6,6 +6,7 @@ Such a machine often gets the files without the repository, so the folder of whe
 import hashlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -18,6 +19,7 @@ COMMIT = "commit.json"  # in it
 FETCHED = ("datasets", "dill", "multiprocess", "tomli-w", "gguf")  # what the bare image lacks; its own needs included
 TARGET = ("--python-version", "3.12", "--implementation", "cp", "--platform", "manylinux_2_28_x86_64")  # the image's
 TESTING = ("gguf", "pytest", "hypothesis")  # what the files of tests import, beside sparlow's own needs
+SOURCES = ("src", "tests", "benchmarks/*.py", "benchmarks/*.sh", "pyproject.toml")  # what a result depends on
 PATIENCE = 40  # seconds for the installation
 
 
@@ -75,7 +77,7 @@ def install(names: list[str], site: Path, root: Path = ROOT) -> None:
 
 
 def commit(root: Path = ROOT) -> str:
-    """Return the commit of the sources, ``-dirty`` behind it if they were changed since; ``unknown`` if nothing says it."""
+    """Return the commit of the sources, with ``-dirty`` if they were changed since; ``unknown`` if nothing says it."""
     if (root / ".git").exists():
         found, changed = _git(root, "rev-parse", "HEAD"), _git(root, "status", "--porcelain", "--", *SOURCES)
         if found and changed is not None:
@@ -87,14 +89,11 @@ def commit(root: Path = ROOT) -> str:
         return "unknown"
 
 
-SOURCES = ("src", "tests", "benchmarks/*.py", "benchmarks/*.sh", "pyproject.toml")
-
-
 def _git(root: Path, *words: str) -> str | None:
-    try:
-        found = subprocess.run(("git", "-C", root, *words), capture_output=True, text=True, check=False)  # noqa: S603
-    except FileNotFoundError:
+    git = shutil.which("git")
+    if git is None:
         return None
+    found = subprocess.run((git, "-C", root, *words), capture_output=True, text=True, check=False)  # noqa: S603
     return None if found.returncode else found.stdout.strip()
 
 

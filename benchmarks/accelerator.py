@@ -9,7 +9,7 @@ dense product rounded to TF32 (as sparlow does on CUDA) and in float32. Medians 
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable  # noqa: TC003 - one way of importing it in all scripts
 from contextlib import nullcontext
 from pathlib import Path
 from statistics import median

@@ -5,8 +5,9 @@
 
 Measures the throughput of a square product, a Cholesky factorisation with its inverse, and of a pass over memory,
 counts what 3basil at 2:4 + rank 64 does to each layer of Llama-3-8B, 70B and 405B, and prints the predicted hours on
-this machine and on accelerators. --compress also writes --blocks blocks in the first of the shapes with random weights,
-compresses them (on a slow core those of the 8B take hours) and prints the measured time of one beside the predicted one.
+this machine and on accelerators. --compress also writes --blocks blocks in the first of the shapes with random
+weights, compresses them (on a slow core those of the 8B take hours) and prints the measured time of one beside the
+predicted one.
 
 Assumptions, which are printed too: every layer takes STEPS·effort iterations in levels as its loop has (layers of
 SmolLM2 take 56 to 84 at effort 0.5, benchmarks/results/solver_speed.json), then the refit; accelerators reach SHARE of

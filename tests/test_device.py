@@ -62,7 +62,7 @@ def test_every_step_runs_in_its_smallest_form_without_an_accelerator_repository_
     (file,) = (tmp_path / "out").glob("*.json")
     record = json.loads(file.read_text())
     assert (file.stem, record["commit"], record["card"], record["dry_run"]) == ("cpu-unknown", "unknown", None, True)
-    assert {name: row["status"] for row in record["steps"] if (name := row["name"])} == {
+    assert {row["name"]: row["status"] for row in record["steps"]} == {
         "tests": "skipped",  # pytest ran, and its tests are skipped where there is no accelerator
         "layer": "ok",
         "block": "ok",
@@ -71,12 +71,13 @@ def test_every_step_runs_in_its_smallest_form_without_an_accelerator_repository_
     assert tests["skipped"] > 0 == tests["passed"]
     assert layer["parts"]["product, float32"] > 0
     assert block["block"]["measured"] > 0
-    assert str(copy / "src") in file.with_suffix(".log").read_text()  # whose warnings name the package's own files
     assert all(f"{name:<12} " in done.stdout for name in ("tests", "layer", "block"))
 
 
 def test_all_steps_fit_into_eight_minutes(device):
-    assert sum(step.limit for step in device.STEPS) + device.PATIENCE <= device.TOTAL == 480
+    assert (
+        sum(step.limit for step in device.STEPS) + sys.modules["_checkout"].PATIENCE + 20 <= 480
+    )  # and what is between them
     assert all(name.isidentifier() for name in (step.name for step in device.STEPS))
 
 
@@ -166,12 +167,13 @@ def test_the_commit_is_git_s_or_that_of_the_note_if_it_is_about_these_sources(de
     assert checkout.commit(tmp_path) == "abc"
     source.write_text("x = 2\n")
     assert checkout.commit(tmp_path) == "unknown"
-    if shutil.which("git") is None:
+    git = shutil.which("git")
+    if git is None:
         pytest.skip("there is no git")
     who = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false")
     for words in (("init", "-q"), ("add", "src", "pyproject.toml"), (*who, "commit", "-q", "-m", "first")):
-        subprocess.run(["git", "-C", tmp_path, *words], check=True)
-    head = subprocess.check_output(["git", "-C", tmp_path, "rev-parse", "HEAD"], text=True).strip()
+        subprocess.run([git, "-C", tmp_path, *words], check=True)
+    head = subprocess.check_output([git, "-C", tmp_path, "rev-parse", "HEAD"], text=True).strip()
     assert checkout.commit(tmp_path) == head
     source.write_text("x = 3\n")
     assert checkout.commit(tmp_path) == f"{head}-dirty"
