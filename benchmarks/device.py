@@ -234,7 +234,7 @@ def _one(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Do what the command line says."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="benchmarks/device.sh", description=(__doc__ or "").splitlines()[0])
     default = os.environ.get("OUT") or ROOT / "runs" / "device"
     parser.add_argument("--out", type=Path, default=default, help="folder for the results (default: $OUT)")
     names = [step.name for step in STEPS]
