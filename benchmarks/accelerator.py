@@ -9,16 +9,16 @@ dense product rounded to TF32 (as sparlow does on CUDA) and in float32. Medians 
 """
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable  # noqa: TC003 - one way of importing it in all scripts
 from contextlib import nullcontext
 from pathlib import Path
+from statistics import median
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from _layers import machine, write_json
+from _timing import times
 from torch import Tensor
 
 from sparlow.algorithms import find, solve, three_basil
@@ -27,7 +27,6 @@ from sparlow.linalg.patterns import parse_pattern
 from sparlow.linalg.tf32 import rounded_products
 
 TOKENS = 4  # times the width
-REPEATS = 5
 
 
 def problem(width: int, device: str) -> tuple[Tensor, Tensor]:
@@ -38,20 +37,6 @@ def problem(width: int, device: str) -> tuple[Tensor, Tensor]:
     sizes = torch.randn(width, generator=draw).exp().to(device)
     x = (torch.randn(TOKENS * width, width, generator=draw).to(device) * spectrum.to(device)) @ mixing * sizes
     return torch.randn(width, width, generator=draw).to(device) * 0.02, x.T @ x / 64
-
-
-def seconds(call: Callable[[], object], device: str) -> float:
-    """Median time of a call, until the device has done it."""
-
-    def once() -> float:
-        start = time.perf_counter()
-        call()
-        if torch.device(device).type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
-
-    once()
-    return statistics.median(once() for _ in range(REPEATS))
 
 
 def parts(W: Tensor, H: Tensor, rank: int, device: str) -> dict[str, float]:
@@ -76,7 +61,7 @@ def parts(W: Tensor, H: Tensor, rank: int, device: str) -> dict[str, float]:
         "threshold by topk": lambda: scores.topk(half, dim=1, sorted=False),
         "threshold by kthvalue": lambda: scores.kthvalue(half, dim=1),
     }
-    return {name: seconds(call, device) for name, call in calls.items()}
+    return {name: median(times(call, device)) for name, call in calls.items()}
 
 
 def whole(
@@ -92,7 +77,7 @@ def whole(
                 found.append(solve(find("3basil")[0], W, Gram.damped(H), parse_pattern(text), rank, {"effort": effort}))
 
             with patch.object(three_basil, "rounded_products", context):
-                taken = seconds(run, device)
+                taken = median(times(run, device))
             stats = found[-1].stats
             alternations, steps = three_basil.refits(effort)
             exact = alternations * (steps + 1) * product["product, float32"]

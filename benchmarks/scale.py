@@ -1,11 +1,13 @@
 """What models too large for this machine would take: a model of the time, from products measured here.
 
-    python benchmarks/scale.py [--samples 128] [--seqlen 2048] [--effort 0.5] [--device cpu] [--compress] [--json FILE]
+    python benchmarks/scale.py [--samples 128] [--seqlen 2048] [--effort 0.5] [--device cpu]
+        [--shapes llama-3-8b,llama-3-70b,llama-3-405b] [--compress] [--blocks 2] [--json FILE]
 
 Measures the throughput of a square product, a Cholesky factorisation with its inverse, and of a pass over memory,
 counts what 3basil at 2:4 + rank 64 does to each layer of Llama-3-8B, 70B and 405B, and prints the predicted hours on
-this machine and on accelerators. --compress also writes two blocks in the shape of the 8B with random weights,
-compresses them (on a slow core that takes hours) and prints the measured time beside the predicted one.
+this machine and on accelerators. --compress also writes --blocks blocks in the first of the shapes with random
+weights, compresses them (on a slow core those of the 8B take hours) and prints the measured time of one beside the
+predicted one.
 
 Assumptions, which are printed too: every layer takes STEPS·effort iterations in levels as its loop has (layers of
 SmolLM2 take 56 to 84 at effort 0.5, benchmarks/results/solver_speed.json), then the refit; accelerators reach SHARE of
@@ -15,8 +17,6 @@ reading, writing and everything that is not counted are free. It is a prediction
 
 import argparse
 import tempfile
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from _layers import machine, write_json
 from _shapes import SHAPES, Shape, random_windows, write
+from _timing import times
 
 from sparlow import Recipe, compress
 from sparlow.algorithms.three_basil import level, refits
@@ -33,7 +34,6 @@ STEPS = 160  # iterations of a layer at effort 1
 SHARE = 0.5  # of the peak that large products reach
 RANK = 64
 PASSES = 14  # over (out, in) in an iteration: reads and writes of what is not a product
-SIDE = 2048  # of the matrices measured here
 
 
 @dataclass(frozen=True)
@@ -103,41 +103,32 @@ def one_block(shape: Shape, tokens: int, effort: float) -> Work:
     return block
 
 
-def here(device: str) -> Speed:
-    """Measure this machine; on the CPU, on the threads that torch has."""
-    A, out = torch.randn(SIDE, SIDE, device=device), torch.empty(SIDE, SIDE, device=device)
-    G = A @ A.T / SIDE + torch.eye(SIDE, device=device)
-    product = _best(lambda: torch.mm(A, A, out=out))
+def here(device: str, side: int) -> Speed:
+    """Measure this machine with matrices (side, side); on the CPU, on the threads that torch has.
+
+    Of several times the least counts: what else runs on the machine only adds to it.
+    """
+    A, out = torch.randn(side, side, device=device), torch.empty(side, side, device=device)
+    G = A @ A.T / side + torch.eye(side, device=device)
+    product = min(times(lambda: torch.mm(A, A, out=out), device))
     with rounded_products(A.device):
-        rounded = _best(lambda: torch.mm(A, A, out=out))
-    inverse = _best(lambda: torch.cholesky_inverse(torch.linalg.cholesky(G)))
-    add = _best(lambda: torch.add(A, A, out=out))
-    return Speed(2 * SIDE**3 / product, 2 * SIDE**3 / rounded, SIDE**3 / inverse, 3 * 4 * SIDE**2 / add)
-
-
-def _best(call: Callable[[], object]) -> float:
-    """The least time of several: what else runs on the machine only adds to it."""
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        call()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return min(times)
+        rounded = min(times(lambda: torch.mm(A, A, out=out), device))
+    inverse = min(times(lambda: torch.cholesky_inverse(torch.linalg.cholesky(G)), device))
+    add = min(times(lambda: torch.add(A, A, out=out), device))
+    return Speed(2 * side**3 / product, 2 * side**3 / rounded, side**3 / inverse, 3 * 4 * side**2 / add)
 
 
 def compressed(shape: Shape, args: argparse.Namespace) -> float:
     """Seconds a block of a real run on random weights, without saving and measuring."""
     with tempfile.TemporaryDirectory() as scratch:
-        write(shape, 2, Path(scratch) / "dense")
+        write(shape, args.blocks, Path(scratch) / "dense")
         windows = random_windows(shape.vocabulary, args.samples, args.seqlen)
         recipe = Recipe(pattern="2:4", rank=RANK, options={"effort": args.effort})
         folder = Path(scratch) / "out"
         report = compress(
             Path(scratch) / "dense", recipe, calibration=windows, evaluate=(), out=folder, device=args.device
         )
-    return sum(report.seconds[part] for part in ("walk", "statistics", "solve")) / 2
+    return sum(report.seconds[part] for part in ("walk", "statistics", "solve")) / args.blocks
 
 
 def main() -> None:
@@ -148,10 +139,12 @@ def main() -> None:
     parser.add_argument("--effort", type=float, default=0.5)
     parser.add_argument("--shapes", default="llama-3-8b,llama-3-70b,llama-3-405b")
     parser.add_argument("--device", default="cpu", help="where this machine is measured")
-    parser.add_argument("--compress", action="store_true", help="the first of the shapes, two blocks of it")
+    parser.add_argument("--compress", action="store_true", help="blocks of the first of the shapes")
+    parser.add_argument("--blocks", type=int, default=2, help="how many of them")
+    parser.add_argument("--side", type=int, default=2048, help="of the matrices measured here")
     parser.add_argument("--json", type=Path, dest="json_file")
     args = parser.parse_args()
-    speeds = {"this machine": here(args.device), **ACCELERATORS}
+    speeds = {"this machine": here(args.device, args.side), **ACCELERATORS}
     for name, speed in speeds.items():
         print(f"{name}: " + ", ".join(f"{part} {value / 1e9:,.0f} G/s" for part, value in asdict(speed).items()))
     print(f"assumed: {STEPS}·effort iterations a layer; accelerators at {SHARE:.0%} of their peaks (TF32 in the loop's")

@@ -7,13 +7,12 @@
 Importing the package teaches transformers to open the directories it writes.
 """
 
-from importlib.metadata import version
-
 from sparlow.algorithms import Decomposition, decompose, decomposer, pruner
 from sparlow.errors import InputError, RunError
 from sparlow.evaluation.perplexity import evaluate
 from sparlow.finetuning.finetune import finetune
 from sparlow.linalg.patterns import NM, Unstructured
+from sparlow.machine import own_version
 from sparlow.model.artefact.checkpoint import load
 from sparlow.model.artefact.layers import SparseLowRankLinear
 from sparlow.planning.plan import Plan, plan
@@ -22,7 +21,7 @@ from sparlow.recipe.recipe import Recipe
 from sparlow.report.records import Report
 from sparlow.run.compress import compress
 
-__version__ = version("sparlow")
+__version__ = own_version()
 __all__ = [
     "NM",
     "Decomposition",

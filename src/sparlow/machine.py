@@ -5,7 +5,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,18 @@ from sparlow.errors import InputError, first_line
 CGROUPS = Path("/sys/fs/cgroup")
 
 
+def own_version() -> str:
+    """The version of sparlow; ``unknown`` where it is imported from its sources without being installed."""
+    try:
+        return version("sparlow")
+    except PackageNotFoundError:
+        return "unknown"
+
+
 def versions() -> dict[str, str]:
     """Versions of what computed the result."""
-    packages = {name: version(name) for name in ("sparlow", "torch", "transformers", "safetensors")}
-    return {**packages, "python": platform.python_version()}
+    packages = {name: version(name) for name in ("torch", "transformers", "safetensors")}
+    return {"sparlow": own_version(), **packages, "python": platform.python_version()}
 
 
 def machine() -> dict[str, Any]:

@@ -10,16 +10,19 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from dataclasses import fields, replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
 import torch
+import typer
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 import sparlow
 from command_line import run, run_and_fail
 from families import save_tiny, tiny_tokenizer
+from sparlow import machine
 from sparlow.algorithms import algorithms
 from sparlow.cli import commands as cli
 from sparlow.cli import demo, display
@@ -646,6 +649,56 @@ def test_help_tells_every_field_of_a_recipe(capsys):
         "algorithms",
         "demo",
     }
+
+
+def test_version_is_that_of_the_package(capsys):
+    assert run("--version") == 0
+    assert capsys.readouterr().out == f"sparlow {version('sparlow')}\n" == f"sparlow {sparlow.__version__}\n"
+
+
+def test_sources_that_are_not_installed_have_no_version(monkeypatch):
+    def found(name):
+        if name == "sparlow":
+            raise PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(machine, "version", found)
+    assert machine.versions()["sparlow"] == machine.own_version() == "unknown"
+
+
+COMMANDS = typer.main.get_command(cli.app).commands
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_shows_every_default_on_eighty_columns(name, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run(name, "--help") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert all(len(line) <= 80 for line in lines)
+    shown = squeezed(" ".join(lines))
+    for option in COMMANDS[name].params:
+        assert squeezed((option.help or "").replace("\\[", "[")) in shown, option.name
+        written = re.search(r"\\\[default: (.*)\]", option.help or "")
+        default = written[1] if written else option.default
+        if written or (isinstance(default, str | int | float) and default not in ("", False, True)):
+            assert f"[default:{squeezed(str(default))}]" in shown, option.name
+
+
+def squeezed(text):
+    """Without spaces and frames, so that it does not matter where lines end."""
+    return re.sub(r"[\s│]", "", text)
+
+
+def test_defaults_in_help_are_those_of_a_recipe():
+    checked = 0
+    for option in COMMANDS["compress"].params:
+        written = re.search(r"\\\[default: (.*)\]", option.help or "")
+        value = getattr(Recipe(), option.name, None)
+        if written and value is not None:
+            switch = option.name if value is True else f"no-{option.name}"
+            assert written[1] == (switch if isinstance(value, bool) else f"{value:g}" if value != str(value) else value)
+            checked += 1
+    assert checked >= 12
 
 
 def test_what_compiled_code_makes_of_ctrl_c_still_is_ctrl_c(monkeypatch, capsys):

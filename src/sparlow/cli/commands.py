@@ -37,7 +37,7 @@ from sparlow.evaluation.perplexity import evaluate as measure
 from sparlow.evaluation.tasks import load_tasks
 from sparlow.files import replacing, write_json
 from sparlow.finetuning.finetune import finetune as run_finetuning
-from sparlow.machine import pick_device
+from sparlow.machine import own_version, pick_device
 from sparlow.model.artefact.describe import describe
 from sparlow.model.loading.source import open_model, upcast_for_cpu
 from sparlow.progress import labelled
@@ -54,6 +54,21 @@ app = typer.Typer(
 Model = Annotated[str, typer.Argument(help="Hub id, directory, or .gguf file.")]
 Out = Annotated[Path, typer.Option(help="Directory to write; an unfinished one is resumed.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the result to this file too.")]
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"sparlow {own_version()}")  # noqa: T201 - for scripts: no colours
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -127,7 +142,7 @@ def plan(
     ] = True,
     json_file: JsonFile = None,
 ) -> None:
-    """Foresee what compress would keep and need with the same options; reads the config of MODEL, and no weights."""
+    """Predict what compress would keep and need with the same options; reads the config of MODEL, and no weights."""
     from sparlow.planning.plan import plan as foresee
 
     found = foresee(model, given.recipe_of(algorithm, option), out=out, **given.run, timed=timed)
@@ -143,10 +158,13 @@ def compare(
     model: Model,
     out: Annotated[Path, typer.Option(help="Directory to write; what is finished there is not done again.")],
     given: Given,
-    algorithms: Annotated[str, typer.Option(help="Comma-separated names, or all.")] = "all",
-    option: Annotated[list[str] | None, typer.Option(help="ALGORITHM.key=value; repeatable.")] = None,
+    algorithms: Annotated[str, typer.Option(help="Names of algorithms, comma-separated, or all.")] = "all",
+    option: Annotated[
+        list[str] | None, typer.Option(help="ALGORITHM.key=value, an option of one algorithm; repeatable.")
+    ] = None,
     match: Annotated[
-        str | None, typer.Option(help="Train what is kept: no, yes, or both for every algorithm without and with it.")
+        str | None,
+        typer.Option(help="Train what is kept: no, yes, or both without and with it. \\[default: no, or the recipe's]"),
     ] = None,
 ) -> None:
     """Compress MODEL by many algorithms on the same text: one table and figures in --out."""
@@ -166,14 +184,18 @@ def compare(
 @app.command()
 def evaluate(
     model: Model,
-    perplexity: Annotated[str, typer.Option(help='Comma-separated corpora or files; "" for none.')] = "builtin",
-    seqlen: Annotated[int, typer.Option(help="Tokens a window.")] = 2048,
-    tasks: Annotated[str, typer.Option(help="Comma-separated: paper, mmlu, any of lm-eval or --task-path.")] = "",
+    perplexity: Annotated[
+        str, typer.Option(help='Corpora or files to measure perplexity on, comma-separated; "" for none.')
+    ] = "builtin",
+    seqlen: Annotated[int, typer.Option(help="Tokens in each window of text.")] = 2048,
+    tasks: Annotated[
+        str, typer.Option(help="Tasks, comma-separated: paper, mmlu, any of lm-eval or --task-path.")
+    ] = "",
     task_path: Annotated[
         Path | None, typer.Option(help="Directory of task files (.yaml); they go before lm-eval's of the same name.")
     ] = None,
     fewshot: Annotated[
-        int | None, typer.Option(help="Examples before each question. [default: as the task says; mmlu 5]")
+        int | None, typer.Option(help="Examples before each question. \\[default: as the task says; mmlu 5]")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Sequences in one pass, for tasks.")] = 8,
     limit: Annotated[
@@ -181,7 +203,9 @@ def evaluate(
     ] = None,
     baseline: Annotated[str | None, typer.Option(help="A second model, such as the dense one, shown beside.")] = None,
     json_file: JsonFile = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="Type of the weights: auto (as stored), float32, bfloat16, float16.")
+    ] = "auto",
     device: Device = "auto",
     trust_remote_code: Trust = False,
 ) -> None:
@@ -215,23 +239,30 @@ def evaluate(
 def finetune(
     directory: Annotated[Path, typer.Argument(help="A directory that sparlow wrote.")],
     out: Out,
-    dataset: Annotated[str, typer.Option(help="c4, wikitext2, ptb, builtin, a file or a hub data set.")] = "c4",
-    steps: Annotated[int, typer.Option(help="Of the optimiser.")] = 500,
-    lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 1e-4,
-    rank: Annotated[int | None, typer.Option(help="For a model that was only pruned. [default: 16]")] = None,
-    block_size: Annotated[int, typer.Option(help="Tokens a window.")] = 1024,
-    batch: Annotated[int, typer.Option(help="Windows at a time.")] = 4,
-    accumulate: Annotated[int, typer.Option(help="Batches a step.")] = 4,
+    dataset: Annotated[
+        str, typer.Option(help="Text to train on: c4, wikitext2, ptb, builtin, a file or a hub data set.")
+    ] = "c4",
+    steps: Annotated[int, typer.Option(help="Number of optimiser steps.")] = 500,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-4,
+    rank: Annotated[
+        int | None, typer.Option(help="Rank of U V, for a model that was only pruned. \\[default: 16]")
+    ] = None,
+    block_size: Annotated[int, typer.Option(help="Tokens in each window.")] = 1024,
+    batch: Annotated[int, typer.Option(help="Windows in each batch.")] = 4,
+    accumulate: Annotated[int, typer.Option(help="Batches in each optimiser step.")] = 4,
     bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16.")] = False,
     gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
+        bool,
+        typer.Option(
+            "--gradient-checkpointing", help="Compute activations again in the backward pass: less memory, more time."
+        ),
     ] = False,
-    report_to: Annotated[str, typer.Option(help="Trainer's integrations, such as tensorboard.")] = "none",
+    report_to: Annotated[str, typer.Option(help="Where the Trainer reports to, such as tensorboard.")] = "none",
     peft: Annotated[Path | None, typer.Option(help="Folder for the adapter in PEFT's form, with its base.")] = None,
     evaluate: Evaluate = "builtin",
     limit: Limit = None,
     device: Device = "auto",
-    seed: Annotated[int, typer.Option(help="Of the text and its order.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed for the text and its order.")] = 0,
     overwrite: Overwrite = False,
     trust_remote_code: Trust = False,
 ) -> None:

@@ -12,12 +12,12 @@ import typer
 from sparlow.errors import InputError
 from sparlow.recipe.recipe import Recipe
 
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, …")]
+Device = Annotated[str, typer.Option(help="Device that computes: auto, cpu, cuda, cuda:1, mps, …")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
-Evaluate = Annotated[str, typer.Option(help="Comma-separated corpora or files for perplexity.")]
+Evaluate = Annotated[str, typer.Option(help='Corpora or files to measure perplexity on, comma-separated; "" for none.')]
 Limit = Annotated[int | None, typer.Option(help="At most so many windows of each corpus.")]
-Algorithm = Annotated[str | None, typer.Option(help="See `sparlow algorithms`. [default: 3basil]")]
-AlgorithmOption = Annotated[list[str] | None, typer.Option(help="key=value of the algorithm's own; repeatable.")]
+Algorithm = Annotated[str | None, typer.Option(help="See `sparlow algorithms`. \\[default: 3basil]")]
+AlgorithmOption = Annotated[list[str] | None, typer.Option(help="key=value, an option of the algorithm; repeatable.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a finished result in --out.")]
 
 
@@ -52,52 +52,87 @@ class Given:
 
 def given_options(
     recipe: Annotated[Path | None, typer.Option(help="TOML file; options given here take precedence over it.")] = None,
-    pattern: Annotated[str | None, typer.Option(help="16:32, 2:4, … or the fraction removed. [default: 16:32]")] = None,
-    rank: Annotated[int | None, typer.Option(help="Of the low-rank part. [default: 64; pruners 0]")] = None,
+    pattern: Annotated[
+        str | None, typer.Option(help="Of the sparse part: 16:32, 2:4, …, or the fraction removed. \\[default: 16:32]")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of the low-rank part. \\[default: 64; 0 for pruners]")] = None,
     compression: Annotated[
         float | None,
         typer.Option(help="Fraction of the values removed; with --pattern or --rank-share, sets the rank."),
     ] = None,
-    rank_share: Annotated[float | None, typer.Option(help="Of the values kept, for the low-rank part.")] = None,
-    allocate: Annotated[str | None, typer.Option(help="uniform, owl or error. [default: uniform]")] = None,
+    rank_share: Annotated[
+        float | None, typer.Option(help="Share of the kept values that goes to the low-rank part.")
+    ] = None,
+    allocate: Annotated[
+        str | None,
+        typer.Option(help="How sparsity is divided among layers: uniform, owl or error. \\[default: uniform]"),
+    ] = None,
     owl: Annotated[bool | None, typer.Option("--owl/--no-owl", help="The same as --allocate owl or uniform.")] = None,
     owl_spread: Annotated[
-        float | None, typer.Option(help="Densities of blocks span twice this. [default: 0.08]")
+        float | None, typer.Option(help="OWL's λ: densities of blocks vary over a range of 2λ. \\[default: 0.08]")
     ] = None,
     owl_threshold: Annotated[
-        float | None, typer.Option(help="Outliers exceed this many times the mean. [default: 5]")
+        float | None, typer.Option(help="OWL: an outlier exceeds this many times the mean. \\[default: 5]")
     ] = None,
     match: Annotated[
-        bool | None, typer.Option("--match/--no-match", help="Then train what is kept. [default: no-match]")
+        bool | None,
+        typer.Option(
+            "--match/--no-match", help="Train what is kept towards the dense model afterwards. \\[default: no-match]"
+        ),
     ] = None,
-    match_preset: Annotated[str | None, typer.Option(help="logits, blocks or paper. [default: logits]")] = None,
-    match_epochs: Annotated[int | None, typer.Option(help="At most. [default: the preset's]")] = None,
+    match_preset: Annotated[
+        str | None, typer.Option(help="How --match trains: logits, blocks or paper. \\[default: logits]")
+    ] = None,
+    match_epochs: Annotated[
+        int | None, typer.Option(help="Epochs of --match, at most. \\[default: the preset's]")
+    ] = None,
     match_lr: Annotated[
-        float | None, typer.Option(help="Of Adam; logits gives U and V a quarter of it. [default: the preset's]")
+        float | None,
+        typer.Option(
+            help="Learning rate of --match; the preset logits gives U and V a quarter of it. \\[default: the preset's]"
+        ),
     ] = None,
-    match_batch: Annotated[int | None, typer.Option(help="Windows a step. [default: the preset's]")] = None,
+    match_batch: Annotated[
+        int | None, typer.Option(help="Calibration windows in each step of --match. \\[default: the preset's]")
+    ] = None,
     ignore: Annotated[
-        list[str] | None, typer.Option(help="Leave layers dense whose name ends so; * and ? work; repeatable.")
+        list[str] | None,
+        typer.Option(help="Layers to leave dense, by the end of their names; * and ? work; repeatable."),
     ] = None,
     calibration: Annotated[
-        str | None, typer.Option(help="c4, wikitext2, ptb, builtin, self, a file or a hub data set. [default: c4]")
+        str | None,
+        typer.Option(
+            help="Calibration text: c4, wikitext2, ptb, builtin, self, a file or a hub data set. \\[default: c4]"
+        ),
     ] = None,
-    samples: Annotated[int | None, typer.Option(help="Calibration windows. [default: 128]")] = None,
-    seqlen: Annotated[int | None, typer.Option(help="Tokens a window. [default: 2048]")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the choice of windows. [default: 0]")] = None,
-    damping: Annotated[float | None, typer.Option(help="Times mean(diag H), added. [default: 0.005]")] = None,
-    relative_damping: Annotated[float | None, typer.Option(help="Times diag(H), added. [default: 0.005]")] = None,
-    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16, float16. [default: auto]")] = None,
+    samples: Annotated[int | None, typer.Option(help="Number of calibration windows. \\[default: 128]")] = None,
+    seqlen: Annotated[int | None, typer.Option(help="Tokens in each of them. \\[default: 2048]")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Random seed for selecting the calibration windows. \\[default: 0]")
+    ] = None,
+    damping: Annotated[
+        float | None, typer.Option(help="Adds this × mean(diag H) to the diagonal of H. \\[default: 0.005]")
+    ] = None,
+    relative_damping: Annotated[
+        float | None, typer.Option(help="Adds this × diag(H) to the diagonal of H. \\[default: 0.005]")
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Type of the weights: auto (as stored), float32, bfloat16, float16. \\[default: auto]"),
+    ] = None,
     device: Device = "auto",
-    offload: Annotated[str, typer.Option(help="Where hidden states wait: cpu, disk, or auto for what fits.")] = "auto",
+    offload: Annotated[
+        str, typer.Option(help="Where inputs of blocks are kept: cpu, disk, or auto for the fastest that fits.")
+    ] = "auto",
     evaluate: Evaluate = "builtin",
     evaluate_seqlen: Annotated[
-        int | None, typer.Option(help="Tokens a window of these. [default: as --seqlen]")
+        int | None, typer.Option(help="Tokens in each window of --evaluate. \\[default: as --seqlen]")
     ] = None,
     limit: Limit = None,
     overwrite: Overwrite = False,
     force: Annotated[
-        bool, typer.Option("--force", help="Begin even where memory or disk will not do by what is foreseen.")
+        bool,
+        typer.Option("--force", help="Start even if the memory or disk that is predicted exceeds what is available."),
     ] = False,
     trust_remote_code: Trust = False,
 ) -> Given:

@@ -18,7 +18,7 @@ from sparlow.evaluation.perplexity import perplexity
 from sparlow.files import read_json, replacing
 from sparlow.finetuning.finetune import ORIGIN, Parent, Places
 from sparlow.finetuning.trainer import Plan, train
-from sparlow.machine import versions
+from sparlow.machine import own_version, versions
 from sparlow.model.artefact.checkpoint import CheckpointWriter
 from sparlow.model.artefact.describe import changed_sparse_parts
 from sparlow.model.artefact.dtypes import StoredDtypes
@@ -74,7 +74,7 @@ class FineTuning:
         """
         decides = {
             **self.parent.state["fingerprint"],
-            "version": version("sparlow"),
+            "version": own_version(),
             "parent": self.opened.fingerprint,
             "finetuning": self.options(),
             "text": text_fingerprint(windows),

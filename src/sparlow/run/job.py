@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from sparlow.distributed import ALONE, Processes
 from sparlow.errors import InputError, RunError
-from sparlow.machine import peak_memory, reset_peak_memory
+from sparlow.machine import own_version, peak_memory, reset_peak_memory
 from sparlow.model.artefact.checkpoint import CheckpointWriter, Written, read_block
 from sparlow.model.artefact.dtypes import StoredDtypes
 from sparlow.model.artefact.hf_quantizer import attach
@@ -94,7 +93,7 @@ class Job:
             "recipe": self.recipe.to_dict(),
             "model": self.opened.fingerprint,
             "calibration": text_fingerprint(self.windows),
-            "version": version("sparlow"),
+            "version": own_version(),
         }
         self.journal = Journal(folder, decides, self.blocks_name, overwrite=overwrite)
         if self.processes.first:
