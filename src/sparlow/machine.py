@@ -1,10 +1,17 @@
-"""The machine a run is on: device, memory and disk that are free, peaks, versions."""
+"""The machine a run is on: processor, instruction sets, threads; what is free of memory and disk; peaks, versions.
 
+The bits of a result depend on some of it, because kernels are chosen by instruction set and sums are split between
+threads; ``differences`` compares that part. What a system does not tell is None, or left out.
+"""
+
+import os
 import platform
 import shutil
+import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,7 +22,157 @@ import torch
 from sparlow.distributed import local_device, on_this_machine
 from sparlow.errors import InputError, first_line
 
+CPUINFO = Path("/proc/cpuinfo")
+SYSCTL = ("/usr/sbin/sysctl", "machdep.cpu", "hw.optional")
+PATIENCE = 5  # seconds for sysctl, which takes milliseconds
+
+# What matters to the kernels that compute, and the words for it: in /proc/cpuinfo of Linux and in sysctl of macOS.
+INSTRUCTION_SETS: dict[str, tuple[str, ...]] = {
+    "AVX2": ("avx2",),
+    "AVX-512": ("avx512f",),
+    "BF16": ("avx512_bf16", "bf16", "feat_bf16"),
+    "VNNI": ("avx512_vnni", "avx512vnni", "avx_vnni"),
+    "AMX": ("amx_tile",),
+    "NEON": ("asimd", "neon", "advsimd"),
+    "DOTPROD": ("asimddp", "feat_dotprod"),
+    "SVE": ("sve",),
+}
+
+# What torch calls the kernels it has chosen, where a system has no list of its own.
+CAPABILITIES: dict[str, tuple[str, ...]] = {
+    "AVX2": ("AVX2",),
+    "AVX512": ("AVX2", "AVX-512"),
+    "SVE256": ("NEON", "SVE"),
+}
+
+# Processors of servers that Linux knows by number only.
+ARM_PARTS = {"0xd0c": "Neoverse-N1", "0xd40": "Neoverse-V1", "0xd49": "Neoverse-N2", "0xd4f": "Neoverse-V2"}
+ARM = "0x41"  # the implementer to which these numbers belong
 CGROUPS = Path("/sys/fs/cgroup")
+
+
+def machine() -> dict[str, Any]:
+    """Describe this machine, for a report.
+
+    Returns:
+        ``system``; ``cpu``, the processor's name; ``instruction_sets`` it has; ``kernels``, the set for which torch
+        chose its own; ``cores`` (physical ones, or those the system shows); ``threads`` that torch uses; ``memory`` in
+        bytes; ``accelerator``.
+    """
+    name, found = _processor()
+    return {
+        "system": platform.platform(),
+        "cpu": name,
+        "instruction_sets": list(found),
+        "kernels": torch.backends.cpu.get_cpu_capability(),
+        "cores": _cores(),
+        "threads": torch.get_num_threads(),
+        "memory": _memory(),
+        "accelerator": _accelerator(),
+    }
+
+
+def described(record: Mapping[str, Any]) -> str:
+    """One line on a machine, of what its record has."""
+    sets, memory = record.get("instruction_sets"), record.get("memory")
+    parts = [
+        str(record.get("cpu") or record.get("system") or "an unknown machine"),
+        f"({_said(sets)})" if sets else "",
+        *(f"{name}: {record[name]}" for name in ("cores", "threads") if record.get(name)),
+        f"{memory / 1e9:.1f} GB of memory" if isinstance(memory, int) else "",
+        str(record.get("accelerator") or ""),
+    ]
+    return ", ".join(filter(None, parts)).replace(", (", " (")
+
+
+def differences(first: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Name what differs between two records of which the bits of a result depend on: "threads (1, then 2)".
+
+    The accelerator counts only where one of the two computed on it, which ``device`` says if it is there.
+    """
+    names = ["cpu", "instruction_sets", "kernels", "threads", "device"]
+    if any(record.get("device") != "cpu" for record in (first, other)):
+        names.append("accelerator")
+    names += sorted({*first, *other} & {"torch", "transformers"})
+    changed = ((name, first.get(name), other.get(name)) for name in names)
+    return [f"{name.replace('_', ' ')} ({_said(a)}, then {_said(b)})" for name, a, b in changed if a != b]
+
+
+def _said(value: object) -> str:
+    return ", ".join(map(str, value)) or "none" if isinstance(value, list | tuple) else str(value)
+
+
+@cache
+def _processor() -> tuple[str, tuple[str, ...]]:
+    """Name and instruction sets, from whoever knows them here."""
+    name, found = "", tuple[str, ...]()
+    with suppress(OSError, ValueError, subprocess.SubprocessError):
+        if sys.platform == "linux":
+            name, found = from_cpuinfo(CPUINFO.read_text(encoding="utf-8", errors="replace"))
+        elif sys.platform == "darwin":
+            shown = subprocess.run(SYSCTL, capture_output=True, timeout=PATIENCE, check=False).stdout  # noqa: S603 - fixed
+            name, found = from_sysctl(shown.decode("utf-8", errors="replace"))
+    capability = torch.backends.cpu.get_cpu_capability()
+    return name or platform.processor() or platform.machine(), found or CAPABILITIES.get(capability, ())
+
+
+def from_cpuinfo(text: str) -> tuple[str, tuple[str, ...]]:
+    """Read /proc/cpuinfo: the names of its processors, and the instruction sets that all of them have."""
+    entries = [_fields(block) for block in text.split("\n\n")]
+    words = [entry.get("flags", entry.get("features", "")).lower().split() for entry in entries]
+    listed = [set(found) for found in words if found]
+    names = dict.fromkeys(filter(None, map(_name, entries)))
+    return " + ".join(names), _instruction_sets(set.intersection(*listed) if listed else ())
+
+
+def _name(entry: Mapping[str, str]) -> str:
+    """The name of a processor: as it stands, or by the numbers that ARM gives."""
+    if "model name" in entry:
+        return entry["model name"]
+    maker, part = entry.get("cpu implementer", ""), entry.get("cpu part", "")
+    known = ARM_PARTS.get(part) if maker == ARM else None
+    return known or (f"ARM implementer {maker}, part {part}" if maker and part else "")
+
+
+def from_sysctl(text: str) -> tuple[str, tuple[str, ...]]:
+    """Read what sysctl shows of ``machdep.cpu`` and ``hw.optional``, on Intel and Apple processors."""
+    shown = _fields(text)
+    words = [shown.get(f"machdep.cpu.{name}", "") for name in ("features", "leaf7_features")]
+    on = (name for name, there in shown.items() if name.startswith("hw.optional.") and there == "1")
+    words += [name.rsplit(".", 1)[-1] for name in on]
+    return shown.get("machdep.cpu.brand_string", ""), _instruction_sets(" ".join(words).lower().split())
+
+
+def _fields(text: str) -> dict[str, str]:
+    """Lines of ``name: value``, names in small letters."""
+    lines = (line.partition(":") for line in text.splitlines())
+    return {name.strip().lower(): value.strip() for name, colon, value in lines if colon}
+
+
+def _instruction_sets(words: Collection[str]) -> tuple[str, ...]:
+    return tuple(name for name, any_of in INSTRUCTION_SETS.items() if any(word in words for word in any_of))
+
+
+def _cores() -> int | None:
+    with suppress(OSError, psutil.Error, RuntimeError, ValueError):
+        return psutil.cpu_count(logical=False) or os.cpu_count()
+    return os.cpu_count()
+
+
+def _memory() -> int | None:
+    with suppress(OSError, psutil.Error, RuntimeError, ValueError):
+        return int(psutil.virtual_memory().total)
+    return None
+
+
+def _accelerator() -> str | None:
+    with suppress(RuntimeError, AssertionError):  # a driver that is too old, a device that is taken
+        if torch.cuda.is_available():
+            return str(torch.cuda.get_device_name())
+        if torch.accelerator.is_available():
+            kind = torch.accelerator.current_accelerator()
+            return None if kind is None else str(kind.type)
+    return None
 
 
 def own_version() -> str:
@@ -30,12 +187,6 @@ def versions() -> dict[str, str]:
     """Versions of what computed the result."""
     packages = {name: version(name) for name in ("torch", "transformers", "safetensors")}
     return {"sparlow": own_version(), **packages, "python": platform.python_version()}
-
-
-def machine() -> dict[str, Any]:
-    """What it was computed on."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"system": platform.platform(), "threads": torch.get_num_threads(), "accelerator": device}
 
 
 def pick_device(name: str) -> str:

@@ -358,6 +358,8 @@ def test_plan_shows_what_compress_writes(command, capsys, tmp_path):
     for row in (*plan["stages"], *plan["not_compressed"]):
         assert row["name"] in shown
     assert plan["seconds"] == {}
+    assert plan["machine"] == report["machine"]
+    assert plan["machine"]["cpu"] in shown
 
 
 def test_plan_takes_an_algorithm_and_its_options_as_compress_does(command, capsys):

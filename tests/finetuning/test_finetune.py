@@ -351,6 +351,19 @@ def test_a_killed_run_ends_as_it_would_have(place, undisturbed, tmp_path, when):
     assert not (out / "checkpoints").exists()
 
 
+@pytest.mark.parametrize("threads", [None, 99])
+def test_a_killed_run_that_goes_on_elsewhere_says_so(threads, place, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(KilledError):
+        tune(place, "mixed", out, steps=STEPS, accumulate=2, notify=kill_at(3))
+    state = json.loads((out / "sparlow.json").read_text())
+    state["machines"][0]["threads"] = threads or state["machines"][0]["threads"]
+    (out / "sparlow.json").write_text(json.dumps(state))
+    report = tune(place, "mixed", out, steps=STEPS, accumulate=2)
+    assert sum("its bits may differ" in warning for warning in report.warnings) == (threads is not None)
+    assert report.finetuning["machine"]["threads"] == torch.get_num_threads()
+
+
 def test_a_run_that_is_killed_while_it_writes_trains_nothing_again(place, undisturbed, tmp_path, monkeypatch):
     out = tmp_path / "out"
 

@@ -718,6 +718,23 @@ def test_a_damaged_shard_is_written_again_and_no_other(spoil, number, folder, un
     assert f"the shard of block {number - 1} was damaged" in warning
 
 
+@pytest.mark.parametrize(
+    "change", [{"threads": 99}, {"cpu": "Another", "instruction_sets": []}, {"torch": "1.0"}, {"device": "cuda"}, {}]
+)
+def test_a_run_that_goes_on_elsewhere_says_so(change, folder, undisturbed, tmp_path):
+    interrupted(folder, tmp_path, Stop("blocks", 2))
+    state = json.loads((tmp_path / NAME).read_text())
+    state["machines"][0] |= change
+    (tmp_path / NAME).write_text(json.dumps(state))
+    report = compress(folder, out=tmp_path)
+    assert checksums(tmp_path) == checksums(undisturbed[0])
+    found = [warning for warning in report.warnings if "its bits may differ" in warning]
+    assert len(found) == bool(change)
+    assert all(f"{name.replace('_', ' ')} (" in warning for warning in found for name in change)
+    assert set(report.warnings) - set(undisturbed[1].warnings) == set(found)
+    assert json.loads((tmp_path / "report.json").read_text())["warnings"] == report.warnings
+
+
 def test_blocks_after_one_that_comes_out_differently_are_done_again(folder, undisturbed, tmp_path):
     interrupted(folder, tmp_path, Stop("blocks", 2))
     state = json.loads((tmp_path / NAME).read_text())

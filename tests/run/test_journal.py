@@ -4,6 +4,7 @@ import pytest
 
 from sparlow.errors import InputError
 from sparlow.files import sha256
+from sparlow.machine import machine
 from sparlow.model.artefact.shards import ShardRecord
 from sparlow.recipe.recipe import Recipe
 from sparlow.report.records import LayerRecord
@@ -94,10 +95,57 @@ def test_records_by_full_name(tmp_path):
     )
 
 
+def forged(folder, **changes):
+    """As if the run had begun elsewhere."""
+    state = json.loads((folder / NAME).read_text())
+    state["machines"][0] |= changes
+    (folder / NAME).write_text(json.dumps(state))
+
+
+def test_the_machine_of_the_first_part_stays_on_record(tmp_path):
+    begun(tmp_path)
+    forged(tmp_path, cpu="Another", threads=99)
+    again = journal(tmp_path)
+    again.begin({}, {})
+    assert [record["cpu"] for record in again.state["machines"]] == ["Another", machine()["cpu"]]
+    assert again.state["machines"] == json.loads((tmp_path / NAME).read_text())["machines"]
+
+
+def test_a_run_that_went_on_elsewhere_says_so_even_when_it_is_back(tmp_path):
+    begun(tmp_path)
+    assert journal(tmp_path).warnings == []
+    here = machine()
+    forged(tmp_path, threads=99)
+    journal(tmp_path).begin({}, {})
+    for _ in range(2):
+        again = journal(tmp_path)
+        again.begin({}, {})
+        (warning,) = again.warnings
+        assert f"threads (99, then {here['threads']})" in warning
+        assert len(again.state["machines"]) == 2
+
+
+def test_a_finished_run_keeps_the_machines_it_was_made_on(tmp_path):
+    finished(tmp_path)
+    forged(tmp_path, threads=99)
+    assert len(journal(tmp_path).state["machines"]) == 1
+    assert journal(tmp_path).warnings == []
+
+
+def test_a_run_begun_before_machines_were_on_record_goes_on(tmp_path):
+    begun(tmp_path)
+    state = json.loads((tmp_path / NAME).read_text())
+    del state["machines"]
+    (tmp_path / NAME).write_text(json.dumps(state))
+    assert journal(tmp_path).warnings == []
+
+
 @pytest.mark.parametrize(
     "change",
     [
         lambda state: state.pop("blocks"),
+        lambda state: state.update(machines=5),
+        lambda state: state.update(machines=["a large one"]),
         lambda state: state.pop("blocks_name"),
         lambda state: state["blocks"][0].pop("layers"),
         lambda state: state["blocks"][0]["layers"][0].pop("shape"),

@@ -14,6 +14,7 @@ from rich.table import Table
 from sparlow.algorithms import Algorithm
 from sparlow.evaluation.perplexity import Evaluation
 from sparlow.evaluation.tasks import TaskResult
+from sparlow.machine import described
 from sparlow.model.artefact.describe import LayerInfo
 from sparlow.planning.plan import Plan
 from sparlow.progress import Notify, Progress
@@ -116,7 +117,7 @@ def show_plan(found: Plan) -> None:
     if found.seconds:
         times = [(stage, f"{spent:,.0f}") for stage, spent in found.seconds.items() if spent]
         out.print(_table(("time", "seconds"), times))
-    out.print(f"probed for {found.probe['seconds']:.1f} s", highlight=False)
+    out.print(f"probed for {found.probe['seconds']:.1f} s on {escape(described(found.machine))}", highlight=False)
     for note in found.notes:
         out.print(f"note: {escape(note)}", highlight=False)
 

@@ -18,7 +18,7 @@ from sparlow.evaluation.perplexity import perplexity
 from sparlow.files import read_json, replacing
 from sparlow.finetuning.finetune import ORIGIN, Parent, Places
 from sparlow.finetuning.trainer import Plan, train
-from sparlow.machine import own_version, versions
+from sparlow.machine import machine, own_version, versions
 from sparlow.model.artefact.checkpoint import CheckpointWriter
 from sparlow.model.artefact.describe import changed_sparse_parts
 from sparlow.model.artefact.dtypes import StoredDtypes
@@ -79,7 +79,8 @@ class FineTuning:
             "finetuning": self.options(),
             "text": text_fingerprint(windows),
         }
-        self.journal = Journal(self.places.out, decides, self.blocks_name, overwrite=overwrite)
+        device = self.model.device.type
+        self.journal = Journal(self.places.out, decides, self.blocks_name, overwrite=overwrite, device=device)
         peft = self.places.peft
         if peft and (peft / ORIGIN).exists() and not overwrite and read_json(peft / ORIGIN).get("run") != decides:
             raise InputError(f"{peft} holds another adapter: give another --peft, or --overwrite to replace it.")
@@ -111,6 +112,7 @@ class FineTuning:
             "loss": losses,
             "perplexity": {"before": before, "after": after},
             "seconds": time.perf_counter() - start,
+            "machine": machine(),
             "versions": versions() | {name: version(name) for name in ("peft", "accelerate")},
         }
         if self.places.peft:
@@ -192,6 +194,7 @@ class FineTuning:
         report.layers = [self.with_rank(row) for row in report.layers]
         packed = (self.storage.packed_bytes(layer) for layer in compressed_layers(self.model).values())
         report.bytes = {**report.bytes, "linears_compressed": sum(packed)}
+        report.warnings = report.warnings + self.journal.warnings
         report.add_up()
         return report
 

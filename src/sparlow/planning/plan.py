@@ -10,7 +10,7 @@ import psutil
 from transformers import PreTrainedModel
 
 from sparlow.files import as_json
-from sparlow.machine import device_available, disk_available, memory_available, pick_device
+from sparlow.machine import device_available, disk_available, machine, memory_available, pick_device
 from sparlow.model.forward.decoder import Skipped, not_compressed
 from sparlow.model.loading.meta import meta_model
 from sparlow.planning.duration import seconds
@@ -55,6 +55,7 @@ class Plan:
         model: As it was named.
         recipe: As in ``report.json``.
         device: Where blocks will run.
+        machine: This one, for which memory and time are foreseen; as in ``report.json``.
         layers: By kind, in the order of a block.
         not_compressed: ``name`` (* for the number of the block), ``count``, ``parameters`` and ``why``.
         bytes: ``dense``, ``compressed``, ``linears_dense``, ``linears_compressed``, as in ``report.json``.
@@ -73,6 +74,7 @@ class Plan:
     model: str
     recipe: dict[str, Any]
     device: str
+    machine: dict[str, Any]
     layers: tuple[Kind, ...]
     not_compressed: tuple[dict[str, Any], ...]
     bytes: dict[str, int]
@@ -166,6 +168,7 @@ def _planned(name: str, model: PreTrainedModel, work: Workload, out: Path, basel
         model=name,
         recipe=work.recipe.to_dict(),
         device=str(work.device),
+        machine=machine(),
         layers=tuple(_kinds(work)),
         not_compressed=tuple(_skipped(model, work)),
         bytes=sizes,

@@ -5,6 +5,7 @@ from html import escape
 from pathlib import Path
 
 from sparlow.files import replacing
+from sparlow.machine import described
 from sparlow.report.records import LayerRecord, Report
 
 _STYLE = """
@@ -46,6 +47,7 @@ def html(report: Report) -> str:
         "<h2>Seconds</h2>",
         _table(("part", "seconds"), ((name, f"{value:.1f}") for name, value in report.seconds.items())),
         f"<footer>{escape(', '.join(f'{k} {v}' for k, v in report.versions.items()))}</footer>",
+        f"<footer>{escape(described(report.machine))}</footer>",
     ]
     body = "\n".join(parts)
     return (
@@ -58,7 +60,8 @@ def _finetuning(report: Report) -> list[str]:
     """What fine-tuning did, if anything."""
     if not report.finetuning:
         return []
-    shown = {name: value for name, value in report.finetuning.items() if name not in ("loss", "perplexity", "versions")}
+    apart = ("loss", "perplexity", "versions", "machine")
+    shown = {name: value for name, value in report.finetuning.items() if name not in apart}
     shown |= {"first loss": report.finetuning["loss"][0], "last loss": report.finetuning["loss"][-1]}
     return [
         "<h2>Fine-tuning</h2>",

@@ -95,11 +95,13 @@ class Job:
             "calibration": text_fingerprint(self.windows),
             "version": own_version(),
         }
-        self.journal = Journal(folder, decides, self.blocks_name, overwrite=overwrite)
+        device = self.parts.device.type
+        self.journal = Journal(folder, decides, self.blocks_name, overwrite=overwrite, device=device)
         if self.processes.first:
             self.journal.settle()
         self.journal.state = self.processes.all_gather(self.journal.state)[0]  # what the first one found holds for all
         self.known_dense |= self.journal.dense
+        self.report.warnings += self.journal.warnings
 
     def go(self, evaluation: Mapping[str, Tensor]) -> Report:
         """Do what is not done yet; ``evaluation`` names token windows (n, seqlen) to measure perplexity on."""

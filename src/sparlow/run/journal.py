@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sparlow.errors import InputError
 from sparlow.files import read_json, replacing, resolve_inside, sha256, shard_filename, sync_folder, write_json
+from sparlow.machine import differences, machine, versions
 from sparlow.model.artefact.checksums import small_sums
 from sparlow.model.artefact.shards import ShardRecord, write_shard
 from sparlow.recipe.allocation import Budget
@@ -33,19 +34,27 @@ class Journal:
         fingerprint: What decides the result: recipe, model, calibration windows, version.
         blocks_name: Name of the list of decoder blocks in the model.
         overwrite: Forget a finished result or another run, and remove it when the first record is written.
+        device: Where it computes, such as cpu or cuda; on record with the machine.
 
     Raises:
         InputError: The directory holds a run with another fingerprint.
     """
 
     def __init__(
-        self, folder: Path, fingerprint: Mapping[str, Any], blocks_name: str, *, overwrite: bool = False
+        self,
+        folder: Path,
+        fingerprint: Mapping[str, Any],
+        blocks_name: str,
+        *,
+        overwrite: bool = False,
+        device: str = "cpu",
     ) -> None:
         self.folder = folder
         self.state: dict[str, Any] = {
             "format": FORMAT,
             "finished": False,
             "fingerprint": dict(fingerprint),
+            "machines": [machine() | {"device": device, **versions()}],
             "blocks_name": blocks_name,
             "dense": {},
             "compressed": {},
@@ -59,7 +68,23 @@ class Journal:
                 self.state["clearing"] = True
                 return
             _refuse_another(folder, found.get("fingerprint", {}), self.state["fingerprint"])
-            self.state = found
+            self._go_on_here(found)
+
+    def _go_on_here(self, found: dict[str, Any]) -> None:
+        """Take a record as it is, and add this machine if no part of the run was computed on one of its kind."""
+        here = self.state["machines"][0]
+        self.state = found
+        known = found.get("machines", [])  # none of a run that began before there were such records
+        if known and not self.finished and all(differences(record, here) for record in known):
+            known.append(here)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What a careful reader should know of a run that was not all computed on machines of one kind."""
+        first, *others = self.state.get("machines") or [{}]
+        changed = (", ".join(differences(first, other)) for other in others)
+        said = "this run went on elsewhere than it began, so its bits may differ from those of one that never stopped"
+        return [f"{said}: {what}" for what in changed]
 
     @property
     def blocks_done(self) -> int:
@@ -260,6 +285,8 @@ def _check_state(state: Mapping[str, Any]) -> None:
     if "training" in state:
         record = state["training"]
         shard_filename(record["file"]), int(record["bytes"]), str(record["sha256"]), int(record["number"])
+    for record in state.get("machines", []):
+        differences(record, record)
     for budget in state.get("allocation", {}).values():
         Budget.from_dict(budget)
 
