@@ -22,6 +22,7 @@ from sparlow.errors import InputError
 
 T = TypeVar("T")
 LONGEST = 200  # characters of a value that an error repeats
+LARGEST = 2**63  # whole numbers stay below, as torch's do
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,9 +155,7 @@ class Option:
         except InputError:
             raise
         except (TypeError, ValueError, OverflowError):
-            raise InputError(
-                f"Option {self.name}={_repeated(value)} is not usable: expected {self.choices}."
-            ) from None
+            raise InputError(f"Option {self.name}={shown(value)} is not usable: expected {self.choices}.") from None
 
     def _parsed(self, value: object) -> Any:  # noqa: ANN401 - options have many types
         named = self.note(Named)
@@ -168,12 +167,16 @@ class Option:
             return _one_of(str(value).lower(), ("true", "false")) == "true"
         if self.kind is str:
             return str(value)
-        parsed, bound = self.kind(value), self.note(Bound)
-        rounded = isinstance(value, float) and parsed != value  # 1.5 for a whole number; NaN for anything
-        out_of_bounds = not math.isfinite(parsed) or (bound is not None and not bound.holds(parsed))
-        if isinstance(value, bool) or rounded or out_of_bounds:
+        number = self.kind(value)
+        rounded = isinstance(value, float) and number != value  # 1.5 for a whole number; NaN for anything
+        if isinstance(value, bool) or rounded or not self._holds(number):
             raise ValueError
-        return parsed
+        return number
+
+    def _holds(self, number: float) -> bool:
+        bound = self.note(Bound)
+        possible = abs(number) < LARGEST if self.kind is int else math.isfinite(number)
+        return possible and (bound is None or bound.holds(number))
 
     def check(self, value: object, owner: str) -> Any:  # noqa: ANN401 - options have many types
         """Return a value that a file or Python gives, a list as a tuple and a whole number as a float where one is due.
@@ -189,10 +192,10 @@ class Option:
             return None
         if not self._has_type(value):
             must = _SPOKEN[_container(self.kind)]
-            raise InputError(f"Field {self.name} of {owner} must be {must}, not {_repeated(value)}.")
+            raise InputError(f"Field {self.name} of {owner} must be {must}, not {shown(value)}.")
         choices = self.note(Choices)
         if choices and value not in choices.words:
-            raise InputError(unknown(f"There is no {choices.noun} {_repeated(value)}", str(value), choices.words))
+            raise InputError(unknown(f"There is no {choices.noun} {shown(value)}", str(value), choices.words))
         if isinstance(value, int | float) and not isinstance(value, bool):
             return self._check_number(value)
         return tuple(value) if self.repeatable and isinstance(value, Sequence) else value
@@ -200,24 +203,26 @@ class Option:
     def _has_type(self, value: object) -> bool:
         container = _container(self.kind)
         if self.repeatable:
+            items = value if isinstance(value, Sequence) and not isinstance(value, str | bytes) else None
             of_text = str in typing.get_args(self.kind)
-            is_list = isinstance(value, Sequence) and not isinstance(value, str | bytes)
-            return is_list and not (of_text and not all(isinstance(item, str) for item in value))
+            return items is not None and not (of_text and not all(isinstance(item, str) for item in items))
         kinds: Any = (int, float) if container is float else (str, Path) if container is Path else container
         return isinstance(value, kinds) and isinstance(value, bool) == (container is bool)
 
     def _check_number(self, value: float) -> float:
-        bound = self.note(Bound)
         try:
-            number = self.kind(value)
-            finite = math.isfinite(number)
+            number: float = self.kind(value)
+            if self._holds(number):
+                return number
         except OverflowError:  # more digits than a float can count
-            number, finite = value, False
-        if finite and (bound is None or bound.holds(number)):
-            return typing.cast("float", number)
+            number = math.inf
+        bound = self.note(Bound)
         must = bound.text if bound else "a number"
-        must += "" if finite else " and finite"
-        raise InputError(f"{self.name} must be {must}, not {_repeated(value)}.")
+        if not math.isfinite(number):
+            must += " and finite"
+        elif abs(number) >= LARGEST and self.kind is int:
+            must += " and of at most 18 digits"
+        raise InputError(f"{self.name} must be {must}, not {shown(value)}.")
 
 
 _SPOKEN: dict[Any, str] = {
@@ -233,9 +238,13 @@ _SPOKEN: dict[Any, str] = {
 }
 
 
-@functools.cache
-def options_of(owner: Callable[..., Any]) -> Mapping[str, Option]:
+def options_of(owner: Any) -> Mapping[str, Option]:  # noqa: ANN401 - a class or a function
     """The fields of a dataclass, or the keyword-only parameters of a function, in order."""
+    return _read(owner)
+
+
+@functools.cache
+def _read(owner: Any) -> Mapping[str, Option]:  # noqa: ANN401 - the same
     hints = typing.get_type_hints(owner, include_extras=True)
     if dataclasses.is_dataclass(owner):
         return {f.name: Option(f.name, _default_of(f), hints[f.name]) for f in dataclasses.fields(owner)}
@@ -254,7 +263,7 @@ def require_known(given: Iterable[str], owner: Callable[..., Any], what: str) ->
     known = options_of(owner)
     for name in given:
         if name not in known:
-            raise InputError(unknown(f"{what} has no field {_repeated(name)}", name, known))
+            raise InputError(unknown(f"{what} has no field {shown(name)}", name, known))
 
 
 def pick(record: type[T], values: Mapping[str, Any]) -> T:
@@ -305,16 +314,16 @@ def _default_of(field: dataclasses.Field[Any]) -> Any:  # noqa: ANN401 - options
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
-def _one_of(value: object, words: Iterable[object]) -> str:
-    if str(value) not in map(str, words):
-        raise ValueError
-    return str(value)
-
-
-def _repeated(value: object) -> str:
+def shown(value: object) -> str:
     """What was given, for an error: not more of it than helps, and never an error of its own."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # a number of thousands of digits, tables within tables within tables
         return f"a {type(value).__name__} that is too large to show"
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
+
+
+def _one_of(value: object, words: Iterable[object]) -> str:
+    if str(value) not in map(str, words):
+        raise ValueError
+    return str(value)

@@ -231,7 +231,9 @@ def test_parse_options_parses_each_by_its_type(mine):
 
 
 def test_parse_options_names_the_option_that_was_meant(mine):
-    with pytest.raises(InputError, match=r"mine-own has no option 'round'; did you mean 'rounds'\? Choose one of: .*shrink"):
+    with pytest.raises(
+        InputError, match=r"mine-own has no option 'round'; did you mean 'rounds'\? Choose one of: .*shrink"
+    ):
         mine.parse_options({"round": 3})
 
 

@@ -17,7 +17,8 @@ from sparlow.errors import InputError, RunError
 from sparlow.evaluation.perplexity import perplexity
 from sparlow.files import read_json, replacing
 from sparlow.finetuning.finetune import ORIGIN, Parent, Places
-from sparlow.finetuning.trainer import Plan, train
+from sparlow.finetuning.options import FinetuneOptions
+from sparlow.finetuning.trainer import train
 from sparlow.machine import versions
 from sparlow.model.artefact.checkpoint import CheckpointWriter
 from sparlow.model.artefact.describe import changed_sparse_parts
@@ -53,7 +54,7 @@ class FineTuning:
         parent: Parent,
         opened: OpenedModel,
         places: Places,
-        plan: Plan,
+        plan: FinetuneOptions,
         ranks: Mapping[str, int],
         notify: Notify,
     ) -> None:
