@@ -8,7 +8,6 @@ equivalent ``sparlow compress`` command is printed first: whoever starts anew sh
 """
 
 import argparse
-import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -19,10 +18,11 @@ from typing import Any
 import sparlow
 from sparlow.algorithms import find
 from sparlow.cli import display
+from sparlow.cli.evaluating import require_numbers
 from sparlow.cli.options import split
 from sparlow.errors import InputError, RunError
 from sparlow.evaluation.tasks import LoadedTasks, load_tasks
-from sparlow.files import replacing
+from sparlow.files import write_json
 from sparlow.model.loading.source import open_model, upcast_for_cpu
 from sparlow.recipe.recipe import Recipe
 
@@ -208,9 +208,9 @@ def _evaluate(args: argparse.Namespace, result: str | Path, out: Path, tasks: Lo
         batch_size=args.per_device_eval_batch_size,
     )
     out.mkdir(parents=True, exist_ok=True)
-    with replacing(out / "evaluation.json") as partial:
-        partial.write_text(json.dumps({"model": str(result), **found}, indent=2) + "\n", encoding="utf-8")
+    write_json(out / "evaluation.json", {"model": str(result), **found}, indent=2)
     display.show_evaluations({str(result): found}, args.seqlen)
+    require_numbers({str(result): found})
 
 
 def _parser() -> argparse.ArgumentParser:

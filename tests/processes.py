@@ -12,7 +12,15 @@ import time
 from contextlib import contextmanager
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["sparlow.cli.commands", "datasets", "transformers.models.llama.modeling_llama"])
+WHAT_COMMANDS_IMPORT = (
+    "sparlow.run.compress",
+    "sparlow.run.compare",
+    "sparlow.planning.plan",
+    "sparlow.finetuning.job",
+)
+SERVER.set_forkserver_preload(
+    ["sparlow.cli.commands", *WHAT_COMMANDS_IMPORT, "datasets", "transformers.models.llama.modeling_llama"]
+)
 PATIENCE = 600  # seconds after which a run counts as hanging
 
 

@@ -155,7 +155,7 @@ def test_the_printed_command_stands_for_the_same_recipe(script, name, monkeypatc
         seen.append(recipe)
         raise Enough
 
-    monkeypatch.setattr(cli, "run_compression", noted)
+    monkeypatch.setattr("sparlow.run.compress.compress", noted)
     words = script.command_of("a model", "out", RECIPES[name])
     with pytest.raises(Enough):
         cli.main(shlex.split(shlex.join(words))[1:])

@@ -4,24 +4,30 @@
     report = sparlow.compress("meta-llama/Llama-3.2-1B", sparlow.Recipe(pattern="16:32", rank=64), out="llama-16to32")
     model = sparlow.load("llama-16to32")   # or, after this import, AutoModelForCausalLM.from_pretrained("llama-16to32")
 
-Importing the package teaches transformers to open the directories it writes.
+Importing the package teaches transformers to open the directories it writes. It takes no time by itself: each name is
+imported from its place when it is first used.
 """
 
-from sparlow.algorithms import Decomposition, decompose, decomposer, pruner
-from sparlow.errors import InputError, RunError
-from sparlow.evaluation.perplexity import evaluate
-from sparlow.finetuning.finetune import finetune
-from sparlow.linalg.patterns import NM, Unstructured
-from sparlow.machine import own_version
-from sparlow.model.artefact.checkpoint import load
-from sparlow.model.artefact.layers import SparseLowRankLinear
-from sparlow.planning.plan import Plan, plan
-from sparlow.progress import Progress
-from sparlow.recipe.recipe import Recipe
-from sparlow.report.records import Report
-from sparlow.run.compress import compress
+from typing import TYPE_CHECKING
 
-__version__ = own_version()
+from sparlow.model.artefact.registration import register as _register
+
+if TYPE_CHECKING:
+    from sparlow.algorithms import Decomposition, decompose, decomposer, pruner
+    from sparlow.errors import InputError, RunError
+    from sparlow.evaluation.perplexity import evaluate
+    from sparlow.finetuning.finetune import finetune
+    from sparlow.linalg.patterns import NM, Unstructured
+    from sparlow.model.artefact.checkpoint import load
+    from sparlow.model.artefact.layers import SparseLowRankLinear
+    from sparlow.planning.plan import Plan, plan
+    from sparlow.progress import Progress
+    from sparlow.recipe.recipe import Recipe
+    from sparlow.report.records import Report
+    from sparlow.run.compress import compress
+
+    __version__: str
+
 __all__ = [
     "NM",
     "Decomposition",
@@ -42,3 +48,42 @@ __all__ = [
     "plan",
     "pruner",
 ]
+
+_PLACES = {
+    "sparlow.algorithms": ("Decomposition", "decompose", "decomposer", "pruner"),
+    "sparlow.errors": ("InputError", "RunError"),
+    "sparlow.evaluation.perplexity": ("evaluate",),
+    "sparlow.finetuning.finetune": ("finetune",),
+    "sparlow.linalg.patterns": ("NM", "Unstructured"),
+    "sparlow.model.artefact.checkpoint": ("load",),
+    "sparlow.model.artefact.layers": ("SparseLowRankLinear",),
+    "sparlow.planning.plan": ("Plan", "plan"),
+    "sparlow.progress": ("Progress",),
+    "sparlow.recipe.recipe": ("Recipe",),
+    "sparlow.report.records": ("Report",),
+    "sparlow.run.compress": ("compress",),
+}
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name when it is first used (PEP 562)."""
+    if name == "__version__":
+        from sparlow.version import own_version
+
+        found: object = own_version()
+    else:
+        place = next((place for place, names in _PLACES.items() if name in names), None)
+        if place is None:
+            raise AttributeError(f"module 'sparlow' has no attribute {name!r}")
+        from importlib import import_module
+
+        found = getattr(import_module(place), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "__version__"})
+
+
+_register()

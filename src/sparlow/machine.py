@@ -12,7 +12,7 @@ import sys
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import torch
 
 from sparlow.distributed import local_device, on_this_machine
 from sparlow.errors import InputError, first_line
+from sparlow.version import own_version
 
 CPUINFO = Path("/proc/cpuinfo")
 SYSCTL = ("/usr/sbin/sysctl", "machdep.cpu", "hw.optional")
@@ -173,14 +174,6 @@ def _accelerator() -> str | None:
             kind = torch.accelerator.current_accelerator()
             return None if kind is None else str(kind.type)
     return None
-
-
-def own_version() -> str:
-    """The version of sparlow; ``unknown`` where it is imported from its sources without being installed."""
-    try:
-        return version("sparlow")
-    except PackageNotFoundError:
-        return "unknown"
 
 
 def versions() -> dict[str, str]:

@@ -69,12 +69,12 @@ def test_every_algorithm_says_in_one_sentence_what_it_does():
 
 
 def test_a_slip_of_the_finger_is_answered_with_the_nearest_name_and_the_list():
-    with pytest.raises(InputError, match=r"'magnitud'; did you mean 'magnitude'\? There is: .*wanda"):
+    with pytest.raises(InputError, match=r"'magnitud'; did you mean 'magnitude'\? Choose one of: .*wanda"):
         find("magnitud")
 
 
 def test_a_wild_guess_is_answered_with_the_list():
-    with pytest.raises(InputError, match=r"'zzz'; There is: .*magnitude") as caught:
+    with pytest.raises(InputError, match=r"'zzz'\. Choose one of: .*magnitude") as caught:
         find("zzz")
     assert "did you mean" not in str(caught.value)
 
@@ -231,7 +231,9 @@ def test_parse_options_parses_each_by_its_type(mine):
 
 
 def test_parse_options_names_the_option_that_was_meant(mine):
-    with pytest.raises(InputError, match=r"mine-own has no option 'round'; did you mean 'rounds'\? There is: .*shrink"):
+    with pytest.raises(
+        InputError, match=r"mine-own has no option 'round'; did you mean 'rounds'\? Choose one of: .*shrink"
+    ):
         mine.parse_options({"round": 3})
 
 

@@ -709,7 +709,7 @@ def test_what_compiled_code_makes_of_ctrl_c_still_is_ctrl_c(monkeypatch, capsys)
             signal.raise_signal(signal.SIGINT)
         raise ValueError("could not determine the shape of object type")  # as a caller in C that lost the exception
 
-    monkeypatch.setattr("sparlow.cli.commands.run_compression", interrupted)
+    monkeypatch.setattr("sparlow.run.compress.compress", interrupted)
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(SystemExit) as stop:
         main(["compress", "model", "--out", "out"])
@@ -722,9 +722,9 @@ def test_an_accelerator_that_is_full_ends_in_one_sentence(place, tmp_path, monke
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr("sparlow.cli.commands.run_compression", full)
+    monkeypatch.setattr("sparlow.run.compress.compress", full)
     with pytest.raises(SystemExit) as stop:
         main(["compress", str(place / "model"), "--out", str(tmp_path / "out")])
     assert stop.value.code == 1
     said = " ".join(capsys.readouterr().err.split())
-    assert "too little memory (CUDA out of memory): lower --samples" in said
+    assert "too little memory (CUDA out of memory). Reduce --samples" in said

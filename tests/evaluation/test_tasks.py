@@ -11,7 +11,6 @@ import torch
 import sparlow
 from command_line import run, run_and_fail
 from families import save_tiny, tiny, tiny_tokenizer
-from sparlow.cli import commands as cli
 from sparlow.errors import InputError
 from sparlow.evaluation.perplexity import evaluate
 from sparlow.evaluation.task_catalogue import Catalogue
@@ -382,7 +381,7 @@ def closed(monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("the model was opened")
 
-    monkeypatch.setattr(cli, "open_model", refuse)
+    monkeypatch.setattr("sparlow.cli.evaluating.open_model", refuse)
 
 
 @pytest.mark.usefixtures("closed")

@@ -30,7 +30,8 @@ from sparlow.text import evaluation_windows, training_windows
 peft = pytest.importorskip("peft")
 pytest.importorskip("accelerate")
 
-from sparlow.finetuning.trainer import STAGE, Plan  # noqa: E402
+from sparlow.finetuning.options import FinetuneOptions  # noqa: E402
+from sparlow.finetuning.trainer import STAGE  # noqa: E402
 from sparlow.model.artefact import peft_adapter as adapter  # noqa: E402 - after what they need is known to be there
 
 SEQLEN = 16
@@ -499,7 +500,7 @@ def test_an_adapter_of_another_run_stays(place, tuned, tmp_path):
 @pytest.mark.parametrize("changes", [{"lr": math.inf}, {"lr": 0.0}, {"batch": 0}, {"accumulate": 0}, {"seed": -1}])
 def test_a_plan_that_makes_no_sense(changes):
     with pytest.raises(InputError, match=next(iter(changes))):
-        Plan(**changes)
+        FinetuneOptions(**changes)
 
 
 # The command line

@@ -11,7 +11,6 @@ from sparlow.algorithms._registry import (
     Algorithm,
     Count,
     Decomposition,
-    Option,
     Positive,
     Pruner,
     algorithms,
@@ -21,6 +20,7 @@ from sparlow.algorithms._registry import (
     variants,
 )
 from sparlow.algorithms._solve import check_budget, decompose, solve
+from sparlow.schema import Option
 
 for _module in iter_modules(__path__):
     import_module(f"{__name__}.{_module.name}")

@@ -4,23 +4,22 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.progress import Progress as Bars
-from rich.table import Table
 
-from sparlow.algorithms import Algorithm
-from sparlow.evaluation.perplexity import Evaluation
-from sparlow.evaluation.tasks import TaskResult
-from sparlow.machine import described
-from sparlow.model.artefact.describe import LayerInfo
-from sparlow.planning.plan import Plan
-from sparlow.progress import Notify, Progress
-from sparlow.report.comparison import Comparison
-from sparlow.report.html_page import megabytes, perplexities_of_finetuning, remarks, summary_rows
-from sparlow.report.records import Report
+if TYPE_CHECKING:  # help is shown without torch, which comes with these
+    from rich.table import Table
+
+    from sparlow.algorithms import Algorithm
+    from sparlow.evaluation.perplexity import Evaluation
+    from sparlow.evaluation.tasks import TaskResult
+    from sparlow.model.artefact.describe import LayerInfo
+    from sparlow.planning.plan import Plan
+    from sparlow.progress import Notify, Progress
+    from sparlow.report.comparison import Comparison
+    from sparlow.report.records import Report
 
 WIDE = 200  # columns where nobody looks, as in a pipe: no name is cut
 out = Console(soft_wrap=True, width=None if sys.stdout.isatty() else WIDE)
@@ -28,16 +27,19 @@ err = Console(stderr=True, soft_wrap=True)
 
 
 @contextmanager
-def progress() -> Iterator[Notify]:
+def progress() -> "Iterator[Notify]":
     """Show a run as it goes: bars on a terminal, otherwise a line a block."""
     if not err.is_terminal:
         yield _plain_line
         return
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Bars(*columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=err) as bars:
         tasks = {}
 
-        def show(step: Progress) -> None:
+        def show(step: "Progress") -> None:
             if step.stage not in tasks:
                 tasks[step.stage] = bars.add_task(escape(step.stage), total=step.total, note="")
             note = f"{step.layer.name}: relative error {step.layer.relative_error:.5f}" if step.layer else step.note
@@ -46,7 +48,7 @@ def progress() -> Iterator[Notify]:
         yield show
 
 
-def _plain_line(step: Progress) -> None:
+def _plain_line(step: "Progress") -> None:
     if step.layer is not None:
         return
     tenth = step.note and step.done % max(step.total // 10, 1) == 0  # of what has hundreds of steps
@@ -55,8 +57,10 @@ def _plain_line(step: Progress) -> None:
         err.print(f"{step.stage}: {step.done} of {step.total}{note}", markup=False, highlight=False)
 
 
-def show_report(report: Report) -> None:
+def show_report(report: "Report") -> None:
     """The summary of a run: perplexities and sizes, dense beside compressed, time, memory, warnings."""
+    from sparlow.report.html_page import megabytes, remarks, summary_rows
+
     out.print(_table(("", "dense", "compressed"), summary_rows(report)))
     seconds = report.seconds
     blocks = 1 + max(layer.block for layer in report.layers)
@@ -75,8 +79,10 @@ def show_report(report: Report) -> None:
         out.print(f"and {len(report.warnings) - 10} more warnings in report.json", highlight=False)
 
 
-def show_comparison(found: Comparison) -> None:
+def show_comparison(found: "Comparison") -> None:
     """The table of a comparison: the dense model, then a line a method."""
+    from sparlow.report.html_page import megabytes
+
     corpora = list(found.dense.get("perplexity", {}))
     head = ("", *(f"perplexity, {Path(name).name}" for name in corpora), "relative error", "seconds", "size", "bits")
     rows = []
@@ -90,8 +96,10 @@ def show_comparison(found: Comparison) -> None:
     out.print(_table(head, rows))
 
 
-def show_plan(found: Plan) -> None:
+def show_plan(found: "Plan") -> None:
     """The result of ``sparlow plan``: layers, sizes, memory and time."""
+    from sparlow.report.html_page import megabytes
+
     kinds = [
         (
             kind.name,
@@ -117,12 +125,16 @@ def show_plan(found: Plan) -> None:
     if found.seconds:
         times = [(stage, f"{spent:,.0f}") for stage, spent in found.seconds.items() if spent]
         out.print(_table(("time", "seconds"), times))
+    from sparlow.machine import described
+
     out.print(f"probed for {found.probe['seconds']:.1f} s on {escape(described(found.machine))}", highlight=False)
     for note in found.notes:
         out.print(f"note: {escape(note)}", highlight=False)
 
 
-def _show_sizes(found: Plan) -> None:
+def _show_sizes(found: "Plan") -> None:
+    from sparlow.report.html_page import megabytes
+
     sizes, files = found.bytes, found.disk
     second = f" ({megabytes(files.second)} of it for a while, for --match)" if files.second else ""
     hidden = f"; {megabytes(files.hidden)} of hidden states in temporary files" if files.hidden else ""
@@ -136,11 +148,15 @@ def _show_sizes(found: Plan) -> None:
 
 
 def _free(size: int | None) -> str:
+    from sparlow.report.html_page import megabytes
+
     return "–" if size is None else megabytes(size)
 
 
-def show_finetuning(report: Report) -> None:
+def show_finetuning(report: "Report") -> None:
     """The result of ``sparlow finetune``: perplexities and loss before and after."""
+    from sparlow.report.html_page import perplexities_of_finetuning
+
     found = report.finetuning
     out.print(_table(("", "before", "after"), perplexities_of_finetuning(report)))
     out.print(
@@ -150,7 +166,7 @@ def show_finetuning(report: Report) -> None:
     )
 
 
-def show_evaluations(found: Mapping[str, Evaluation], seqlen: int) -> None:
+def show_evaluations(found: "Mapping[str, Evaluation]", seqlen: int) -> None:
     """The result of ``sparlow evaluate``: a column a model, a line a corpus or task, then the mean of the tasks."""
     first = next(iter(found.values()))
     rows = [
@@ -167,11 +183,11 @@ def show_evaluations(found: Mapping[str, Evaluation], seqlen: int) -> None:
     out.print(_table(("", *(short if len(set(short)) == len(short) else found)), rows))
 
 
-def _with_error(result: TaskResult) -> str:
+def _with_error(result: "TaskResult") -> str:
     return f"{result['value']:.4f}" + ("" if result["stderr"] is None else f" ± {result['stderr']:.4f}")
 
 
-def show_layers(layers: Sequence[LayerInfo], patterns: Mapping[str, str]) -> None:
+def show_layers(layers: "Sequence[LayerInfo]", patterns: Mapping[str, str]) -> None:
     """The result of ``sparlow inspect``."""
     rows = [
         (
@@ -187,7 +203,7 @@ def show_layers(layers: Sequence[LayerInfo], patterns: Mapping[str, str]) -> Non
     out.print(_table(("layer", "shape", "pattern", "density", "rank", "bytes"), rows))
 
 
-def show_algorithms(algorithms: Iterable[Algorithm]) -> None:
+def show_algorithms(algorithms: "Iterable[Algorithm]") -> None:
     """Names, one line each, their options and defaults."""
     for algorithm in algorithms:
         names = ", ".join((algorithm.name, *algorithm.aliases))
@@ -199,7 +215,9 @@ def show_algorithms(algorithms: Iterable[Algorithm]) -> None:
             )
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> "Table":
+    from rich.table import Table
+
     table = Table(box=None, pad_edge=False, header_style="bold")
     for i, title in enumerate(head):
         table.add_column(escape(title), justify="right" if i else "left", overflow="fold")

@@ -1,188 +1,245 @@
-"""The options that commands of ``sparlow`` share, and how they are read."""
+"""How the options declared by dataclasses become those of a command, and what is read from them.
+
+A parameter of a command whose type is such a dataclass stands for an option for each of its fields. None of this
+imports torch, so that help is there at once.
+"""
 
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from sparlow.errors import InputError
 from sparlow.recipe.recipe import Recipe
+from sparlow.schema import Doc, FileOnly, Option, Panel, Unset, at_least, check_fields, options_of
 
-Device = Annotated[str, typer.Option(help="Device that computes: auto, cpu, cuda, cuda:1, mps, …")]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
-Evaluate = Annotated[str, typer.Option(help='Corpora or files to measure perplexity on, comma-separated; "" for none.')]
-Limit = Annotated[int | None, typer.Option(help="At most so many windows of each corpus.")]
-Algorithm = Annotated[str | None, typer.Option(help="See `sparlow algorithms`. \\[default: 3basil]")]
-AlgorithmOption = Annotated[list[str] | None, typer.Option(help="key=value, an option of the algorithm; repeatable.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a finished result in --out.")]
+EVALUATION, MACHINE, OUTPUT = Panel("Evaluation"), Panel("Machine"), Panel("Output")
+PANELS = (  # as help shows them, after the arguments and what belongs to none
+    *("What to keep", "Calibration", "Solver", "Matching", "Text", "Training"),
+    *("Evaluation", "Tasks", "Machine", "Output"),
+)
+METAVARS = {int: "INTEGER", float: "NUMBER", str: "TEXT", Path: "DIRECTORY"}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
+class WriteOptions:
+    """What may be written over, and when a run may start."""
+
+    overwrite: Annotated[bool, Doc("Replace a finished result in --out."), OUTPUT] = False
+    force: Annotated[
+        bool, Doc("Start even if the estimated memory or disk use exceeds what is available."), MACHINE
+    ] = False
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """What ``sparlow evaluate`` measures."""
+
+    perplexity: Annotated[
+        tuple[str, ...], Doc('Corpora or files to measure perplexity on. An empty "" stands for none.'), EVALUATION
+    ] = ("builtin",)
+    seqlen: Annotated[int, Doc("Tokens in each window of these texts."), at_least(2), EVALUATION] = 2048
+    limit: Annotated[
+        int | None,
+        Doc("Maximum number of windows of each text and of questions of each task."),
+        Unset("all"),
+        at_least(1),
+        EVALUATION,
+    ] = None
+    baseline: Annotated[
+        str | None, Doc("A second model to measure and to show beside the first, such as the dense one."), EVALUATION
+    ] = None
+    tasks: Annotated[
+        tuple[str, ...],
+        Doc("Tasks to measure: paper (its eight zero-shot tasks), mmlu, or any name of lm-eval or --task-path."),
+        Panel("Tasks"),
+    ] = ()
+    task_path: Annotated[
+        Path | None,
+        Doc("Directory of task files (.yaml). They take precedence over lm-eval's tasks of the same name."),
+        Panel("Tasks"),
+    ] = None
+    fewshot: Annotated[
+        int | None,
+        Doc("Examples shown before each question."),
+        Unset("as the task says, 5 for mmlu"),
+        at_least(0),
+        Panel("Tasks"),
+    ] = None
+    batch_size: Annotated[int, Doc("Sequences in each pass through the model."), at_least(1), Panel("Tasks")] = 8
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        check_fields(self, "the options of evaluate")
+
+
+@dataclass(frozen=True)
 class Given:
-    """What was typed: a recipe file, the options beside it, which take precedence, and how to run and measure.
+    """What was typed: a recipe file, and the options beside it, which take precedence.
 
     Attributes:
         base: The file's recipe, or the default one.
         changes: Fields of it that were typed.
-        run: Keyword arguments that ``sparlow.compress``, ``sparlow.comparison.compare`` and ``sparlow.plan`` share.
-        write: Those of them that only say what may be written.
+        pairs: Options of the algorithm, each as key=value.
     """
 
     base: Recipe
-    changes: dict[str, Any]
-    run: dict[str, Any]
-    write: dict[str, Any]
+    changes: Mapping[str, Any]
+    pairs: Sequence[str] = ()
 
-    def recipe(self, **more: object) -> Recipe:
-        """The file's recipe with the options, and ``more``."""
-        return self.base.changed(**self.changes, **more)
-
-    def recipe_of(self, algorithm: str | None, option: Sequence[str] | None) -> Recipe:
-        """The recipe with one algorithm; another one than the file's does not take over the file's options of it."""
-        more: dict[str, Any] = {} if algorithm is None else {"algorithm": algorithm}
-        if option or (algorithm and algorithm != self.base.algorithm):
-            kept = {} if algorithm and algorithm != self.base.algorithm else self.base.options
-            more["options"] = {**kept, **parse_pairs(option or [])}
-        return self.recipe(**more)
+    def recipe(self) -> Recipe:
+        """The recipe as a whole; another algorithm than the file's does not take over the file's options of it."""
+        algorithm = self.changes.get("algorithm", self.base.algorithm)
+        changes = dict(self.changes)
+        if self.pairs or algorithm != self.base.algorithm:
+            kept = self.base.options if algorithm == self.base.algorithm else {}
+            changes["options"] = {**kept, **parse_pairs(self.pairs)}
+        return self.base.changed(**changes)
 
 
-def given_options(
-    recipe: Annotated[Path | None, typer.Option(help="TOML file; options given here take precedence over it.")] = None,
-    pattern: Annotated[
-        str | None, typer.Option(help="Of the sparse part: 16:32, 2:4, …, or the fraction removed. \\[default: 16:32]")
-    ] = None,
-    rank: Annotated[int | None, typer.Option(help="Rank of the low-rank part. \\[default: 64; 0 for pruners]")] = None,
-    compression: Annotated[
-        float | None,
-        typer.Option(help="Fraction of the values removed; with --pattern or --rank-share, sets the rank."),
-    ] = None,
-    rank_share: Annotated[
-        float | None, typer.Option(help="Share of the kept values that goes to the low-rank part.")
-    ] = None,
-    allocate: Annotated[
-        str | None,
-        typer.Option(help="How sparsity is divided among layers: uniform, owl or error. \\[default: uniform]"),
-    ] = None,
-    owl: Annotated[bool | None, typer.Option("--owl/--no-owl", help="The same as --allocate owl or uniform.")] = None,
-    owl_spread: Annotated[
-        float | None, typer.Option(help="OWL's λ: densities of blocks vary over a range of 2λ. \\[default: 0.08]")
-    ] = None,
-    owl_threshold: Annotated[
-        float | None, typer.Option(help="OWL: an outlier exceeds this many times the mean. \\[default: 5]")
-    ] = None,
-    match: Annotated[
-        bool | None,
-        typer.Option(
-            "--match/--no-match", help="Train what is kept towards the dense model afterwards. \\[default: no-match]"
-        ),
-    ] = None,
-    match_preset: Annotated[
-        str | None, typer.Option(help="How --match trains: logits, blocks or paper. \\[default: logits]")
-    ] = None,
-    match_epochs: Annotated[
-        int | None, typer.Option(help="Epochs of --match, at most. \\[default: the preset's]")
-    ] = None,
-    match_lr: Annotated[
-        float | None,
-        typer.Option(
-            help="Learning rate of --match; the preset logits gives U and V a quarter of it. \\[default: the preset's]"
-        ),
-    ] = None,
-    match_batch: Annotated[
-        int | None, typer.Option(help="Calibration windows in each step of --match. \\[default: the preset's]")
-    ] = None,
-    ignore: Annotated[
-        list[str] | None,
-        typer.Option(help="Layers to leave dense, by the end of their names; * and ? work; repeatable."),
-    ] = None,
-    calibration: Annotated[
-        str | None,
-        typer.Option(
-            help="Calibration text: c4, wikitext2, ptb, builtin, self, a file or a hub data set. \\[default: c4]"
-        ),
-    ] = None,
-    samples: Annotated[int | None, typer.Option(help="Number of calibration windows. \\[default: 128]")] = None,
-    seqlen: Annotated[int | None, typer.Option(help="Tokens in each of them. \\[default: 2048]")] = None,
-    seed: Annotated[
-        int | None, typer.Option(help="Random seed for selecting the calibration windows. \\[default: 0]")
-    ] = None,
-    damping: Annotated[
-        float | None, typer.Option(help="Adds this × mean(diag H) to the diagonal of H. \\[default: 0.005]")
-    ] = None,
-    relative_damping: Annotated[
-        float | None, typer.Option(help="Adds this × diag(H) to the diagonal of H. \\[default: 0.005]")
-    ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="Type of the weights: auto (as stored), float32, bfloat16, float16. \\[default: auto]"),
-    ] = None,
-    device: Device = "auto",
-    offload: Annotated[
-        str, typer.Option(help="Where inputs of blocks are kept: cpu, disk, or auto for the fastest that fits.")
-    ] = "auto",
-    evaluate: Evaluate = "builtin",
-    evaluate_seqlen: Annotated[
-        int | None, typer.Option(help="Tokens in each window of --evaluate. \\[default: as --seqlen]")
-    ] = None,
-    limit: Limit = None,
-    overwrite: Overwrite = False,
-    force: Annotated[
-        bool,
-        typer.Option("--force", help="Start even if the memory or disk that is predicted exceeds what is available."),
-    ] = False,
-    trust_remote_code: Trust = False,
-) -> Given:
-    """The options that make a recipe, the algorithm left out, and those of running it."""
-    typed = dict(locals())
-    fields = {field.name for field in dataclasses.fields(Recipe)}
-    options = {name: value for name, value in typed.items() if name in fields and value is not None}
-    if owl is not None:
-        meant = "owl" if owl else "uniform"
-        if options.setdefault("allocate", meant) != meant:
-            raise InputError(
-                f"--{'owl' if owl else 'no-owl'} and --allocate {allocate} contradict each other: give one."
-            )
-    run = {
-        "device": device,
-        "offload": offload,
-        "evaluate": split(evaluate),
-        "evaluate_seqlen": evaluate_seqlen,
-        "limit": limit,
-        "trust_remote_code": trust_remote_code,
-    }
-    write = {"overwrite": overwrite, "force": force}
-    return Given(Recipe.from_file(recipe) if recipe else Recipe(), options, run, write)
+@dataclass(frozen=True, slots=True)
+class Without:
+    """Beside the type of a command's parameter: fields that the command does not take, and that keep their defaults."""
+
+    names: tuple[str, ...]
 
 
-def takes_recipe(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the options of ``given_options`` to a command, whose parameter ``given`` receives what they make.
+def parameter(option: Option, *, negatable: bool = False) -> inspect.Parameter:
+    """What typer reads an option of a command from.
 
-    An option that the command has itself, under the same name, is not added.
+    Args:
+        option: Its declaration.
+        negatable: A switch can also be turned off, for what a file has turned on.
     """
-    own = inspect.signature(command).parameters
-    shared = {n: p for n, p in inspect.signature(given_options).parameters.items() if n not in own}
+    name = f"--{option.name.replace('_', '-')}"
+    kind: Any = list[str] if option.repeatable else option.kind
+    doc, panel, unset = option.note(Doc), option.note(Panel), option.note(Unset)
+    metavar = "|".join(map(str, option.words)) or ("NAMES" if option.repeatable else METAVARS.get(option.kind))
+    declaration = typer.Option(
+        f"{name}/--no-{name[2:]}" if kind is bool and negatable else name,
+        help=escape(doc.text + (" Repeat it, or separate by commas." if option.repeatable else "")) if doc else None,
+        rich_help_panel=panel.title if panel else None,
+        metavar=metavar,
+        show_default=escape(unset.text) if option.default is None and unset else bool(option.default is not None),
+    )
+    return inspect.Parameter(
+        option.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=list(option.default) if option.repeatable else option.default,
+        annotation=Annotated[kind | None if option.optional else kind, declaration],
+    )
+
+
+def recipe_parameters() -> list[inspect.Parameter]:
+    """The options that make a recipe: its file, its fields, the options of its algorithm, and --owl."""
+    fields = [option for option in options_of(Recipe).values() if not option.note(FileOnly)]
+    file = "TOML file with a recipe. Options given here take precedence over it."
+    pair = "An option of the algorithm, as key=value. Repeat it for several."
+    return [
+        _hand_made("recipe", Path | None, typer.Option(metavar="FILE", help=file)),
+        *(parameter(option, negatable=True) for option in fields),
+        _hand_made("option", list[str] | None, typer.Option(metavar="KEY=VALUE", help=pair, rich_help_panel="Solver")),
+        _hand_made(
+            "owl",
+            bool | None,
+            typer.Option(
+                "--owl/--no-owl", help="Short for --allocate owl, or uniform.", rich_help_panel="What to keep"
+            ),
+        ),
+    ]
+
+
+def _hand_made(name: str, kind: Any, declaration: object) -> inspect.Parameter:  # noqa: ANN401 - a type
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, declaration]
+    )
+
+
+def expanded(command: Callable[..., None]) -> Callable[..., None]:
+    """Put an option for each field in place of a command's parameters that are ``Given`` or another class of options.
+
+    An option that the command has itself, under the same name, is not added. Help shows the panels in their order.
+    """
+    declared = inspect.signature(command).parameters
+    own = {name: p for name, p in declared.items() if _class_of(p) is None}
+    groups = {name: (of, _members(p, of, own)) for name, p in declared.items() if (of := _class_of(p))}
 
     @functools.wraps(command)
-    def wrapper(**values: Any) -> None:  # noqa: ANN401 - options have many types
-        given = given_options(**{name: values.pop(name) for name in shared})
-        command(given=given, **values)
+    def wrapper(*, context: typer.Context, **values: Any) -> None:  # noqa: ANN401 - options have many types
+        typed = {name for name in values if _source(context, name) in ("COMMANDLINE", "ENVIRONMENT")}
+        built = {}
+        for name, (of, members) in groups.items():
+            mine = {p.name: values.pop(p.name) for p in members}
+            built[name] = _given(mine, typed) if of is Given else _built(of, mine)
+        command(**values, **built)
 
-    parameters = []
-    for name, parameter in own.items():
-        parameters += list(shared.values()) if name == "given" else [parameter]
-    keyword_only = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
-    wrapper.__signature__ = inspect.Signature(keyword_only)  # type: ignore[attr-defined]  # what typer reads
-    wrapper.__annotations__ = {p.name: p.annotation for p in keyword_only}
+    parameters = [*own.values(), *(p for _, members in groups.values() for p in members)]
+    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in sorted(parameters, key=_place)]
+    context = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+    wrapper.__signature__ = inspect.Signature([context, *parameters])  # type: ignore[attr-defined]  # what typer reads
+    wrapper.__annotations__ = {p.name: p.annotation for p in [context, *parameters]}
     return wrapper
 
 
-def split(names: str) -> list[str]:
-    """Read a list separated by commas."""
-    return [name.strip() for name in names.split(",") if name.strip()]
+def _members(declared: inspect.Parameter, of: type, own: Iterable[str]) -> list[inspect.Parameter]:
+    """The options that a command's parameter stands for."""
+    excluded = {
+        *own,
+        *(name for note in _notes(declared.annotation) if isinstance(note, Without) for name in note.names),
+    }
+    every = recipe_parameters() if of is Given else [parameter(option) for option in options_of(of).values()]
+    return [p for p in every if p.name not in excluded]
+
+
+def _class_of(parameter: inspect.Parameter) -> type | None:
+    annotation = parameter.annotation
+    kind = typing.get_args(annotation)[0] if typing.get_origin(annotation) is Annotated else annotation
+    return kind if isinstance(kind, type) and dataclasses.is_dataclass(kind) else None
+
+
+def _notes(annotation: Any) -> tuple[Any, ...]:  # noqa: ANN401 - any annotation
+    return typing.get_args(annotation)[1:] if typing.get_origin(annotation) is Annotated else ()
+
+
+def _place(parameter: inspect.Parameter) -> int:
+    panels = (getattr(note, "rich_help_panel", None) for note in _notes(parameter.annotation))
+    return next((1 + PANELS.index(panel) for panel in panels if panel), 0)
+
+
+def _source(context: typer.Context, name: str) -> str:
+    source = context.get_parameter_source(name)
+    return source.name if source else ""
+
+
+def _built(of: type, values: Mapping[str, Any]) -> Any:  # noqa: ANN401 - an object of the class
+    lists = {name for name, option in options_of(of).items() if option.repeatable}
+    return of(**{name: tuple(split(value)) if name in lists else value for name, value in values.items()})
+
+
+def _given(values: dict[str, Any], typed: set[str]) -> Given:
+    file, pairs, owl = (values.pop(name, None) for name in ("recipe", "option", "owl"))
+    changes = {name: value for name, value in values.items() if name in typed}
+    if "ignore" in changes:
+        changes["ignore"] = tuple(split(changes["ignore"]))
+    if owl is not None:
+        meant = "owl" if owl else "uniform"
+        if changes.setdefault("allocate", meant) != meant:
+            switch = f"--{'owl' if owl else 'no-owl'}"
+            raise InputError(f"{switch} and --allocate {changes['allocate']} contradict each other: give one.")
+    return Given(Recipe.from_file(file) if file else Recipe(), changes, pairs or ())
+
+
+def split(names: str | Iterable[str]) -> list[str]:
+    """Read a list: each text given may hold several names, separated by commas."""
+    texts = [names] if isinstance(names, str) else names
+    return [name.strip() for text in texts for name in text.split(",") if name.strip()]
 
 
 def parse_named_pairs(pairs: Sequence[str]) -> dict[str, dict[str, str]]:

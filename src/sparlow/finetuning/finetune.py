@@ -15,16 +15,18 @@ from typing import Any
 from sparlow.errors import InputError
 from sparlow.evaluation.perplexity import require_context, require_tokenizer
 from sparlow.files import read_json
+from sparlow.finetuning.options import FRESH_RANK, FinetuneOptions
 from sparlow.machine import pick_device
 from sparlow.model.artefact.checkpoint import read_layers
 from sparlow.model.loading.source import open_model
 from sparlow.progress import Notify
+from sparlow.recipe.run_options import RunOptions, listed
 from sparlow.report.records import Report
 from sparlow.run.compress import windows_to_evaluate
 from sparlow.run.output_dir import NAME, claimed
+from sparlow.schema import pick
 from sparlow.text import training_windows
 
-FRESH_RANK = 16
 ORIGIN = "sparlow-adapter.json"  # in a PEFT folder: the run it comes from, and the shards of the base it belongs to
 
 
@@ -32,23 +34,23 @@ def finetune(
     folder: str | Path,
     out: str | Path,
     *,
-    dataset: str = "c4",
-    steps: int = 500,
-    lr: float = 1e-4,
-    rank: int | None = None,
-    block_size: int = 1024,
-    batch: int = 4,
-    accumulate: int = 4,
-    bf16: bool = False,
-    gradient_checkpointing: bool = False,
-    report_to: str = "none",
+    dataset: str = FinetuneOptions.dataset,
+    steps: int = FinetuneOptions.steps,
+    lr: float = FinetuneOptions.lr,
+    rank: int | None = FinetuneOptions.rank,
+    block_size: int = FinetuneOptions.block_size,
+    batch: int = FinetuneOptions.batch,
+    accumulate: int = FinetuneOptions.accumulate,
+    bf16: bool = FinetuneOptions.bf16,
+    gradient_checkpointing: bool = FinetuneOptions.gradient_checkpointing,
+    report_to: str = FinetuneOptions.report_to,
     peft: str | Path | None = None,
-    evaluate: Sequence[str] = ("builtin",),
-    limit: int | None = None,
-    device: str = "auto",
-    seed: int = 0,
+    evaluate: Sequence[str] = RunOptions.evaluate,
+    limit: int | None = RunOptions.limit,
+    device: str = RunOptions.device,
+    seed: int = FinetuneOptions.seed,
     overwrite: bool = False,
-    trust_remote_code: bool = False,
+    trust_remote_code: bool = RunOptions.trust_remote_code,
     notify: Notify = lambda _: None,
 ) -> Report:
     """Fine-tune the low-rank part of a compressed model; S keeps every bit.
@@ -82,11 +84,12 @@ def finetune(
         InputError: Something given cannot be used; what it is.
         RunError: The run could not go on; the same call resumes it.
     """
+    plan = pick(FinetuneOptions, locals())
+    evaluate = listed(evaluate)
     _require_packages()
     from sparlow.finetuning.job import FineTuning
-    from sparlow.finetuning.trainer import Plan, check_possible
+    from sparlow.finetuning.trainer import check_possible
 
-    plan = Plan(dataset, steps, lr, block_size, batch, accumulate, bf16, seed, gradient_checkpointing, report_to)
     device = pick_device(device)
     check_possible(plan, device)
     places = Places(Path(folder), Path(out), None if peft is None else Path(peft))

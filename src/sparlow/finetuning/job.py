@@ -17,8 +17,9 @@ from sparlow.errors import InputError, RunError
 from sparlow.evaluation.perplexity import perplexity
 from sparlow.files import read_json, replacing
 from sparlow.finetuning.finetune import ORIGIN, Parent, Places
-from sparlow.finetuning.trainer import Plan, train
-from sparlow.machine import machine, own_version, versions
+from sparlow.finetuning.options import FinetuneOptions
+from sparlow.finetuning.trainer import train
+from sparlow.machine import machine, versions
 from sparlow.model.artefact.checkpoint import CheckpointWriter
 from sparlow.model.artefact.describe import changed_sparse_parts
 from sparlow.model.artefact.dtypes import StoredDtypes
@@ -32,6 +33,7 @@ from sparlow.report.html_page import write_reports
 from sparlow.report.records import LayerRecord, Report
 from sparlow.run.journal import Journal
 from sparlow.text import fingerprint as text_fingerprint
+from sparlow.version import own_version
 
 CHECKPOINTS = "checkpoints"  # Trainer's, inside the output directory until the run is finished
 
@@ -53,7 +55,7 @@ class FineTuning:
         parent: Parent,
         opened: OpenedModel,
         places: Places,
-        plan: Plan,
+        plan: FinetuneOptions,
         ranks: Mapping[str, int],
         notify: Notify,
     ) -> None:

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import PrinterCallback
 
 from sparlow.errors import InputError, RunError
+from sparlow.finetuning.options import FinetuneOptions
 from sparlow.finetuning.safe_trainer import SafeTrainer, last_checkpoint
 from sparlow.progress import Notify, Progress
 
@@ -23,61 +23,6 @@ if TYPE_CHECKING:
 STAGE = "fine-tuning"
 WARM_UP = 0.03  # of the steps; Adam's first steps are of full size whatever the gradient
 _CHECKPOINTS = 10  # at most so many in a run; the last one is kept
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How to train.
-
-    Attributes:
-        dataset: Corpus or file.
-        steps: Of the optimiser.
-        lr: Its highest learning rate; a short warm-up leads there and a cosine down to zero.
-        block_size: Tokens in a window.
-        batch: Windows that pass through the model together.
-        accumulate: Such batches a step.
-        bf16: Compute in bfloat16 where autocast does; S, U and V stay in their own types.
-        seed: Of the text, its order, and of a fresh adapter.
-        gradient_checkpointing: Compute activations twice to save memory.
-        report_to: Trainer's integrations, such as tensorboard, separated by commas; all or none.
-
-    Raises:
-        InputError: A number is out of range.
-    """
-
-    dataset: str = "c4"
-    steps: int = 500
-    lr: float = 1e-4
-    block_size: int = 1024
-    batch: int = 4
-    accumulate: int = 4
-    bf16: bool = False
-    seed: int = 0
-    gradient_checkpointing: bool = False
-    report_to: str = "none"
-
-    def __post_init__(self) -> None:
-        """Check the numbers."""
-        for name, least in {"steps": 1, "block_size": 2, "batch": 1, "accumulate": 1, "seed": 0}.items():
-            if getattr(self, name) < least:
-                raise InputError(f"{name} must be at least {least}, not {getattr(self, name)}.")
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            raise InputError(f"lr must be above 0 and finite, not {self.lr}.")
-
-    @property
-    def windows(self) -> int:
-        """Windows of text that all steps take."""
-        return self.steps * self.batch * self.accumulate
-
-    @property
-    def integrations(self) -> list[str]:
-        """The names in ``report_to``."""
-        return [name.strip() for name in self.report_to.split(",") if name.strip()]
-
-    def deciding(self) -> dict[str, Any]:
-        """The options that decide the result."""
-        others = ("gradient_checkpointing", "report_to")
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in others}
 
 
 class Windows(Dataset[dict[str, Tensor]]):
@@ -93,7 +38,7 @@ class Windows(Dataset[dict[str, Tensor]]):
         return {"input_ids": self._windows[index], "labels": self._windows[index]}
 
 
-def check_possible(plan: Plan, device: str) -> None:
+def check_possible(plan: FinetuneOptions, device: str) -> None:
     """See that this machine can do what the plan wants.
 
     Raises:
@@ -116,7 +61,7 @@ def check_possible(plan: Plan, device: str) -> None:
 
 
 def train(
-    wrapped: "PeftModel", windows: Tensor, plan: Plan, checkpoints: Path, notify: Notify = lambda _: None
+    wrapped: "PeftModel", windows: Tensor, plan: FinetuneOptions, checkpoints: Path, notify: Notify = lambda _: None
 ) -> list[float]:
     """Train the adapters; the model ends where Trainer puts it, in eval mode.
 
@@ -164,7 +109,7 @@ def _unchanged(config: Any) -> Iterator[None]:  # noqa: ANN401 - PEFT declares n
         vars(config).update(before)
 
 
-def _arguments(plan: Plan, wrapped: "PeftModel", folder: Path) -> TrainingArguments:
+def _arguments(plan: FinetuneOptions, wrapped: "PeftModel", folder: Path) -> TrainingArguments:
     on_cpu = wrapped.device.type == "cpu"
     arguments = TrainingArguments(
         output_dir=str(folder),

@@ -11,10 +11,13 @@ import heapq
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sparlow.errors import InputError
-from sparlow.linalg.patterns import Pattern, Unstructured, parse_pattern
+from sparlow.schema import LARGEST, shown
+
+if TYPE_CHECKING:  # torch would come with it, and the command line reads a recipe's fields without
+    from sparlow.linalg.patterns import Pattern
 
 Shape = tuple[int, int]  # (out, in)
 
@@ -23,7 +26,7 @@ Shape = tuple[int, int]  # (out, in)
 class Budget:
     """What one layer may keep."""
 
-    pattern: Pattern
+    pattern: "Pattern"
     rank: int
 
     def values(self, shape: Shape) -> int:
@@ -37,6 +40,8 @@ class Budget:
     @classmethod
     def from_dict(cls, data: Mapping[str, object]) -> "Budget":
         """Read what ``to_dict`` gave."""
+        from sparlow.linalg.patterns import parse_pattern
+
         return cls(parse_pattern(str(data["pattern"])), int(str(data["rank"])))
 
 
@@ -61,9 +66,11 @@ class Rule:
 
     def __post_init__(self) -> None:
         if self.pattern is not None:
+            from sparlow.linalg.patterns import parse_pattern
+
             parse_pattern(self.pattern)
-        if self.rank is not None and self.rank < 0:
-            raise InputError(f"The rule for {self.match} gives the rank {self.rank}: give 0 or more.")
+        if self.rank is not None and not 0 <= self.rank < LARGEST:
+            raise InputError(f"The rule for {self.match} gives the rank {shown(self.rank)}: give 0 or more.")
 
     @classmethod
     def from_dict(cls, data: object) -> "Rule":
@@ -71,7 +78,9 @@ class Rule:
         types: dict[str, type] = {"match": str, "pattern": str, "rank": int}
         table: Mapping[str, Any] = data if isinstance(data, Mapping) else {}
         if "match" not in table or any(type(value) is not types.get(name) for name, value in table.items()):
-            raise InputError(f"A [[layers]] table holds match (text), and pattern (text) or rank (a number): {data}.")
+            raise InputError(
+                f"A [[layers]] table holds match (text), and pattern (text) or rank (a number): {shown(data)}."
+            )
         return cls(**table)
 
     def to_dict(self) -> dict[str, Any]:
@@ -93,7 +102,7 @@ def ratio_sparsity(compression: float, share: float) -> float:
     return round(compression + share - compression * share, 12)
 
 
-def ratio_share(compression: float, pattern: Pattern) -> float:
+def ratio_share(compression: float, pattern: "Pattern") -> float:
     """The low-rank part's share of the values kept, once ``pattern`` has taken its own.
 
     Raises:
@@ -151,7 +160,7 @@ class Offer:
     error: float
 
 
-def offered(uniform: Budget, shape: Shape, *, low_rank: bool) -> dict[Pattern, list[int]]:
+def offered(uniform: Budget, shape: Shape, *, low_rank: bool) -> "dict[Pattern, list[int]]":
     """The patterns and ranks worth looking at for a layer (out, in): around its ``uniform`` budget.
 
     Args:
@@ -159,6 +168,8 @@ def offered(uniform: Budget, shape: Shape, *, low_rank: bool) -> dict[Pattern, l
         shape: (out, in).
         low_rank: Whether the method has a low-rank part.
     """
+    from sparlow.linalg.patterns import Unstructured
+
     rank = uniform.rank
     grid = range(0, min(RANK_GROWTH * rank, *shape) + 1, max(rank // RANK_STEPS, 1)) if low_rank and rank else [0]
     patterns: set[Pattern] = {uniform.pattern}

@@ -1,137 +1,164 @@
 """A recipe: everything that decides the result of a compression, as one frozen record and one TOML file."""
 
 import dataclasses
-import math
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import tomli_w
-import torch
-from torch import Tensor
-
-from sparlow.algorithms import Algorithm, find
 from sparlow.errors import InputError
-from sparlow.linalg.patterns import NM, Pattern, Unstructured, parse_pattern
 from sparlow.recipe.allocation import Budget, Rule, Shape, matches, ratio_rank, ratio_share, ratio_sparsity
+from sparlow.schema import (
+    ABOVE_0,
+    FRACTION,
+    NOT_NEGATIVE,
+    Choices,
+    Doc,
+    FileOnly,
+    Panel,
+    Unset,
+    at_least,
+    check_fields,
+    documented,
+    require_known,
+)
 
-OPTIONAL = ("pattern", "rank", "compression", "rank_share", "match_epochs", "match_lr", "match_batch")  # may be None
-DEFAULT_GROUPS = (
-    32,
-    16,
-    8,
-    4,
-)  # columns of a group; 16:32 ends at a third of the extra perplexity of 2:4 at the same bytes
+if TYPE_CHECKING:  # the command line reads the fields without torch, see the imports inside functions
+    from torch import Tensor
+
+    from sparlow.algorithms import Algorithm
+    from sparlow.linalg.patterns import NM, Pattern
+
+# Columns of a group where no pattern is asked for. 16:32 costs the bytes of 2:4, and a third of its loss in perplexity.
+DEFAULT_GROUPS = (32, 16, 8, 4)
+DEFAULT_RANK = 64  # of methods with a low-rank part: 2.4 % of the linear weights of an 8B Llama
 ALLOCATIONS = ("uniform", "owl", "error")
-MATCH_PRESETS = ("logits", "blocks", "paper")
+MATCH_PRESETS = ("logits", "blocks", "paper")  # training_plan.PRESETS says what each of them is
 GIVEN_WINDOWS = "windows"  # what a recipe calls a calibration by token windows given directly
 OWN_TEXT = "self"  # the calibration that the model writes itself
-DEFAULT_RANK = 64  # of methods with a low-rank part: 2.4 % of the linear weights of an 8B Llama
+LARGEST = 1_000_000  # bytes of a recipe file; the longest that were ever seen have some thousands
+TOO_LARGE = f"The recipe is larger than {LARGEST:,} bytes. Give a TOML file with the fields of a recipe."
+KEEP, CALIBRATION, SOLVER, MATCHING = map(Panel, ("What to keep", "Calibration", "Solver", "Matching"))
+PRESETS_OWN = Unset("the preset's")
+
+_PART = r"""(?:[\w-]+|"[^"\n]*"|'[^'\n]*')"""
+_LONG_KEY = re.compile(rf"(?<![\w-]){_PART}(?:[ \t]*\.[ \t]*{_PART}){{100}}")  # tomllib takes quadratic time for such
 
 
+@documented
 @dataclass(frozen=True)
 class Recipe:
-    """What is done to every linear layer, and on which text.
+    """What is done to every linear layer, and on which text."""
 
-    Attributes:
-        algorithm: A name printed by ``sparlow algorithms``.
-        options: The algorithm's own options; names and values are checked against its signature.
-        pattern: ``"2:4"`` (N:M) or ``"0.5"`` (the fraction removed); None stands for 16:32 (a layer whose inputs 32
-            does not divide takes 8:16, 4:8 or 2:4), or for what follows from ``compression``.
-        rank: Rank of the low-rank part; None stands for 64, or 0 if the algorithm only prunes, or for what follows
-            from ``compression``.
-        compression: Fraction of the values of every layer that is removed; instead of a rank. With a pattern the
-            low-rank part gets what is left; without one, ``rank_share`` of it. A pruner removes just this fraction.
-        rank_share: Share of the values kept that goes to the low-rank part.
-        allocate: "uniform"; "owl": more for blocks with more outliers (needs an unstructured pattern); or "error":
-            as many values in all, given where the layers' relative errors fall most (ranks, and densities where the
-            pattern is unstructured).
-        owl_spread: Of OWL, λ: the densities of the blocks span 2λ.
-        owl_threshold: Of OWL, M: an outlier exceeds so many times the mean score of its block.
-        match: Train what is kept towards the dense model after layers are compressed; zeros stay zero.
-        match_preset: "logits": all blocks together towards the dense model's logits, which needs the whole model in
-            memory, with gradients; "blocks": each block by itself, towards what the dense model has at its place;
-            "paper": likewise, in the published setting.
-        match_epochs: At most so many; None for the preset's, as below.
-        match_lr: Learning rate of Adam; "logits" gives U and V a quarter of it.
-        match_batch: Windows a step.
-        ignore: Layers that stay dense, by ``match`` as in a rule.
-        layers: Rules for single layers; a later one wins.
-        calibration: Name of a corpus, a file or a hub data set; "self" for text that the model writes itself; "windows"
-            stands for token windows given directly.
-        samples: Calibration windows.
-        seqlen: Tokens in a window.
-        seed: Of the choice of windows.
-        damping: Times mean(diag H), added to the diagonal of H.
-        relative_damping: Times diag(H), added likewise.
-        dtype: Of the model's weights: auto (as stored), float32, bfloat16 or float16.
-    """
-
-    algorithm: str = "3basil"
-    options: Mapping[str, Any] = field(default_factory=dict)
-    pattern: str | None = None
-    rank: int | None = None
-    compression: float | None = None
-    rank_share: float | None = None
-    allocate: str = "uniform"
-    owl_spread: float = 0.08
-    owl_threshold: float = 5.0
-    match: bool = False
-    match_preset: str = "logits"
-    match_epochs: int | None = None
-    match_lr: float | None = None
-    match_batch: int | None = None
-    ignore: Sequence[str] = ()
-    layers: Sequence[Rule] = ()
-    calibration: str = "c4"
-    samples: int = 128
-    seqlen: int = 2048
-    seed: int = 0
-    damping: float = 0.005
-    relative_damping: float = 0.005
-    dtype: str = "auto"
+    algorithm: Annotated[str, Doc("Compression algorithm; `sparlow algorithms` lists all of them."), SOLVER] = "3basil"
+    options: Annotated[
+        Mapping[str, Any],
+        Doc("Options of the algorithm itself, by name; they are checked against its signature."),
+        FileOnly(),
+        SOLVER,
+    ] = field(default_factory=dict)
+    pattern: Annotated[
+        str | None,
+        Doc("Pattern of the sparse part: N:M such as 16:32 or 2:4, or the fraction removed such as 0.5."),
+        Unset("16:32, or 8:16, 4:8, 2:4 where 32 does not divide the inputs of a layer"),
+        KEEP,
+    ] = None
+    rank: Annotated[
+        int | None,
+        Doc("Rank of the low-rank part."),
+        Unset(f"{DEFAULT_RANK}, or 0 if the algorithm only prunes"),
+        KEEP,
+    ] = None
+    compression: Annotated[
+        float | None,
+        Doc(
+            "Fraction of each layer's values that is removed. Give it with a pattern or a rank share: the rank follows."
+        ),
+        FRACTION,
+        KEEP,
+    ] = None
+    rank_share: Annotated[
+        float | None, Doc("Share of the kept values that goes to the low-rank part."), FRACTION, KEEP
+    ] = None
+    allocate: Annotated[
+        str,
+        Doc(
+            "How the budget is divided among layers. owl gives more to blocks with more outliers and needs an "
+            "unstructured pattern; error keeps the total and gives more where the layers' errors fall most."
+        ),
+        Choices("allocation", ALLOCATIONS),
+        KEEP,
+    ] = "uniform"
+    owl_spread: Annotated[float, Doc("OWL λ: block densities vary over a range of 2λ."), NOT_NEGATIVE, KEEP] = 0.08
+    owl_threshold: Annotated[
+        float, Doc("OWL M: an outlier exceeds this many times the mean score of its block."), NOT_NEGATIVE, KEEP
+    ] = 5.0
+    match: Annotated[
+        bool, Doc("Train what is kept towards the dense model after compression. Zeros stay zero."), MATCHING
+    ] = False
+    match_preset: Annotated[
+        str,
+        Doc(
+            "How to match. logits trains all blocks together towards the dense model's logits, and needs the whole "
+            "model, its gradients and Adam's state in memory; blocks trains each block by itself towards the dense "
+            "model's output at its place; paper does so in the published setting."
+        ),
+        Choices("matching preset", MATCH_PRESETS),
+        MATCHING,
+    ] = "logits"
+    match_epochs: Annotated[int | None, Doc("Maximum number of epochs."), ABOVE_0, PRESETS_OWN, MATCHING] = None
+    match_lr: Annotated[
+        float | None,
+        Doc("Learning rate of Adam. logits gives U and V a quarter of it."),
+        ABOVE_0,
+        PRESETS_OWN,
+        MATCHING,
+    ] = None
+    match_batch: Annotated[
+        int | None, Doc("Calibration windows in each training step."), ABOVE_0, PRESETS_OWN, MATCHING
+    ] = None
+    ignore: Annotated[
+        Sequence[str], Doc("Layers to leave dense, by the end of their names. * and ? are wildcards."), KEEP
+    ] = ()
+    layers: Annotated[
+        Sequence[Rule],
+        Doc("Rules for single layers, as [[layers]] tables with match, pattern and rank. A later rule wins."),
+        FileOnly(),
+        KEEP,
+    ] = ()
+    calibration: Annotated[
+        str,
+        Doc("Calibration text: c4, wikitext2, ptb, builtin, self (the model writes it), a file or a hub data set."),
+        CALIBRATION,
+    ] = "c4"
+    samples: Annotated[int, Doc("Number of calibration windows."), at_least(1), CALIBRATION] = 128
+    seqlen: Annotated[int, Doc("Tokens in each calibration window."), at_least(1), CALIBRATION] = 2048
+    seed: Annotated[int, Doc("Random seed for selecting the calibration windows."), CALIBRATION] = 0
+    damping: Annotated[
+        float, Doc("Absolute damping: adds this × mean(diag H) to the diagonal of H."), NOT_NEGATIVE, SOLVER
+    ] = 0.005
+    relative_damping: Annotated[
+        float, Doc("Relative damping: adds this × diag(H) to the diagonal of H."), NOT_NEGATIVE, SOLVER
+    ] = 0.005
+    dtype: Annotated[
+        str, Doc("Data type of the model's weights: auto (as stored), float32, bfloat16 or float16."), Panel("Machine")
+    ] = "auto"
 
     def __post_init__(self) -> None:
-        for f in fields(self):
-            _check_type(f.name, getattr(self, f.name))
-        algorithm, implied = find(self.algorithm)
-        algorithm.parse_options({**implied, **self.options})
+        check_fields(self, "a recipe")
+        algorithm = self.found_algorithm
+        _ = self.parsed_options  # raises for one that is wrong
         object.__setattr__(self, "options", algorithm.plain_options(self.options))
-        object.__setattr__(self, "ignore", tuple(self.ignore))
         rules = (rule if isinstance(rule, Rule) else Rule.from_dict(rule) for rule in self.layers)
         object.__setattr__(self, "layers", tuple(rules))
-        self._check_numbers()
-        self._check_matching()
         self._check_budget()
-
-    def _check_numbers(self) -> None:
-        for name in ("samples", "seqlen"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}.")
-        for name in ("damping", "relative_damping", "owl_spread", "owl_threshold"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise InputError(f"{name} must be a number that is not negative, not {getattr(self, name)}.")
-        for name in ("compression", "rank_share"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < 1:
-                raise InputError(f"{name} must be a fraction from 0 up to below 1, not {value}.")
-        if self.match_preset not in MATCH_PRESETS:
-            raise InputError(
-                f"There is no preset {self.match_preset!r} of matching; there is: {', '.join(MATCH_PRESETS)}."
-            )
-        if self.allocate not in ALLOCATIONS:
-            raise InputError(f"There is no allocation {self.allocate!r}; there is: {', '.join(ALLOCATIONS)}.")
-
-    def _check_matching(self) -> None:
-        for name in ("match_epochs", "match_lr", "match_batch"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise InputError(f"{name} must be above 0, not {value}.")
 
     def _check_budget(self) -> None:
         """Pattern and rank, or the compression they follow from: neither too little is given nor too much."""
+        from sparlow.linalg.patterns import NM
+
         prunes = self.found_algorithm.kind == "pruner"
         if self.rank_share is not None and (prunes or self.compression is None):
             why = f"{self.algorithm} has no low-rank part" if prunes else "it is a share of what --compression leaves"
@@ -158,6 +185,8 @@ class Recipe:
             name: Its full name in the model.
             shape: (out, in).
         """
+        from sparlow.linalg.patterns import parse_pattern
+
         if any(matches(pattern, name) for pattern in self.ignore):
             return None
         uniform = self._uniform(shape)
@@ -177,11 +206,13 @@ class Recipe:
         return any(rule.pattern is not None and matches(rule.match, name) for rule in self.layers)
 
     @property
-    def pattern_of_all(self) -> Pattern:
+    def pattern_of_all(self) -> "Pattern":
         """The pattern of S where no rule says otherwise."""
         return self._uniform((1, 1)).pattern
 
     def _uniform(self, shape: Shape) -> Budget:
+        from sparlow.linalg.patterns import Unstructured, parse_pattern
+
         if self.compression is None:
             default = 0 if self.found_algorithm.kind == "pruner" else DEFAULT_RANK
             return Budget(
@@ -199,13 +230,17 @@ class Recipe:
         return Budget(pattern, ratio_rank(self.compression, share, shape))
 
     @property
-    def found_algorithm(self) -> Algorithm:
+    def found_algorithm(self) -> "Algorithm":
         """The registered algorithm behind the name or alias."""
+        from sparlow.algorithms import find
+
         return find(self.algorithm)[0]
 
     @property
     def parsed_options(self) -> dict[str, Any]:
         """The options as the algorithm's function takes them, those of an alias included."""
+        from sparlow.algorithms import find
+
         algorithm, implied = find(self.algorithm)
         return algorithm.parse_options({**implied, **self.options})
 
@@ -217,32 +252,41 @@ class Recipe:
 
     def to_toml(self) -> str:
         """The recipe as a file that ``from_toml`` reads back to an equal recipe."""
+        import tomli_w
+
         return tomli_w.dumps(self.to_dict())
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Recipe":
         """Check names and types, and build the recipe; InputError says what is wrong."""
-        known = [f.name for f in fields(cls)]
-        for name, value in data.items():
-            if name not in known:
-                raise InputError(f"A recipe has no field {name!r}; there is: {', '.join(known)}.")
-            _check_type(name, value)
-        values: dict[str, Any] = {n: float(v) if float in _TYPES[n] and v is not None else v for n, v in data.items()}
-        return cls(**values)
+        require_known(data, cls, "A recipe")
+        return cls(**data)
 
     @classmethod
     def from_toml(cls, text: str) -> "Recipe":
         """Read what ``to_toml`` writes; fields left out take their defaults."""
+        if len(text) > LARGEST:
+            raise InputError(TOO_LARGE)
+        if _LONG_KEY.search(text):
+            raise InputError("The recipe holds a dotted name of more than 100 parts. No field of a recipe has so many.")
         try:
             return cls.from_dict(tomllib.loads(text))
-        except tomllib.TOMLDecodeError as error:
+        except RecursionError:
+            raise InputError("The recipe is not usable: its lists or tables are nested too deeply.") from None
+        except InputError:
+            raise
+        except ValueError as error:  # TOMLDecodeError, or a number of thousands of digits
             raise InputError(f"The recipe is not valid TOML: {error}.") from None
 
     @classmethod
     def from_file(cls, path: str | Path) -> "Recipe":
         """Read a TOML file."""
         try:
-            return cls.from_toml(Path(path).read_text(encoding="utf-8"))
+            with Path(path).open("rb") as file:
+                data = file.read(LARGEST + 1)
+            if len(data) > LARGEST:
+                raise InputError(TOO_LARGE)
+            return cls.from_toml(data.decode("utf-8"))
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"The recipe {path} cannot be read: {error}.") from None
 
@@ -251,71 +295,26 @@ class Recipe:
         return dataclasses.replace(self, **changes)
 
 
-def default_pattern(columns: int) -> NM:
+def default_pattern(columns: int) -> "NM":
     """Return the pattern of a layer with so many inputs where none is given: half of the largest group that fits."""
+    from sparlow.linalg.patterns import NM
+
     size = next((size for size in DEFAULT_GROUPS if columns % size == 0), DEFAULT_GROUPS[0])
     return NM(size // 2, size)
 
 
-def with_calibration(recipe: Recipe, calibration: str | Path | Tensor | None) -> Recipe:
+def with_calibration(recipe: Recipe, calibration: "str | Path | Tensor | None") -> Recipe:
     """Put a calibration given beside the recipe into it."""
     if calibration is None:
         return recipe
-    if not isinstance(calibration, Tensor):
+    if isinstance(calibration, str | Path):
         return recipe.changed(calibration=str(calibration))
+    import torch
+
     if calibration.ndim != 2 or calibration.dtype != torch.int64 or calibration.numel() == 0:  # noqa: PLR2004 - a matrix
         raise InputError("Calibration windows must be a tensor (windows, seqlen) of int64 token ids.")
     return recipe.changed(calibration=GIVEN_WINDOWS, samples=calibration.shape[0], seqlen=calibration.shape[1])
 
 
-_TYPES: dict[str, tuple[type, ...]] = {
-    "algorithm": (str,),
-    "options": (Mapping,),
-    "pattern": (str,),
-    "rank": (int,),
-    "compression": (float, int),
-    "rank_share": (float, int),
-    "allocate": (str,),
-    "owl_spread": (float, int),
-    "owl_threshold": (float, int),
-    "match": (bool,),
-    "match_preset": (str,),
-    "match_epochs": (int,),
-    "match_lr": (float, int),
-    "match_batch": (int,),
-    "ignore": (Sequence,),
-    "layers": (Sequence,),
-    "calibration": (str,),
-    "samples": (int,),
-    "seqlen": (int,),
-    "seed": (int,),
-    "damping": (float, int),
-    "relative_damping": (float, int),
-    "dtype": (str,),
-}
-
-
-def _check_type(name: str, value: object) -> None:
-    expected = _TYPES[name]
-    absent = name in OPTIONAL and value is None
-    items = value if Sequence in expected and isinstance(value, Sequence) else ()
-    wrong = Sequence in expected and isinstance(value, str)  # a text is a sequence, and not what is meant
-    wrong |= name == "ignore" and not all(isinstance(item, str) for item in items)
-    if not absent and (wrong or not isinstance(value, expected) or isinstance(value, bool) != (bool in expected)):
-        raise InputError(f"Field {name} of a recipe must be {_spoken(expected)}, not {value!r}.")
-
-
 def _plain(value: Any) -> Any:  # noqa: ANN401 - fields have many types
     return dict(value) if isinstance(value, Mapping) else value
-
-
-def _spoken(types: tuple[type, ...]) -> str:
-    names = {
-        bool: "true or false",
-        str: "text",
-        int: "a whole number",
-        float: "a number",
-        Mapping: "a table",
-        Sequence: "a list",
-    }
-    return names[types[0]]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sparlow.distributed import ALONE, Processes
 from sparlow.errors import InputError, RunError
-from sparlow.machine import own_version, peak_memory, reset_peak_memory
+from sparlow.machine import peak_memory, reset_peak_memory
 from sparlow.model.artefact.checkpoint import CheckpointWriter, Written, read_block
 from sparlow.model.artefact.dtypes import StoredDtypes
 from sparlow.model.artefact.hf_quantizer import attach
@@ -33,6 +33,7 @@ from sparlow.run.pipeline import compress_block
 from sparlow.run.recovery import Recovery
 from sparlow.run.sensitivity import DenseWalk, allocated_by_data
 from sparlow.text import fingerprint as text_fingerprint
+from sparlow.version import own_version
 
 
 class Job:

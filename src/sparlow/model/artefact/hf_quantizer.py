@@ -8,10 +8,9 @@ they have in memory, whatever transformers would call them in a checkpoint of it
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -22,6 +21,9 @@ from sparlow.files import resolve_inside
 from sparlow.model.artefact.bitmask import unpack
 from sparlow.model.artefact.layers import compressed_layers, install
 from sparlow.model.artefact.shards import Header, by_layer, check_layer, packed_state, read_headers
+
+if TYPE_CHECKING:  # its module imports the list of quantizers, whose import imports this file: see registration.py
+    from transformers import PreTrainedModel
 
 METHOD = "sparlow"
 FORMAT = 1  # raised when an older sparlow would misread what this one writes
@@ -86,7 +88,7 @@ class SparlowQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(
         self,
-        model: PreTrainedModel,
+        model: "PreTrainedModel",
         checkpoint_files: list[str] | None = None,
         **_: Any,  # noqa: ANN401 - transformers'
     ) -> None:
@@ -108,18 +110,18 @@ class SparlowQuantizer(HfQuantizer):
     def update_weight_conversions(
         self,
         weight_conversions: list[Any],  # noqa: ARG002 - dropped: from a checkpoint's names to those in memory
-        model: PreTrainedModel,  # noqa: ARG002 - transformers' signature
+        model: "PreTrainedModel",  # noqa: ARG002 - transformers' signature
     ) -> list[WeightConverter]:
         """Return the conversions of this format in place of the architecture's."""
         return self.get_weight_conversions()
 
-    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:  # noqa: ANN401 - transformers'
+    def _process_model_after_weight_loading(self, model: "PreTrainedModel", **_: Any) -> None:  # noqa: ANN401 - transformers'
         if self._unpack.problems:
             raise InputError(self._unpack.problems[0])
         # What save_pretrained would undo: nothing, names stay those in memory.
         model._weight_conversions = []  # type: ignore[assignment]  # noqa: SLF001 - no public way
 
-    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
+    def get_state_dict_and_metadata(self, model: "PreTrainedModel") -> tuple[dict[str, Tensor], dict[str, str]]:
         """Return what ``save_pretrained`` writes after the config, whose records follow the model as it is now."""
         state = packed_state(model)
         self.quantization_config.layers = _records(model)
@@ -153,7 +155,7 @@ class _Unpack(ConversionOps):
         return {target_patterns[0]: S}
 
 
-def attach(model: PreTrainedModel) -> None:
+def attach(model: "PreTrainedModel") -> None:
     """Let a model that was compressed in memory train and ``save_pretrained`` like one that was opened."""
     quantizer = SparlowQuantizer(SparlowConfig(_records(model)))
     for attribute, value in {"hf_quantizer": quantizer, "is_quantized": True, "quantization_method": METHOD}.items():
@@ -161,18 +163,18 @@ def attach(model: PreTrainedModel) -> None:
     quantizer.postprocess_model(model)
 
 
-def _records(model: PreTrainedModel) -> dict[str, dict[str, int]]:
+def _records(model: "PreTrainedModel") -> dict[str, dict[str, int]]:
     layers = compressed_layers(model)
     return {name: {"kept": int(layer.S.count_nonzero()), "rank": layer.rank} for name, layer in layers.items()}
 
 
-def _name_in(model: PreTrainedModel, name: str) -> str:
+def _name_in(model: "PreTrainedModel", name: str) -> str:
     """Return a layer's name in this model, which may be the decoder without its head."""
     top = {child for child, _ in model.named_children()}
     return name if name.split(".", 1)[0] in top else name.removeprefix(f"{model.base_model_prefix}.")
 
 
-def _check_rest(model: PreTrainedModel, headers: Mapping[str, Header]) -> None:
+def _check_rest(model: "PreTrainedModel", headers: Mapping[str, Header]) -> None:
     """Refuse tensors of another shape than the skeleton's, which would be made up at the size that the config says."""
     compressed = tuple(f"{name}." for name in compressed_layers(model))
     for name, tensor in model.state_dict().items():

@@ -1,0 +1,56 @@
+"""How a run is done, beside what the recipe says is done: none of it decides what the result holds."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+from sparlow.errors import InputError
+from sparlow.schema import Doc, Panel, Unset, at_least, check_fields, documented
+
+EVALUATION, MACHINE = Panel("Evaluation"), Panel("Machine")
+
+
+@documented
+@dataclass(frozen=True)
+class RunOptions:
+    """How to run, and on what to measure."""
+
+    device: Annotated[
+        str,
+        Doc(
+            "Device to compute on: auto (an accelerator if there is one), cpu, cuda, cuda:1, mps or another of torch's."
+        ),
+        MACHINE,
+    ] = "auto"
+    offload: Annotated[
+        str, Doc("Where to keep block inputs between blocks: cpu, disk, or auto (the fastest that fits)."), MACHINE
+    ] = "auto"
+    evaluate: Annotated[
+        tuple[str, ...], Doc('Corpora or files to measure perplexity on. An empty "" stands for none.'), EVALUATION
+    ] = ("builtin",)
+    evaluate_seqlen: Annotated[
+        int | None, Doc("Tokens in each window of these texts."), Unset("the recipe's seqlen"), at_least(1), EVALUATION
+    ] = None
+    limit: Annotated[
+        int | None,
+        Doc("Maximum number of windows taken from each of these texts."),
+        Unset("all"),
+        at_least(1),
+        EVALUATION,
+    ] = None
+    trust_remote_code: Annotated[bool, Doc("Run Python code that comes with the model."), MACHINE] = False
+
+    def __post_init__(self) -> None:
+        """Check every field, and take any sequence of names."""
+        object.__setattr__(self, "evaluate", listed(self.evaluate))
+        check_fields(self, "the run options")
+
+
+def listed(names: Sequence[str]) -> tuple[str, ...]:
+    """Return the names of corpora; InputError for a text, which Python takes for a sequence of letters."""
+    if isinstance(names, str):
+        raise InputError(f"The corpora to evaluate on are given as the text {names!r}. Give a list: [{names!r}].")
+    return tuple(names)
+
+
+DEFAULT = RunOptions()
