@@ -41,7 +41,7 @@ def block_layers(
     opened = open_model(model or _embedded(), dtype="float32")
     if opened.tokenizer is None:
         raise InputError(f"{opened.name} has no tokenizer, so there are no calibration windows.")
-    _, blocks = decoder_blocks(opened.model)
+    blocks = Decoder.of(opened.model).blocks
     if not 0 <= block < len(blocks):
         raise InputError(f"There is no block {block}: {opened.name} has blocks 0 to {len(blocks) - 1}.")
     weights = {n: m.weight.detach() for n, m in _chosen(linears(blocks[block]), layers).items()}

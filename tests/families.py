@@ -5,7 +5,10 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from sparlow.model.forward.compressible import compressible
 
 VOCABULARY = 128
 WINDOW = 8  # of sliding attention, shorter than the sequences of the tests
@@ -68,6 +71,11 @@ def tiny(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> Pre
             p.normal_(1.0 if p.ndim == 1 and bool((p == 1).all()) else 0.0, 0.2, generator=generator)
     result: PreTrainedModel = model.to(dtype).eval()
     return result
+
+
+def linears(block: nn.Module) -> dict[str, nn.Module]:
+    """The modules of a block that can be compressed, by name."""
+    return {name: block.get_submodule(weight.reads) for name, weight in compressible(block).items()}
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

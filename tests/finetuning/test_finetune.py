@@ -12,14 +12,14 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 import sparlow
-from families import save_tiny, tiny, tiny_tokenizer
+from families import linears, save_tiny, tiny, tiny_tokenizer
 from sparlow.cli.commands import main
 from sparlow.errors import InputError, RunError
 from sparlow.evaluation.perplexity import perplexity
 from sparlow.finetuning.finetune import Parent
 from sparlow.model.artefact.describe import changed_sparse_parts, describe
 from sparlow.model.artefact.layers import SparseLowRankLinear, compressed_layers
-from sparlow.model.forward.decoder import decoder_blocks, linears
+from sparlow.model.forward.decoder import Decoder
 from sparlow.model.loading.source import open_model, upcast_for_cpu
 from sparlow.recipe.recipe import Recipe
 from sparlow.report.records import Report
@@ -49,7 +49,7 @@ def compressed(family, ranks):
     """A tiny model of random 2:4 and low-rank parts, the ranks in turn."""
     model = tiny(family)
     generator = torch.Generator().manual_seed(1)
-    found = [(block, *item) for block in decoder_blocks(model)[1] for item in linears(block).items()]
+    found = [(block, *item) for block in Decoder.of(model).blocks for item in linears(block).items()]
     for i, (block, name, linear) in enumerate(found):
         W = linear.weight.detach()
         S = W.masked_fill(torch.arange(W.numel()).view_as(W) % 4 < 2, 0)
