@@ -58,7 +58,7 @@ def counted(monkeypatch):
 
         monkeypatch.setattr(module, name, wrapper)
 
-    counting(sparlow.pipeline, "solve", "layers")
+    counting(sparlow.run.pipeline, "solve", "layers")
     counting(measuring, "perplexity_by_blocks", "perplexities")
     return counts
 
@@ -178,14 +178,14 @@ def test_another_recipe_in_the_same_place_is_refused(place, tmp_path):
 
 
 def test_a_method_that_fails_does_not_stop_the_others(place, tmp_path, monkeypatch):
-    real = sparlow.pipeline.solve
+    real = sparlow.run.pipeline.solve
 
     def failing(algorithm, *args):
         if algorithm.name == "magnitude":
             raise RunError("a factorisation failed")
         return real(algorithm, *args)
 
-    monkeypatch.setattr(sparlow.pipeline, "solve", failing)
+    monkeypatch.setattr(sparlow.run.pipeline, "solve", failing)
     found = run(place, tmp_path / "out", METHODS[:2])
     assert [row.name for row in found.rows] == ["wanda"]
     assert "q_proj: a factorisation failed" in found.failed["magnitude"]
@@ -289,7 +289,7 @@ def test_a_failure_is_told_at_the_end(place, tmp_path, monkeypatch, capsys):
     def failing(*_):
         raise RunError("it is damaged")
 
-    monkeypatch.setattr(sparlow.pipeline, "solve", failing)
+    monkeypatch.setattr(sparlow.run.pipeline, "solve", failing)
     assert call(command(place, tmp_path / "out", "--algorithms", "wanda")) == 1
     assert "wanda: model.layers.0.self_attn.q_proj: it is damaged" in capsys.readouterr().err
     assert comparison.NAME in {path.name for path in (tmp_path / "out").iterdir()}

@@ -23,7 +23,15 @@ from sparlow.model.artefact.checkpoint import CheckpointWriter
 from sparlow.model.artefact.describe import changed_sparse_parts
 from sparlow.model.artefact.dtypes import StoredDtypes
 from sparlow.model.artefact.layers import compressed_layers
-from sparlow.model.artefact.peft_adapter import LowRank, put_together, save_adapter, take_apart, unwrap, with_lora
+from sparlow.model.artefact.peft_adapter import (
+    LowRank,
+    put_together,
+    save_adapter,
+    take_apart,
+    to_own_form,
+    unwrap,
+    with_lora,
+)
 from sparlow.model.artefact.shards import ShardRecord
 from sparlow.model.forward.decoder import Decoder
 from sparlow.model.loading.source import OpenedModel, upcast_for_cpu
@@ -161,7 +169,7 @@ class FineTuning:
 
     def write_base(self, peft: Path) -> None:
         """Write the plain model of all S that the adapter belongs to; the model is taken apart for it."""
-        take_apart(self.model)
+        to_own_form(self.model, take_apart(self.model))
         writer = self.writer(peft / "base", self.model)
         shards: list[ShardRecord] = [writer.write_block(i, block) for i, block in enumerate(self.decoder.blocks)]
         shards.append(writer.write_rest(self.model))

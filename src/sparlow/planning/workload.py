@@ -11,7 +11,7 @@ from sparlow.evaluation.perplexity import require_context
 from sparlow.machine import check_device
 from sparlow.model.artefact.dtypes import StoredDtypes
 from sparlow.model.forward.activation_store import place
-from sparlow.model.forward.decoder import Decoder
+from sparlow.model.forward.decoder import Decoder, require_own_weights
 from sparlow.model.forward.stand_ins import require_chain
 from sparlow.model.loading.meta import shared_inputs
 from sparlow.model.training.loop import Plan as Matching
@@ -127,6 +127,8 @@ class Workload:
         streamed: The weights stay on disk, and one part at a time is read.
         there: The whole model is in memory already.
         processes: Those that divide the calibration windows.
+        carried: Numbers of a token in a copy of the hidden states, if more than features. What else the text decides of
+            the blocks' arguments is there once; it is counted here with half, as there are two copies at least.
     """
 
     name: str
@@ -145,6 +147,7 @@ class Workload:
     streamed: bool = True
     there: bool = False
     processes: int = 1
+    carried: int = 0
 
     @property
     def stored(self) -> int:
@@ -175,7 +178,7 @@ class Workload:
     def hidden(self) -> int:
         """Bytes of one copy of the hidden states of the calibration text, those of one process."""
         windows = -(-self.recipe.samples // self.processes)
-        return windows * self.recipe.seqlen * self.features * self.computing
+        return windows * self.recipe.seqlen * max(self.carried, self.features) * self.computing
 
     @property
     def evaluated(self) -> int:
@@ -232,12 +235,12 @@ def workload(
         evaluate: Corpora or files on which perplexity is measured.
         evaluate_seqlen: Tokens in a window of these; the recipe's seqlen if left out.
         limit: At most so many windows of each.
-        streamed: The weights of a meta model are read part by part, as far as that can be.
+        streamed: The result is written block by block, and the weights of a meta model are read part by part.
         processes: Those that divide the calibration windows.
 
     Raises:
-        InputError: A layer does not fit the recipe, the blocks cannot be replayed one by one, a text does not exist, or
-            the device cannot be used.
+        InputError: A layer does not fit the recipe, the blocks cannot be replayed or written one by one, a text does
+            not exist, or the device cannot be used.
     """
     check_device(device)
     there = not next(model.parameters()).is_meta
@@ -245,6 +248,8 @@ def workload(
     decoder = Decoder.of(model)
     found = _blocks(model, decoder, budgets(decoder, recipe))
     brought = None if there else require_chain(model)
+    if streamed:
+        require_own_weights(model, decoder)
     stored = StoredDtypes.of(model).dtype
     half = where.type == "cpu" and not there and stored in (torch.float16, torch.bfloat16)  # see source.upcast_for_cpu
     config = model.config.get_text_config()
@@ -256,7 +261,7 @@ def workload(
         blocks=found,
         outside=sum(p.numel() for p in model.parameters()) - sum(block.parameters for block in found),
         largest=max(p.numel() for p in model.parameters()),
-        features=brought.hidden if brought else config.hidden_size,
+        features=config.hidden_size,
         vocabulary=config.vocab_size,
         stored_in=stored,
         computed_in=torch.float32 if half else stored,
@@ -265,9 +270,10 @@ def workload(
         evaluate_seqlen=seqlen,
         device=where,
         offload=offload,
-        streamed=streamed and not there and not _shared_with_blocks(model, decoder),
+        streamed=streamed and not there,
         there=there,
         processes=processes,
+        carried=brought.hidden + -(-brought.beside // 2) if brought else 0,
     )
 
 
@@ -280,8 +286,3 @@ def _blocks(model: PreTrainedModel, decoder: Decoder, kept: Mapping[str, Budget]
         )
         found.append(Block(tuple(layers), sum(p.numel() for p in decoder.blocks[i].parameters())))
     return tuple(found)
-
-
-def _shared_with_blocks(model: PreTrainedModel, decoder: Decoder) -> bool:
-    """Whether a weight of a block is tied to another, so that the model is opened whole, see ``streaming.OnDisk``."""
-    return any(decoder.holds(key) for pair in model.all_tied_weights_keys.items() for key in pair)

@@ -10,13 +10,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
-from families import linears, save_tiny, tiny, tiny_tokenizer
+from families import save_tiny, tiny, tiny_tokenizer
 from sparlow.errors import InputError, RunError
 from sparlow.model.artefact import shards
 from sparlow.model.artefact.checkpoint import CheckpointWriter, load, read_block
 from sparlow.model.artefact.describe import describe, verify
 from sparlow.model.artefact.hf_quantizer import attach
 from sparlow.model.artefact.layers import SparseLowRankLinear, compressed_layers
+from sparlow.model.forward.compressible import compressible
 from sparlow.model.forward.decoder import Decoder
 
 LAYER = "model.layers.1.mlp.up_proj"
@@ -34,10 +35,10 @@ def compress(model, rank=3):
     """Replace every linear of the blocks by random 2:4 plus random low rank."""
     generator = torch.Generator().manual_seed(0)
     for block in Decoder.of(model).blocks:
-        for name, linear in linears(block).items():
-            W = linear.weight.detach()
+        for name, weight in compressible(block).items():
+            W = weight.read()
             U, V = (torch.randn(shape, generator=generator).to(W) / 9 for shape in ((len(W), rank), (rank, W.shape[1])))
-            block.set_submodule(name, SparseLowRankLinear(two_of_four(W), U, V, linear.bias))
+            block.set_submodule(name, SparseLowRankLinear(two_of_four(W), U, V, weight.bias))
     return model
 
 
@@ -121,7 +122,7 @@ def test_needs_to_know_no_architecture(family, tmp_path, ids):
 
 def test_opens_in_a_new_process(model, folder, ids, tmp_path):
     code = (
-        "import sys, torch; import sparlow.model.checkpoint; from transformers import AutoModelForCausalLM\n"
+        "import sys, torch; import sparlow.model.artefact.checkpoint; from transformers import AutoModelForCausalLM\n"
         "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
         "torch.save(model(torch.load(sys.argv[2])).logits, sys.argv[3])"
     )
@@ -335,7 +336,7 @@ def test_an_index_that_leads_out_of_the_directory(folder, opening, where):
 @pytest.mark.parametrize("name", ["a/b.safetensors", r"a\b.safetensors", "..", "", "model.bin", r"C:x.safetensors", 3])
 def test_names_that_are_no_plain_file_names(name):
     with pytest.raises(InputError, match="not the name of a safetensors file"):
-        shards.plain_name(name)
+        shards.shard_filename(name)
 
 
 def test_a_link_that_leads_out_of_the_directory(folder, opening, tmp_path):

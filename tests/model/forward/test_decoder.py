@@ -271,8 +271,12 @@ class ByState(Chain):
 
 
 class ByOther(Chain):
+    def order(self):
+        self.last = torch.ones(1)
+        return self.list
+
     def call(self, block, x, ids):  # noqa: ARG002 - a Chain's call
-        x, self.last = block(x, getattr(self, "last", torch.ones(1)))
+        x, self.last = block(x, self.last)
         return x
 
 

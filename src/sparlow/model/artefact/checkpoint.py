@@ -35,7 +35,7 @@ from sparlow.model.artefact.shards import (
     read_index,
     write_shard,
 )
-from sparlow.model.forward.decoder import Decoder
+from sparlow.model.forward.decoder import Decoder, require_own_weights
 from sparlow.model.loading.weights import Weights, to_compute
 
 
@@ -65,9 +65,7 @@ class CheckpointWriter:
         self._folder, self._decoder = Path(folder), decoder
         self._computed, self._storage = computed or model.dtype, storage or StoredDtypes.of(model)
         self._tied = dict(model.all_tied_weights_keys)
-        inside = sorted(k for pair in self._tied.items() for k in pair if decoder.holds(k))
-        if inside:
-            raise InputError(f"{inside[0]} is shared with another layer, so it cannot be compressed block by block")
+        require_own_weights(model, decoder)
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as problem:

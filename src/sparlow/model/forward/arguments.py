@@ -48,7 +48,7 @@ def _leaves(value: Any, kinds: Kinds, way: Way, seen: set[int]) -> Iterator[tupl
         return
     if not isinstance(value, tuple):
         seen.add(id(value))
-    for key, part in _parts(value).items():
+    for key, part in parts(value).items():
         yield from _leaves(part, kinds, (*way, key), seen)
 
 
@@ -74,17 +74,17 @@ def rebuilt(
     if id(value) in made:
         return made[id(value)]
     if isinstance(value, tuple):
-        parts = [rebuilt(part, leaf, kinds, made) for part in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+        fresh = [rebuilt(part, leaf, kinds, made) for part in value]
+        return type(value)(*fresh) if hasattr(value, "_fields") else type(value)(fresh)
     new = made[id(value)] = copy.copy(value)
-    for (kind, key), part in _parts(value).items():
-        fresh = rebuilt(part, leaf, kinds, made)
+    for (kind, key), part in parts(value).items():
+        inner = rebuilt(part, leaf, kinds, made)
         if kind == "attribute":
-            object.__setattr__(new, key, fresh)
+            object.__setattr__(new, key, inner)
         elif isinstance(new, dict):
-            dict.__setitem__(new, key, fresh)
+            dict.__setitem__(new, key, inner)
         else:
-            list.__setitem__(new, key, fresh)
+            list.__setitem__(new, key, inner)
     return new
 
 
@@ -96,7 +96,7 @@ def containers_in(value: Any) -> list[Any]:  # noqa: ANN401 - as above
         if _is_container(part) and id(part) not in found:
             if not isinstance(part, tuple):
                 found[id(part)] = part
-            for inner in _parts(part).values():
+            for inner in parts(part).values():
                 look(inner)
 
     look(value)
@@ -109,7 +109,8 @@ def _is_container(value: object) -> bool:
     return isinstance(value, tuple | list | dict) or hasattr(value, "__dict__") or hasattr(type(value), "__slots__")
 
 
-def _parts(value: Any) -> dict[tuple[str, Any], Any]:  # noqa: ANN401 - any container
+def parts(value: Any) -> dict[tuple[str, Any], Any]:  # noqa: ANN401 - any container
+    """Return what a container holds itself, by key, index or name."""
     if isinstance(value, tuple):
         return {("item", i): part for i, part in enumerate(value)}
     items: dict[tuple[str, Any], Any] = {}

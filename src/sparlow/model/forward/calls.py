@@ -40,7 +40,7 @@ class Call:
     passing: Shared = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._before = {number: state_of(content) for number, content in self.shared.items()}
+        self._before = {number: _state(content) for number, content in self.shared.items()}
 
     def written(self) -> Shared:
         """Return, after the block ran, what is in the containers that blocks share, where any wrote into them.
@@ -50,8 +50,8 @@ class Call:
         """
         found = dict(self.passing)
         for number, content in self.shared.items():
-            before, now = self._before[number], state_of(content)
-            if not same_leaves(before, now):
+            before, now = self._before[number], _state(content)
+            if not _same_leaves(before, now):
                 found[number] = content
             elif any(old.version != new.version for old, new in zip(before, now, strict=True)):
                 raise InputError(
@@ -61,7 +61,7 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Leaf:
+class _Leaf:
     """One thing in a container: the way to it, itself, and how often it was changed in place if it is a tensor."""
 
     way: Way
@@ -69,12 +69,12 @@ class Leaf:
     version: int
 
 
-def state_of(content: Any) -> list[Leaf]:  # noqa: ANN401 - any container
+def _state(content: Any) -> list[_Leaf]:  # noqa: ANN401 - any container
     """Return what a container holds now."""
-    return [Leaf(way, value, _version(value)) for way, value in leaves(content)]
+    return [_Leaf(way, value, _version(value)) for way, value in leaves(content)]
 
 
-def same_leaves(before: Sequence[Leaf], now: Sequence[Leaf]) -> bool:
+def _same_leaves(before: Sequence[_Leaf], now: Sequence[_Leaf]) -> bool:
     """Whether a container holds the same things as before, whatever became of the numbers in its tensors."""
     if len(before) != len(now):
         return False

@@ -107,7 +107,7 @@ def run_head(model: PreTrainedModel, output: Form, ids: Tensor, hidden: Tensor) 
     device = next(model.get_input_embeddings().parameters()).device
     state = output.around(hidden.to(device))
     with ExitStack() as stack:
-        for block in output.blocks:
+        for block in Decoder.of(model).blocks:
             stack.enter_context(forward_replaced(block, lambda *_, **__: state))
         logits: Tensor = model(ids.to(device), use_cache=False).logits
         return logits

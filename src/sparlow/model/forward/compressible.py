@@ -60,6 +60,9 @@ class CompressibleWeight(Protocol):
     def read(self) -> Tensor:
         """Return W (out, in), without gradient; it may share the layer's memory."""
 
+    def as_stored(self, W: Tensor) -> Tensor:
+        """Return a weight (out, in) as the layer's own class stores it, which is what ``read`` undoes."""
+
     def put(self, layer: nn.Module) -> None:
         """Let ``layer`` compute from now on: it maps an input (…, in) to (…, out), the bias included."""
 
@@ -122,7 +125,10 @@ class LinearWeight:
 
     def read(self) -> Tensor:
         """See ``CompressibleWeight``."""
-        W = self._stored.detach()
+        return self.as_stored(self._stored.detach())
+
+    def as_stored(self, W: Tensor) -> Tensor:
+        """See ``CompressibleWeight``."""
         return W.T if self.transposed else W
 
     def put(self, layer: nn.Module) -> None:

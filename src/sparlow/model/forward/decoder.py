@@ -72,6 +72,17 @@ class Decoder:
         return name.startswith(f"{self.name}.")
 
 
+def shared_weights(model: PreTrainedModel, decoder: Decoder) -> list[str]:
+    """Return the names of weights of blocks that are shared with another layer, sorted."""
+    return sorted(name for pair in model.all_tied_weights_keys.items() for name in pair if decoder.holds(name))
+
+
+def require_own_weights(model: PreTrainedModel, decoder: Decoder) -> None:
+    """Raise InputError if a block shares a weight with another layer: it could not be written block by block."""
+    for name in shared_weights(model, decoder)[:1]:
+        raise InputError(f"{name} is shared with another layer, so it cannot be compressed block by block")
+
+
 @dataclass(frozen=True)
 class Skipped:
     """A module whose own parameters stay as they are."""

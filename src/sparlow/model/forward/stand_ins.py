@@ -12,9 +12,9 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from sparlow.errors import InputError
-from sparlow.model.forward.arguments import Way, containers_in, leaves, rebuilt, tensors_in
+from sparlow.model.forward.arguments import Way, containers_in, leaves, parts, rebuilt, tensors_in
 from sparlow.model.forward.block_pass import from_block, hidden_state, to_block
-from sparlow.model.forward.calls import Given, same_leaves, state_of
+from sparlow.model.forward.calls import Given
 from sparlow.model.forward.decoder import Decoder, output_head
 
 TOKENS = 8  # of each of two windows that pass around the blocks where there are no weights
@@ -26,12 +26,10 @@ class Form:
     """What a block returns.
 
     Attributes:
-        blocks: The chain.
         rest: An output with None in the place of its hidden state, and zeros in other tensors.
         axis: The dimension of a hidden state that counts windows; the next one counts tokens.
     """
 
-    blocks: nn.ModuleList
     rest: Any
     axis: int
 
@@ -94,16 +92,16 @@ def first_look(
         found.append({way: leaf for way, leaf in leaves(given, without=written) if isinstance(leaf, Tensor)})
         if i == 0:
             hidden = x
-            before = [(content, state_of(content)) for content in containers_in(given)]
+            before = [(content, parts(content)) for content in containers_in(given)]
             output = forward(x, *given[0], **given[1])
-            changed = [content for content, state in before if not same_leaves(state, state_of(content))]
-            written = frozenset(map(id, changed))
-            returned((output, changed))
+            new = {id(content): _new_parts(old, parts(content)) for content, old in before}
+            written = frozenset(key for key, found in new.items() if found)
+            returned((output, new))
         return output
 
     _run(model, decoder, ids, answer, options)
     rest = rebuilt(_with_state(output, None), torch.zeros_like)
-    return FirstLook(Form(decoder.blocks, rest, _axis(hidden, ids.shape)), hidden, found)
+    return FirstLook(Form(rest, _axis(hidden, ids.shape)), hidden, found)
 
 
 def run_around_blocks(
@@ -204,6 +202,11 @@ class _Derived(TorchFunctionMode):
         if any(id(tensor) in self.held for tensor in tensors_in((args, dict(kwargs or {})))):
             self.add(result)
         return result
+
+
+def _new_parts(old: Mapping[Any, Any], now: Mapping[Any, Any]) -> list[Any]:
+    """Return what a container holds now and did not hold before."""
+    return [part for key, part in now.items() if key not in old or old[key] is not part]
 
 
 def _depends(i: int, way: Way) -> str:

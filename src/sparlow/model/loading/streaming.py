@@ -27,7 +27,7 @@ from transformers.utils import logging
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from sparlow.files import INDEX, SINGLE
-from sparlow.model.forward.decoder import Decoder
+from sparlow.model.forward.decoder import Decoder, shared_weights
 from sparlow.model.loading.weights import to_compute
 
 CHUNK = 2**22  # bytes read ahead at a time
@@ -56,7 +56,7 @@ class OnDisk:
         self._model = meta_model
         self._decoder = Decoder.of(meta_model)
         self._blocks = self._decoder.blocks
-        if any(self._decoder.holds(name) for pair in meta_model.all_tied_weights_keys.items() for name in pair):
+        if shared_weights(meta_model, self._decoder):
             raise CannotStreamError("a weight of a decoder block is shared")
         self._mapping = get_model_conversion_mapping(meta_model)
         self._files = self._by_part(files)
