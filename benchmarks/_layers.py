@@ -15,7 +15,7 @@ import sparlow.machine
 from sparlow.errors import InputError
 from sparlow.linalg.gram import GramAccumulator
 from sparlow.model.forward.capture import capture_block_inputs
-from sparlow.model.forward.decoder import decoder_blocks, linears, run_block
+from sparlow.model.forward.decoder import linears, run_block
 from sparlow.model.forward.input_statistics import collect_statistics
 from sparlow.model.loading.source import find_embedded_gguf, open_model
 from sparlow.text import calibration_windows
@@ -42,7 +42,7 @@ def block_layers(
     opened = open_model(model or _embedded(), dtype="float32")
     if opened.tokenizer is None:
         raise InputError(f"{opened.name} has no tokenizer, so there are no calibration windows.")
-    _, blocks = decoder_blocks(opened.model)
+    blocks = Decoder.of(opened.model).blocks
     if not 0 <= block < len(blocks):
         raise InputError(f"There is no block {block}: {opened.name} has blocks 0 to {len(blocks) - 1}.")
     weights = {n: m.weight.detach() for n, m in _chosen(linears(blocks[block]), layers).items()}

@@ -5,7 +5,10 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from sparlow.model.forward.compressible import compressible
 
 VOCABULARY = 128
 WINDOW = 8  # of sliding attention, shorter than the sequences of the tests
@@ -49,14 +52,25 @@ _EXTRAS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("gpt2", {"n_inner": 48}),
     "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
 }
+_LAYERS = {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2}
+_PER_LAYER = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY}
+_MAMBA = {"use_mamba_kernels": False, "mamba_d_state": 4, "num_hidden_layers": 4, "pad_token_id": 1}
+_HYBRID = ["mamba", "hybrid", "mamba", "hybrid"]
+_BY_TEXT: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma4_text": ("gemma4_text", _GEMMA | _LAYERS | _PER_LAYER | {"global_head_dim": 8, "tie_word_embeddings": True}),
+    "gemma3n_text": ("gemma3n_text", _GEMMA | _LAYERS | _PER_LAYER | {"laurel_rank": 4, "altup_num_inputs": 4}),
+    "zamba": ("zamba", _MAMBA | {"n_mamba_heads": 2, "layers_block_type": _HYBRID, "num_key_value_heads": 4}),
+    "zamba2": ("zamba2", _MAMBA | {"n_mamba_heads": 4, "layers_block_type": _HYBRID, "num_key_value_heads": 4}),
+}
 
 FAMILIES = tuple(_MODELS)
+BY_TEXT = tuple(_BY_TEXT)  # blocks are given what depends on the text, or what earlier blocks wrote
 EXTRAS = tuple(_EXTRAS)  # models of which some or all layers are no nn.Linear
 
 
 def tiny(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
     """A random model of a family in eval mode: 3 or 4 blocks, 32 features, 128 tokens."""
-    model_type, changes = (_MODELS | _EXTRAS)[name]
+    model_type, changes = (_MODELS | _EXTRAS | _BY_TEXT)[name]
     config = AutoConfig.for_model(model_type, **(_SIZES | changes))
     auto: Any = AutoModelForCausalLM
     with torch.random.fork_rng():  # transformers draws weights of its own first
@@ -68,6 +82,11 @@ def tiny(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> Pre
             p.normal_(1.0 if p.ndim == 1 and bool((p == 1).all()) else 0.0, 0.2, generator=generator)
     result: PreTrainedModel = model.to(dtype).eval()
     return result
+
+
+def linears(block: nn.Module) -> dict[str, nn.Module]:
+    """The modules of a block that can be compressed, by name."""
+    return {name: block.get_submodule(weight.reads) for name, weight in compressible(block).items()}
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

@@ -16,9 +16,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import sparlow
-from families import save_tiny
+from families import linears, save_tiny
 from sparlow.cli.commands import main
-from sparlow.model.forward.decoder import decoder_blocks, linears
+from sparlow.model.forward.decoder import Decoder
 from sparlow.model.loading.source import find_embedded_gguf, open_model
 from sparlow.recipe.recipe import Recipe
 
@@ -46,7 +46,7 @@ def first_blocks(tmp_path_factory):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package}, which reads .gguf files, is not installed")
     opened = open_model(str(find_embedded_gguf()))
-    _, blocks = decoder_blocks(opened.model)
+    blocks = Decoder.of(opened.model).blocks
     del blocks[2:]
     opened.model.config.num_hidden_layers = 2
     opened.model.config.layer_types = ["full_attention"] * 2
@@ -68,7 +68,7 @@ def compressed(first_blocks, tmp_path_factory):
 
 def test_a_real_model_loses_little(compressed, first_blocks):
     out, report = compressed
-    blocks = decoder_blocks(AutoModelForCausalLM.from_pretrained(first_blocks))[1]
+    blocks = Decoder.of(AutoModelForCausalLM.from_pretrained(first_blocks)).blocks
     assert len(report.layers) == sum(len(linears(block)) for block in blocks) == 14
     for row in report.layers:
         assert row.density == 0.5

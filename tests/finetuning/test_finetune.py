@@ -19,7 +19,7 @@ from sparlow.evaluation.perplexity import perplexity
 from sparlow.finetuning.finetune import Parent
 from sparlow.model.artefact.describe import changed_sparse_parts, describe
 from sparlow.model.artefact.layers import SparseLowRankLinear, compressed_layers
-from sparlow.model.forward.decoder import decoder_blocks, linears
+from sparlow.model.forward.decoder import Decoder
 from sparlow.model.loading.source import open_model, upcast_for_cpu
 from sparlow.recipe.recipe import Recipe
 from sparlow.report.records import Report
@@ -50,13 +50,12 @@ def compressed(family, ranks):
     """A tiny model of random 2:4 and low-rank parts, the ranks in turn."""
     model = tiny(family)
     generator = torch.Generator().manual_seed(1)
-    found = [(block, *item) for block in decoder_blocks(model)[1] for item in linears(block).items()]
-    for i, (block, name, linear) in enumerate(found):
-        W = linear.weight.detach()
+    for i, (_, weight) in enumerate(list(Decoder.of(model).layers())):
+        W = weight.read()
         S = W.masked_fill(torch.arange(W.numel()).view_as(W) % 4 < 2, 0)
         r = ranks[i % len(ranks)]
         U, V = (torch.randn(shape, generator=generator) / 9 for shape in ((len(W), r), (r, W.shape[1])))
-        block.set_submodule(name, SparseLowRankLinear(S, U, V, linear.bias))
+        weight.put(SparseLowRankLinear(S, U, V, weight.bias))
     return model
 
 
@@ -69,6 +68,7 @@ def compressed(family, ranks):
         ("gpt_neox", (2, 0)),
         ("falcon", (1, 32)),
         ("phi3", (7, 3)),
+        ("gpt2", (4, 2)),
     ],
 )
 @torch.no_grad()
@@ -227,6 +227,24 @@ def test_the_adapter_opens_with_peft_alone(tuned):
         assert torch.allclose(peft.PeftModel.from_pretrained(base, folder)(ids).logits, expected, atol=1e-5)
         again = peft.AutoPeftModelForCausalLM.from_pretrained(folder)
         assert torch.allclose(again(ids).logits, expected, atol=1e-5)
+
+
+def test_a_model_of_transposed_weights_is_tuned_and_its_adapter_opens_with_peft_alone(place, tmp_path):
+    text = str(place / "text.txt")
+    save_tiny("gpt2", tmp_path / "model")
+    recipe = Recipe(rank=4, options=QUICK, samples=8, seqlen=SEQLEN, calibration=text)
+    sparlow.compress(tmp_path / "model", recipe, out=tmp_path / "mixed", evaluate=(text,))
+    report = sparlow.finetune(
+        tmp_path / "mixed", tmp_path / "out", dataset=text, evaluate=(text,), peft=tmp_path / "peft", **OPTIONS
+    )
+    assert report.finetuning["loss"]
+    assert verify_artefact(tmp_path / "out") == []
+    ids = torch.randint(2, 97, (2, SEQLEN), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = sparlow.load(tmp_path / "out")(ids).logits
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "peft" / "base")
+        assert {type(m).__name__ for _, m in base.named_modules() if hasattr(m, "nf")} == {"Conv1D"}
+        assert torch.allclose(peft.PeftModel.from_pretrained(base, tmp_path / "peft")(ids).logits, expected, atol=1e-4)
 
 
 @pytest.fixture(scope="module")

@@ -6,12 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sparlow
-from families import save_tiny, tiny
+from families import linears, save_tiny, tiny
 from sparlow.errors import InputError
 from sparlow.linalg.patterns import NM, Unstructured, parse_pattern
 from sparlow.model.artefact.describe import describe
 from sparlow.model.artefact.layers import compressed_layers
-from sparlow.model.forward.decoder import decoder_blocks, linears
+from sparlow.model.forward.decoder import Decoder
 from sparlow.recipe.allocation import (
     Budget,
     Offer,
@@ -160,7 +160,7 @@ def compress(model, recipe, **options):
 def direct_densities(model, threshold, sparsity, spread):
     """OWL as the paper has it, with every input held in memory."""
     shares = []
-    _, blocks = decoder_blocks(model)
+    blocks = Decoder.of(model).blocks
     inputs = {}
     hooks = [
         m.register_forward_pre_hook(lambda m, x: inputs.__setitem__(m, x[0]))
@@ -301,9 +301,9 @@ def test_nothing_passes_through_blocks_that_nobody_looks_behind(ignored, passed,
     blocks = list(model.model.layers)
     plain = job.pass_through
 
-    def spied(block, *args, **options):
-        seen.append(blocks.index(block))
-        return plain(block, *args, **options)
+    def spied(through, **options):
+        seen.append(blocks.index(through.block))
+        return plain(through, **options)
 
     monkeypatch.setattr(job, "pass_through", spied)
     sparlow.compress(model, Recipe(algorithm="magnitude", ignore=ignored), calibration=WINDOWS, evaluate=())

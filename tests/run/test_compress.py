@@ -12,12 +12,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import oracles
 import sparlow
-from families import VOCABULARY, save_tiny, tiny, tiny_tokenizer
+from families import VOCABULARY, linears, save_tiny, tiny, tiny_tokenizer
 from sparlow.errors import InputError
 from sparlow.model.artefact.describe import describe
 from sparlow.model.artefact.layers import compressed_layers
 from sparlow.model.artefact.shards import write_shard
-from sparlow.model.forward.decoder import decoder_blocks, linears
+from sparlow.model.forward.decoder import Decoder
 from sparlow.recipe.recipe import Recipe
 from sparlow.report.records import Report
 from sparlow.run.journal import Journal
@@ -308,11 +308,12 @@ def test_steps_are_told_in_order(text):
 @pytest.mark.parametrize("family", ["llama", "opt", "gpt_neox", "gemma3_text", "mixtral", "falcon", "bloom"])
 def test_every_family_end_to_end(family, tmp_path):
     model, dense = tiny(family), tiny(family)
-    name, blocks = decoder_blocks(dense)
-    expected = {f"{name}.{i}.{k}": m for i, block in enumerate(blocks) for k, m in linears(block).items()}
+    expected = {name: dense.get_submodule(name) for name, _ in Decoder.of(dense).layers()}
     report = compress(model, out=tmp_path)
     layers = compressed_layers(model)
-    assert layers.keys() == expected.keys() == {f"{name}.{row.block}.{row.name}" for row in report.layers}
+    assert (
+        layers.keys() == expected.keys() == {Decoder.of(model).layer_name(row.block, row.name) for row in report.layers}
+    )
     for key, layer in layers.items():
         assert_two_of_four(layer.S)
         assert (layer.U.shape[1], layer.V.shape[0]) == (4, 4)
@@ -443,7 +444,7 @@ def test_what_is_not_compressed_is_stored_bit_for_bit(make, tmp_path):
     make(tmp_path / "dense")
     report = compress(tmp_path / "dense", PRUNE, out=tmp_path / "out")
     before = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
-    name, _ = decoder_blocks(before)
+    name = Decoder.of(before).name
     weights = {f"{name}.{row.block}.{row.name}.weight" for row in report.layers}
     expected, found = before.state_dict(), sparlow.load(tmp_path / "out").state_dict()
     shards = {}
@@ -502,11 +503,11 @@ def test_a_block_is_calibrated_on_what_the_compressed_blocks_before_it_give(fami
     windows = tokens(seed=3, windows=16, seqlen=12)
     dense, model = tiny(family), tiny(family)
     report = compress(model, calibration=windows)
-    name, blocks = decoder_blocks(model)
+    name, blocks = Decoder.of(model).name, Decoder.of(model).blocks
     half = copy.deepcopy(dense)  # block 0 compressed, the others dense
-    decoder_blocks(half)[1][0] = blocks[0]
+    Decoder.of(half).blocks[0] = blocks[0]
     records = {row.name: row for row in report.layers if row.block == 1}
-    assert records.keys() == linears(decoder_blocks(dense)[1][1]).keys()
+    assert records.keys() == linears(Decoder.of(dense).blocks[1]).keys()
     told_apart = 0
     for key, record in records.items():
         layer = f"{name}.1.{key}"
@@ -905,9 +906,12 @@ def test_text_needs_a_tokenizer(options, message):
     assert not compressed_layers(model)
 
 
-def test_a_model_without_plain_linear_layers(tmp_path):
+def test_a_model_without_layers_that_can_be_compressed(tmp_path):
+    model = tiny("llama")
+    for name, _ in list(Decoder.of(model).layers()):
+        model.set_submodule(name, torch.nn.Identity())
     with pytest.raises(InputError, match="nothing to compress"):
-        compress(tiny("gpt2"), out=tmp_path / "out")
+        compress(model, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -41,7 +41,11 @@ def solve(
     start = time.perf_counter()
     weight = W.float().contiguous() * ~gram.dead  # an input that is always zero needs no weight
     try:
-        found = _run(algorithm, weight, gram, pattern, rank, options)
+        if algorithm.kind == "pruner":
+            kept = algorithm.function(weight, gram, pattern, **options)
+            found = Decomposition(kept, weight.new_zeros(W.shape[0], 0), weight.new_zeros(0, W.shape[1]))
+        else:
+            found = algorithm.function(weight, gram, pattern, rank, **options)
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # it is there, and documented
         raise RunError(f"{algorithm.name} failed in a factorisation: raise the damping ({error}).") from error
     S, U, V = (part.to(W.dtype).contiguous() + 0.0 for part in (found.S, found.U, found.V))  # + 0.0: no negative zero
@@ -55,16 +59,6 @@ def solve(
         "dead_columns": int(gram.dead.sum()),
     }
     return Decomposition(S, U, V, {"iterations": 1, **found.stats, **shell})
-
-
-def _run(
-    algorithm: Algorithm, W: Tensor, gram: Gram, pattern: Pattern, rank: int, options: Mapping[str, Any]
-) -> Decomposition:
-    if algorithm.kind == "pruner":
-        S = algorithm.function(W, gram, pattern, **options)
-        return Decomposition(S, W.new_zeros(W.shape[0], 0), W.new_zeros(0, W.shape[1]))
-    found: Decomposition = algorithm.function(W, gram, pattern, rank, **options)
-    return found
 
 
 def decompose(

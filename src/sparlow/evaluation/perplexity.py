@@ -18,8 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sparlow.distributed import ALONE, Processes
 from sparlow.errors import InputError
 from sparlow.evaluation.tasks import LoadedTasks, TaskResult, average, load_tasks, measure_tasks
+from sparlow.model.forward.block_pass import BlockPass, pass_through
 from sparlow.model.forward.capture import Recording, run_head, tokens_at_once
-from sparlow.model.forward.decoder import pass_through
 from sparlow.model.loading.weights import Weights
 from sparlow.progress import Notify
 from sparlow.text import evaluation_windows
@@ -68,7 +68,7 @@ def perplexity_by_blocks(
     """Perplexity of a chain of blocks, each of which passes over all windows when its turn comes.
 
     Args:
-        model: In eval mode; it may be a skeleton.
+        model: In eval mode; it may be on the meta device.
         recording: What enters the blocks for the windows to measure on.
         parts: What is measured.
         advance: Called with 1 after each block and at the end.
@@ -77,7 +77,7 @@ def perplexity_by_blocks(
     hidden = recording.hidden
     for i, calls in enumerate(recording.calls):
         with parts.block(i) as block:
-            hidden = pass_through(block, hidden, calls)
+            hidden = pass_through(BlockPass(block, calls, hidden))
         advance(1)
     total, count = 0.0, 0
     with parts.outside_blocks():

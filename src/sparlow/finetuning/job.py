@@ -24,9 +24,17 @@ from sparlow.model.artefact.checkpoint import CheckpointWriter
 from sparlow.model.artefact.describe import changed_sparse_parts
 from sparlow.model.artefact.dtypes import StoredDtypes
 from sparlow.model.artefact.layers import compressed_layers
-from sparlow.model.artefact.peft_adapter import LowRank, put_together, save_adapter, take_apart, unwrap, with_lora
+from sparlow.model.artefact.peft_adapter import (
+    LowRank,
+    put_together,
+    save_adapter,
+    take_apart,
+    to_own_form,
+    unwrap,
+    with_lora,
+)
 from sparlow.model.artefact.shards import ShardRecord
-from sparlow.model.forward.decoder import decoder_blocks
+from sparlow.model.forward.decoder import Decoder
 from sparlow.model.loading.source import OpenedModel, upcast_for_cpu
 from sparlow.progress import Notify, counting
 from sparlow.report.html_page import write_reports
@@ -65,7 +73,7 @@ class FineTuning:
         self.model = upcast_for_cpu(opened.model)
         if self.model.dtype == torch.float16:
             self.model = self.model.float()  # gradients leave the range of float16
-        self.blocks_name, self.blocks = decoder_blocks(self.model)
+        self.decoder = Decoder.of(self.model)
         self.journal: Journal
 
     def begin(self, windows: Tensor, *, overwrite: bool) -> None:
@@ -82,7 +90,7 @@ class FineTuning:
             "text": text_fingerprint(windows),
         }
         device = self.model.device.type
-        self.journal = Journal(self.places.out, decides, self.blocks_name, overwrite=overwrite, device=device)
+        self.journal = Journal(self.places.out, decides, self.decoder.name, overwrite=overwrite, device=device)
         peft = self.places.peft
         if peft and (peft / ORIGIN).exists() and not overwrite and read_json(peft / ORIGIN).get("run") != decides:
             raise InputError(f"{peft} holds another adapter: give another --peft, or --overwrite to replace it.")
@@ -152,7 +160,7 @@ class FineTuning:
             RunError: It cannot be written, or S is not what it was.
         """
         writer = self.writer(self.places.out, self.model)
-        for i, (block, record) in enumerate(zip(self.blocks, self.parent.state["blocks"], strict=True)):
+        for i, (block, record) in enumerate(zip(self.decoder.blocks, self.parent.state["blocks"], strict=True)):
             if not self.journal.has(i):
                 layers = [self.with_rank(LayerRecord.from_dict(row)) for row in record["layers"]]
                 self.journal.note_copied(writer.write_block(i, block), record, layers)
@@ -165,9 +173,9 @@ class FineTuning:
 
     def write_base(self, peft: Path) -> None:
         """Write the plain model of all S that the adapter belongs to; the model is taken apart for it."""
-        take_apart(self.model)
+        to_own_form(self.model, take_apart(self.model))
         writer = self.writer(peft / "base", self.model)
-        shards: list[ShardRecord] = [writer.write_block(i, block) for i, block in enumerate(self.blocks)]
+        shards: list[ShardRecord] = [writer.write_block(i, block) for i, block in enumerate(self.decoder.blocks)]
         shards.append(writer.write_rest(self.model))
         writer.finish(self.model, self.opened.tokenizer, plain=True)
         self.sign(peft, shards)
@@ -184,10 +192,8 @@ class FineTuning:
         return CheckpointWriter(
             folder,
             model,
-            self.blocks_name,
-            len(self.blocks),
-            dtype=self.storage.dtype,
-            kept=self.storage.exceptions,
+            self.decoder,
+            storage=self.storage,
         )
 
     def report(self) -> Report:
@@ -202,7 +208,7 @@ class FineTuning:
 
     def with_rank(self, row: LayerRecord) -> LayerRecord:
         """The record of a layer with its rank as it is now."""
-        name = f"{self.blocks_name}.{row.block}.{row.name}"
+        name = self.decoder.layer_name(row.block, row.name)
         return replace(row, rank=self.ranks.get(name, self.parent.ranks[name]))
 
     def remove_checkpoints(self) -> None:

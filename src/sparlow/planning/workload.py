@@ -11,7 +11,8 @@ from sparlow.evaluation.perplexity import require_context
 from sparlow.machine import check_device
 from sparlow.model.artefact.dtypes import StoredDtypes
 from sparlow.model.forward.activation_store import place
-from sparlow.model.forward.decoder import decoder_blocks, linears
+from sparlow.model.forward.decoder import Decoder, require_own_weights
+from sparlow.model.forward.stand_ins import require_chain
 from sparlow.model.loading.meta import shared_inputs
 from sparlow.model.training.loop import Plan as Matching
 from sparlow.recipe.allocation import Budget, Shape
@@ -23,7 +24,7 @@ from sparlow.text import expected_windows
 
 @dataclass(frozen=True)
 class Layer:
-    """One plain linear layer of a block.
+    """One layer of a block that can be compressed.
 
     Attributes:
         name: Within the block.
@@ -72,7 +73,7 @@ class Block:
     """One decoder block.
 
     Attributes:
-        layers: Its plain linear layers, in module order.
+        layers: What can be compressed in it, in module order.
         parameters: All of them, those of other modules included.
     """
 
@@ -126,6 +127,8 @@ class Workload:
         streamed: The weights stay on disk, and one part at a time is read.
         there: The whole model is in memory already.
         processes: Those that divide the calibration windows.
+        carried: Numbers of a token in a copy of the hidden states, if more than features. What else the text decides of
+            the blocks' arguments is there once; it is counted here with half, as there are two copies at least.
     """
 
     name: str
@@ -144,6 +147,7 @@ class Workload:
     streamed: bool = True
     there: bool = False
     processes: int = 1
+    carried: int = 0
 
     @property
     def stored(self) -> int:
@@ -174,7 +178,7 @@ class Workload:
     def hidden(self) -> int:
         """Bytes of one copy of the hidden states of the calibration text, those of one process."""
         windows = -(-self.recipe.samples // self.processes)
-        return windows * self.recipe.seqlen * self.features * self.computing
+        return windows * self.recipe.seqlen * max(self.carried, self.features) * self.computing
 
     @property
     def evaluated(self) -> int:
@@ -221,27 +225,31 @@ def workload(
     streamed: bool = True,
     processes: int = 1,
 ) -> Workload:
-    """Look at the shapes of a model, which may be an outline.
+    """Look at the shapes of a model, which may be a meta model.
 
     Args:
-        model: On the meta device an outline, else the model itself, which stays where it is.
+        model: A meta model, else the model itself, which stays where it is.
         recipe: What is done.
         device: Where blocks run, as torch names it.
         offload: Where hidden states wait: auto, cpu or disk.
         evaluate: Corpora or files on which perplexity is measured.
         evaluate_seqlen: Tokens in a window of these; the recipe's seqlen if left out.
         limit: At most so many windows of each.
-        streamed: The weights of an outline are read part by part, as far as that can be.
+        streamed: The result is written block by block, and the weights of a meta model are read part by part.
         processes: Those that divide the calibration windows.
 
     Raises:
-        InputError: A layer does not fit the recipe, a text does not exist, or the device cannot be used.
+        InputError: A layer does not fit the recipe, the blocks cannot be replayed or written one by one, a text does
+            not exist, or the device cannot be used.
     """
     check_device(device)
     there = not next(model.parameters()).is_meta
     where = model.device if there else torch.device(device)
-    name, blocks = decoder_blocks(model)
-    found = _blocks(model, budgets(name, blocks, recipe))
+    decoder = Decoder.of(model)
+    found = _blocks(model, decoder, budgets(decoder, recipe))
+    brought = None if there else require_chain(model)
+    if streamed:
+        require_own_weights(model, decoder)
     stored = StoredDtypes.of(model).dtype
     half = where.type == "cpu" and not there and stored in (torch.float16, torch.bfloat16)  # see source.upcast_for_cpu
     config = model.config.get_text_config()
@@ -249,7 +257,7 @@ def workload(
     for tokens in (recipe.seqlen, seqlen if evaluate else recipe.seqlen):
         require_context(model, tokens)
     return Workload(
-        name=name,
+        name=decoder.name,
         blocks=found,
         outside=sum(p.numel() for p in model.parameters()) - sum(block.parameters for block in found),
         largest=max(p.numel() for p in model.parameters()),
@@ -262,24 +270,19 @@ def workload(
         evaluate_seqlen=seqlen,
         device=where,
         offload=offload,
-        streamed=streamed and not there and not _shared_with_blocks(model, name),
+        streamed=streamed and not there,
         there=there,
         processes=processes,
+        carried=brought.hidden + -(-brought.beside // 2) if brought else 0,
     )
 
 
-def _blocks(model: PreTrainedModel, kept: Mapping[str, Budget]) -> tuple[Block, ...]:
-    name, blocks = decoder_blocks(model)
+def _blocks(model: PreTrainedModel, decoder: Decoder, kept: Mapping[str, Budget]) -> tuple[Block, ...]:
     found = []
-    for i, (block, owners) in enumerate(zip(blocks, shared_inputs(model), strict=True)):
+    for i, owners in enumerate(shared_inputs(model)):
         layers = (
-            Layer(n, (m.out_features, m.in_features), owners[n], m.bias is not None, kept.get(f"{name}.{i}.{n}"))
-            for n, m in linears(block).items()
+            Layer(name, weight.shape, owners[name], weight.bias is not None, kept.get(decoder.layer_name(i, name)))
+            for name, weight in decoder.weights(i).items()
         )
-        found.append(Block(tuple(layers), sum(p.numel() for p in block.parameters())))
+        found.append(Block(tuple(layers), sum(p.numel() for p in decoder.blocks[i].parameters())))
     return tuple(found)
-
-
-def _shared_with_blocks(model: PreTrainedModel, name: str) -> bool:
-    """Whether a weight of a block is tied to another, so that the model is opened whole, see ``streaming.OnDisk``."""
-    return any(key.startswith(f"{name}.") for pair in model.all_tied_weights_keys.items() for key in pair)

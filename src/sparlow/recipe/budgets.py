@@ -1,31 +1,26 @@
 """What each layer of a model may keep before the data have a say."""
 
-from collections.abc import Iterable
-
-from torch import nn
-
 from sparlow.algorithms import check_budget
 from sparlow.errors import InputError
-from sparlow.model.forward.decoder import linears
+from sparlow.model.forward.decoder import Decoder
 from sparlow.recipe.allocation import Budget, matches
 from sparlow.recipe.recipe import Recipe
 
 
-def budgets(blocks_name: str, blocks: Iterable[nn.Module], recipe: Recipe) -> dict[str, Budget]:
+def budgets(decoder: Decoder, recipe: Recipe) -> dict[str, Budget]:
     """Return what each layer may keep by its full name, those that stay dense left out, before the data have a say.
 
     Raises:
         InputError: Names the first layer that does not fit the recipe, or says that there is nothing to compress.
     """
-    named = [(f"{blocks_name}.{i}.{n}", m) for i, block in enumerate(blocks) for n, m in linears(block).items()]
+    named = [(name, weight.shape) for name, weight in decoder.layers()]
     if not named:
         raise InputError("There is no plain linear layer in the model's decoder blocks: nothing to compress.")
     for pattern in (*recipe.ignore, *(rule.match for rule in recipe.layers)):
         if not any(matches(pattern, name) for name, _ in named):
             raise InputError(f"No layer's name ends in {pattern!r}: the first is {named[0][0]}.")
     found = {}
-    for name, linear in named:
-        shape = (linear.out_features, linear.in_features)
+    for name, shape in named:
         budget = recipe.budget(name, shape)
         if budget is None:
             continue

@@ -11,7 +11,6 @@ from torch import Tensor
 from sparlow.algorithms import find
 from sparlow.errors import InputError, RunError
 from sparlow.linalg.patterns import NM
-from sparlow.model.forward.decoder import decoder_blocks
 from sparlow.planning.feasibility import require_resources
 from sparlow.progress import Notify, labelled
 from sparlow.recipe.budgets import budgets
@@ -113,7 +112,7 @@ def compare(
     )
     opened, storage = opening(first)
     for recipe in recipes.values():
-        budgets(*decoder_blocks(opened.model), recipe)
+        budgets(opened.decoder, recipe)
     windows, texts = windows_to_calibrate(None, opened, first), windows_to_evaluate(evaluate, opened, seqlen, limit)
     found = Comparison(
         opened.name, first.to_dict(), {"seqlen": seqlen, "windows": {n: len(w) for n, w in texts.items()}}

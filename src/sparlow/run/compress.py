@@ -13,7 +13,6 @@ from sparlow.errors import InputError
 from sparlow.evaluation.perplexity import require_context, require_tokenizer
 from sparlow.machine import pick_device
 from sparlow.model.artefact.dtypes import StoredDtypes
-from sparlow.model.forward.decoder import decoder_blocks
 from sparlow.model.forward.generate import own_windows
 from sparlow.model.loading.meta import UnknownAheadError, meta_model
 from sparlow.model.loading.source import OpenedModel, open_model, resolve_model_path, upcast_for_cpu
@@ -110,7 +109,7 @@ def claimed_by_first(processes: Processes, out: str | Path | None, *, overwrite:
 
 
 def known_ahead(model: str | Path | PreTrainedModel, dtype: str, *, trust_remote_code: bool) -> PreTrainedModel | None:
-    """Return the outline of a model, an object as it is; None where only its weights say what it holds."""
+    """Return the meta model of a model, an object as it is; None where only its weights say what it holds."""
     if isinstance(model, PreTrainedModel):
         return model
     try:
@@ -191,7 +190,7 @@ def windows_to_calibrate(calibration: str | Path | Tensor | None, opened: Opened
         raise InputError("The recipe was made for token windows given directly: give them, or name a corpus or a file.")
     samples, seqlen, seed = recipe.samples, recipe.seqlen, recipe.seed
     if recipe.calibration == OWN_TEXT:
-        parts, count = opened.on_disk, len(decoder_blocks(opened.model)[1])
+        parts, count = opened.on_disk, len(opened.decoder)
         with all_loaded(parts, count) if parts else nullcontext():
             return own_windows(opened.model, samples=samples, seqlen=seqlen, seed=seed, fingerprint=opened.fingerprint)
     tokenizer = require_tokenizer(opened.tokenizer, opened.name)

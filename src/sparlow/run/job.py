@@ -16,8 +16,9 @@ from sparlow.model.artefact.dtypes import StoredDtypes
 from sparlow.model.artefact.hf_quantizer import attach
 from sparlow.model.artefact.layers import compressed_layers
 from sparlow.model.forward.activation_store import ActivationStore
+from sparlow.model.forward.block_pass import BlockPass, pass_through
 from sparlow.model.forward.capture import Recording
-from sparlow.model.forward.decoder import Call, linears, not_compressed, pass_through
+from sparlow.model.forward.decoder import not_compressed
 from sparlow.model.loading.source import OpenedModel
 from sparlow.model.loading.weights import Weights, all_loaded, to_compute
 from sparlow.model.training.resume_state import TrainingCheckpoint
@@ -69,15 +70,15 @@ class Job:
         )  # text sampled by the model may differ between machines
         self.notify: Notify = notify if processes.first else lambda _: None
         self.storage, self.model, self.clock = storage, opened.model, Clock()
-        self.meter = BlockwiseRunner(opened, offload, self.clock, self.notify, processes)
-        self.blocks_name, self.blocks, self.parts = self.meter.blocks_name, self.meter.blocks, self.meter.parts
-        self.budgets = budgets(self.blocks_name, self.blocks, recipe)
+        self.decoder, self.weights = opened.decoder, opened.weights
+        self.runner = BlockwiseRunner(opened, offload, self.clock, self.notify, processes)
+        self.budgets = budgets(self.decoder, recipe)
         for name in (name for name, _ in self.model.named_parameters() if name in opened.damaged):
             layer, _, part = name.rpartition(".")
             raise InputError(f"{layer}: the {part} holds NaN or infinity; the model is damaged.")
         self.report = Report(recipe=recipe.to_dict(), model=opened.name, warnings=list(opened.warnings))
         self.report.bytes = {"dense": self.storage.bytes_of(self.model), "linears_dense": 0, "linears_compressed": 0}
-        self.recovery = Recovery(recipe, storage, self.blocks_name, windows, processes)
+        self.recovery = Recovery(recipe, storage, self.decoder.name, windows, processes)
         self.report.warnings += self.recovery.warnings
         self.known_dense: dict[str, float] = {}  # perplexity by fingerprint of the windows
         self.allocated: dict[str, Budget] = {}  # those of the budgets that the data decided
@@ -97,7 +98,7 @@ class Job:
             "version": own_version(),
         }
         device = self.parts.device.type
-        self.journal = Journal(folder, decides, self.blocks_name, overwrite=overwrite, device=device)
+        self.journal = Journal(folder, decides, self.decoder.name, overwrite=overwrite, device=device)
         if self.processes.first:
             self.journal.settle()
         self.journal.state = self.processes.all_gather(self.journal.state)[0]  # what the first one found holds for all
@@ -112,7 +113,7 @@ class Job:
         if self.journal:
             self.clock.add(self.journal.seconds)
         with self.clock("total"):
-            self.report.dense["perplexity"] = self.meter.dense(evaluation, self.known_dense, self.report.warnings)
+            self.report.dense["perplexity"] = self.runner.dense(evaluation, self.known_dense, self.report.warnings)
             self.distill(*self.walk())
             if not self.opened.on_disk:
                 attach(self.model)
@@ -131,7 +132,7 @@ class Job:
         """The report of a finished run, with perplexities on this text: as recorded, or measured now and recorded."""
         all_loaded = Report.from_file(journal.folder / "report.json")
         self.report = replace(all_loaded, dense={"perplexity": {}}, compressed={"perplexity": {}})
-        self.report.dense["perplexity"] = self.meter.dense(evaluation, self.known_dense, self.report.warnings)
+        self.report.dense["perplexity"] = self.runner.dense(evaluation, self.known_dense, self.report.warnings)
         known = journal.compressed
         new = False
         for name, windows in evaluation.items():
@@ -150,11 +151,11 @@ class Job:
     @property
     def result(self) -> Weights:
         """The compressed model, as it was written if it was."""
-        return Written(self.journal.folder, self.blocks_name, self.parts) if self.journal else self.parts
+        return Written(self.journal.folder, self.decoder, self.weights) if self.journal else self.weights
 
     def perplexity_after(self, name: str, windows: Tensor) -> float:
         """Measure the compressed model; RunError if that gives no number."""
-        value = self.meter.perplexity("compressed perplexity", windows, self.result)
+        value = self.runner.perplexity("compressed perplexity", windows, self.result)
         if value != value:  # noqa: PLR0124 - NaN
             raise RunError(f"The compressed model's perplexity on {name} is not a number: use --dtype float32.")
         return value
@@ -167,7 +168,7 @@ class Job:
             What enters the blocks, and what leaves the last of the dense ones if anyone wants it.
         """
         with self.clock("walk"):
-            recording = self.meter.recorded(self.windows, self.recovery.micro_batch, self.recovery.held_out)
+            recording = self.runner.recorded(self.windows, self.recovery.micro_batch, self.recovery.held_out)
         self.allocate(recording)
         self.begin_files()
         hidden = recording.hidden
@@ -176,36 +177,40 @@ class Job:
         last_read = self.last_read
         for i, calls in enumerate(recording.calls):
             done = self.has(i)
-            dense = {name: self.storage.bytes_of(linear) for name, linear in linears(self.blocks[i]).items()}
-            with self.parts.block(i, load=not done or truth is not None) as block:
+            dense = {name: self.storage.bytes_of(weight) for name, weight in self.decoder.weights(i).items()}
+            with self.weights.block(i, load=not done or truth is not None) as block:
+                through = BlockPass(block, calls, hidden, self.decoder.label(i), i, self.processes)
                 if truth is not None:
                     with self.clock("matching"):
-                        truth = pass_through(block, truth, calls)
-                goal = truth if self.recovery.dense_targets else None
-                layers, matching = (
-                    self.restore_block(i, block) if done else self.compress_block(i, block, calls, hidden, goal)
-                )
-                sparse = compressed_layers(block).values()
-                self.report.bytes["linears_compressed"] += sum(map(self.storage.packed_bytes, sparse))
+                        truth = pass_through(replace(through, hidden=truth))
+                if done:
+                    layers, matching = self.restore_block(i, block)
+                else:
+                    outputs = hidden.fresh() if self.recovery.by_block and not self.recovery.dense_targets else None
+                    layers = []
+                    if self.recovery.by_block or self.compresses(i):  # else there is no need to see what it reads
+                        layers = compress_block(
+                            through, self.recipe, self.budgets, self.storage, self.clock, self.tell_layer, outputs
+                        )
+                    matching = self.match_block(through, truth if self.recovery.dense_targets else outputs)
+                    self.write_block(i, block, layers, matching)
                 if i < last_read:
                     with self.clock("walk"):
-                        hidden = pass_through(block, hidden, calls, label=f"{self.blocks_name}.{i}")
-            self.report.layers += layers
-            self.report.matching += matching
-            self.report.bytes["linears_dense"] += sum(dense[layer.name] for layer in layers)
-            self.notify(Progress("blocks", i + 1, len(self.blocks)))
+                        hidden = pass_through(through, check=True)
+                self.add_to_report(block, layers, matching, dense)
+            self.notify(Progress("blocks", i + 1, len(self.decoder)))
         return recording, truth
 
     @property
     def last_read(self) -> int:
         """The last block whose inputs anyone looks at; nothing needs to pass through it or those behind it."""
         if self.recovery.by_block:
-            return len(self.blocks) - 1
-        return max(i for i in range(len(self.blocks)) if self.compresses(i))
+            return len(self.decoder) - 1
+        return max(i for i in range(len(self.decoder)) if self.compresses(i))
 
     def compresses(self, i: int) -> bool:
         """Whether any layer of block i is compressed."""
-        return any(name.startswith(f"{self.blocks_name}.{i}.") for name in self.budgets)
+        return any(name.startswith(self.decoder.layer_name(i, "")) for name in self.budgets)
 
     def has(self, i: int) -> bool:
         """Whether an earlier run finished block i, as the first process sees it."""
@@ -224,8 +229,8 @@ class Job:
         if truth is None or not self.distills:
             return
         self.processes.barrier()  # for the last shard
-        with self.clock("matching"), all_loaded(self.result, len(self.blocks)):
-            blocks = list(self.blocks)
+        with self.clock("matching"), all_loaded(self.result, len(self.decoder)):
+            blocks = list(self.decoder.blocks)
             found = self.recovery.distill(self.model, blocks, recording, truth, self.notify, self.midway())
             if self.journal and self.writer:
                 writer = self.new_writer(self.journal.folder / DISTILLED)
@@ -250,11 +255,9 @@ class Job:
         return CheckpointWriter(
             folder,
             self.model,
-            self.blocks_name,
-            len(self.blocks),
-            dtype=self.storage.dtype,
-            computed=self.parts.computing,
-            kept=self.storage.exceptions,
+            self.decoder,
+            storage=self.storage,
+            computed=self.weights.computing,
         )
 
     def allocate(self, recording: Recording) -> None:
@@ -264,8 +267,8 @@ class Job:
         if self.journal and self.journal.allocation:
             self.allocated = {name: Budget.from_dict(data) for name, data in self.journal.allocation.items()}
         else:
-            advance = counting(self.notify, "allocation", len(self.blocks))
-            walk = DenseWalk(self.blocks_name, self.meter.dense_blocks, recording, advance, self.processes)
+            advance = counting(self.notify, "allocation", len(self.decoder))
+            walk = DenseWalk(self.decoder, self.runner.dense_blocks, recording, advance, self.processes)
             with self.clock("statistics"):
                 self.allocated = allocated_by_data(walk, self.recipe, self.budgets)
         self.budgets |= self.allocated
@@ -273,65 +276,48 @@ class Job:
     def restore_block(self, i: int, block: nn.Module) -> tuple[list[LayerRecord], list[dict[str, Any]]]:
         """Take a block that an earlier run finished from its shard; return its records."""
         journal = cast("Journal", self.journal)
-        read_block(journal.folder, self.blocks_name, i, block)
-        to_compute(block, self.parts)
+        read_block(journal.folder, self.decoder, i, block)
+        to_compute(block, self.weights)
         return journal.layers(i), journal.matching(i)
 
-    def compress_block(
-        self,
-        i: int,
-        block: nn.Module,
-        calls: Mapping[int, Call],
-        hidden: ActivationStore,
-        truth: ActivationStore | None,
-    ) -> tuple[list[LayerRecord], list[dict[str, Any]]]:
-        """Compress a block, match it if the recipe says so and, if there is a directory, write it.
+    def match_block(self, through: BlockPass, targets: ActivationStore | None) -> list[dict[str, Any]]:
+        """Train a compressed block towards ``targets``, if there are any; return its records."""
+        if targets is None:
+            return []
+        with self.clock("matching"):
+            return [self.recovery.match_block(through, targets)]
 
-        Targets of matching are ``truth`` or, without it, what the dense block makes of ``hidden``.
-        """
+    def tell_layer(self, layer: LayerRecord) -> None:
+        """Tell of a layer that was compressed."""
+        self.notify(Progress("blocks", layer.block, len(self.decoder), layer))
+
+    def write_block(self, i: int, block: nn.Module, layers: list[LayerRecord], matching: list[dict[str, Any]]) -> None:
+        """Write a finished block, if there is a directory."""
         if self.journal and i < self.journal.blocks_done:
             self.report.warnings.append(f"the shard of block {i} was damaged after it was written; it was done again")
-        if not self.recovery.by_block and not self.compresses(i):
-            return self.write_block(i, block, [], [])  # it stays dense: no need to see what it reads
-
-        def on_layer(layer: LayerRecord) -> None:
-            self.notify(Progress("blocks", i, len(self.blocks), layer))
-
-        outputs = hidden.fresh() if self.recovery.by_block and truth is None else None
-        layers = compress_block(
-            block,
-            (self.blocks_name, i),
-            calls,
-            hidden,
-            self.recipe,
-            self.budgets,
-            self.storage.dtype,
-            self.clock,
-            on_layer,
-            outputs=outputs,
-            processes=self.processes,
-        )
-        targets = outputs if truth is None else truth
-        if targets is None:
-            return self.write_block(i, block, layers, [])
-        with self.clock("matching"):
-            matching = self.recovery.match_block(i, block, calls, hidden, targets)
-        return self.write_block(i, block, layers, [matching])
-
-    def write_block(
-        self, i: int, block: nn.Module, layers: list[LayerRecord], matching: list[dict[str, Any]]
-    ) -> tuple[list[LayerRecord], list[dict[str, Any]]]:
-        """Write a finished block, if there is a directory; return its records."""
         if self.journal and self.writer:
             with self.clock("save"):
                 shard = self.writer.write_block(i, block)
             self.journal.note_block(shard, layers, matching, self.clock.so_far())
-        return layers, matching
+
+    def add_to_report(
+        self,
+        block: nn.Module,
+        layers: list[LayerRecord],
+        matching: list[dict[str, Any]],
+        dense: Mapping[str, int],
+    ) -> None:
+        """Count a finished block; ``dense`` are the bytes of its layers by name, as they were."""
+        sparse = compressed_layers(block).values()
+        self.report.bytes["linears_compressed"] += sum(map(self.storage.packed_bytes, sparse))
+        self.report.bytes["linears_dense"] += sum(dense[layer.name] for layer in layers)
+        self.report.layers += layers
+        self.report.matching += matching
 
     def finish_files(self) -> None:
         """Write what lies outside of the blocks and the files that make the directory a model."""
         if self.journal and self.writer:
-            with self.clock("save"), self.parts.outside_blocks(stored=True):
+            with self.clock("save"), self.weights.outside_blocks(stored=True):
                 rest = self.writer.write_rest(self.model)
                 self.writer.finish(self.model, self.opened.tokenizer)
                 self.journal.note_rest(rest, self.recipe.to_toml())
@@ -343,8 +329,8 @@ class Job:
         report.add_up()
         report.seconds, report.peak_memory = self.clock.seconds, peak_memory()
         if self.processes.size > 1:
-            sent = round(self.processes.sent / len(self.blocks))
+            sent = round(self.processes.sent / len(self.decoder))
             report.processes = {"count": self.processes.size, "bytes_per_block": sent}
-        names = {layer: f"{self.blocks_name}.{layer.block}.{layer.name}" for layer in report.layers}
+        names = {layer: self.decoder.layer_name(layer.block, layer.name) for layer in report.layers}
         report.warnings += [f"{names[layer]}: {warning}" for layer in report.layers for warning in layer.warnings]
         report.not_compressed = [asdict(row) for row in not_compressed(self.model, names.values())]

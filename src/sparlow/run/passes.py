@@ -10,9 +10,8 @@ from sparlow.errors import InputError
 from sparlow.evaluation.perplexity import TOKENS_AT_ONCE, perplexity_by_blocks
 from sparlow.model.forward.activation_store import place
 from sparlow.model.forward.capture import Recording, capture_block_inputs
-from sparlow.model.forward.decoder import decoder_blocks
 from sparlow.model.loading.source import OpenedModel
-from sparlow.model.loading.weights import InMemory, Weights, one_by_one
+from sparlow.model.loading.weights import Weights, one_by_one
 from sparlow.progress import Clock, Notify, counting
 from sparlow.run.pipeline import name_what_is_not_finite
 from sparlow.text import fingerprint as text_fingerprint
@@ -34,20 +33,19 @@ class BlockwiseRunner:
     ) -> None:
         self._processes = processes
         self._model, self._offload, self._clock, self._notify = opened.model, offload, clock, notify
-        self.blocks_name, self.blocks = decoder_blocks(opened.model)
-        self.parts: Weights = opened.on_disk or InMemory(self.blocks, opened.model.dtype)
+        self._decoder, self._weights = opened.decoder, opened.weights
 
     @property
     def dense_blocks(self) -> Iterator[nn.Module]:
         """The blocks before anything is done to them, one at a time."""
-        return one_by_one(self.parts, len(self.blocks))
+        return one_by_one(self._weights, len(self._decoder))
 
     def recorded(self, windows: Tensor, micro_batch: int, apart: int = 0) -> Recording:
         """What enters the blocks for these windows, see ``capture_block_inputs``."""
         width = self._model.config.get_text_config().hidden_size
-        size = windows.numel() * width * self.parts.computing.itemsize // self._processes.size
-        where = place(self._offload, size, self.parts.device)
-        with self.parts.outside_blocks(), self.parts.block(0):
+        size = windows.numel() * width * self._weights.computing.itemsize // self._processes.size
+        where = place(self._offload, size, self._weights.device)
+        with self._weights.outside_blocks(), self._weights.block(0):
             return capture_block_inputs(
                 self._model, windows, micro_batch=micro_batch, apart=apart, place=where, processes=self._processes
             )
@@ -55,7 +53,7 @@ class BlockwiseRunner:
     @torch.no_grad()
     def perplexity(self, stage: str, windows: Tensor, parts: Weights) -> float:
         """Perplexity of the model with these parts; ``stage`` is what the progress bar says."""
-        advance = counting(self._notify, stage, len(self.blocks) + 1)
+        advance = counting(self._notify, stage, len(self._decoder) + 1)
         with self._clock("evaluate"):
             at_once = max(TOKENS_AT_ONCE // windows.shape[1], 1) * self._processes.size
             recording = self.recorded(windows, at_once)
@@ -75,10 +73,10 @@ class BlockwiseRunner:
         found = {}
         for name, windows in evaluation.items():
             text = text_fingerprint(windows)
-            value = known.get(text) or self.perplexity("dense perplexity", windows, self.parts)
+            value = known.get(text) or self.perplexity("dense perplexity", windows, self._weights)
             known[text] = found[name] = value
             if value != value:  # noqa: PLR0124 - NaN
-                name_what_is_not_finite(self.blocks_name, self.dense_blocks, self.recorded(windows[:1], 1))
+                name_what_is_not_finite(self._decoder, self.dense_blocks, self.recorded(windows[:1], 1))
                 raise InputError("The dense model's perplexity is not a number: its head or embedding is damaged.")
             if value > self._model.config.get_text_config().vocab_size:
                 warnings.append(f"the dense model is no better than chance on {name}: perplexity {value:.0f}")

@@ -1,6 +1,6 @@
 """What a run trains, if the recipe says so: each compressed block towards the dense one, or all blocks together."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 from sparlow.distributed import Processes
 from sparlow.model.artefact.dtypes import StoredDtypes
 from sparlow.model.forward.activation_store import ActivationStore
+from sparlow.model.forward.block_pass import BlockPass
 from sparlow.model.forward.capture import Recording
-from sparlow.model.forward.decoder import Call
 from sparlow.model.training.block_matching import match
 from sparlow.model.training.distillation import distill
 from sparlow.model.training.loop import Plan
@@ -66,23 +66,17 @@ class Recovery:
             return []
         return [f"{self.plan.batch} processes train on {self.plan.batch} windows a step, not on {asked.batch}"]
 
-    def match_block(
-        self, i: int, block: nn.Module, calls: Mapping[int, Call], hidden: ActivationStore, targets: ActivationStore
-    ) -> dict[str, Any]:
+    def match_block(self, through: BlockPass, targets: ActivationStore) -> dict[str, Any]:
         """Train a compressed block towards its targets, rounded as it will be stored; return the row for the report."""
         found = match(
-            block,
-            calls,
-            hidden,
+            through,
             targets,
             _given(self.plan),
             held_out=int(self.held_out > 0),
-            seed=self._recipe.seed + i,
-            label=f"{self._blocks_name}.{i}",
-            processes=self._processes,
+            seed=self._recipe.seed + through.number,
         )
-        self._round(i, block)
-        return {"block": i, **asdict(found)}
+        self._round(through.number, through.block)
+        return {"block": through.number, **asdict(found)}
 
     def distill(
         self,
@@ -113,8 +107,13 @@ class Recovery:
 
     def _round(self, i: int, block: nn.Module) -> None:
         """Give a trained block the values it will have once it was stored."""
-        kept = [name.removeprefix(f"{self._blocks_name}.{i}.") for name in self._storage.exceptions]
+        label = f"{self._blocks_name}.{i}"
+        kept = [name for name, _ in block.named_parameters() if self._keeps(f"{label}.{name}")]
         round_through(block, self._storage.dtype, kept)
+
+    def _keeps(self, name: str) -> bool:
+        """Whether a parameter is stored in a type of its own."""
+        return self._storage.of_tensor(name) != self._storage.dtype
 
 
 def _given(plan: Plan | None) -> Plan:

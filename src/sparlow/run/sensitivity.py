@@ -1,5 +1,6 @@
 """The survey: walk the dense blocks once, before any is compressed, so that the data decide what each layer keeps."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -10,8 +11,9 @@ from sparlow.distributed import ALONE, Processes
 from sparlow.linalg.error_curves import error_curve
 from sparlow.linalg.gram import GramAccumulator, SquareAccumulator
 from sparlow.linalg.patterns import Unstructured
+from sparlow.model.forward.block_pass import BlockPass
 from sparlow.model.forward.capture import Recording
-from sparlow.model.forward.decoder import linears
+from sparlow.model.forward.decoder import Decoder
 from sparlow.model.forward.input_statistics import Kind, Observation, collect_statistics
 from sparlow.recipe.allocation import Budget, Offer, error_driven, offered, owl_densities
 from sparlow.recipe.recipe import Recipe
@@ -23,31 +25,26 @@ class DenseWalk:
     """All that a walk along the dense blocks takes.
 
     Attributes:
-        blocks_name: Name of the list of blocks in the model.
+        decoder: The chain of blocks.
         blocks: All of them, dense, of which one at a time is needed.
         recording: What enters the first, and how each is called.
         advance: Called with 1 after every block.
         processes: Those that divide the text.
     """
 
-    blocks_name: str
+    decoder: Decoder
     blocks: Iterable[nn.Module]
     recording: Recording
     advance: Callable[[int], None]
     processes: Processes = ALONE
 
-    def observed(
-        self, statistic: Callable[[int, torch.device], Kind]
-    ) -> Iterator[tuple[str, nn.Module, Observation[Kind]]]:
-        """Each block's name, itself, and what one pass of it shows."""
+    def observed(self, statistic: Callable[[int, torch.device], Kind]) -> Iterator[tuple[BlockPass, Observation[Kind]]]:
+        """Each block with what enters it, and what one pass of it shows."""
         hidden = self.recording.hidden
         for i, block in enumerate(self.blocks):
-            name, outputs = f"{self.blocks_name}.{i}", hidden.fresh()
-            calls = self.recording.calls[i]
-            seen = collect_statistics(
-                block, calls, hidden, statistic, outputs=outputs, label=name, processes=self.processes
-            )
-            yield name, block, seen
+            outputs = hidden.fresh()
+            through = BlockPass(block, self.recording.calls[i], hidden, self.decoder.label(i), i, self.processes)
+            yield through, collect_statistics(through, statistic, outputs)
             hidden = outputs
             self.advance(1)
 
@@ -65,14 +62,14 @@ def allocated_by_data(walk: DenseWalk, recipe: Recipe, budgets: Mapping[str, Bud
 
 
 def _outlier_weighed(walk: DenseWalk, recipe: Recipe, budgets: Mapping[str, Budget]) -> dict[str, Budget]:
-    """An outlier is a score |W_ij|·√H_jj above M times the mean over all linears of its block (arXiv 2310.05175)."""
+    """An outlier is a score |W_ij|·√H_jj above M times the mean over all layers of its block (arXiv 2310.05175)."""
     shares: dict[str, float] = {}
-    for block_name, block, seen in walk.observed(SquareAccumulator):
+    for through, seen in walk.observed(SquareAccumulator):
         sums = {owner: walk.processes.all_reduce(statistic.sum) for owner, statistic in seen.statistics.items()}
         norms = {name: sums[owner].sqrt().float() for name, owner in seen.owner.items()}
-        layers = linears(block)
-        scores = torch.cat([(layers[name].weight.float().abs() * norm).flatten() for name, norm in norms.items()])
-        shares[block_name] = (scores > recipe.owl_threshold * scores.mean()).float().mean().item()
+        weights = through.weights
+        scores = torch.cat([(weights[name].read().float().abs() * norm).flatten() for name, norm in norms.items()])
+        shares[through.label] = (scores > recipe.owl_threshold * scores.mean()).float().mean().item()
     densities = owl_densities(list(shares.values()), 1 - recipe.pattern_of_all.density, recipe.owl_spread)
     sparsities = {name: round(1 - density, 12) for name, density in zip(shares, densities, strict=True)}
     return {
@@ -88,23 +85,20 @@ def _error_driven(walk: DenseWalk, recipe: Recipe, budgets: Mapping[str, Budget]
     low_rank = recipe.found_algorithm.kind != "pruner"
     offers: dict[str, list[Offer]] = {}
     values = 0
-    for block_name, block, seen in walk.observed(GramAccumulator):
-        names = {layer: f"{block_name}.{layer}" for layer in linears(block)}
-        free = {n: m for n, m in linears(block).items() if names[n] in budgets and not recipe.has_rule(names[n])}
-        asked = {
-            n: offered(budgets[names[n]], (m.out_features, m.in_features), low_rank=low_rank) for n, m in free.items()
-        }
-        who = walk.processes.assign({n: float(m.weight.numel()) for n, m in free.items()})
+    for through, seen in walk.observed(GramAccumulator):
+        names = {n: through.layer_name(n) for n in through.weights}
+        free = {n: w for n, w in through.weights.items() if names[n] in budgets and not recipe.has_rule(names[n])}
+        asked = {n: offered(budgets[names[n]], weight.shape, low_rank=low_rank) for n, weight in free.items()}
+        who = walk.processes.assign({n: float(math.prod(weight.shape)) for n, weight in free.items()})
         errors = {
-            n: [error_curve(free[n].weight.float(), gram, pattern, ranks) for pattern, ranks in asked[n].items()]
-            for n, gram, _ in with_grams(block, seen, recipe, who, walk.processes)
+            n: [error_curve(free[n].read().float(), gram, pattern, ranks) for pattern, ranks in asked[n].items()]
+            for n, gram, _ in with_grams(through, seen, recipe, who)
         }
         errors = {n: curves for own in walk.processes.all_gather(errors) for n, curves in own.items()}
-        for n, linear in free.items():
-            shape = (linear.out_features, linear.in_features)
-            values += budgets[names[n]].values(shape)
+        for n, weight in free.items():
+            values += budgets[names[n]].values(weight.shape)
             offers[names[n]] = [
-                Offer(Budget(pattern, rank), Budget(pattern, rank).values(shape), error)
+                Offer(Budget(pattern, rank), Budget(pattern, rank).values(weight.shape), error)
                 for (pattern, ranks), curve in zip(asked[n].items(), errors[n], strict=True)
                 for rank, error in zip(ranks, curve, strict=True)
             ]

@@ -18,10 +18,13 @@ from sparlow.model.artefact.checkpoint import CheckpointWriter, load, read_block
 from sparlow.model.artefact.describe import describe, verify
 from sparlow.model.artefact.hf_quantizer import attach
 from sparlow.model.artefact.layers import SparseLowRankLinear, compressed_layers
-from sparlow.model.forward.decoder import decoder_blocks, linears
+from sparlow.model.forward.compressible import compressible
+from sparlow.model.forward.decoder import Decoder
 
 LAYER = "model.layers.1.mlp.up_proj"
 SHARD = "model-00002-of-00004.safetensors"  # that holds LAYER
+
+LAYERS = Decoder("model.layers", torch.nn.ModuleList())  # the name is all that reading a block looks at
 
 
 def two_of_four(W):
@@ -32,11 +35,11 @@ def two_of_four(W):
 def compress(model, rank=3):
     """Replace every linear of the blocks by random 2:4 plus random low rank."""
     generator = torch.Generator().manual_seed(0)
-    for block in decoder_blocks(model)[1]:
-        for name, linear in linears(block).items():
-            W = linear.weight.detach()
+    for block in Decoder.of(model).blocks:
+        for name, weight in compressible(block).items():
+            W = weight.read()
             U, V = (torch.randn(shape, generator=generator).to(W) / 9 for shape in ((len(W), rank), (rank, W.shape[1])))
-            block.set_submodule(name, SparseLowRankLinear(two_of_four(W), U, V, linear.bias))
+            block.set_submodule(name, SparseLowRankLinear(two_of_four(W), U, V, weight.bias))
     return model
 
 
@@ -47,9 +50,9 @@ def opened_and_compressed(family, dtype, folder, rank=3):
 
 
 def write(model, folder):
-    name, blocks = decoder_blocks(model)
-    writer = CheckpointWriter(folder, model, name, len(blocks))
-    records = [writer.write_block(i, block) for i, block in enumerate(blocks)]
+    decoder = Decoder.of(model)
+    writer = CheckpointWriter(folder, model, decoder)
+    records = [writer.write_block(i, block) for i, block in enumerate(decoder.blocks)]
     records.append(writer.write_rest(model))
     writer.finish(model, tiny_tokenizer())
     return records
@@ -188,7 +191,7 @@ def test_a_killed_writer_leaves_nothing_that_looks_finished(model, tmp_path, mon
         path.write_bytes(b"half a shard")
         raise error
 
-    writer = CheckpointWriter(tmp_path, model, "model.layers", 3)
+    writer = CheckpointWriter(tmp_path, model, Decoder.of(model))
     writer.write_block(0, model.model.layers[0])
     monkeypatch.setattr(shards, "save_file", dying)
     with pytest.raises(RunError if isinstance(error, OSError) else KeyboardInterrupt):
@@ -202,7 +205,7 @@ def test_a_killed_writer_leaves_nothing_that_looks_finished(model, tmp_path, mon
 
 
 def test_a_block_that_was_never_loaded_is_not_written(model, tmp_path):
-    writer = CheckpointWriter(tmp_path, model, "model.layers", 3)
+    writer = CheckpointWriter(tmp_path, model, Decoder.of(model))
     with pytest.raises((InputError, RunError), match=r"loaded|off-loaded"):
         writer.write_block(0, model.model.layers[0].to("meta"))
     assert not list(tmp_path.iterdir())
@@ -211,36 +214,36 @@ def test_a_block_that_was_never_loaded_is_not_written(model, tmp_path):
 def test_a_directory_that_cannot_be_made(model, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="file"):
-        CheckpointWriter(tmp_path / "file", model, "model.layers", 3)
+        CheckpointWriter(tmp_path / "file", model, Decoder.of(model))
 
 
 def test_shared_blocks_are_refused(model, tmp_path):
     model.all_tied_weights_keys["model.layers.1.mlp.up_proj.weight"] = "model.layers.0.mlp.up_proj.weight"
     with pytest.raises(InputError, match="shared"):
-        CheckpointWriter(tmp_path / "out", model, "model.layers", 3)
+        CheckpointWriter(tmp_path / "out", model, Decoder.of(model))
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_a_block_comes_back_into_a_dense_one(model, folder, device):
     (folder / "config.json").unlink()  # unfinished
     block = tiny("llama", seed=5).model.layers[1].to(device)
-    read_block(folder, "model.layers", 1, block)
+    read_block(folder, LAYERS, 1, block)
     assert_same_bits(block, model.model.layers[1])
     assert all(p.requires_grad and p.device.type == "cpu" for p in block.parameters())
 
 
 def test_a_block_that_does_not_fit_is_refused(folder):
     with pytest.raises(InputError, match="found 0"):
-        read_block(folder, "model.layers", 9, tiny("llama").model.layers[0])
+        read_block(folder, LAYERS, 9, tiny("llama").model.layers[0])
     with pytest.raises(InputError, match="no linear layer"):
-        read_block(folder, "model.layers", 1, tiny("opt").model.decoder.layers[0])
+        read_block(folder, LAYERS, 1, tiny("opt").model.decoder.layers[0])
     with pytest.raises(InputError, match=r"does not fit block 1.*pre_feedforward_layernorm"):
-        read_block(folder, "model.layers", 1, tiny("gemma2").model.layers[0])
+        read_block(folder, LAYERS, 1, tiny("gemma2").model.layers[0])
     larger = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, intermediate_size=56))
     with pytest.raises(InputError, match="should have the shape"):
-        read_block(folder, "model.layers", 1, larger.model.layers[1])
+        read_block(folder, LAYERS, 1, larger.model.layers[1])
     with pytest.raises(InputError, match="does not fit block 3"):
-        read_block(folder, "model.layers", 3, tiny("llama").model.layers[0])  # the shard of all the rest
+        read_block(folder, LAYERS, 3, tiny("llama").model.layers[0])  # the shard of all the rest
 
 
 # Use by other libraries

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -5,11 +6,14 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from families import EXTRAS, FAMILIES, tiny
+from families import EXTRAS, FAMILIES, linears, tiny
 from sparlow.errors import InputError
 from sparlow.model.forward.activation_store import ActivationStore
+from sparlow.model.forward.block_pass import BlockPass, run_block
+from sparlow.model.forward.calls import CallRecorder
 from sparlow.model.forward.capture import capture_block_inputs
-from sparlow.model.forward.decoder import Call, decoder_blocks, linears, not_compressed, run_block
+from sparlow.model.forward.compressible import compressible
+from sparlow.model.forward.decoder import Decoder, not_compressed
 from sparlow.model.forward.input_statistics import collect_statistics
 
 SEQLEN = 20  # longer than the sliding windows
@@ -31,7 +35,17 @@ class Products:
         self.H += x.T @ x
 
 
-def products_of_each(block, calls, hidden):
+def bare_calls(count):
+    """How a block is called that takes its hidden state and nothing else, for so many micro-batches."""
+    recorder = CallRecorder(1, ActivationStore("cpu"))
+    for _ in range(count):
+        recorder.begin(2)
+        recorder.note(((), {}), 0)
+        recorder.end()
+    return recorder.calls[0]
+
+
+def products_of_each(through):
     """Σ x xᵀ of every linear by itself."""
     found = {}
 
@@ -41,10 +55,10 @@ def products_of_each(block, calls, hidden):
 
         return hook
 
-    handles = [m.register_forward_pre_hook(note(name)) for name, m in linears(block).items()]
+    handles = [m.register_forward_pre_hook(note(name)) for name, m in linears(through.block).items()]
     with torch.no_grad():
-        for x in hidden:
-            run_block(block, x, calls[len(x)])
+        for i, x in enumerate(through.hidden):
+            run_block(through.block, x, through.call(i))
     for handle in handles:
         handle.remove()
     return found
@@ -80,65 +94,66 @@ class TestRecordAndRun:
     @pytest.mark.parametrize("name", FAMILIES + EXTRAS)
     def test_replays_the_model_exactly(self, name, windows):
         model = tiny(name)
-        _, blocks = decoder_blocks(model)
+        blocks = Decoder.of(model).blocks
         recording = capture_block_inputs(model, windows, micro_batch=2)
         assert [len(x) for x in recording.hidden] == [2, 2, 1]
-        for ids, x in zip(windows.split(2), recording.hidden, strict=True):
+        for i, (ids, x) in enumerate(zip(windows.split(2), recording.hidden, strict=True)):
             states, logits = own_pass(model, blocks, ids)
             with torch.no_grad():
                 for block, calls, expected in zip(blocks, recording.calls, states, strict=True):
                     assert not torch.equal(x, expected)
-                    x = run_block(block, x, calls[len(x)])  # noqa: PLW2901 - the hidden state goes on
+                    x = run_block(block, x, calls.at(i, "cpu"))  # noqa: PLW2901 - the hidden state goes on
                     assert torch.equal(x, expected)
             assert torch.equal(logits_behind(model, blocks[-1], x, ids), logits)
 
     def test_works_in_bfloat16(self, windows):
         model = tiny("llama", dtype=torch.bfloat16)
-        _, blocks = decoder_blocks(model)
+        blocks = Decoder.of(model).blocks
         recording = capture_block_inputs(model, windows, micro_batch=5)
         x = recording.hidden[0]
         states, _ = own_pass(model, blocks, windows)
         for block, calls, expected in zip(blocks, recording.calls, states, strict=True):
             outputs = ActivationStore("cpu")
-            collect_statistics(block, calls, [x], Products, outputs=outputs)
+            collect_statistics(BlockPass(block, calls, ActivationStore("cpu", [x])), Products, outputs)
             (x,) = outputs
             assert x.dtype == torch.bfloat16
             assert torch.equal(x, expected)
 
     def test_sliding_and_global_blocks_keep_their_own_arguments(self, windows):
-        sliding, full = capture_block_inputs(tiny("gemma3_text"), windows, micro_batch=2).calls[:2]
+        calls = capture_block_inputs(tiny("gemma3_text"), windows, micro_batch=2).calls[:2]
+        sliding, full = (each.at(0, "cpu").kwargs for each in calls)
         causal = SEQLEN * (SEQLEN + 1) // 2
-        assert sliding[2].kwargs["attention_mask"][0].sum() < causal
-        assert full[2].kwargs["attention_mask"] is None
-        assert not torch.equal(sliding[2].kwargs["position_embeddings"][0], full[2].kwargs["position_embeddings"][0])
+        assert sliding["attention_mask"][0].sum() < causal
+        assert full["attention_mask"] is None
+        assert not torch.equal(sliding["position_embeddings"][0], full["position_embeddings"][0])
 
     def test_keeps_the_arguments_of_each_size(self, windows):
         calls = capture_block_inputs(tiny("bloom"), windows, micro_batch=2).calls[1]
-        assert {size: len(call.kwargs["alibi"]) // size for size, call in calls.items()} == {2: 4, 1: 4}
+        assert [len(calls.at(i, "cpu").kwargs["alibi"]) for i in range(3)] == [2 * 4, 2 * 4, 4]
 
     @pytest.mark.parametrize("name", ["llama", "falcon", "gemma3_text"])
     def test_computes_the_first_block_only(self, name, windows):
         model = tiny(name)
         expected = capture_block_inputs(model, windows, micro_batch=2)
-        _, blocks = decoder_blocks(model)
+        blocks = Decoder.of(model).blocks
         for block in blocks[1:]:
             block.to("meta")
         model.get_output_embeddings().register_forward_hook(lambda *_: pytest.fail("logits were computed"))
         found = capture_block_inputs(model, windows, micro_batch=2)
         assert all(map(torch.equal, found.hidden, expected.hidden))
         for calls, others in zip(found.calls, expected.calls, strict=True):
-            assert calls.keys() == others.keys()
-            for size, call in calls.items():
-                torch.testing.assert_close(call.kwargs, others[size].kwargs, rtol=0, atol=0)
+            assert len(calls) == len(others) == 3
+            for i in range(3):
+                torch.testing.assert_close(calls.at(i, "cpu").kwargs, others.at(i, "cpu").kwargs, rtol=0, atol=0)
 
-    def test_computes_the_first_block_twice_a_size_at_most(self, windows):
+    def test_computes_the_first_block_once_a_size(self, windows):
         model = tiny("llama")
-        _, blocks = decoder_blocks(model)
+        blocks = Decoder.of(model).blocks
         sizes = []
         blocks[0].mlp.register_forward_hook(lambda _, __, y: sizes.append(len(y)))
         recording = capture_block_inputs(model, windows.repeat(2, 1)[:9], micro_batch=2)
         assert [len(x) for x in recording.hidden] == [2, 2, 2, 2, 1]
-        assert sizes == [2, 2, 1]
+        assert sizes == [2, 1]
 
     def test_leaves_the_model_as_it_was(self, windows):
         model = tiny("opt")
@@ -153,17 +168,17 @@ class TestRecordAndRun:
 
     def test_lets_gradients_through(self, windows):
         model = tiny("qwen2")
-        _, blocks = decoder_blocks(model)
+        blocks = Decoder.of(model).blocks
         recording = capture_block_inputs(model, windows, micro_batch=5)
-        run_block(blocks[1], recording.hidden[0], recording.calls[1][5]).square().mean().backward()
+        run_block(blocks[1], recording.hidden[0], recording.calls[1].at(0, "cpu")).square().mean().backward()
         assert all(p.grad is not None and p.grad.any() for p in blocks[1].parameters())
 
     @pytest.mark.parametrize("name", ["mistral", "bloom"])
     def test_takes_hidden_state_and_arguments_to_the_block(self, name, windows):
         model = tiny(name)
-        _, blocks = decoder_blocks(model)
+        blocks = Decoder.of(model).blocks
         recording = capture_block_inputs(model, windows, micro_batch=5)
-        out = run_block(blocks[1].to("meta"), recording.hidden[0], recording.calls[1][5])
+        out = run_block(blocks[1].to("meta"), recording.hidden[0], recording.calls[1].at(0, "meta"))
         assert out.device.type == "meta"
         assert out.shape == recording.hidden[0].shape
 
@@ -174,7 +189,8 @@ class Block(nn.Module):
         self.up = nn.Linear(6, 6)
 
     def forward(self, state, scale, *, shift=None):
-        return [state + scale * functional.gelu(self.up(state)) + (0 if shift is None else shift), "something else"]
+        up = functional.gelu(self.up(state))
+        return [state + scale * up + (0 if shift is None else shift), up[:, :1, :1]]
 
 
 class Chain(nn.Module):
@@ -249,20 +265,35 @@ class ByTextPositional(Chain):
         return block(x, ids[..., None].float())[0]
 
 
+class ByState(Chain):
+    def call(self, block, x, ids):  # noqa: ARG002 - a Chain's call
+        return block(x, 0.5, shift=x.mean((1, 2), keepdim=True))[0]
+
+
+class ByOther(Chain):
+    def order(self):
+        self.last = torch.ones(1)
+        return self.list
+
+    def call(self, block, x, ids):  # noqa: ARG002 - a Chain's call
+        x, self.last = block(x, self.last)
+        return x
+
+
 class Flat(Chain):
     def call(self, block, x, ids):
         return block(x.flatten(0, 1), 0.5)[0].reshape(*ids.shape, 6)
 
 
 class TestForeignModels:
-    @pytest.mark.parametrize("kind", [Chain, ByKeyword])
+    @pytest.mark.parametrize("kind", [Chain, ByKeyword, ByText, ByTextPositional])
     def test_replays_positional_and_keyword_arguments(self, kind, windows):
         model = kind()
         recording = capture_block_inputs(model, windows, micro_batch=3)
         with torch.no_grad():
-            for x, ids in zip(recording.hidden, windows.split(3), strict=True):
+            for i, (x, ids) in enumerate(zip(recording.hidden, windows.split(3), strict=True)):
                 for block, calls in zip(model.list, recording.calls, strict=True):
-                    x = run_block(block, x, calls[len(x)])  # noqa: PLW2901 - the hidden state goes on
+                    x = run_block(block, x, calls.at(i, "cpu"))  # noqa: PLW2901 - the hidden state goes on
                 assert torch.equal(x, model(ids, use_cache=False))
 
     @pytest.mark.parametrize(
@@ -273,8 +304,8 @@ class TestForeignModels:
             (Short, "block 2 is never called"),
             (Unused, "block 0 is never called"),
             (Scaled, "changes the hidden state between blocks 0 and 1"),
-            (ByText, "shift of block 0 depends on the text"),
-            (ByTextPositional, "argument 2 of block 0 depends on the text"),
+            (ByState, "shift of block 1 depends on what the blocks before it compute"),
+            (ByOther, "argument 2 of block 1 depends on what the blocks before it compute"),
             (Flat, "block 0 is not called with a hidden state of shape"),
         ],
     )
@@ -288,28 +319,28 @@ class TestForeignModels:
 class TestDecoderBlocks:
     def test_names_the_list(self):
         model = tiny("opt")
-        name, blocks = decoder_blocks(model)
-        assert name == "model.decoder.layers"
-        assert blocks is model.model.decoder.layers
+        decoder = Decoder.of(model)
+        assert decoder.name == "model.decoder.layers"
+        assert decoder.blocks is model.model.decoder.layers
 
     def test_refuses_a_model_without_such_a_list(self):
         model = tiny("llama")
         model.config.num_hidden_layers = 7
         with pytest.raises(InputError, match="expected one list of 7 decoder blocks, found 0"):
-            decoder_blocks(model)
+            Decoder.of(model)
 
     def test_refuses_two_such_lists(self):
         model = tiny("llama")
         model.model.others = nn.ModuleList(nn.Identity() for _ in range(3))
         with pytest.raises(InputError, match=r"list of 3 decoder blocks, found 2: model\.layers, model\.others"):
-            decoder_blocks(model)
+            Decoder.of(model)
 
     def test_ignores_lists_within_blocks_and_outside_the_decoder(self):
         model = tiny("llama")
         model.tower = nn.ModuleList(nn.Identity() for _ in range(3))
         for block in model.model.layers:
             block.experts = nn.ModuleList(nn.Identity() for _ in range(3))
-        assert decoder_blocks(model)[0] == "model.layers"
+        assert Decoder.of(model).name == "model.layers"
 
 
 class Plain(nn.Linear):
@@ -337,17 +368,17 @@ class TestLinears:
         kinds = {"a": nn.Linear, "b": Plain, "c": Router, "d": Scaling, "e": Failing, "f": nn.Identity}
         block = nn.ModuleDict({name: kind(5, 6, bias=name == "b") for name, kind in kinds.items()})
         block["g"] = Plain(5, 6, bias=False)
-        assert list(linears(block)) == ["a", "b", "g"]
-        assert list(linears(block.to("meta"))) == ["a", "b", "g"]
+        assert list(compressible(block)) == ["a", "b", "g"]
+        assert list(compressible(block.to("meta"))) == ["a", "b", "g"]
 
     def test_leaves_packed_weights_out(self):
         block = nn.ModuleDict({"packed": nn.Linear(8, 8), "quantised": nn.Linear(8, 8)})
         block["packed"].weight = nn.Parameter(torch.zeros(32, 1))
         block["quantised"].weight = nn.Parameter(torch.zeros(8, 8, dtype=torch.int8), requires_grad=False)
-        assert linears(block) == {}
+        assert compressible(block) == {}
 
     def test_knows_layers_of_a_class_of_their_own(self):
-        _, blocks = decoder_blocks(tiny("falcon"))
+        blocks = Decoder.of(tiny("falcon")).blocks
         assert type(next(iter(linears(blocks[0]).values()))) is not nn.Linear
         assert len(linears(blocks[0])) == 4
 
@@ -356,8 +387,7 @@ class TestNotCompressed:
     @pytest.mark.parametrize("name", FAMILIES + EXTRAS)
     def test_accounts_for_every_parameter_once(self, name):
         model = tiny(name)
-        prefix, blocks = decoder_blocks(model)
-        compressed = {f"{prefix}.{i}.{n}": m for i, block in enumerate(blocks) for n, m in linears(block).items()}
+        compressed = dict(Decoder.of(model).layers())
         rows = not_compressed(model, compressed.keys())
         inside = sum(p.numel() for m in compressed.values() for p in m.parameters())
         assert inside + sum(row.parameters for row in rows) == sum(p.numel() for p in model.parameters())
@@ -381,7 +411,7 @@ class TestNotCompressed:
 
     @pytest.mark.parametrize(
         ("name", "layer", "kind"),
-        [("gpt2", "transformer.h.1.mlp.c_fc", "Conv1D"), ("mixtral", "model.layers.1.mlp.experts", "MixtralExperts")],
+        [("mixtral", "model.layers.1.mlp.experts", "MixtralExperts")],
     )
     def test_reports_weights_that_are_no_linear_layer(self, name, layer, kind):
         rows = {row.name: row for row in not_compressed(tiny(name), [])}
@@ -394,9 +424,9 @@ def second_block(windows):
 
     def make(name, **options):
         model = tiny(name, **options)
-        _, blocks = decoder_blocks(model)
+        blocks = Decoder.of(model).blocks
         recording = capture_block_inputs(model, windows, micro_batch=2)
-        return blocks[1], recording.calls[1], recording.hidden
+        return BlockPass(blocks[1], recording.calls[1], recording.hidden, "block")
 
     return make
 
@@ -417,48 +447,50 @@ class Experts(nn.Module):
 class TestObserve:
     @pytest.mark.parametrize("name", FAMILIES + EXTRAS)
     def test_gives_outputs_and_statistics_in_one_pass(self, name, second_block):
-        block, calls, hidden = second_block(name)
+        through = second_block(name)
         outputs = ActivationStore("cpu")
-        seen = collect_statistics(block, calls, hidden, Products, outputs=outputs)
+        seen = collect_statistics(through, Products, outputs)
         with torch.no_grad():
-            assert all(torch.equal(y, run_block(block, x, calls[len(x)])) for x, y in zip(hidden, outputs, strict=True))
-        expected = products_of_each(block, calls, hidden)
+            for i, (x, y) in enumerate(zip(through.hidden, outputs, strict=True)):
+                assert torch.equal(y, run_block(through.block, x, through.call(i)))
+        expected = products_of_each(through)
         assert seen.owner.keys() == expected.keys()
         for layer, owner in seen.owner.items():
             assert torch.equal(seen.statistics[owner].H, expected[layer].H)
         assert set(seen.statistics) == set(seen.owner.values())
-        alone = collect_statistics(block, calls, hidden, Products)
+        alone = collect_statistics(through, Products)
         assert alone.owner == seen.owner
         assert all(torch.equal(statistic.H, seen.statistics[name].H) for name, statistic in alone.statistics.items())
-        assert not hooks_of(block)
+        assert not hooks_of(through.block)
 
     @pytest.mark.parametrize(("outputs", "times"), [(None, 1), (ActivationStore("cpu"), 3)])
     def test_ends_a_pass_where_nothing_is_left_to_see(self, outputs, times, second_block):
-        block, calls, hidden = second_block("llama")
-        assert len(hidden) == 3
+        through = second_block("llama")
+        assert len(through.hidden) == 3
         seen = []
-        block.mlp.down_proj.register_forward_hook(lambda *_: seen.append(1))
-        collect_statistics(block, calls, hidden, Products, outputs=outputs)
+        through.block.mlp.down_proj.register_forward_hook(lambda *_: seen.append(1))
+        collect_statistics(through, Products, outputs)
         assert len(seen) == times  # the first pass shows which linear is the last
 
     def test_sees_to_the_end_what_is_called_more_than_once(self):
         plan = [("ab", "a")] * 3  # the last call of a comes after every linear was called
-        block, hidden, calls = Experts(plan), list(torch.randn(3, 2, 4, 6)), {2: Call((), {})}
+        block = Experts(plan)
+        through = BlockPass(block, bare_calls(3), ActivationStore("cpu", torch.randn(3, 2, 4, 6)))
         block.experts = nn.ModuleDict({name: block.experts[name] for name in "ab"})
-        seen = collect_statistics(block, calls, hidden, Products)
+        seen = collect_statistics(through, Products)
         block.plan = iter(plan)
-        for layer, expected in products_of_each(block, calls, hidden).items():
+        for layer, expected in products_of_each(through).items():
             assert torch.equal(seen.statistics[seen.owner[layer]].H, expected.H)
 
     def test_names_what_is_not_finite_in_a_pass_that_it_ends(self, second_block):
-        block, calls, hidden = second_block("llama")
-        hidden = list(hidden)
+        through = second_block("llama")
+        hidden = list(through.hidden)
         hidden[1] = hidden[1].clone().index_fill_(1, torch.tensor([2]), torch.inf)
         with pytest.raises(InputError, match=r"the input of self_attn\.q_proj is not finite"):
-            collect_statistics(block, calls, hidden, Products)
+            collect_statistics(replace(through, hidden=ActivationStore("cpu", hidden)), Products)
 
     def test_shares_the_statistic_of_a_shared_input(self, second_block):
-        seen = collect_statistics(*second_block("llama"), Products)
+        seen = collect_statistics(second_block("llama"), Products)
         assert seen.owner == {
             "self_attn.q_proj": "self_attn.q_proj",
             "self_attn.k_proj": "self_attn.q_proj",
@@ -470,7 +502,7 @@ class TestObserve:
         }
 
     def test_shares_it_between_parallel_attention_and_mlp(self, second_block):
-        owner = collect_statistics(*second_block("falcon_alibi"), Products).owner
+        owner = collect_statistics(second_block("falcon_alibi"), Products).owner
         assert owner["mlp.dense_h_to_4h"] == owner["self_attention.query_key_value"]
 
     @pytest.mark.parametrize(
@@ -485,12 +517,12 @@ class TestObserve:
         ],
     )
     def test_separates_layers_as_soon_as_their_inputs_differ(self, plan, owner):
-        block, hidden = Experts(plan), list(torch.randn(3, 2, 4, 6))
-        calls = {2: Call((), {})}
-        seen = collect_statistics(block, calls, hidden, Products)
+        block = Experts(plan)
+        through = BlockPass(block, bare_calls(3), ActivationStore("cpu", torch.randn(3, 2, 4, 6)))
+        seen = collect_statistics(through, Products)
         assert seen.owner == {f"experts.{name}": f"experts.{own}" for name, own in owner.items()}
         block.plan = iter(plan)
-        for layer, expected in products_of_each(block, calls, hidden).items():
+        for layer, expected in products_of_each(through).items():
             assert torch.equal(seen.statistics[seen.owner[layer]].H, expected.H)
 
     @pytest.mark.parametrize(
@@ -502,20 +534,20 @@ class TestObserve:
         ],
     )
     def test_names_the_layer_where_numbers_go_wrong(self, broken, named, second_block):
-        block, calls, hidden = second_block("llama")
+        through = second_block("llama")
         with torch.no_grad():
-            block.get_submodule(broken).weight[3] = torch.nan
+            through.block.get_submodule(broken).weight[3] = torch.nan
         with pytest.raises(InputError, match=f"block 3: {named} is not finite .* --dtype float32"):
-            collect_statistics(block, calls, hidden, Products, label="block 3")
-        assert not hooks_of(block)
+            collect_statistics(replace(through, label="block 3"), Products)
+        assert not hooks_of(through.block)
 
     def test_names_the_layer_whose_input_overflows(self, second_block):
-        block, calls, hidden = second_block("llama", dtype=torch.float16)
+        through = second_block("llama", dtype=torch.float16)
         with torch.no_grad():
-            block.mlp.up_proj.weight *= 1e4
-            block.mlp.gate_proj.weight *= 1e3
+            through.block.mlp.up_proj.weight *= 1e4
+            through.block.mlp.gate_proj.weight *= 1e3
         with pytest.raises(InputError, match=r"the input of mlp\.down_proj is not finite"):
-            collect_statistics(block, calls, hidden, Products)
+            collect_statistics(through, Products)
 
     def test_refuses_inputs_that_change_under_its_eyes(self):
         class InPlace(nn.Module):
@@ -529,12 +561,14 @@ class TestObserve:
 
         block = InPlace()
         with pytest.raises(InputError, match="block 3 changes the input of up in place"):
-            collect_statistics(block, {2: Call((), {})}, [torch.ones(2, 4, 6)], Products, label="block 3")
+            collect_statistics(
+                BlockPass(block, bare_calls(1), ActivationStore("cpu", [torch.ones(2, 4, 6)]), "block 3"), Products
+            )
         assert not hooks_of(block)
 
     def test_names_the_output_if_every_layer_is_sound(self, second_block):
-        block, calls, hidden = second_block("gemma2")
+        through = second_block("gemma2")
         with torch.no_grad():
-            block.post_feedforward_layernorm.weight[0] = torch.inf
+            through.block.post_feedforward_layernorm.weight[0] = torch.inf
         with pytest.raises(InputError, match="block: the output is not finite"):
-            collect_statistics(block, calls, hidden, Products)
+            collect_statistics(through, Products)

@@ -4,8 +4,9 @@ import torch
 from families import EXTRAS, FAMILIES, save_tiny, tiny
 from sparlow.errors import InputError
 from sparlow.linalg.gram import SquareAccumulator
+from sparlow.model.forward.block_pass import BlockPass
 from sparlow.model.forward.capture import capture_block_inputs
-from sparlow.model.forward.decoder import decoder_blocks
+from sparlow.model.forward.decoder import Decoder
 from sparlow.model.forward.input_statistics import collect_statistics
 from sparlow.model.loading.meta import meta_model, shared_inputs
 
@@ -23,9 +24,9 @@ def test_the_outline_has_the_shapes_of_the_model(family, tmp_path):
 @pytest.mark.parametrize("family", ["llama", "opt", "falcon_alibi", "phi3", "gemma3_text", "bloom", "mixtral"])
 def test_who_reads_what_is_seen_without_weights(family, tmp_path):
     model = save_tiny(family, tmp_path)
-    _, blocks = decoder_blocks(model)
+    blocks = Decoder.of(model).blocks
     recording = capture_block_inputs(model, torch.arange(24).view(2, 12), micro_batch=2)
-    found = collect_statistics(blocks[0], recording.calls[0], recording.hidden, SquareAccumulator)
+    found = collect_statistics(BlockPass(blocks[0], recording.calls[0], recording.hidden), SquareAccumulator)
     assert shared_inputs(meta_model(str(tmp_path)))[0] == found.owner
     assert shared_inputs(model)[0] == found.owner
 

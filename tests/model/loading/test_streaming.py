@@ -9,7 +9,7 @@ import sparlow
 from families import EXTRAS, FAMILIES, save_tiny, tiny
 from sparlow.evaluation.perplexity import perplexity
 from sparlow.model.forward.activation_store import ActivationStore, place
-from sparlow.model.forward.decoder import decoder_blocks
+from sparlow.model.forward.decoder import Decoder
 from sparlow.model.loading.source import OpenedModel, open_model, upcast_for_cpu
 from sparlow.model.loading.weights import all_loaded, scan
 from sparlow.progress import Clock
@@ -32,7 +32,7 @@ def same(found, expected):
 
 def by_blocks(opened, offload="auto", notify=lambda _: None):
     meter = BlockwiseRunner(opened, offload, Clock(), notify)
-    return meter.perplexity("dense perplexity", WINDOWS, meter.parts)
+    return meter.perplexity("dense perplexity", WINDOWS, opened.weights)
 
 
 def checksums(folder):
@@ -49,7 +49,7 @@ def test_parts_are_those_of_the_whole_model(name, dtype, tmp_path):
     assert streamed.fingerprint == opened.fingerprint
     assert not streamed.warnings
     model, parts = streamed.model, streamed.on_disk
-    blocks_name, blocks = decoder_blocks(model)
+    blocks_name, blocks = Decoder.of(model).name, Decoder.of(model).blocks
     found = set()
     with parts.outside_blocks():
         for key, tensor in stored(model).items():
@@ -85,7 +85,7 @@ def test_perplexity_by_blocks_is_that_of_the_model(name, tmp_path):
     seen = []
     found = by_blocks(OpenedModel(model, None, name, ""), notify=seen.append)
     assert found == pytest.approx(expected, rel=1e-5)
-    assert [step.done for step in seen] == list(range(1, len(decoder_blocks(model)[1]) + 2))
+    assert [step.done for step in seen] == list(range(1, len(Decoder.of(model).blocks) + 2))
     assert by_blocks(open_model(str(tmp_path), streamed=True), offload="disk") == found
 
 

@@ -7,12 +7,13 @@ import pytest
 import torch
 
 import sparlow
-from families import save_tiny, tiny
+from families import linears, save_tiny, tiny
 from sparlow.errors import RunError
 from sparlow.model.artefact.layers import SparseLowRankLinear, compressed_layers
 from sparlow.model.forward.activation_store import ActivationStore
+from sparlow.model.forward.block_pass import BlockPass
 from sparlow.model.forward.capture import capture_block_inputs
-from sparlow.model.forward.decoder import decoder_blocks, linears
+from sparlow.model.forward.decoder import Decoder
 from sparlow.model.forward.input_statistics import collect_statistics
 from sparlow.model.training.block_matching import PRESETS, match
 from sparlow.model.training.loop import Plan
@@ -36,10 +37,10 @@ class Nothing:
 def problem(family="llama", rank=2, seed=0):
     """A compressed block, its calls, inputs and the dense block's outputs."""
     model = tiny(family)
-    _, blocks = decoder_blocks(model)
+    blocks = Decoder.of(model).blocks
     recording = capture_block_inputs(model, WINDOWS, micro_batch=4, apart=2)
     outputs = ActivationStore("cpu")
-    collect_statistics(blocks[0], recording.calls[0], recording.hidden, Nothing, outputs=outputs)
+    collect_statistics(BlockPass(blocks[0], recording.calls[0], recording.hidden), Nothing, outputs)
     draw = torch.Generator().manual_seed(seed)
     for name, linear in linears(blocks[0]).items():
         W = linear.weight.detach()
@@ -53,12 +54,12 @@ def supports(block):
     return {name: layer.S != 0 for name, layer in compressed_layers(block).items()}
 
 
-def loss_of(block, calls, inputs, targets, *, relative=False):
+def loss_of(block, calls, inputs, targets, *, relative=False, first=0):
     """The loss from its definition, every token of every window alike."""
     errors, sizes = [], []
     with torch.no_grad():
-        for x, target in zip(inputs, targets, strict=True):
-            call = calls[len(x)]
+        for i, (x, target) in enumerate(zip(inputs, targets, strict=True), first):
+            call = calls.at(i, "cpu")
             y = block(x, *call.args, **call.kwargs)
             y = y[0] if isinstance(y, tuple) else y
             errors.append((y - target).square().sum(-1).flatten())
@@ -73,7 +74,7 @@ def loss_of(block, calls, inputs, targets, *, relative=False):
 def test_the_loss_falls_and_the_support_stays(family, rank):
     block, calls, inputs, targets = problem(family, rank)
     before, kept = loss_of(block, calls, inputs, targets), supports(block)
-    found = match(block, calls, inputs, targets, PLAN)
+    found = match(BlockPass(block, calls, inputs), targets, PLAN)
     assert found.loss_before == pytest.approx(before, rel=1e-4)
     assert found.loss_after == pytest.approx(loss_of(block, calls, inputs, targets), rel=1e-4)
     assert found.loss_after < 0.9 * before
@@ -86,7 +87,7 @@ def test_the_loss_falls_and_the_support_stays(family, rank):
 def test_every_parameter_takes_part():
     block, calls, inputs, targets = problem("gpt_neox")
     before = {name: p.detach().clone() for name, p in block.named_parameters()}
-    match(block, calls, inputs, targets, PLAN)
+    match(BlockPass(block, calls, inputs), targets, PLAN)
     assert [name for name, p in block.named_parameters() if torch.equal(p, before[name])] == []
 
 
@@ -95,22 +96,22 @@ def test_held_out_windows_judge_and_are_not_trained_on(relative):
     block, calls, inputs, targets = problem()
     plan = replace(PLAN, relative=relative)
     held = (calls, inputs[-1:], targets[-1:])
-    before = loss_of(block, *held, relative=relative)
-    found = match(block, calls, inputs, targets, plan, held_out=1)
+    before = loss_of(block, *held, relative=relative, first=len(inputs) - 1)
+    found = match(BlockPass(block, calls, inputs), targets, plan, held_out=1)
     assert found.loss_before == pytest.approx(before, rel=1e-4)
-    assert found.loss_after == pytest.approx(loss_of(block, *held, relative=relative), rel=1e-4)
+    assert found.loss_after == pytest.approx(loss_of(block, *held, relative=relative, first=len(inputs) - 1), rel=1e-4)
     other, *_ = problem()
     spoilt = [*targets[:-1], targets[-1] + 0.5]  # decides which epoch is best, nothing else
-    match(other, calls, inputs, spoilt, replace(plan, epochs=1), held_out=1)
+    match(BlockPass(other, calls, inputs), spoilt, replace(plan, epochs=1), held_out=1)
     again, *_ = problem()
-    match(again, calls, inputs, targets, replace(plan, epochs=1), held_out=1)
+    match(BlockPass(again, calls, inputs), targets, replace(plan, epochs=1), held_out=1)
     assert any(torch.equal(a, b) for a, b in zip(other.parameters(), again.parameters(), strict=True))
 
 
 def test_the_best_epoch_is_kept_if_training_only_harms():
     block, calls, inputs, targets = problem()
     before = copy.deepcopy(block.state_dict())
-    found = match(block, calls, inputs, targets, replace(PLAN, lr=3.0, epochs=3))
+    found = match(BlockPass(block, calls, inputs), targets, replace(PLAN, lr=3.0, epochs=3))
     assert found.loss_after == found.loss_before
     for name, value in block.state_dict().items():
         torch.testing.assert_close(value, before[name], rtol=0, atol=0)
@@ -118,7 +119,7 @@ def test_the_best_epoch_is_kept_if_training_only_harms():
 
 def test_training_stops_when_nothing_is_gained():
     block, calls, inputs, targets = problem()
-    found = match(block, calls, inputs, targets, replace(PLAN, lr=3.0, epochs=9, patience=2), held_out=1)
+    found = match(BlockPass(block, calls, inputs), targets, replace(PLAN, lr=3.0, epochs=9, patience=2), held_out=1)
     assert found.epochs == 2
 
 
@@ -126,7 +127,7 @@ def test_the_same_seed_gives_the_same_bits():
     results = []
     for seed in (5, 5, 6):
         block, calls, inputs, targets = problem()
-        match(block, calls, inputs, targets, PLAN, seed=seed)
+        match(BlockPass(block, calls, inputs), targets, PLAN, seed=seed)
         results.append(torch.cat([p.detach().flatten() for p in block.parameters()]))
     assert torch.equal(results[0], results[1])
     assert not torch.equal(results[0], results[2])
@@ -139,11 +140,11 @@ def test_micro_batches_add_up_to_a_step():
         model = tiny("llama")
         recording = capture_block_inputs(model, WINDOWS[:8], micro_batch=size)
         block, _, _, _ = problem()
-        dense = decoder_blocks(tiny("llama"))[1][0]
+        dense = Decoder.of(tiny("llama")).blocks[0]
         targets = ActivationStore("cpu")
-        collect_statistics(dense, recording.calls[0], recording.hidden, Nothing, outputs=targets)
+        collect_statistics(BlockPass(dense, recording.calls[0], recording.hidden), Nothing, targets)
         plan = replace(PLAN, batch=8, epochs=1, relative=True)
-        match(block, recording.calls[0], recording.hidden, targets, plan)
+        match(BlockPass(block, recording.calls[0], recording.hidden), targets, plan)
         blocks.append(block)
     for a, b in zip(blocks[0].parameters(), blocks[1].parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-5)
@@ -153,7 +154,7 @@ def test_a_loss_that_is_not_finite_stops_the_run():
     block, calls, inputs, targets = problem()
     targets = [target * torch.inf for target in targets]
     with pytest.raises(RunError, match=r"model.layers.3: matching cannot begin: the loss is not finite at step 1"):
-        match(block, calls, inputs, targets, PLAN, label="model.layers.3")
+        match(BlockPass(block, calls, inputs, "model.layers.3"), targets, PLAN)
     assert len(compressed_layers(block)) == 7  # the block is whole again
 
 
@@ -163,7 +164,7 @@ def test_the_block_is_as_it_was_but_for_its_numbers():
     for p in block.parameters():
         p.requires_grad_(requires_grad=False)
     names = [name for name, _ in block.named_parameters()]
-    match(block, calls, inputs, targets, replace(PLAN, epochs=1))
+    match(BlockPass(block, calls, inputs), targets, replace(PLAN, epochs=1))
     assert [name for name, _ in block.named_parameters()] == names
     assert all(not p.requires_grad and p.grad is None for p in block.parameters())
     assert block.training
@@ -189,7 +190,7 @@ def test_how_long_the_columns_of_u_are_does_not_matter():
             for layer in compressed_layers(block).values():
                 layer.U.mul_(length)
                 layer.V.div_(length)
-        found = match(block, calls, inputs, targets, PLAN)
+        found = match(BlockPass(block, calls, inputs), targets, PLAN)
         layers = compressed_layers(block).values()
         ends.append((found.loss_after, [(layer.U / length, layer.V * length) for layer in layers]))
     assert ends[0][0] == ends[1][0]
@@ -236,7 +237,7 @@ def leaving(model):
     found = []
     hooks = [
         block.register_forward_hook(lambda _m, _x, y: found.append(y[0] if isinstance(y, tuple) else y))
-        for block in decoder_blocks(model)[1]
+        for block in Decoder.of(model).blocks
     ]
     with torch.no_grad():
         model(WINDOWS)
@@ -260,9 +261,9 @@ def test_a_block_makes_up_for_those_before_it(tmp_path):
 def test_a_step_takes_as_many_windows_as_it_says(tmp_path, monkeypatch):
     sizes = set()
 
-    def spy(block, calls, inputs, *args, **options):
-        sizes.update(len(x) for x in inputs)
-        return match(block, calls, inputs, *args, **options)
+    def spy(through, *args, **options):
+        sizes.update(len(x) for x in through.hidden)
+        return match(through, *args, **options)
 
     monkeypatch.setattr("sparlow.run.recovery.match", spy)
     save_tiny("llama", tmp_path / "model")
@@ -306,7 +307,7 @@ def test_what_a_method_kept_and_its_low_rank_part_and_the_rest_have_rates_of_the
     }.items():
         block, calls, inputs, targets = problem()
         before = {name: p.detach().clone() for name, p in block.named_parameters()}
-        match(block, calls, inputs, targets, plan)
+        match(BlockPass(block, calls, inputs), targets, plan)
         moved = dict.fromkeys(whole, False)
         for name, p in block.named_parameters():
             part = name.rpartition(".")[2] if name.rpartition(".")[2] in whole else "norm"

@@ -8,11 +8,12 @@ import torch
 from torch.nn import functional
 
 import sparlow
-from families import save_tiny, tiny
+from families import linears, save_tiny, tiny
 from sparlow.errors import RunError
 from sparlow.model.artefact.layers import SparseLowRankLinear, compressed_layers
+from sparlow.model.forward.block_pass import BlockPass, pass_through
 from sparlow.model.forward.capture import capture_block_inputs
-from sparlow.model.forward.decoder import decoder_blocks, linears, pass_through
+from sparlow.model.forward.decoder import Decoder
 from sparlow.model.training import distillation as distilling
 from sparlow.model.training.distillation import PRESETS, distill
 from sparlow.recipe.recipe import Recipe
@@ -27,7 +28,7 @@ def compressed(family):
     """A model whose linears lost half of their entries, and its dense twin."""
     model = tiny(family)
     draw = torch.Generator().manual_seed(0)
-    for block in decoder_blocks(model)[1]:
+    for block in Decoder.of(model).blocks:
         for name, linear in linears(block).items():
             W = linear.weight.detach()
             keep = torch.rand(W.shape, generator=draw) < 0.5
@@ -41,8 +42,8 @@ def problem(family):
     recording = capture_block_inputs(dense, WINDOWS, micro_batch=2, apart=2)
     wanted = recording.hidden
     with torch.no_grad():
-        for block, calls in zip(decoder_blocks(dense)[1], recording.calls, strict=True):
-            wanted = pass_through(block, wanted, calls)
+        for block, calls in zip(Decoder.of(dense).blocks, recording.calls, strict=True):
+            wanted = pass_through(BlockPass(block, calls, wanted))
     return model, dense, recording, wanted
 
 
@@ -59,20 +60,20 @@ def test_losses_and_gradients_are_those_of_the_definition(family, monkeypatch):
     monkeypatch.setattr("sparlow.model.forward.capture.LOGITS_AT_ONCE", 3 * 2 * 97)  # many pieces
     model, dense, recording, wanted = problem(family)
     by_hand = copy.deepcopy(model)
-    chain = distilling._Chain(list(decoder_blocks(model)[1]), recording.calls)
-    loss = distilling._Divergence(chain, model, recording.output)(recording.hidden[0], wanted[0])
+    chain = distilling._Chain(list(Decoder.of(model).blocks), recording.calls)
+    loss = distilling._Divergence(chain, model, recording.output)(0, recording.hidden[0], wanted[0])
     loss.backward()
     expected = divergence(by_hand, dense, WINDOWS[:2])
     expected.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
-    for p, q in zip(decoder_blocks(model)[1].parameters(), decoder_blocks(by_hand)[1].parameters(), strict=True):
+    for p, q in zip(Decoder.of(model).blocks.parameters(), Decoder.of(by_hand).blocks.parameters(), strict=True):
         if q.grad is not None:
             torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-7)
 
 
 def test_the_answer_comes_nearer_and_the_support_stays():
     model, dense, recording, wanted = problem("llama")
-    blocks = list(decoder_blocks(model)[1])
+    blocks = list(Decoder.of(model).blocks)
     outside = {n: p.clone() for n, p in model.named_parameters() if not n.startswith("model.layers.")}
     kept = {name: layer.S != 0 for name, layer in compressed_layers(model).items()}
     with torch.no_grad():
@@ -91,7 +92,7 @@ def test_the_answer_comes_nearer_and_the_support_stays():
 def test_a_loss_that_is_not_finite_stops():
     model, _, recording, wanted = problem("llama")
     with pytest.raises(RunError, match="distillation diverged"):
-        distill(model, list(decoder_blocks(model)[1]), recording, wanted, replace(PLAN, lr=1e30))
+        distill(model, list(Decoder.of(model).blocks), recording, wanted, replace(PLAN, lr=1e30))
 
 
 # In a run

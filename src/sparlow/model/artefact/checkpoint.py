@@ -8,7 +8,6 @@ transformers: ``AutoModelForCausalLM.from_pretrained(folder)`` is enough to open
 import copy
 import json
 from collections.abc import Iterator, Mapping
-from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from sparlow.errors import InputError, RunError, as_input_error
 from sparlow.files import CONFIG, INDEX, RECORD, read_json, replacing, sync_folder
 from sparlow.model.artefact.checksums import require_recorded, require_sane
+from sparlow.model.artefact.dtypes import StoredDtypes
 from sparlow.model.artefact.hf_quantizer import METHOD, SparlowConfig
 from sparlow.model.artefact.layers import compressed_layers, install
 from sparlow.model.artefact.shards import (
@@ -35,6 +35,7 @@ from sparlow.model.artefact.shards import (
     read_index,
     write_shard,
 )
+from sparlow.model.forward.decoder import Decoder, require_own_weights
 from sparlow.model.loading.weights import Weights, to_compute
 
 
@@ -44,11 +45,9 @@ class CheckpointWriter:
     Args:
         folder: made if need be.
         model: the whole model; its blocks may be on the meta device.
-        blocks_name: name of the list of blocks in the model.
-        count: number of blocks.
-        dtype: type of the stored weights, where the model computes in another; its own if left out.
+        decoder: its blocks.
+        storage: types of the stored weights, where the model computes in another; its own if left out.
         computed: type it computes in; its own if left out.
-        kept: names of the weights that keep their type all the same.
 
     Raises:
         InputError: the model shares weights between blocks, or the folder cannot be made.
@@ -58,19 +57,15 @@ class CheckpointWriter:
         self,
         folder: str | Path,
         model: PreTrainedModel,
-        blocks_name: str,
-        count: int,
+        decoder: Decoder,
         *,
-        dtype: torch.dtype | None = None,
+        storage: StoredDtypes | None = None,
         computed: torch.dtype | None = None,
-        kept: AbstractSet[str] = frozenset(),
     ) -> None:
-        self._folder, self._blocks_name, self._count = Path(folder), blocks_name, count
-        self._computed, self._stored, self._kept = computed or model.dtype, dtype or model.dtype, kept
+        self._folder, self._decoder = Path(folder), decoder
+        self._computed, self._storage = computed or model.dtype, storage or StoredDtypes.of(model)
         self._tied = dict(model.all_tied_weights_keys)
-        inside = sorted(k for pair in self._tied.items() for k in pair if k.startswith(f"{blocks_name}."))
-        if inside:
-            raise InputError(f"{inside[0]} is shared with another layer, so it cannot be compressed block by block")
+        require_own_weights(model, decoder)
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as problem:
@@ -82,8 +77,7 @@ class CheckpointWriter:
         Raises:
             RunError: it cannot be written.
         """
-        prefix = f"{self._blocks_name}.{i}"
-        state = {f"{prefix}.{name}": tensor for name, tensor in packed_state(block).items()}
+        state = {self._decoder.layer_name(i, name): tensor for name, tensor in packed_state(block).items()}
         return write_shard(self._path(i), self._in_stored_type(state))
 
     def write_rest(self, model: PreTrainedModel) -> ShardRecord:
@@ -92,16 +86,16 @@ class CheckpointWriter:
         Raises:
             RunError: it cannot be written.
         """
-        state = packed_state(model, without=self._blocks_name)
+        state = packed_state(model, without=self._decoder.name)
         for target, source in self._tied.items():
             if target in state and source in state and state[target].data_ptr() == state[source].data_ptr():
                 del state[target]
-        return write_shard(self._path(self._count), self._in_stored_type(state))
+        return write_shard(self._path(len(self._decoder)), self._in_stored_type(state))
 
     def _in_stored_type(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Cast what has the type of the computation; masks, and weights that keep their type, stay."""
-        cast = {name for name, t in state.items() if t.dtype == self._computed} - self._kept
-        return {name: t.to(self._stored) if name in cast else t for name, t in state.items()}
+        """Cast what has the type of the computation to the one it came in; masks and other types stay."""
+        cast = {name: self._storage.of_tensor(name) for name, t in state.items() if t.dtype == self._computed}
+        return {name: t.to(cast[name]) if name in cast else t for name, t in state.items()}
 
     def finish(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, *, plain: bool = False
@@ -119,7 +113,7 @@ class CheckpointWriter:
             RunError: a shard is missing or damaged, or something cannot be written.
         """
         try:
-            headers = read_headers(self._path(i) for i in range(self._count + 1))
+            headers = read_headers(self._path(i) for i in range(len(self._decoder) + 1))
             self._write_index(headers)
             if model.can_generate() and model.generation_config is not None:
                 # Not save_pretrained: it refuses what many published models have, as a temperature without sampling.
@@ -134,7 +128,7 @@ class CheckpointWriter:
             raise RunError(f"cannot finish {self._folder}: {problem}") from problem
 
     def _write_index(self, headers: Mapping[str, Header]) -> None:
-        size = sum(self._path(i).stat().st_size for i in range(self._count + 1))
+        size = sum(self._path(i).stat().st_size for i in range(len(self._decoder) + 1))
         index = {"metadata": {"total_size": size}, "weight_map": {name: h.file.name for name, h in headers.items()}}
         with replacing(self._folder / INDEX) as partial:
             partial.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", "utf-8")
@@ -146,18 +140,18 @@ class CheckpointWriter:
         elif hasattr(config, "quantization_config"):
             del config.quantization_config
         config.architectures = [type(model).__name__]
-        config.dtype = self._stored
+        config.dtype = self._storage.dtype
         if model.is_remote_code():
             custom_object_save(model, self._folder, config=config)  # type: ignore[arg-type]  # takes configs too
         with replacing(self._folder / "config.json") as partial:
             config.to_json_file(partial)
 
     def _path(self, i: int) -> Path:
-        return self._folder / f"model-{i + 1:05d}-of-{self._count + 1:05d}.safetensors"
+        return self._folder / f"model-{i + 1:05d}-of-{len(self._decoder) + 1:05d}.safetensors"
 
 
-def read_block(folder: str | Path, blocks_name: str, i: int, block: nn.Module) -> None:
-    """Load block i of a directory, finished or not, into a dense block; its linear layers become compressed ones.
+def read_block(folder: str | Path, decoder: Decoder, i: int, block: nn.Module) -> None:
+    """Load block i of a directory, finished or not, into a dense block; its layers become compressed ones.
 
     The tensors arrive on the block's device, or on the CPU if that is the meta device, in the dtype of the file.
 
@@ -168,7 +162,7 @@ def read_block(folder: str | Path, blocks_name: str, i: int, block: nn.Module) -
     if len(paths) != 1:
         raise InputError(f"expected one shard of block {i} in {folder}, found {len(paths)}")
     headers = read_headers(paths)
-    prefix = f"{blocks_name}.{i}."
+    prefix = decoder.layer_name(i, "")
     device = next((p.device for p in block.parameters() if not p.is_meta), torch.device("cpu"))
     parts = by_layer({name.removeprefix(prefix): header for name, header in headers.items()})
     for stored, record in layer_records(headers).items():
@@ -186,13 +180,13 @@ class Written:
 
     Args:
         folder: where they were written to.
-        blocks_name: name of the list of blocks in the model.
+        decoder: its blocks.
         dense: the parts of the model that was compressed.
     """
 
-    def __init__(self, folder: Path, blocks_name: str, dense: Weights) -> None:
+    def __init__(self, folder: Path, decoder: Decoder, dense: Weights) -> None:
         self.device, self.computing = dense.device, dense.computing
-        self._folder, self._name, self._dense = folder, blocks_name, dense
+        self._folder, self._decoder, self._dense = folder, decoder, dense
 
     def outside_blocks(self, *, stored: bool = False) -> AbstractContextManager[None]:
         """See ``Weights``; nothing outside of the blocks was changed."""
@@ -203,7 +197,7 @@ class Written:
         """See ``Weights``."""
         with self._dense.block(i, load=False) as block:
             if load and not compressed_layers(block):  # in memory they have stayed
-                read_block(self._folder, self._name, i, block)
+                read_block(self._folder, self._decoder, i, block)
                 to_compute(block, self)
             yield block
 

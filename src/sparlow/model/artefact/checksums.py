@@ -59,7 +59,7 @@ def require_recorded(folder: Path, recorded: Mapping[str, Any]) -> None:
 
 
 def require_sane(config: Any, tensors: int) -> None:  # noqa: ANN401 - what a JSON file holds
-    """See that a config promises no more layers than there are tensors: its skeleton is built before they are read.
+    """See that a config promises no more layers than there are tensors: its meta model is built before they are read.
 
     Raises:
         InputError: it does.

@@ -1,7 +1,7 @@
 """What makes transformers open, train and save models with compressed layers: import it and it is registered.
 
 ``config.json`` names the compressed layers under ``quantization_config``. Before any weight is read they take the
-place of the skeleton's linear layers, and on the way in each mask and its values are unpacked. Tensors have the names
+place of the meta model's linear layers, and on the way in each mask and its values are unpacked. Tensors have the names
 they have in memory, whatever transformers would call them in a checkpoint of its own.
 """
 
@@ -63,7 +63,7 @@ def _is_record(record: object) -> bool:
 
 @register_quantizer(METHOD)
 class SparlowQuantizer(HfQuantizer):
-    """Puts compressed layers into a skeleton before its weights are loaded, and packs them when it is saved."""
+    """Puts compressed layers into a meta model before its weights are loaded, and packs them when it is saved."""
 
     requires_calibration = True  # a dense model is compressed by sparlow.compress, never by from_pretrained
     quantization_config: SparlowConfig
@@ -175,11 +175,11 @@ def _name_in(model: "PreTrainedModel", name: str) -> str:
 
 
 def _check_rest(model: "PreTrainedModel", headers: Mapping[str, Header]) -> None:
-    """Refuse tensors of another shape than the skeleton's, which would be made up at the size that the config says."""
-    compressed = tuple(f"{name}." for name in compressed_layers(model))
+    """Refuse tensors of another shape than the meta model's, which would be made up at the config's size."""
+    compressed = compressed_layers(model).keys()
     for name, tensor in model.state_dict().items():
         header = headers.get(name) or headers.get(f"{model.base_model_prefix}.{name}")
-        if header and not name.startswith(compressed) and header.shape != tuple(tensor.shape):
+        if header and name.rpartition(".")[0] not in compressed and header.shape != tuple(tensor.shape):
             shapes = f"{tuple(tensor.shape)}, but the file holds {header.shape}"
             raise InputError(f"{name} should have the shape {shapes}: config.json belongs to another model")
 

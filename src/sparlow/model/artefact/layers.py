@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from sparlow.errors import InputError
 from sparlow.model.artefact.bitmask import unpack
+from sparlow.model.forward.compressible import weight_of
 
 FULL = 32  # bits of a number in which S + U V is as good as its parts
 
@@ -122,19 +123,22 @@ def compressed_layers(root: nn.Module) -> dict[str, SparseLowRankLinear]:
 
 
 def install(root: nn.Module, name: str, rank: int) -> SparseLowRankLinear:
-    """Replace the linear layer ``name`` of ``root`` by a compressed one without content, on the meta device.
+    """Replace what can be compressed under ``name`` in ``root`` by a compressed layer on the meta device.
 
     Raises:
-        InputError: there is no linear layer of this name.
+        InputError: there is nothing of this name that can be compressed.
     """
-    linear = dict(root.named_modules()).get(name)
-    if not isinstance(linear, nn.Linear):
+    try:
+        weight = weight_of(root, name, root.get_submodule(name))
+    except AttributeError:  # as torch says that there is no such module
+        weight = None
+    if weight is None:
         raise InputError(f"{name} is compressed, but the model has no linear layer of this name")
-    out, features = linear.out_features, linear.in_features
+    out, features = weight.shape
     S, U, V = (
-        torch.empty(shape, dtype=linear.weight.dtype, device="meta")
+        torch.empty(shape, dtype=weight.dtype, device="meta")
         for shape in ((out, features), (out, rank), (rank, features))
     )
-    layer = SparseLowRankLinear(S, U, V, None if linear.bias is None else linear.bias.to("meta"))
-    root.set_submodule(name, layer.train(linear.training))
+    layer = SparseLowRankLinear(S, U, V, None if weight.bias is None else weight.bias.to("meta"))
+    weight.put(layer)
     return layer

@@ -7,7 +7,7 @@ changes, but for clipping, is that the learning rate of U is 16 / r times that o
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from sparlow.errors import RunError
 from sparlow.model.artefact.layers import SparseLowRankLinear, compressed_layers
+from sparlow.model.forward.compressible import compressible
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -53,6 +54,18 @@ def put_together(model: PreTrainedModel, parts: Mapping[str, LowRank]) -> None:
         S = linear.weight.detach()
         layer = SparseLowRankLinear(S, U.to(S), V.to(S), linear.bias)
         model.set_submodule(name, layer.train(linear.training))
+
+
+def to_own_form(model: PreTrainedModel, parts: Iterable[str]) -> None:
+    """Give weights that were taken apart the form in which the model's own class stores them, which may be transposed.
+
+    Only for writing a plain model: its layers do not compute with them any more.
+    """
+    with torch.device("meta"):
+        own = compressible(type(model)(model.config))
+    for name in parts:
+        linear: Any = model.get_submodule(name)
+        linear.weight = nn.Parameter(own[name].as_stored(linear.weight.detach()), requires_grad=False)
 
 
 def with_lora(model: PreTrainedModel, parts: Mapping[str, LowRank], ranks: Mapping[str, int], seed: int) -> "PeftModel":

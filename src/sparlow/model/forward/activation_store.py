@@ -2,22 +2,24 @@
 
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sparlow.errors import InputError
+from sparlow.model.forward.arguments import rebuilt
 
+Shared = Mapping[int, Any]  # what blocks wrote into containers that they share, see ``calls.Call.written``
 PLACES = ("auto", "cpu", "disk")
 AT_ONCE = 4  # copies of the hidden states: inputs of a block, its outputs, targets, and the last of these before
 
 
 class ActivationStore(Sequence[Tensor]):
-    """Tensors in a row, to be read again and again, in any order.
+    """Tensors in a row, to be read again and again, in any order; with each, what goes along with it.
 
     Args:
         place: a device, or "disk" for files in the system's folder for temporary ones; they go with the store.
@@ -26,26 +28,49 @@ class ActivationStore(Sequence[Tensor]):
 
     def __init__(self, place: torch.device | str, tensors: Iterable[Tensor] = ()) -> None:
         self.place = place
-        self._held: list[Tensor] = []
-        self._count = 0
+        self._held: list[list[Tensor]] = []
+        self._shared: list[Any] = []  # containers with the numbers of their tensors
         self._folder = tempfile.TemporaryDirectory(prefix="sparlow-") if place == "disk" else None
         for tensor in tensors:
             self.append(tensor)
 
-    def append(self, tensor: Tensor) -> None:
-        """Put one more at the end."""
+    def append(self, tensor: Tensor, shared: Shared | None = None) -> None:
+        """Put one more at the end.
+
+        Args:
+            tensor: What it is.
+            shared: What goes along with it: containers of any kind; what was in their tensors is kept.
+        """
+        tensors, numbers = [tensor.detach()], dict[int, int]()
+
+        def number(part: Tensor) -> _Number:
+            if id(part) not in numbers:
+                numbers[id(part)] = len(tensors)
+                tensors.append(part.detach())
+            return _Number(numbers[id(part)])
+
+        self._shared.append(rebuilt(dict(shared), number) if shared else {})
         if self._folder:
-            save_file({"x": tensor.detach().cpu().contiguous()}, self._file(self._count))
+            own = [tensors[0].cpu().contiguous(), *(t.cpu().clone().contiguous() for t in tensors[1:])]
+            save_file({str(i): t for i, t in enumerate(own)}, self._file(len(self) - 1))
         else:
-            self._held.append(tensor.to(self.place))
-        self._count += 1
+            self._held.append([t.to(self.place) for t in tensors])
+
+    def shared(self, i: int) -> Shared:
+        """Return what goes along with one of them, in containers made for the caller."""
+        content = self._shared[i]
+        if not content:
+            return {}
+        tensors = self._tensors(i)
+        found: dict[int, Any] = rebuilt(content, lambda number: tensors[number.of], _Number)
+        return found
 
     def fresh(self) -> "ActivationStore":
         """Return an empty one in the same place."""
         return ActivationStore(self.place)
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._shared)
 
     @overload
     def __getitem__(self, i: int) -> Tensor: ...
@@ -56,10 +81,23 @@ class ActivationStore(Sequence[Tensor]):
             return [self[k] for k in range(*i.indices(len(self)))]
         if not -len(self) <= i < len(self):
             raise IndexError(i)
-        return load_file(self._file(i % len(self)))["x"] if self._folder else self._held[i]
+        return self._tensors(i)[0]
+
+    def _tensors(self, i: int) -> list[Tensor]:
+        if not self._folder:
+            return self._held[i]
+        found = load_file(self._file(i))
+        return [found[str(k)] for k in range(len(found))]
 
     def _file(self, i: int) -> Path:
-        return Path(self._folder.name if self._folder else "") / f"{i}.safetensors"
+        return Path(self._folder.name if self._folder else "") / f"{i % len(self)}.safetensors"
+
+
+class _Number:
+    """In place of a tensor, its number in a list."""
+
+    def __init__(self, of: int) -> None:
+        self.of = of
 
 
 def place(offload: str, size: int, device: torch.device) -> torch.device | str:

@@ -1,4 +1,4 @@
-"""The outline of a model: modules and shapes from its config alone, on the meta device; no weight is read."""
+"""The meta model: modules and shapes from a config alone, on the meta device; no weight is read."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from sparlow.errors import InputError, as_input_error
-from sparlow.model.forward.decoder import decoder_blocks, linears
+from sparlow.model.forward.compressible import CompressibleWeight, compressible
+from sparlow.model.forward.decoder import Decoder
 from sparlow.model.loading.source import parse_dtype, resolve_model_path
 
 
@@ -18,7 +19,7 @@ class UnknownAheadError(InputError):
     """What becomes of a model is only seen when its weights are opened."""
 
 
-TOKENS = 8  # that pass through the outline, to see who reads what
+TOKENS = 8  # that pass through the meta model, to see who reads what
 
 
 def meta_model(name: str, *, dtype: str = "auto", trust_remote_code: bool = False) -> PreTrainedModel:
@@ -60,13 +61,13 @@ def _config(name: str, *, trust_remote_code: bool) -> tuple[Any, torch.dtype]:
 
 
 def shared_inputs(model: PreTrainedModel) -> list[dict[str, str]]:
-    """Tell for each block which of its linear layers read the same tensor, as ``collect_statistics`` will find it.
+    """Tell for each block which of its weights read the same tensor, as ``collect_statistics`` will find it.
 
     Returns:
-        For each block, for each of its linears by name, the first linear that reads the same; itself where that could
+        For each block, for each of its weights by name, the first that reads the same; itself where that could
         not be seen without weights, which is the most that statistics can take.
     """
-    _, blocks = decoder_blocks(model)
+    blocks = Decoder.of(model).blocks
     seen: list[dict[str, Tensor]] = [{} for _ in blocks]
     mask = torch.ones(1, 1, TOKENS, TOKENS, dtype=torch.bool, device="meta")
     ids = torch.zeros(1, TOKENS, dtype=torch.int64, device="meta")
@@ -76,19 +77,19 @@ def shared_inputs(model: PreTrainedModel) -> list[dict[str, str]]:
         # most models look into a mask of their own making, which has no values here; some take none of this form
         _ = _runs(model, ids, {"attention_mask": mask}) or _runs(model, ids, {})
     # where it stopped half-way, as at experts that choose by values, the first block stands for the others
-    return [_owners(linears(block), inputs or seen[0]) for block, inputs in zip(blocks, seen, strict=True)]
+    return [_owners(compressible(block), inputs or seen[0]) for block, inputs in zip(blocks, seen, strict=True)]
 
 
 def _hooks(blocks: nn.ModuleList, seen: list[dict[str, Tensor]]) -> Iterator[Any]:
     def noting(inputs: dict[str, Tensor], name: str) -> Any:  # noqa: ANN401 - a hook
         def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            inputs[name] = args[0] if args else kwargs["input"]
+            inputs[name] = (*args, *kwargs.values())[0]
 
         return note
 
     for block, inputs in zip(blocks, seen, strict=True):
-        for name, linear in linears(block).items():
-            yield linear.register_forward_pre_hook(noting(inputs, name), with_kwargs=True)
+        for name, weight in compressible(block).items():
+            yield block.get_submodule(weight.reads).register_forward_pre_hook(noting(inputs, name), with_kwargs=True)
 
 
 @torch.no_grad()
@@ -100,7 +101,7 @@ def _runs(model: PreTrainedModel, ids: Tensor, options: Mapping[str, Tensor]) ->
     return True
 
 
-def _owners(layers: Mapping[str, nn.Linear], inputs: Mapping[str, Tensor]) -> dict[str, str]:
+def _owners(layers: Mapping[str, CompressibleWeight], inputs: Mapping[str, Tensor]) -> dict[str, str]:
     first: dict[int, str] = {}
     read = {name: first.setdefault(id(x), name) for name, x in inputs.items() if name in layers}
     return {name: read.get(name, name) for name in layers}

@@ -17,8 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from sparlow.errors import InputError, as_input_error
 from sparlow.files import cache_folder, sync_folder
 from sparlow.machine import check_device
+from sparlow.model.forward.decoder import Decoder
 from sparlow.model.loading.streaming import CannotStreamError, OnDisk, stored_tensors
-from sparlow.model.loading.weights import scan
+from sparlow.model.loading.weights import InMemory, Weights, scan
 
 _DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -34,7 +35,7 @@ class OpenedModel:
         name: what the user called it.
         fingerprint: of the model as opened, see ``weights.Scan``.
         damaged: names of the tensors that hold NaN or infinity.
-        on_disk: its parts, where the model itself is a skeleton without weights.
+        on_disk: its parts, where the model itself is on the meta device, without weights.
         warnings: what the user should know.
     """
 
@@ -45,6 +46,16 @@ class OpenedModel:
     damaged: frozenset[str] = frozenset()
     on_disk: OnDisk | None = None
     warnings: tuple[str, ...] = ()
+
+    @functools.cached_property
+    def decoder(self) -> Decoder:
+        """The chain of its blocks."""
+        return Decoder.of(self.model)
+
+    @functools.cached_property
+    def weights(self) -> Weights:
+        """Its weights on demand, wherever they lie."""
+        return self.on_disk or InMemory(self.decoder.blocks, self.model.dtype)
 
 
 def open_model(
@@ -78,7 +89,7 @@ def open_model(
     warnings: tuple[str, ...] = ()
     if streamed:
         try:
-            return _skeleton(name, where, loading, torch.device(device), options)
+            return _streamed(name, where, loading, torch.device(device), options)
         except CannotStreamError as problem:
             warnings = (f"the whole model was held in memory, because {problem}",)
     model: Any = loading()
@@ -88,7 +99,7 @@ def open_model(
     return OpenedModel(model, tokenizer, name, seen.fingerprint, seen.damaged, warnings=warnings)
 
 
-def _skeleton(
+def _streamed(
     name: str, where: str, loading: Callable[..., PreTrainedModel], device: torch.device, options: dict[str, Any]
 ) -> OpenedModel:
     with as_input_error(f"cannot open the model {name}"):

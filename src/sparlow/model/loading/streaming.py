@@ -1,4 +1,4 @@
-"""A model whose weights stay on disk: a skeleton on the meta device, into which one part at a time is read.
+"""A model whose weights stay on disk: a model on the meta device, into which one part at a time is read.
 
 transformers' own loader reads a part, so renamed, merged and split tensors come out as ``from_pretrained`` gives them.
 """
@@ -27,7 +27,7 @@ from transformers.utils import logging
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from sparlow.files import INDEX, SINGLE
-from sparlow.model.forward.decoder import decoder_blocks
+from sparlow.model.forward.decoder import Decoder, shared_weights
 from sparlow.model.loading.weights import to_compute
 
 CHUNK = 2**22  # bytes read ahead at a time
@@ -41,7 +41,7 @@ class OnDisk:
     """The parts of a model on disk, see ``weights.Weights``.
 
     Args:
-        skeleton: what ``from_pretrained`` opens on the meta device; its buffers that are not stored come to life here.
+        meta_model: what ``from_pretrained`` opens on the meta device; its buffers that are not stored come to life.
         files: the file of each stored tensor.
         device: where parts are put.
 
@@ -49,26 +49,27 @@ class OnDisk:
         CannotStreamError: a tensor belongs to more than one block, or to none that can be told.
     """
 
-    def __init__(self, skeleton: PreTrainedModel, files: Mapping[str, Path], device: torch.device) -> None:
+    def __init__(self, meta_model: PreTrainedModel, files: Mapping[str, Path], device: torch.device) -> None:
         self.device = device
-        half = device.type == "cpu" and skeleton.dtype in (torch.float16, torch.bfloat16)
-        self.computing = torch.float32 if half else skeleton.dtype  # see source.upcast_for_cpu
-        self._model = skeleton
-        self._name, self._blocks = decoder_blocks(skeleton)
-        if any(self._number(name) is not None for pair in skeleton.all_tied_weights_keys.items() for name in pair):
+        half = device.type == "cpu" and meta_model.dtype in (torch.float16, torch.bfloat16)
+        self.computing = torch.float32 if half else meta_model.dtype  # see source.upcast_for_cpu
+        self._model = meta_model
+        self._decoder = Decoder.of(meta_model)
+        self._blocks = self._decoder.blocks
+        if shared_weights(meta_model, self._decoder):
             raise CannotStreamError("a weight of a decoder block is shared")
-        self._mapping = get_model_conversion_mapping(skeleton)
+        self._mapping = get_model_conversion_mapping(meta_model)
         self._files = self._by_part(files)
         self._config = LoadStateDictConfig(
-            dtype=skeleton.dtype,
+            dtype=meta_model.dtype,
             device_map={"": device},
             weight_mapping=self._mapping,  # type: ignore[arg-type]  # a list of the two kinds' base class
         )
-        self._stored = {name: tensor.dtype for name, tensor in skeleton.state_dict().items()}
-        _fill_buffers(skeleton)
-        for name, buffer in list(skeleton.named_non_persistent_buffers()):
+        self._stored = {name: tensor.dtype for name, tensor in meta_model.state_dict().items()}
+        _fill_buffers(meta_model)
+        for name, buffer in list(meta_model.named_non_persistent_buffers()):
             wide = torch.float32 if half and buffer.is_floating_point() else None
-            setattr(skeleton.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], buffer.to(device, wide))
+            setattr(meta_model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], buffer.to(device, wide))
 
     def states(self) -> Iterator[dict[str, Tensor]]:
         """Yield the tensors of every part as stored, tied ones as the same object, the rest first."""
@@ -77,7 +78,7 @@ class OnDisk:
         self._release_rest()
         for i in range(len(self._blocks)):
             with self._loaded(i) as block:
-                yield {f"{self._name}.{i}.{k}": t for k, t in block.state_dict(keep_vars=True).items()}
+                yield {self._decoder.layer_name(i, k): t for k, t in block.state_dict(keep_vars=True).items()}
 
     @contextmanager
     def outside_blocks(self, *, stored: bool = False) -> Iterator[None]:
@@ -124,8 +125,8 @@ class OnDisk:
 
     def _number(self, name: str) -> int | None:
         """The block that a tensor of the model is in."""
-        inside = name.startswith(f"{self._name}.")
-        return int(name.removeprefix(f"{self._name}.").split(".")[0]) if inside else None
+        inside = self._decoder.holds(name)
+        return int(name.removeprefix(f"{self._decoder.name}.").split(".")[0]) if inside else None
 
     def _by_part(self, files: Mapping[str, Path]) -> dict[int | None, dict[str, Path]]:
         """Sort the stored tensors by where transformers puts them."""

@@ -11,13 +11,13 @@ block begins with a norm, and a few tokens with massive features would else deci
 out, and training stops when their loss does not fall any more; a higher rate and smaller steps need fewer epochs.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from sparlow.distributed import ALONE, Processes
-from sparlow.model.forward.decoder import Call, run_block
+from sparlow.distributed import ALONE
+from sparlow.model.forward.block_pass import BlockPass, run_block
 from sparlow.model.training.loop import Loss, MicroBatches, Plan, TrainingResult, train
 
 PRESETS = {
@@ -27,73 +27,55 @@ PRESETS = {
 
 
 def match(
-    block: nn.Module,
-    calls: Mapping[int, Call],
-    inputs: Sequence[Tensor],
+    through: BlockPass,
     targets: Sequence[Tensor],
     plan: Plan,
     *,
     held_out: int = 0,
     seed: int = 0,
-    label: str = "block",
-    processes: Processes = ALONE,
 ) -> TrainingResult:
-    """Train ``block`` in place, in eval mode, and leave it with the parameters of the best epoch.
+    """Train a block in place, in eval mode, and leave it with the parameters of the best epoch.
 
     Args:
-        block: With its linear layers compressed; support and ranks stay as they are.
-        calls: How it is called, by number of windows.
-        inputs: (b, seqlen, d) for each micro-batch, on any device.
-        targets: What the dense block gives for them, likewise.
+        through: The block with its layers compressed, and what enters it; support and ranks stay as they are. Of
+            several processes that divide every micro-batch, gradients are added up.
+        targets: What the dense block gives for its inputs, (windows, seqlen, …) for each micro-batch, on any device.
         plan: How.
         held_out: So many micro-batches at the end are not trained on, but decide which epoch was best.
         seed: Of the order of the micro-batches.
-        label: How errors call the block.
-        processes: Those that divide every micro-batch; their gradients are added up.
 
     Raises:
         RunError: The loss is not finite.
     """
-    device = next(block.parameters()).device
-    calls = {size: call.to(device) for size, call in calls.items()}
-    loss_of = _loss(block, calls, device, relative=plan.relative)
     return train(
-        block,
-        loss_of,
-        inputs,
+        through.block,
+        _loss(through, relative=plan.relative),
+        through.hidden,
         targets,
         plan,
         held_out=held_out,
         seed=seed,
-        label=f"{label}: matching",
+        label=f"{through.label}: matching",
         advice="lower --match-lr",
-        processes=processes,
+        processes=through.processes,
     )
 
 
-def loss_on(
-    block: nn.Module,
-    calls: Mapping[int, Call],
-    inputs: Sequence[Tensor],
-    targets: Sequence[Tensor],
-    *,
-    relative: bool,
-) -> float:
+def loss_on(through: BlockPass, targets: Sequence[Tensor], *, relative: bool) -> float:
     """Return what ``match`` would minimise, for windows of its own; the arguments are those of ``match``."""
-    device = next(block.parameters()).device
-    return MicroBatches(inputs, targets, ALONE).judged(
-        _loss(block, calls, device, relative=relative), range(len(inputs))
-    )
+    inputs = through.hidden
+    return MicroBatches(inputs, targets, ALONE).judged(_loss(through, relative=relative), range(len(inputs)))
 
 
-def _loss(block: nn.Module, calls: Mapping[int, Call], device: torch.device, *, relative: bool) -> Loss:
+def _loss(through: BlockPass, *, relative: bool) -> Loss:
+    device = through.device
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type != "cpu")
 
-    def loss(x: Tensor, target: Tensor) -> Tensor:
+    def loss(i: int, x: Tensor, target: Tensor) -> Tensor:
         target = target.to(device).float()
         with autocast:
-            y = run_block(block, x.float(), calls[len(x)])
-        error = (y.float() - target).square().sum(-1)  # (b, seqlen)
+            y = run_block(through.block, x.float(), through.call(i))
+        error = (y.float() - target).square().sum(-1)  # (b, seqlen, …)
         size = target.square().sum(-1)
         return (error / size.clamp_min(torch.finfo(size.dtype).tiny)).mean() if relative else error.sum() / size.sum()
 

@@ -7,7 +7,7 @@ all blocks together do to the answer is only seen here. What is behind the block
 a compression this needs every block in memory at once, with gradients and the two moments of Adam.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,10 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from sparlow.distributed import ALONE, Processes
+from sparlow.model.forward.block_pass import run_block
+from sparlow.model.forward.calls import NOTHING, BlockCalls
 from sparlow.model.forward.capture import Recording, run_head, tokens_at_once
-from sparlow.model.forward.decoder import Call, run_block
+from sparlow.model.forward.stand_ins import Form
 from sparlow.model.training.loop import Plan, TrainingResult, train
 from sparlow.model.training.resume_state import TrainingCheckpoint
 
@@ -28,15 +30,18 @@ PRESETS = {"logits": Plan(epochs=1, lr=2e-4, low_rank=0.25, batch=2, relative=Fa
 class _Chain(nn.Module):
     """The blocks one after the other."""
 
-    def __init__(self, blocks: Sequence[nn.Module], calls: Sequence[Mapping[int, Call]]) -> None:
+    def __init__(self, blocks: Sequence[nn.Module], calls: Sequence[BlockCalls]) -> None:
         super().__init__()
         self.blocks, self._calls = nn.ModuleList(blocks), calls
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return what leaves the last block for x (b, seqlen, d), which enters the first."""
+    def forward(self, i: int, x: Tensor) -> Tensor:
+        """Return what leaves the last block for x (b, seqlen, …) of micro-batch i, which enters the first."""
         x = x.float()  # what blocks add to it stays in float32, and so do its gradients
+        device, shared = next(self.parameters()).device, NOTHING
         for block, calls in zip(self.blocks, self._calls, strict=True):
-            x = run_block(block, x, calls[len(x)])
+            call = calls.at(i, device, shared)
+            x = run_block(block, x, call)
+            shared = call.written()
         return x
 
 
@@ -60,17 +65,17 @@ class _Divergence:
 
     chain: _Chain
     model: PreTrainedModel
-    output: object
+    output: Form
 
-    def __call__(self, x: Tensor, wanted: Tensor) -> Tensor:
-        """Of (b, seqlen, d) what enters the blocks and what leaves the dense ones.
+    def __call__(self, i: int, x: Tensor, wanted: Tensor) -> Tensor:
+        """Of micro-batch i (b, seqlen, …) what enters the blocks and what leaves the dense ones.
 
         Logits are taken a few tokens at a time, and each piece gives its gradient to what leaves the blocks at once, so
         that no two pieces are in memory together.
         """
         device = next(self.chain.parameters()).device
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type != "cpu"):
-            left = self.chain(x)
+            left = self.chain(i, x)
         held = left.detach().requires_grad_(left.requires_grad)
         total = torch.zeros((), device=device)
         for piece, goal in self._pieces(held, wanted.to(device)):

@@ -13,7 +13,7 @@ from sparlow.errors import RunError
 from sparlow.model.training.packed_layer import Packed, packed
 from sparlow.model.training.resume_state import TrainingCheckpoint, TrainingState
 
-Loss = Callable[[Tensor, Tensor], Tensor]  # (inputs, targets) of one micro-batch → mean over its tokens
+Loss = Callable[[int, Tensor, Tensor], Tensor]  # number, inputs, targets of a micro-batch → mean over its tokens
 
 
 @dataclass(frozen=True)
@@ -136,17 +136,17 @@ class MicroBatches:
         """How many windows all processes have there."""
         return sum(self._windows[i] for i in chosen)
 
-    def pairs(self, chosen: Iterable[int]) -> Iterator[tuple[Tensor, Tensor]]:
-        """What this process has of them."""
-        pairs = ((self._inputs[i], self._targets[i]) for i in chosen)
-        return ((x, target) for x, target in pairs if len(x))
+    def own(self, chosen: Iterable[int]) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """What this process has of them: their numbers, inputs and targets."""
+        found = ((i, self._inputs[i], self._targets[i]) for i in chosen)
+        return ((i, x, target) for i, x, target in found if len(x))
 
     @torch.no_grad()
     def judged(self, loss_of: Loss, chosen: Sequence[int]) -> float:
         """Mean of the loss over all windows there."""
         total = torch.zeros(())
-        for x, target in self.pairs(chosen):
-            total = total + loss_of(x, target) * len(x)
+        for i, x, target in self.own(chosen):
+            total = total + loss_of(i, x, target) * len(x)
         return self._processes.totals([float(total)])[0] / self.windows(chosen)
 
     def added_up(self, losses: Sequence[Tensor]) -> list[float]:
@@ -220,8 +220,8 @@ class _Training:
         parameters = [p for group in self._optimiser.param_groups for p in group["params"]]
         windows = self._data.windows(step)
         whole = torch.zeros((), device=parameters[0].device)
-        for x, target in self._data.pairs(step):
-            part = self._loss_of(x, target) * (len(x) / windows)
+        for i, x, target in self._data.own(step):
+            part = self._loss_of(i, x, target) * (len(x) / windows)
             part.backward()
             whole = whole + part.detach()
         self._data.add_gradients(parameters)
