@@ -1,11 +1,14 @@
-# setup · demo · test · test-portable · test-slow · test-faults · check · bench.  PYTHON=python3.12 make setup chooses another interpreter.
+# setup · demo · test · test-portable · test-transformers · test-slow · test-faults · check · bench.
+# PYTHON=python3.12 make setup chooses another interpreter.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := demo
+# the oldest that pyproject.toml allows and the newest that was tried; constraints.txt has the one of all other tests
+TRANSFORMERS ?= 5.16.0 5.24.0
 
-.PHONY: setup demo test test-portable test-slow test-faults check format bench clean
+.PHONY: setup demo test test-portable test-transformers test-slow test-faults check format bench clean
 
 setup: $(READY)
 
@@ -37,6 +40,12 @@ test-slow: setup
 test-faults: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m faults
 
+# what depends most on transformers, with each of these releases and everything else as it is in $(VENV)
+test-transformers: setup
+	set -e; for release in $(TRANSFORMERS); do \
+		.ci/with-transformers $(VENV) $$release -m pytest -q -m transformers tests/model; \
+	done
+
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -51,4 +60,4 @@ bench: setup
 	$(BIN)/python benchmarks/solver_speed.py
 
 clean:
-	rm -rf $(VENV) dist $(DEMO)
+	rm -rf $(VENV) $(VENV)-transformers-* dist $(DEMO)

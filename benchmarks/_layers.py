@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import sparlow.machine
 from sparlow.errors import InputError
 from sparlow.linalg.gram import GramAccumulator
+from sparlow.model.forward.block_pass import BlockPass, pass_through
 from sparlow.model.forward.capture import capture_block_inputs
-from sparlow.model.forward.decoder import linears, run_block
+from sparlow.model.forward.compressible import CompressibleWeight, compressible
+from sparlow.model.forward.decoder import Decoder
 from sparlow.model.forward.input_statistics import collect_statistics
 from sparlow.model.loading.source import find_embedded_gguf, open_model
 from sparlow.text import calibration_windows
@@ -42,17 +44,19 @@ def block_layers(
     opened = open_model(model or _embedded(), dtype="float32")
     if opened.tokenizer is None:
         raise InputError(f"{opened.name} has no tokenizer, so there are no calibration windows.")
-    blocks = Decoder.of(opened.model).blocks
+    decoder = Decoder.of(opened.model)
+    blocks = decoder.blocks
     if not 0 <= block < len(blocks):
         raise InputError(f"There is no block {block}: {opened.name} has blocks 0 to {len(blocks) - 1}.")
-    weights = {n: m.weight.detach() for n, m in _chosen(linears(blocks[block]), layers).items()}
+    weights = {n: weight.read() for n, weight in _chosen(compressible(blocks[block]), layers).items()}
     windows = calibration_windows(corpus, opened.tokenizer, samples=samples, seqlen=seqlen, seed=0)
     recording = capture_block_inputs(opened.model, windows, micro_batch=MICRO_BATCH)
     hidden = recording.hidden
     with torch.no_grad():
-        for before, calls in zip(blocks[:block], recording.calls[:block], strict=True):
-            hidden = [run_block(before, x, calls[len(x)]) for x in hidden]
-    seen = collect_statistics(blocks[block], recording.calls[block], hidden, GramAccumulator, label=f"block {block}")
+        for i in range(block):
+            hidden = pass_through(BlockPass(blocks[i], recording.calls[i], hidden, decoder.label(i), i))
+    through = BlockPass(blocks[block], recording.calls[block], hidden, decoder.label(block), block)
+    seen = collect_statistics(through, GramAccumulator)
     moments = {owner: statistic.second_moment(samples) for owner, statistic in seen.statistics.items()}
     return {name: (W, moments[seen.owner[name]]) for name, W in weights.items() if name in seen.owner}
 
@@ -64,7 +68,7 @@ def _embedded() -> str:
     return str(file)
 
 
-def _chosen(found: dict[str, nn.Linear], layers: Collection[str]) -> dict[str, nn.Linear]:
+def _chosen(found: dict[str, CompressibleWeight], layers: Collection[str]) -> dict[str, CompressibleWeight]:
     unknown = [layer for layer in layers if not any(layer in (name, name.split(".")[-1]) for name in found)]
     if unknown:
         raise InputError(f"There is no layer {', '.join(unknown)} in this block; it has: {', '.join(found)}.")

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import PrinterCallback
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sparlow.errors import InputError, RunError
 from sparlow.finetuning.options import FinetuneOptions
 from sparlow.finetuning.safe_trainer import SafeTrainer, last_checkpoint
+from sparlow.model._transformers import accelerator_takes_bf16, reporting_integrations
 from sparlow.progress import Notify, Progress
 
 if TYPE_CHECKING:
@@ -44,11 +44,8 @@ def check_possible(plan: FinetuneOptions, device: str) -> None:
     Raises:
         InputError: It cannot.
     """
-    from transformers.integrations.integration_utils import get_available_reporting_integrations
-    from transformers.utils.import_utils import is_torch_bf16_gpu_available
-
     if plan.report_to not in ("none", "all"):
-        found = get_available_reporting_integrations()
+        found = reporting_integrations()
         for name in plan.integrations:
             if name not in found:
                 there = ", ".join(("none", "all", *found))
@@ -56,7 +53,7 @@ def check_possible(plan: FinetuneOptions, device: str) -> None:
     kind = torch.device(device)
     if kind.index:
         raise InputError(f"Trainer takes the first device: set CUDA_VISIBLE_DEVICES instead of giving {device}.")
-    if plan.bf16 and kind.type != "cpu" and not is_torch_bf16_gpu_available():
+    if plan.bf16 and kind.type != "cpu" and not accelerator_takes_bf16():
         raise InputError("This accelerator does not compute in bfloat16: leave out --bf16.")
 
 

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from sparlow.evaluation.perplexity import require_context
 from sparlow.machine import check_device
+from sparlow.model._transformers import NO_STREAMING
 from sparlow.model.artefact.dtypes import StoredDtypes
 from sparlow.model.forward.activation_store import place
 from sparlow.model.forward.decoder import Decoder, require_own_weights
@@ -270,7 +271,7 @@ def workload(
         evaluate_seqlen=seqlen,
         device=where,
         offload=offload,
-        streamed=streamed and not there,
+        streamed=streamed and not there and not NO_STREAMING,
         there=there,
         processes=processes,
         carried=brought.hidden + -(-brought.beside // 2) if brought else 0,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sparlow.distributed import ALONE, Processes
 from sparlow.errors import InputError, RunError
 from sparlow.machine import peak_memory, reset_peak_memory
+from sparlow.model._transformers import require_format
 from sparlow.model.artefact.checkpoint import CheckpointWriter, Written, read_block
 from sparlow.model.artefact.dtypes import StoredDtypes
 from sparlow.model.artefact.hf_quantizer import attach
@@ -50,7 +51,7 @@ class Job:
         processes: Those that share the run; the first one writes, and only it tells of progress.
 
     Raises:
-        InputError: A layer does not fit the recipe.
+        InputError: A layer does not fit the recipe, or transformers could not open what is written.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Job:
         offload: str = "auto",
         processes: Processes = ALONE,
     ) -> None:
+        require_format()
         self.opened, self.recipe, self.processes = opened, recipe, processes
         self.windows = processes.broadcast(
             windows.contiguous()
@@ -97,7 +99,7 @@ class Job:
             "calibration": text_fingerprint(self.windows),
             "version": own_version(),
         }
-        device = self.parts.device.type
+        device = self.weights.device.type
         self.journal = Journal(folder, decides, self.decoder.name, overwrite=overwrite, device=device)
         if self.processes.first:
             self.journal.settle()

@@ -21,7 +21,8 @@ def test_the_outline_has_the_shapes_of_the_model(family, tmp_path):
     assert found.all_tied_weights_keys == model.all_tied_weights_keys
 
 
-@pytest.mark.parametrize("family", ["llama", "opt", "falcon_alibi", "phi3", "gemma3_text", "bloom", "mixtral"])
+@pytest.mark.transformers
+@pytest.mark.parametrize("family", [*FAMILIES, *EXTRAS])
 def test_who_reads_what_is_seen_without_weights(family, tmp_path):
     model = save_tiny(family, tmp_path)
     blocks = Decoder.of(model).blocks

@@ -39,6 +39,7 @@ def checksums(folder):
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("*.safetensors"))}
 
 
+@pytest.mark.transformers
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", [*FAMILIES, *EXTRAS])
 def test_parts_are_those_of_the_whole_model(name, dtype, tmp_path):

@@ -16,10 +16,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.dynamic_module_utils import custom_object_save
 
 from sparlow.errors import InputError, RunError, as_input_error
 from sparlow.files import CONFIG, INDEX, RECORD, read_json, replacing, sync_folder
+from sparlow.model import _transformers as private
 from sparlow.model.artefact.checksums import require_recorded, require_sane
 from sparlow.model.artefact.dtypes import StoredDtypes
 from sparlow.model.artefact.hf_quantizer import METHOD, SparlowConfig
@@ -142,7 +142,7 @@ class CheckpointWriter:
         config.architectures = [type(model).__name__]
         config.dtype = self._storage.dtype
         if model.is_remote_code():
-            custom_object_save(model, self._folder, config=config)  # type: ignore[arg-type]  # takes configs too
+            private.custom_object_save(model, self._folder, config=config)  # type: ignore[arg-type]  # takes configs too
         with replacing(self._folder / "config.json") as partial:
             config.to_json_file(partial)
 
@@ -212,6 +212,7 @@ def load(folder: str | Path, **options: Any) -> PreTrainedModel:  # noqa: ANN401
     Raises:
         InputError: it is no model that sparlow wrote, or it is unfinished, damaged or from a newer sparlow.
     """
+    private.require_format()
     if Path(folder).is_dir():
         _check_before_opening(Path(folder))
     with as_input_error(f"cannot open {folder}"):

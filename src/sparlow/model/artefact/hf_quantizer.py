@@ -11,13 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from transformers.core_model_loading import ConversionOps, WeightConverter
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
-from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sparlow.errors import InputError
 from sparlow.files import resolve_inside
+from sparlow.model import _transformers as private
 from sparlow.model.artefact.bitmask import unpack
 from sparlow.model.artefact.layers import compressed_layers, install
 from sparlow.model.artefact.shards import Header, by_layer, check_layer, packed_state, read_headers
@@ -29,8 +26,8 @@ METHOD = "sparlow"
 FORMAT = 1  # raised when an older sparlow would misread what this one writes
 
 
-@register_quantization_config(METHOD)
-class SparlowConfig(QuantizationConfigMixin):
+@private.register_quantization_config(METHOD)
+class SparlowConfig(private.QuantizationConfigMixin):
     """The ``quantization_config`` of a compressed model.
 
     Args:
@@ -47,6 +44,7 @@ class SparlowConfig(QuantizationConfigMixin):
         format: Any = FORMAT,  # noqa: A002, ANN401 - a key of config.json, and whatever the file holds
         **other: Any,  # noqa: ANN401 - the same
     ) -> None:
+        private.require_format()
         self.quant_method = METHOD  # type: ignore[assignment]  # the enumeration has only transformers' own methods
         self.layers, self.format = {} if layers is None else layers, format
         if format != FORMAT:
@@ -61,8 +59,8 @@ def _is_record(record: object) -> bool:
     return counts.keys() == {"kept", "rank"} and all(type(n) is int and n >= 0 for n in counts.values())
 
 
-@register_quantizer(METHOD)
-class SparlowQuantizer(HfQuantizer):
+@private.register_quantizer(METHOD)
+class SparlowQuantizer(private.HfQuantizer):
     """Puts compressed layers into a meta model before its weights are loaded, and packs them when it is saved."""
 
     requires_calibration = True  # a dense model is compressed by sparlow.compress, never by from_pretrained
@@ -103,21 +101,24 @@ class SparlowQuantizer(HfQuantizer):
             check_layer(name, parts.get(name, {}), layer, layers[name])
         _check_rest(model, headers)
 
-    def get_weight_conversions(self) -> list[WeightConverter]:
+    def get_weight_conversions(self) -> list[Any]:
         """Return how values and mask become S."""
-        return [WeightConverter([r"\.values$", r"\.mask$"], [".S"], [self._unpack])]
+        return [private.WeightConverter([r"\.values$", r"\.mask$"], [".S"], [self._unpack])]
 
     def update_weight_conversions(
         self,
         weight_conversions: list[Any],  # noqa: ARG002 - dropped: from a checkpoint's names to those in memory
-        model: "PreTrainedModel",  # noqa: ARG002 - transformers' signature
-    ) -> list[WeightConverter]:
+        model: "PreTrainedModel | None" = None,  # noqa: ARG002 - given by transformers 5.21 and later
+    ) -> list[Any]:
         """Return the conversions of this format in place of the architecture's."""
         return self.get_weight_conversions()
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **_: Any) -> None:  # noqa: ANN401 - transformers'
         if self._unpack.problems:
             raise InputError(self._unpack.problems[0])
+        # Up to 5.20, transformers leaves what was packed in the type of the file, whatever type was asked for.
+        for layer in compressed_layers(model).values():
+            layer.S.data = layer.S.data.to(layer.U.dtype)
         # What save_pretrained would undo: nothing, names stay those in memory.
         model._weight_conversions = []  # type: ignore[assignment]  # noqa: SLF001 - no public way
 
@@ -128,7 +129,7 @@ class SparlowQuantizer(HfQuantizer):
         return state, {}
 
 
-class _Unpack(ConversionOps):
+class _Unpack(private.ConversionOps):
     """values and mask → S; notes what is wrong, because transformers turns any exception into a table."""
 
     def __init__(self) -> None:

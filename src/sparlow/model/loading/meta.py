@@ -69,15 +69,26 @@ def shared_inputs(model: PreTrainedModel) -> list[dict[str, str]]:
     """
     blocks = Decoder.of(model).blocks
     seen: list[dict[str, Tensor]] = [{} for _ in blocks]
-    mask = torch.ones(1, 1, TOKENS, TOKENS, dtype=torch.bool, device="meta")
     ids = torch.zeros(1, TOKENS, dtype=torch.int64, device="meta")
     with ExitStack() as stack:
         for hook in _hooks(blocks, seen):
             stack.callback(hook.remove)
-        # most models look into a mask of their own making, which has no values here; some take none of this form
-        _ = _runs(model, ids, {"attention_mask": mask}) or _runs(model, ids, {})
+        _ = any(_runs(model, ids, given) for given in _ways())
     # where it stopped half-way, as at experts that choose by values, the first block stands for the others
     return [_owners(compressible(block), inputs or seen[0]) for block, inputs in zip(blocks, seen, strict=True)]
+
+
+def _ways() -> Iterator[dict[str, Tensor]]:
+    """Yield what to give to a model beside the tokens so that it runs, the most likely first.
+
+    Most models look into a mask of their own making, and some into positions, neither of which has values here; what
+    they are given instead they take as it is. Not all take a mask of this form, and which do changes between releases.
+    """
+    ready = torch.ones(1, 1, TOKENS, TOKENS, dtype=torch.bool, device="meta")
+    yield {"attention_mask": ready}
+    yield {"attention_mask": ready, "position_ids": torch.ones(1, TOKENS, dtype=torch.int64, device="meta")}
+    yield {"attention_mask": torch.ones(1, TOKENS, dtype=torch.int64, device="meta")}
+    yield {}
 
 
 def _hooks(blocks: nn.ModuleList, seen: list[dict[str, Tensor]]) -> Iterator[Any]:

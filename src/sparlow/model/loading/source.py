@@ -18,7 +18,7 @@ from sparlow.errors import InputError, as_input_error
 from sparlow.files import cache_folder, sync_folder
 from sparlow.machine import check_device
 from sparlow.model.forward.decoder import Decoder
-from sparlow.model.loading.streaming import CannotStreamError, OnDisk, stored_tensors
+from sparlow.model.loading.streaming import CannotStreamError, OnDisk, as_transformers_reads, stored_tensors
 from sparlow.model.loading.weights import InMemory, Weights, scan
 
 _DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -106,9 +106,10 @@ def _streamed(
         config = AutoConfig.from_pretrained(where, **options)
     if getattr(config, "quantization_config", None) is not None:
         raise CannotStreamError("its weights are packed")
-    model: Any = loading(device_map="meta")
-    parts = OnDisk(model.eval(), stored_tensors(where, options["revision"]), device)
-    seen = scan(parts.states())
+    with as_transformers_reads():
+        model: Any = loading(device_map="meta")
+        parts = OnDisk(model.eval(), stored_tensors(where, options["revision"]), device)
+        seen = scan(parts.states())
     return OpenedModel(model, _tokenizer(name, where, options), name, seen.fingerprint, seen.damaged, on_disk=parts)
 
 
@@ -207,6 +208,10 @@ def _convert(file: Path, folder: Path) -> None:
     if hasattr(transformers, "GgufConfig"):  # newer versions may leave weights packed unless told otherwise
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     model = _loaded(name, where, **options)
+    for kind in ("bos_token", "eos_token"):  # transformers 5.16 ends texts with the token that begins them
+        number = getattr(model.config, f"{kind}_id", None)
+        if isinstance(number, int):
+            setattr(tokenizer, kind, tokenizer.convert_ids_to_tokens(number))
     # The weights are plain, but save_pretrained refuses a model that says where they came from.
     for owner, mark in ((model, "hf_quantizer"), (model, "is_quantized"), (model.config, "quantization_config")):
         if hasattr(owner, mark):

@@ -15,18 +15,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    convert_and_load_state_dict_in_model,
-    rename_source_key,
-)
-from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
-from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from sparlow.files import INDEX, SINGLE
+from sparlow.model import _transformers as private
 from sparlow.model.forward.decoder import Decoder, shared_weights
 from sparlow.model.loading.weights import to_compute
 
@@ -35,6 +27,21 @@ CHUNK = 2**22  # bytes read ahead at a time
 
 class CannotStreamError(Exception):
     """The weights of this model cannot be read block by block; the text says why."""
+
+
+@contextmanager
+def as_transformers_reads() -> Iterator[None]:
+    """Look after code that calls what transformers keeps to itself, whose next release may call for something else.
+
+    Raises:
+        CannotStreamError: A name is missing, or what has it behaves in another way.
+    """
+    if private.NO_STREAMING:
+        raise CannotStreamError(private.NO_STREAMING)
+    try:
+        yield
+    except (AttributeError, TypeError) as problem:  # what a call with other arguments or a renamed member ends in
+        raise CannotStreamError(f"transformers {private.VERSION} read them in another way: {problem}") from problem
 
 
 class OnDisk:
@@ -58,12 +65,12 @@ class OnDisk:
         self._blocks = self._decoder.blocks
         if shared_weights(meta_model, self._decoder):
             raise CannotStreamError("a weight of a decoder block is shared")
-        self._mapping = get_model_conversion_mapping(meta_model)
+        self._mapping = private.get_model_conversion_mapping(meta_model)
         self._files = self._by_part(files)
-        self._config = LoadStateDictConfig(
+        self._config = private.LoadStateDictConfig(
             dtype=meta_model.dtype,
             device_map={"": device},
-            weight_mapping=self._mapping,  # type: ignore[arg-type]  # a list of the two kinds' base class
+            weight_mapping=self._mapping,  # a list of the two kinds' base class
         )
         self._stored = {name: tensor.dtype for name, tensor in meta_model.state_dict().items()}
         _fill_buffers(meta_model)
@@ -130,15 +137,15 @@ class OnDisk:
 
     def _by_part(self, files: Mapping[str, Path]) -> dict[int | None, dict[str, Path]]:
         """Sort the stored tensors by where transformers puts them."""
-        renamings = [entry for entry in self._mapping if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in self._mapping if isinstance(entry, WeightConverter)]
+        renamings = [entry for entry in self._mapping if isinstance(entry, private.WeightRenaming)]
+        converters = [entry for entry in self._mapping if isinstance(entry, private.WeightConverter)]
         expected = self._model.state_dict()
         found: dict[int | None, dict[str, Path]] = {part: {} for part in (None, *range(len(self._blocks)))}
         for stored, file in files.items():
             prefix = self._model.base_model_prefix
-            name, _ = rename_source_key(stored, renamings, converters, prefix, expected)
+            name, _ = private.rename_source_key(stored, renamings, converters, prefix, expected)
             if name not in expected and stored in expected:  # as transformers decides it
-                name, _ = rename_source_key(stored, [], [], prefix, expected)
+                name, _ = private.rename_source_key(stored, [], [], prefix, expected)
             if name in expected:
                 found[self._number(name)][stored] = file
         return found
@@ -150,7 +157,7 @@ class OnDisk:
             stack.enter_context(_without_bars())
             handles = {file: stack.enter_context(safe_open(file, framework="pt")) for file in set(names.values())}
             state = {name: handles[file].get_slice(name) for name, file in names.items()}
-            info, _ = convert_and_load_state_dict_in_model(self._model, state, self._config)
+            info, _ = private.convert_and_load_state_dict_in_model(self._model, state, self._config)
         missing = {name for name in info.missing_keys if self._number(name) == part}
         if part is None:
             self._model.tie_weights(missing_keys=missing, recompute_mapping=False)
@@ -200,14 +207,14 @@ def stored_tensors(where: str, revision: str | None) -> dict[str, Path]:
         CannotStreamError: there are no safetensors files under their usual names.
     """
     options: dict[str, Any] = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
-    single = cached_file(where, SINGLE, **options)
+    single = private.cached_file(where, SINGLE, **options)
     if single is not None:
         with safe_open(single, framework="pt") as file:
             return dict.fromkeys(file.keys(), Path(single))
-    index = cached_file(where, INDEX, **options)
+    index = private.cached_file(where, INDEX, **options)
     if index is None:
         raise CannotStreamError(f"there is neither {SINGLE} nor {INDEX}")
-    files, about = get_checkpoint_shard_files(where, index, revision=revision)
+    files, about = private.get_checkpoint_shard_files(where, index, revision=revision)
     by_name = {Path(file).name: Path(file) for file in files}
     return {name: by_name[Path(file).name] for name, file in about["weight_map"].items()}
 

@@ -1,0 +1,128 @@
+"""Every name that sparlow imports from outside the public interface of transformers is imported here, and only here.
+
+A release may rename any of them. ``import sparlow`` works all the same, and so does what needs none of them: a model
+whose weights cannot be read part by part is opened whole, with a warning, and everything else says what is missing.
+"""
+
+from importlib.metadata import version
+from typing import Any
+
+from sparlow.errors import InputError
+
+STREAMING = (
+    "LoadStateDictConfig",
+    "NO_STREAMING",
+    "WeightRenaming",
+    "cached_file",
+    "convert_and_load_state_dict_in_model",
+    "get_checkpoint_shard_files",
+    "get_model_conversion_mapping",
+    "rename_source_key",
+)
+__all__ = [
+    "ConversionOps",
+    "HfQuantizer",
+    "QuantizationConfigMixin",
+    "WeightConverter",
+    "custom_object_save",
+    "register_quantization_config",
+    "register_quantizer",
+]
+VERSION = version("transformers")
+
+
+def _lacks(problem: ImportError) -> str:
+    """Say what a release lacks, without the path that Python adds."""
+    return f"transformers {VERSION} differs from the releases that sparlow knows: {str(problem).split(' (')[0]}"
+
+
+NO_FORMAT: str | None = None  # why compressed models cannot be opened or written, see quantizer
+try:
+    from transformers.core_model_loading import ConversionOps, WeightConverter
+    from transformers.dynamic_module_utils import custom_object_save
+    from transformers.quantizers.auto import register_quantization_config, register_quantizer
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+except ImportError as problem:
+    NO_FORMAT = _lacks(problem)
+    # classes can still be derived and decorated, and require_format sees that none of them is used
+    ConversionOps = HfQuantizer = QuantizationConfigMixin = object  # type: ignore[misc, assignment]
+    register_quantization_config = register_quantizer = lambda _: lambda cls: cls  # type: ignore[assignment]
+
+
+def _streaming() -> dict[str, Any]:
+    """Names that read weights part by part, see streaming.OnDisk.
+
+    They are looked up when they are first used: transformers may still be on its way in when this file is imported.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import (
+        WeightRenaming,
+        convert_and_load_state_dict_in_model,
+        rename_source_key,
+    )
+    from transformers.modeling_utils import LoadStateDictConfig
+    from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+
+    return {
+        "LoadStateDictConfig": LoadStateDictConfig,
+        "WeightRenaming": WeightRenaming,
+        "cached_file": cached_file,
+        "convert_and_load_state_dict_in_model": convert_and_load_state_dict_in_model,
+        "get_checkpoint_shard_files": get_checkpoint_shard_files,
+        "get_model_conversion_mapping": get_model_conversion_mapping,
+        "rename_source_key": rename_source_key,
+        "NO_STREAMING": None,
+    }
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401 - classes and functions of transformers
+    """Look up a name of streaming; ``NO_STREAMING`` says why weights cannot be read part by part, or is None."""
+    if name not in STREAMING:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        found = _streaming()
+    except ImportError as problem:
+        found = {"NO_STREAMING": _lacks(problem)}
+    globals().update(found)
+    if name not in found:
+        raise AttributeError(found["NO_STREAMING"])
+    return found[name]
+
+
+def require_format() -> None:
+    """See that compressed models can be opened and written.
+
+    Raises:
+        InputError: This release of transformers lacks something that is needed for it.
+    """
+    if NO_FORMAT:
+        raise InputError(f"Compressed models cannot be opened or written: {NO_FORMAT}. Install an older transformers.")
+
+
+def reporting_integrations() -> list[str]:
+    """Return the names that Trainer's ``report_to`` takes on this machine.
+
+    Raises:
+        InputError: This release of transformers does not tell.
+    """
+    try:
+        from transformers.integrations.integration_utils import get_available_reporting_integrations
+    except ImportError as problem:
+        raise InputError(f"report_to must be none: {_lacks(problem)}.") from problem
+    found: list[str] = get_available_reporting_integrations()
+    return found
+
+
+def accelerator_takes_bf16() -> bool:
+    """Whether Trainer computes in bfloat16 on the accelerator of this machine.
+
+    Raises:
+        InputError: This release of transformers does not tell.
+    """
+    try:
+        from transformers.utils.import_utils import is_torch_bf16_gpu_available
+    except ImportError as problem:
+        raise InputError(f"Leave out --bf16: {_lacks(problem)}.") from problem
+    untyped: Any = is_torch_bf16_gpu_available
+    return bool(untyped())
