@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from sparlow.errors import InputError
 from sparlow.linalg.gram import GramAccumulator
+from sparlow.model.forward.block_pass import BlockPass, pass_through
 from sparlow.model.forward.capture import capture_block_inputs
-from sparlow.model.forward.decoder import decoder_blocks, linears, run_block
+from sparlow.model.forward.compressible import compressible
+from sparlow.model.forward.decoder import Decoder
 from sparlow.model.forward.input_statistics import collect_statistics
 from sparlow.model.loading.source import find_embedded_gguf, open_model
 from sparlow.text import calibration_windows
@@ -44,14 +46,15 @@ def block_layers(
     blocks = Decoder.of(opened.model).blocks
     if not 0 <= block < len(blocks):
         raise InputError(f"There is no block {block}: {opened.name} has blocks 0 to {len(blocks) - 1}.")
-    weights = {n: m.weight.detach() for n, m in _chosen(linears(blocks[block]), layers).items()}
+    weights = {n: weight.read() for n, weight in _chosen(compressible(blocks[block]), layers).items()}
     windows = calibration_windows(corpus, opened.tokenizer, samples=samples, seqlen=seqlen, seed=0)
     recording = capture_block_inputs(opened.model, windows, micro_batch=MICRO_BATCH)
     hidden = recording.hidden
     with torch.no_grad():
         for before, calls in zip(blocks[:block], recording.calls[:block], strict=True):
-            hidden = [run_block(before, x, calls[len(x)]) for x in hidden]
-    seen = collect_statistics(blocks[block], recording.calls[block], hidden, GramAccumulator, label=f"block {block}")
+            hidden = pass_through(BlockPass(before, calls, hidden))
+    through = BlockPass(blocks[block], recording.calls[block], hidden, f"block {block}", block)
+    seen = collect_statistics(through, GramAccumulator)
     moments = {owner: statistic.second_moment(samples) for owner, statistic in seen.statistics.items()}
     return {name: (W, moments[seen.owner[name]]) for name, W in weights.items() if name in seen.owner}
 
