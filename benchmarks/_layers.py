@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-import sparlow.machine
 from sparlow.errors import InputError
 from sparlow.linalg.gram import GramAccumulator
 from sparlow.model.forward.block_pass import BlockPass, pass_through
 from sparlow.model.forward.capture import capture_block_inputs
-from sparlow.model.forward.compressible import CompressibleWeight, compressible
+from sparlow.model.forward.compressible import compressible
 from sparlow.model.forward.decoder import Decoder
 from sparlow.model.forward.input_statistics import collect_statistics
 from sparlow.model.loading.source import find_embedded_gguf, open_model
@@ -44,8 +43,7 @@ def block_layers(
     opened = open_model(model or _embedded(), dtype="float32")
     if opened.tokenizer is None:
         raise InputError(f"{opened.name} has no tokenizer, so there are no calibration windows.")
-    decoder = Decoder.of(opened.model)
-    blocks = decoder.blocks
+    blocks = Decoder.of(opened.model).blocks
     if not 0 <= block < len(blocks):
         raise InputError(f"There is no block {block}: {opened.name} has blocks 0 to {len(blocks) - 1}.")
     weights = {n: weight.read() for n, weight in _chosen(compressible(blocks[block]), layers).items()}
@@ -53,9 +51,9 @@ def block_layers(
     recording = capture_block_inputs(opened.model, windows, micro_batch=MICRO_BATCH)
     hidden = recording.hidden
     with torch.no_grad():
-        for i in range(block):
-            hidden = pass_through(BlockPass(blocks[i], recording.calls[i], hidden, decoder.label(i), i))
-    through = BlockPass(blocks[block], recording.calls[block], hidden, decoder.label(block), block)
+        for before, calls in zip(blocks[:block], recording.calls[:block], strict=True):
+            hidden = pass_through(BlockPass(before, calls, hidden))
+    through = BlockPass(blocks[block], recording.calls[block], hidden, f"block {block}", block)
     seen = collect_statistics(through, GramAccumulator)
     moments = {owner: statistic.second_moment(samples) for owner, statistic in seen.statistics.items()}
     return {name: (W, moments[seen.owner[name]]) for name, W in weights.items() if name in seen.owner}
@@ -68,7 +66,7 @@ def _embedded() -> str:
     return str(file)
 
 
-def _chosen(found: dict[str, CompressibleWeight], layers: Collection[str]) -> dict[str, CompressibleWeight]:
+def _chosen(found: dict[str, nn.Linear], layers: Collection[str]) -> dict[str, nn.Linear]:
     unknown = [layer for layer in layers if not any(layer in (name, name.split(".")[-1]) for name in found)]
     if unknown:
         raise InputError(f"There is no layer {', '.join(unknown)} in this block; it has: {', '.join(found)}.")
@@ -84,11 +82,20 @@ def geometric_mean(values: Iterable[float]) -> float:
 def machine() -> dict[str, Any]:
     """Describe what a time was measured on; ``load`` is what else ran in the last minute."""
     return {
-        **sparlow.machine.machine(),
+        "cpu": _cpu_name(),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")  # platform.processor() is empty on most Linux systems
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def write_json(file: Path, figures: dict[str, Any]) -> None:

@@ -24,8 +24,9 @@ from transformers import PreTrainedModel
 
 import sparlow
 from sparlow.evaluation.perplexity import perplexity
+from sparlow.model.forward.block_pass import BlockPass, pass_through
 from sparlow.model.forward.capture import Recording, capture_block_inputs
-from sparlow.model.forward.decoder import decoder_blocks, pass_through
+from sparlow.model.forward.decoder import Decoder
 from sparlow.model.loading.source import open_model, upcast_for_cpu
 from sparlow.model.training.block_matching import match
 from sparlow.model.training.distillation import distill
@@ -102,20 +103,21 @@ def _run(name: str, args: argparse.Namespace, train: Tensor, text: Tensor) -> Ro
         recording = capture_block_inputs(dense, train, micro_batch=micro_batch, apart=held_out)
     if plan.together:
         return _run_together(name, dense, compressed, recording, text, stored)
-    (_, blocks), (_, sparse) = decoder_blocks(dense), decoder_blocks(compressed)
+    blocks, sparse = Decoder.of(dense).blocks, Decoder.of(compressed).blocks
     hidden = truth = recording.hidden
     seconds, epochs = 0.0, 0
     for i, calls in enumerate(recording.calls[: args.blocks]):
         with torch.no_grad():
-            own, truth = pass_through(blocks[i], hidden, calls), pass_through(blocks[i], truth, calls)
+            own = pass_through(BlockPass(blocks[i], calls, hidden))
+            truth = pass_through(BlockPass(blocks[i], calls, truth))
         targets = truth if plan.dense_targets else own
         start = time.perf_counter()
         if plan.epochs:
-            epochs += match(sparse[i], calls, hidden, targets, plan, held_out=1, seed=i).epochs
+            epochs += match(BlockPass(sparse[i], calls, hidden), targets, plan, held_out=1, seed=i).epochs
         seconds += time.perf_counter() - start
         round_through(sparse[i], stored)
         with torch.no_grad():
-            hidden = pass_through(sparse[i], hidden, calls)
+            hidden = pass_through(BlockPass(sparse[i], calls, hidden))
         blocks[i] = sparse[i]
     return Row(name, _error(hidden[-1:], truth[-1:]), perplexity(dense, text), seconds, epochs)
 
@@ -128,16 +130,16 @@ def _run_together(
     text: Tensor,
     stored: torch.dtype,
 ) -> Row:
-    (_, blocks), (_, sparse) = decoder_blocks(dense), decoder_blocks(compressed)
+    blocks, sparse = Decoder.of(dense).blocks, Decoder.of(compressed).blocks
     truth = hidden = recording.hidden
     with torch.no_grad():
         for block, calls in zip(blocks, recording.calls, strict=True):
-            truth = pass_through(block, truth, calls)
+            truth = pass_through(BlockPass(block, calls, truth))
     done = distill(compressed, list(sparse), recording, truth, VARIANTS[name], held_out=1, seed=0)
     round_through(sparse, stored)
     with torch.no_grad():
         for block, calls in zip(sparse, recording.calls, strict=True):
-            hidden = pass_through(block, hidden, calls)
+            hidden = pass_through(BlockPass(block, calls, hidden))
     return Row(name, _error(hidden[-1:], truth[-1:]), perplexity(compressed, text), done.seconds, done.epochs)
 
 

@@ -23,8 +23,9 @@ from solver_speed import plain_three_basil
 
 from sparlow import compress
 from sparlow.algorithms import decomposer
+from sparlow.model.forward.activation_store import ActivationStore
+from sparlow.model.forward.block_pass import BlockPass, pass_through
 from sparlow.model.forward.capture import capture_block_inputs
-from sparlow.model.forward.decoder import decoder_blocks, pass_through
 from sparlow.model.loading.source import open_model
 from sparlow.model.training.block_matching import PRESETS, loss_on, match
 from sparlow.progress import Clock
@@ -69,40 +70,39 @@ def show(name: str, run: dict[str, Any]) -> None:
 def matched(args: argparse.Namespace, recipe: Recipe) -> list[dict[str, Any]]:
     """Both presets, block by block."""
     opened, storage = open_dense(args.model, None, recipe, "cpu", trust_remote_code=False, streamed=False)
-    name, blocks = decoder_blocks(opened.model)
-    allowed, windows = budgets(name, blocks, recipe), windows_to_calibrate(None, opened, recipe)
+    decoder, blocks = opened.decoder, opened.decoder.blocks
+    allowed, windows = budgets(decoder, recipe), windows_to_calibrate(None, opened, recipe)
     apart = len(windows) // HELD_OUT  # neither is trained on these
     recording = capture_block_inputs(opened.model, windows, micro_batch=PRESETS["blocks"].batch, apart=apart)
     hidden, rows = recording.hidden, []
     for i in range(min(args.blocks or len(blocks), len(blocks))):
-        calls, targets, clock = recording.calls[i], hidden.fresh(), Clock()
-        block, where = blocks[i], (name, i)
-        compress_block(
-            block, where, calls, hidden, recipe, allowed, storage.dtype, clock, lambda _: None, outputs=targets
-        )
+        calls, targets, block = recording.calls[i], hidden.fresh(), blocks[i]
+        through = BlockPass(block, calls, hidden, decoder.label(i), i)
+        compress_block(through, recipe, allowed, storage, Clock(), lambda _: None, targets)
+        first, last = ActivationStore("cpu", hidden[:-1]), range(len(hidden) - 1, len(hidden))
         row: dict[str, Any] = {"block": i}
         for preset in ("paper", "blocks"):
             block = copy.deepcopy(blocks[i])
             plan = plan_of(recipe.changed(match=True, match_preset=preset))
             # "blocks" sets aside the last of what it is given to stop by; the paper's trains on all of it
             held = 1 if plan.patience else 0
-            done = match(block, calls, hidden[:-1], targets[:-1], plan, held_out=held, seed=i)
+            done = match(BlockPass(block, calls, first), targets[:-1], plan, held_out=held, seed=i)
             judged = {
-                kind: loss_on(block, calls, hidden[-1:], targets[-1:], relative=kind == "relative")
+                kind: loss_on(BlockPass(block, calls, hidden), targets, last, relative=kind == "relative")
                 for kind in ("relative", "plain")
             }
             row[preset] = {"seconds": done.seconds, "epochs": done.epochs, **judged}
         rows.append(row)
         print(f"block {i}: " + "; ".join(f"{p} {_words(row[p])}" for p in ("blocks", "paper")), flush=True)
         with torch.no_grad():
-            hidden = pass_through(block, hidden, calls)
+            hidden = pass_through(BlockPass(block, calls, hidden))
     return rows
 
 
 def _behind(model: str, blocks: int) -> list[str]:
     """Names of the blocks that stay dense."""
-    name, found = decoder_blocks(open_model(model, streamed=True).model)
-    return [f"{name}.{i}.*" for i in range(blocks, len(found))]
+    decoder = open_model(model, streamed=True).decoder
+    return [decoder.layer_name(i, "*") for i in range(blocks, len(decoder))]
 
 
 def _words(found: dict[str, float]) -> str:

@@ -12,8 +12,8 @@ from sparlow.machine import check_device
 from sparlow.model._transformers import NO_STREAMING
 from sparlow.model.artefact.dtypes import StoredDtypes
 from sparlow.model.forward.activation_store import place
+from sparlow.model.forward.chain_check import require_chain
 from sparlow.model.forward.decoder import Decoder, require_own_weights
-from sparlow.model.forward.stand_ins import require_chain
 from sparlow.model.loading.meta import shared_inputs
 from sparlow.model.training.loop import Plan as Matching
 from sparlow.recipe.allocation import Budget, Shape

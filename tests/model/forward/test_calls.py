@@ -19,10 +19,10 @@ from sparlow.model.forward.arguments import containers_in, leaves, rebuilt, tens
 from sparlow.model.forward.block_pass import BlockPass, run_block
 from sparlow.model.forward.calls import CallRecorder
 from sparlow.model.forward.capture import capture_block_inputs
+from sparlow.model.forward.chain_check import require_chain
 from sparlow.model.forward.compressible import compressible
 from sparlow.model.forward.decoder import Decoder
 from sparlow.model.forward.input_statistics import collect_statistics
-from sparlow.model.forward.stand_ins import require_chain
 from sparlow.model.loading.weights import InMemory
 
 WINDOWS = torch.randint(2, 97, (6, 16), generator=torch.Generator().manual_seed(1))

@@ -137,6 +137,13 @@ def test_a_model_in_memory_ends_alike(whole):
     assert report.distillation["loss_after"] == pytest.approx(whole[2].distillation["loss_after"], rel=0.02)
 
 
+@pytest.mark.parametrize("family", ["llama", "opt"])  # the second has dropout
+def test_a_model_in_memory_is_in_eval_mode_afterwards(family):
+    model = tiny(family)
+    run(model, None)
+    assert not [name for name, module in model.named_modules() if module.training]
+
+
 @pytest.mark.parametrize("when", ["trained", "written", "recorded", "moved"])
 def test_a_run_that_is_killed_goes_on_to_the_same_bits(when, whole, tmp_path, monkeypatch):
     model, out, _ = whole

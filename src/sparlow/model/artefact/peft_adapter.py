@@ -62,7 +62,8 @@ def to_own_form(model: PreTrainedModel, parts: Iterable[str]) -> None:
     Only for writing a plain model: its layers do not compute with them any more.
     """
     with torch.device("meta"):
-        own = compressible(type(model)(model.config))
+        bare = type(model)(model.config)
+    own = compressible(bare)
     for name in parts:
         linear: Any = model.get_submodule(name)
         linear.weight = nn.Parameter(own[name].as_stored(linear.weight.detach()), requires_grad=False)

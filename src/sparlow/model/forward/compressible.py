@@ -15,7 +15,7 @@ as GPT-2's Conv1D does (x W + b). Others need one class each, and their place in
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -163,14 +163,15 @@ def _computes(module: nn.Module, *, transposed: bool) -> bool:
     A router that also selects, a grouped output, an embedding give something else or fail.
     """
     rows, columns = _own(module, "weight").shape
+    here: Any = {"device": "cpu", "dtype": torch.float32}  # whatever the caller has set as default
     sizes = {rows: 4, columns: 4} if rows == columns else {rows: 4, columns: 3}
-    W = torch.linspace(-1, 1, sizes[rows] * sizes[columns]).square().view(sizes[rows], sizes[columns])
+    W = torch.linspace(-1, 1, sizes[rows] * sizes[columns], **here).square().view(sizes[rows], sizes[columns])
     has_bias = module._parameters.get("bias") is not None  # noqa: SLF001 - attributes of modules have no type
-    bias = torch.linspace(1, 2, sizes[columns if transposed else rows]) if has_bias else None
+    bias = torch.linspace(1, 2, sizes[columns if transposed else rows], **here) if has_bias else None
     probe = copy.copy(module)
     probe.__dict__ |= {name: sizes.get(value, value) for name, value in vars(probe).items() if type(value) is int}
     probe.__dict__["_parameters"] = {"weight": nn.Parameter(W), "bias": None if bias is None else nn.Parameter(bias)}
-    x = torch.linspace(-1, 1, 2 * sizes[rows if transposed else columns]).reshape(1, 2, -1)
+    x = torch.linspace(-1, 1, 2 * sizes[rows if transposed else columns], **here).reshape(1, 2, -1)
     expected = nn.functional.linear(x, W.T if transposed else W, bias)
     with torch.no_grad():
         try:

@@ -8,16 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from sparlow.errors import InputError
-from sparlow.model.forward.arguments import Way, containers_in, leaves, parts, rebuilt, tensors_in
+from sparlow.model.forward.arguments import Way, containers_in, leaves, parts, rebuilt
 from sparlow.model.forward.block_pass import from_block, hidden_state, to_block
 from sparlow.model.forward.calls import Given
 from sparlow.model.forward.decoder import Decoder, output_head
 
-TOKENS = 8  # of each of two windows that pass around the blocks where there are no weights
 NO_OPTIONS: Mapping[str, Tensor] = {}
 
 
@@ -59,7 +57,7 @@ class FirstLook:
         for way, tensor in self.given[i].items():
             other = now.get(way)
             if not isinstance(other, Tensor) or not torch.equal(tensor, other):
-                raise InputError(_depends(i, way))
+                raise InputError(depends_on_blocks(i, way))
 
 
 def first_look(
@@ -135,81 +133,13 @@ def run_around_blocks(
     _run(model, decoder, ids, answer, {})
 
 
-@dataclass(frozen=True)
-class Brought:
-    """What a token brings to the blocks, in numbers.
-
-    Attributes:
-        hidden: Of its hidden state.
-        beside: Of what else the text decides of the blocks' arguments, all blocks together.
-    """
-
-    hidden: int
-    beside: int
-
-
-@torch.no_grad()
-def require_chain(model: PreTrainedModel) -> Brought | None:
-    """Refuse a model on the meta device of which it can be seen without weights that its blocks cannot be replayed.
-
-    Returns:
-        What a token brings; None where the model's code does not run without values, so that nothing can be seen. It is
-        looked at again when it has weights.
-
-    Raises:
-        InputError: Why it cannot be replayed.
-    """
-    decoder = Decoder.of(model)
-    ids = torch.zeros(2, TOKENS, dtype=torch.int64, device="meta")
-    mask = torch.ones(1, 1, TOKENS, TOKENS, dtype=torch.bool, device="meta")
-    for options in ({"attention_mask": mask}, {}):  # most models look into a mask of their own making
-        with _Derived() as of_text, _Derived() as of_blocks:
-            of_text.add(ids)
-            try:
-                look = first_look(model, decoder, ids, options, of_blocks.add)
-            except InputError:
-                raise
-            except Exception:  # noqa: BLE001, S112 - foreign code that looks at values may fail in any way without them
-                continue
-        for i, given in enumerate(look.given):
-            for way, tensor in given.items():
-                if i and id(tensor) in of_blocks.held:
-                    raise InputError(_depends(i, way))
-        kept = {id(t): t.numel() for given in look.given for t in given.values() if id(t) in of_text.held}
-        return Brought(look.hidden.numel() // ids.numel(), sum(kept.values()) // ids.numel())
-    return None
-
-
-class _Derived(TorchFunctionMode):
-    """Knows which tensors were computed from some."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.held: dict[int, Tensor] = {}  # by id; they are held, so that ids stay what they are
-
-    def add(self, value: Any) -> None:  # noqa: ANN401 - whatever holds tensors
-        """Begin with these too."""
-        self.held |= {id(tensor): tensor for tensor in tensors_in(value)}
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,  # noqa: ANN401 - torch's signature
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:  # noqa: ANN401 - the same
-        result = func(*args, **(kwargs or {}))
-        if any(id(tensor) in self.held for tensor in tensors_in((args, dict(kwargs or {})))):
-            self.add(result)
-        return result
-
-
 def _new_parts(old: Mapping[Any, Any], now: Mapping[Any, Any]) -> list[Any]:
     """Return what a container holds now and did not hold before."""
     return [part for key, part in now.items() if key not in old or old[key] is not part]
 
 
-def _depends(i: int, way: Way) -> str:
+def depends_on_blocks(i: int, way: Way) -> str:
+    """Return the sentence that refuses an argument of block i."""
     (_, part), (_, key), *_ = way
     name = f"argument {key + 2}" if part == 0 else key  # the first is the hidden state
     return (

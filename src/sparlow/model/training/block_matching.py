@@ -61,10 +61,9 @@ def match(
     )
 
 
-def loss_on(through: BlockPass, targets: Sequence[Tensor], *, relative: bool) -> float:
-    """Return what ``match`` would minimise, for windows of its own; the arguments are those of ``match``."""
-    inputs = through.hidden
-    return MicroBatches(inputs, targets, ALONE).judged(_loss(through, relative=relative), range(len(inputs)))
+def loss_on(through: BlockPass, targets: Sequence[Tensor], chosen: Sequence[int], *, relative: bool) -> float:
+    """Return what ``match`` would minimise, over the chosen micro-batches; the other arguments are those of ``match``."""
+    return MicroBatches(through.hidden, targets, ALONE).judged(_loss(through, relative=relative), chosen)
 
 
 def _loss(through: BlockPass, *, relative: bool) -> Loss:

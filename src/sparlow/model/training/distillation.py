@@ -33,6 +33,7 @@ class _Chain(nn.Module):
     def __init__(self, blocks: Sequence[nn.Module], calls: Sequence[BlockCalls]) -> None:
         super().__init__()
         self.blocks, self._calls = nn.ModuleList(blocks), calls
+        self.train(blocks[0].training)  # a chain of its own would leave all blocks in training mode, dropout included
 
     def forward(self, i: int, x: Tensor) -> Tensor:
         """Return what leaves the last block for x (b, seqlen, …) of micro-batch i, which enters the first."""
