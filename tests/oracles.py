@@ -15,17 +15,26 @@ SEQUENCES = 16  # windows that the tokens of ``problem`` are said to come from
 
 
 def problem(
-    out: int, inp: int, seed: int, *, tokens: int = 1024, outliers: int = 2, massive: int = 0
+    out: int,
+    inp: int,
+    seed: int,
+    *,
+    tokens: int = 1024,
+    outliers: int = 2,
+    massive: int = 0,
+    factors: int = 0,
+    noise: float = 0.3,
 ) -> tuple[Tensor, Tensor]:
     """A layer as found in language models: weight W (out, in) and undamped H (in, in), float32.
 
-    The inputs follow a few common factors, have uneven scales and ``outliers`` features ten times as large; the weight
-    is heavy-tailed around a low-rank part. ``massive`` features more follow one common factor at a scale of 1e4.
+    The inputs follow a few common ``factors`` (a fifth of the width) up to some ``noise``, have uneven scales and
+    ``outliers`` features ten times as large; the weight is heavy-tailed around a low-rank
+    part. ``massive`` features more follow one common factor at a scale of 1e4.
     """
     rng = np.random.Generator(np.random.PCG64(seed))
-    factors = max(inp // 5, 1)
+    factors = factors or max(inp // 5, 1)
     X = rng.standard_normal((tokens, factors)) @ rng.standard_normal((factors, inp)) / factors**0.5
-    X += 0.3 * rng.standard_normal((tokens, inp))
+    X += noise * rng.standard_normal((tokens, inp))
     X *= rng.lognormal(sigma=0.5, size=inp)
     large = rng.permutation(inp)
     X[:, large[:outliers]] *= 10

@@ -31,3 +31,9 @@ def test_full_rank_leaves_nothing_and_a_zero_weight_has_no_error():
     W, gram = problem(16, 24)
     assert error_curve(W, gram, NM(2, 4), [16])[0] == pytest.approx(0, abs=1e-5)
     assert error_curve(torch.zeros(16, 24), gram, NM(2, 4), [0, 3]) == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("factor", [2.0**-90, 2.0**90])
+def test_no_factor_of_the_weight_changes_the_curve(factor):
+    W, gram = problem(16, 24)
+    assert error_curve(W * factor, gram, NM(2, 4), [0, 3]) == error_curve(W, gram, NM(2, 4), [0, 3])

@@ -78,6 +78,22 @@ def test_refuses_negative_damping(name):
         Gram.damped(torch.eye(3), **{name: -1e-9})
 
 
+@pytest.mark.parametrize("power", [-90, -60, 60, 90])
+def test_a_factor_of_the_gram_is_taken_out_where_sums_would_leave_the_range_of_float32(power):
+    H = moments(inputs(64, 12) * torch.logspace(-1, 1, 12)).float()
+    plain, scaled = Gram.damped(H), Gram.damped(H * 2.0**power)
+    assert 1 / 4 <= scaled.H.diagonal().max() <= 16
+    for name in ("correlation", "cholesky"):
+        assert torch.equal(getattr(scaled, name), getattr(plain, name))
+    W, residual = inputs(5, 12, 1), inputs(5, 12, 2)
+    assert scaled.relative_error(W, residual) == plain.relative_error(W, residual)
+
+
+def test_float64_may_be_beyond_float32():
+    H = moments(inputs(64, 12))
+    assert torch.equal(Gram.damped(H * 2.0**300).correlation, Gram.damped(H).correlation)
+
+
 # --- factorisations --------------------------------------------------------------------------------------------------
 
 

@@ -12,7 +12,9 @@ from sparlow.algorithms._registry import Algorithm, Decomposition, find
 from sparlow.errors import InputError, RunError
 from sparlow.finite import all_finite
 from sparlow.linalg.gram import Gram
+from sparlow.linalg.lowrank import balanced
 from sparlow.linalg.patterns import Pattern, parse_pattern
+from sparlow.linalg.tf32 import unit
 
 
 @torch.no_grad()
@@ -39,7 +41,8 @@ def solve(
     """
     check(algorithm, W, gram, pattern, rank)
     start = time.perf_counter()
-    weight = W.float().contiguous() * ~gram.dead  # an input that is always zero needs no weight
+    size = unit(_wide(W))  # a power of two: no bit is lost, and no factor of W can lead out of the range of float32
+    weight = (_wide(W) / size).float().contiguous() * ~gram.dead  # an input that is always zero needs no weight
     try:
         if algorithm.kind == "pruner":
             kept = algorithm.function(weight, gram, pattern, **options)
@@ -48,8 +51,12 @@ def solve(
             found = algorithm.function(weight, gram, pattern, rank, **options)
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # it is there, and documented
         raise RunError(f"{algorithm.name} failed in a factorisation: raise the damping ({error}).") from error
-    S, U, V = (part.to(W.dtype).contiguous() + 0.0 for part in (found.S, found.U, found.V))  # + 0.0: no negative zero
-    relative_error = gram.relative_error(weight, weight - S.float() - U.float() @ V.float())
+    like = _wide(W).dtype
+    U, V = balanced(found.U.to(like), found.V.to(like) * size)
+    parts = (found.S.to(like) * size, U, V)
+    S, U, V = (part.to(W.dtype).contiguous() + 0.0 for part in parts)  # + 0.0: no negative zero
+    dense = (_wide(S) / size).float() + _wide(U).float() @ (_wide(V) / size).float()
+    relative_error = gram.relative_error(weight, weight - dense)
     if not all(all_finite(part) for part in (S, U, V)) or not math.isfinite(relative_error):
         raise RunError(f"{algorithm.name} ended in values that are not finite: raise the damping.")
     shell = {
@@ -59,6 +66,11 @@ def solve(
         "dead_columns": int(gram.dead.sum()),
     }
     return Decomposition(S, U, V, {"iterations": 1, **found.stats, **shell})
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Return ``x`` in float32, or as it is in float64, whose range may be needed to scale it."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def decompose(

@@ -19,7 +19,8 @@ Deviations from the paper, all of them measured (docs/performance.md):
   the result is decided by one dial, ``effort``: the steps spent at each ρ.
 * On CUDA that one product is rounded to TF32: M is small where G is not, so little is lost (docs/performance.md).
 * After the last projection S and L are refitted on the fixed support; the paper stops there. Below effort 1 little is
-  refitted: a step of the loop, which may still move the support, then gains more than one of the refit.
+  refitted: a step of the loop, which may still move the support, then gains more than one of the refit. What is
+  returned is always the best L for the S that is returned.
 
 ``schedule="paper"`` keeps the paper's coordinates, its order of the three blocks and its rule for ρ (its section 3 and
 Theorem 1).
@@ -36,11 +37,12 @@ from sparlow.algorithms._registry import Count, Decomposition, Positive, decompo
 from sparlow.linalg.conjugate_gradient import fit_on_support
 from sparlow.linalg.coordinates import Coordinates
 from sparlow.linalg.gram import Gram
-from sparlow.linalg.lowrank import orthonormal, random_factor, subspace_step
+from sparlow.linalg.lowrank import best_fit, orthonormal, random_factor, subspace_step
 from sparlow.linalg.patterns import Pattern
 from sparlow.linalg.tf32 import rounded_products
 
 SETTLED = {"joint": 1e-2, "paper": 3e-4}  # share of the support changing between two looks, below which a loop stops
+LEAST = 60  # steps of the joint schedule at effort 1, at least: where the support rests at once, each still gains
 REFITS = 5  # alternations of least squares on the support with the low-rank fit; more gain less than 0.1 %
 REFIT_STEPS, FEWEST = 6, 2  # conjugate-gradient steps in each, at effort 1 and at least
 
@@ -73,7 +75,7 @@ def three_basil(
     mask = space.deal(pattern.mask(space.gather(loop.X).abs()))
     T, S, U, V = loop.T, loop.X * mask, loop.U, loop.V
     del loop  # the rest makes room for the matrices of the refit
-    S, U, V = _refit(T, space.G, mask, S, U, V, *refits(effort))
+    S, U, V = _refit(T, space, mask, S, U, V, *refits(effort))
     return Decomposition(space.leave(S), U, space.leave(V), stats)
 
 
@@ -142,7 +144,7 @@ class _Loop:
 
 
 def _joint(loop: _Loop, effort: float, max_steps: int) -> tuple[int, float]:
-    """Raise ρ by 1.44 in ``10·effort`` steps."""
+    """Raise ρ by 1.44 in ``10·effort`` steps; take ``LEAST``·effort at least, so that more effort never means fewer."""
     every = level(effort)
     factor = 1.44 ** (every / (10 * effort))
 
@@ -150,7 +152,8 @@ def _joint(loop: _Loop, effort: float, max_steps: int) -> tuple[int, float]:
         loop.fit_jointly()
         loop.update()
 
-    return _run(loop, step, every, lambda _: factor, SETTLED["joint"], min_steps=0, max_steps=max_steps)
+    least = round(LEAST * effort)
+    return _run(loop, step, every, lambda _: factor, SETTLED["joint"], min_steps=least, max_steps=max_steps)
 
 
 def _paper(loop: _Loop, effort: float, max_steps: int) -> tuple[int, float]:
@@ -192,11 +195,14 @@ def _run(
 
 
 def _refit(
-    T: Tensor, G: Tensor, mask: Tensor, S: Tensor, U: Tensor, V: Tensor, alternations: int, steps: int
+    T: Tensor, space: Coordinates, mask: Tensor, S: Tensor, U: Tensor, V: Tensor, alternations: int, steps: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Alternate least squares on the support with the low-rank fit."""
-    for _ in range(alternations):
+    """Alternate least squares on the support with the low-rank fit, and end on the best L for the last S."""
+    G = space.G
+    for left in reversed(range(alternations)):
         S = fit_on_support(T - U @ V, G, S, mask, steps)
-        if V.shape[0]:
+        if V.shape[0] and left:
             U, V = subspace_step(T - S, G, V)
+    if V.shape[0]:
+        U, V = best_fit(T - S, G, V, space.root)
     return S, U, V

@@ -45,6 +45,10 @@ class Coordinates:
         """Undo ``deal``: put the members of each group beside each other again."""
         return deal(X, X.shape[1] // self.group)
 
+    def root(self) -> Tensor:
+        """Return R (in, in), lower, with R Rᵀ = G; damped further if it could not be factorised."""
+        return self._factorised(self.G, "the metric of the coordinates")
+
     @property
     def remembered(self) -> int:
         """Bytes of the ridge inverses it holds."""
@@ -60,14 +64,18 @@ class Coordinates:
             return self._ridges[rho]
         shifted = self.G.clone()
         shifted.diagonal().add_(rho)
-        factor, damping = cholesky(shifted, "G + ρI")
-        if damping:
-            self.added.append(damping)
+        factor = self._factorised(shifted, "G + ρI")
         del shifted  # of a wide layer, each of these is the largest matrix there is
         M = torch.cholesky_inverse(factor).mul_(rho)
         if (len(self._ridges) + 1) * M.nbytes <= self.remember:
             self._ridges[rho] = M
         return M
+
+    def _factorised(self, A: Tensor, what: str) -> Tensor:
+        factor, damping = cholesky(A, what)
+        if damping:
+            self.added.append(damping)
+        return factor
 
 
 def deal(X: Tensor, group: int) -> Tensor:

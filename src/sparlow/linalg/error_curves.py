@@ -8,6 +8,7 @@ from torch import Tensor
 from sparlow.linalg.gram import Gram
 from sparlow.linalg.lowrank import random_factor, subspace_iteration
 from sparlow.linalg.patterns import Pattern
+from sparlow.linalg.tf32 import unit
 
 STEPS = 6  # of subspace iteration; errors are then within a few tenths of a percent of those by a full SVD
 SPARE = 8  # directions followed beyond the largest rank, as randomised SVDs do
@@ -24,7 +25,7 @@ def error_curve(W: Tensor, gram: Gram, pattern: Pattern, ranks: Sequence[int]) -
         pattern: Of S.
         ranks: From 0 to min(out, in) each.
     """
-    T, G = W * gram.scale, gram.correlation
+    T, G = W / unit(W) * gram.scale, gram.correlation
     whole = ((T @ G) * T).sum()
     if not whole:
         return [0.0 for _ in ranks]

@@ -1,5 +1,6 @@
 """Second moments of a layer's inputs, H = (2 / windows) Σ x xᵀ, and the factorisations that solvers share."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,9 +11,11 @@ from torch import Tensor
 from sparlow.errors import InputError
 from sparlow.finite import all_finite
 from sparlow.linalg.coordinates import Coordinates, cholesky, deal
+from sparlow.linalg.tf32 import unit
 
 OTHERS = 0.03  # damping of the other inputs, in units of the diagonal, when each input is explained by them
 PANELS = 4  # of a sum of products: five eighths of the work, see docs/performance.md
+ORDINARY = 2.0**24  # largest diagonal, and inverse of the smallest, of an H that is taken as it comes
 RIDGES_KEPT = 2**28  # bytes of ridge inverses that a Gram remembers
 
 
@@ -73,6 +76,15 @@ class SquareAccumulator:
         self.sum += x.reshape(-1, x.shape[-1]).to(self.sum.device, torch.float32).square().sum(0)
 
 
+def _in_range(H: Tensor) -> Tensor:
+    """Return H (in, in) in float32, divided by a power of four if its diagonal is far from 1."""
+    H = H if H.dtype == torch.float64 else H.float()
+    size = unit(H.diagonal())
+    if not 1 / ORDINARY <= size <= ORDINARY:
+        H = H / 4.0 ** math.floor(math.log2(size) / 2)
+    return H.float()
+
+
 @dataclass(frozen=True)
 class Gram:
     """A damped, positive definite H (in, in). What depends on H alone is computed once, on first use.
@@ -80,7 +92,7 @@ class Gram:
     Build it with ``Gram.damped``. Layers that read the same input share one.
     """
 
-    H: Tensor  # (in, in)
+    H: Tensor  # (in, in); ``damped`` divides one that is far out of range by a power of four, which changes no answer
     dead: Tensor  # (in,) bool: inputs that were always zero
     remember: int = RIDGES_KEPT  # bytes of ridge inverses, at most
     _added: list[float] = field(default_factory=list, repr=False, compare=False)  # damping that factorisations needed
@@ -95,12 +107,15 @@ class Gram:
         A dead column (H_jj = 0) gets H_jj = 1. Raises InputError if H (in, in) is not square, finite and of
         non-negative diagonal, or a damping is negative. Of the inverses of ``Coordinates.ridge``, ``remember`` bytes
         are kept.
+
+        No answer depends on a factor of H. So one whose largest diagonal is beyond ``ORDINARY`` is divided by a power
+        of four (E by a power of two: no bit is lost), before sums over it or its squares can leave float32.
         """
         if H.ndim != 2 or H.shape[0] != H.shape[1]:  # noqa: PLR2004 - a matrix has two dimensions
             raise InputError(f"H must be a square matrix (in, in), not of shape {tuple(H.shape)}.")
         if not (absolute >= 0 and relative >= 0):
             raise InputError("Damping must not be negative.")
-        H = H.float()
+        H = _in_range(H)
         diagonal = H.diagonal()
         if not all_finite(H) or (diagonal < 0).any():
             raise InputError("H holds NaN, infinity or a negative diagonal: check the calibration activations.")

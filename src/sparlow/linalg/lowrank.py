@@ -5,10 +5,17 @@ spans the leading left singular vectors of M R; given an orthonormal left factor
 norm. So no R⁻¹ is needed, and one alternating least-squares step, warm-started, is one step of subspace iteration.
 """
 
+import math
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from sparlow.linalg.gram import Gram
+from sparlow.linalg.gram import Gram, summing
+
+SETTLED = 5e-4  # of the error: what a last subspace step may still bring
+STEPS = 6  # subspace steps before an SVD; two are usual
+COMFORTABLE = (-8, 14)  # powers of two between which float16 (2^-14 to 2^16) holds a row by its largest entry
 
 
 def truncated_svd(A: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -36,7 +43,7 @@ def subspace_step(M: Tensor, G: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
         V: The right factor of the step before (r, in), or anything of full row rank to start from.
 
     Returns:
-        U (out, r) with (nearly) orthonormal columns and V = Uᵀ M (r, in): three skinny products.
+        U (out, r) with orthonormal columns and V = Uᵀ M (r, in): three skinny products.
     """
     return subspace_iteration(M, V, 1, G)
 
@@ -49,6 +56,40 @@ def subspace_iteration(M: Tensor, V: Tensor, steps: int, G: Tensor | None = None
     return U, V
 
 
+def best_fit(M: Tensor, G: Tensor, V: Tensor, root: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+    """U (out, r) orthonormal and V (r, in) minimising tr((M − UV) G (M − UV)ᵀ): what a solver ends on.
+
+    Subspace steps from V (r, in), until one brings the error down by no more than ``SETTLED`` of it. The sum that this
+    is read from is only as exact as its rounding beside M; where that hides what is left, or steps do not settle, an
+    SVD decides, and the lower of the two is returned.
+
+    Args:
+        M: What is to be approximated (out, in).
+        G: The metric (in, in).
+        V: Where to start, near the best if that is known.
+        root: Gives R (in, in) with R Rᵀ = G; called for the SVD only.
+    """
+    whole, explained = _inner(M @ G, M), 0.0
+    for _ in range(STEPS):
+        U = torch.linalg.qr(M @ (G @ V.T)).Q
+        V = U.T @ M
+        before, explained = explained, _inner(V @ G, V)
+        if abs(explained - before) <= SETTLED * (whole - explained):
+            return U, V
+    P = torch.linalg.svd(M @ root(), full_matrices=False).U[:, : len(V)]
+    fits = ((U, V), (P.contiguous(), P.T @ M))
+    return min(fits, key=lambda fit: _error(M - fit[0] @ fit[1], G))
+
+
+def _error(R: Tensor, G: Tensor) -> float:
+    return _inner(R @ G, R)
+
+
+def _inner(A: Tensor, B: Tensor) -> float:
+    """The sum of A ∘ B, added up in float64 where the device has it."""
+    return float((A * B).sum(dtype=summing(A.device)))
+
+
 def random_factor(rank: int, like: Tensor) -> Tensor:
     """V (rank, in) to start a subspace iteration from, for a matrix ``like`` (out, in).
 
@@ -59,15 +100,41 @@ def random_factor(rank: int, like: Tensor) -> Tensor:
 
 
 def orthonormal(Y: Tensor) -> Tensor:
-    """Orthonormalise the columns of Y (n, r) by Cholesky QR, four times as fast as Householder QR here.
+    """Orthonormal columns (n, r) whose span holds that of Y (n, r), n ≥ r, however dependent the columns of Y are.
 
-    Columns are scaled to unit length first. The Gram matrix of the columns gets a jitter above its rounding error, so
-    that its factorisation cannot fail: directions below that level come out shorter than 1, which a subspace
-    iteration corrects in its next steps.
+    By Householder reflections on the CPU, where they take less time than a single Cholesky QR. On accelerators they
+    take many times as long, and to look whether one Cholesky QR was enough would mean to wait: there it is done twice.
+    """
+    if Y.device.type != "cpu":
+        return cholesky_qr(cholesky_qr(Y))
+    Q: Tensor = torch.linalg.qr(Y).Q
+    return Q
+
+
+def cholesky_qr(Y: Tensor) -> Tensor:
+    """Orthonormalise the columns of Y (n, r) as far as their condition allows: twice to 1e-4 unless it is beyond 1e5.
+
+    Columns are scaled to unit length first. Their Gram matrix gets a jitter above its rounding error, so that its
+    factorisation cannot fail; what it takes from the length of columns that are orthogonal already is given back.
+    Directions below its level come out short, and not orthogonal to the others, which a second time mends.
     """
     Y = Y / Y.norm(dim=0).clamp_min(torch.finfo(Y.dtype).tiny)
     C = Y.T @ Y
-    C.diagonal().add_(4 * torch.finfo(Y.dtype).eps * max(Y.shape[1], 8))
+    jitter = 4 * torch.finfo(Y.dtype).eps * max(Y.shape[1], 8)
+    C.diagonal().add_(jitter)
     factor, _ = torch.linalg.cholesky_ex(C)  # _ex: no wait for the device to report failure
     Q: Tensor = torch.linalg.solve_triangular(factor, Y.T, upper=False)
-    return Q.T
+    return Q.T * math.sqrt(1 + jitter)
+
+
+def balanced(U: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
+    """The same U V (out, in) of factors that half precision holds: powers of two move between U (out, r) and V (r, in).
+
+    Only a column of U and its row of V are touched of which either lies outside of ``COMFORTABLE``; they then are of
+    one size. Nothing is rounded.
+    """
+    u, v = U.abs().amax(0).log2(), V.abs().amax(1).log2()  # (r,) each
+    low, high = COMFORTABLE
+    outside = (torch.minimum(u, v) < low) | (torch.maximum(u, v) > high)
+    shift = torch.where(outside & (u + v).isfinite(), ((v - u) / 2).round(), 0.0).exp2()
+    return U * shift, V / shift[:, None]
