@@ -1,11 +1,11 @@
-# setup · demo · test · test-slow · test-faults · check · bench.  PYTHON=python3.12 make setup chooses another interpreter.
+# setup · demo · test · test-slow · test-faults · check · bench · docs-options.  PYTHON=python3.12 make setup chooses another interpreter.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := demo
 
-.PHONY: setup demo test test-slow test-faults check format bench clean
+.PHONY: setup demo test test-slow test-faults check format bench docs-options clean
 
 setup: $(READY)
 
@@ -43,6 +43,10 @@ format: setup
 
 bench: setup
 	$(BIN)/python benchmarks/solver_speed.py
+
+# the table of all options, from their declarations; a test compares it
+docs-options: setup
+	$(BIN)/python -m sparlow.cli.reference > docs/options.md
 
 clean:
 	rm -rf $(VENV) dist $(DEMO)
