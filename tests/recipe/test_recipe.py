@@ -332,7 +332,7 @@ def test_what_would_take_long_or_break_the_parser_is_one_sentence(text, said, tm
     with pytest.raises(InputError, match=said) as caught:
         Recipe.from_file(tmp_path / "recipe.toml")
     assert time.process_time() - start < 5  # 20,000 parts of a name take tomllib twice as long
-    assert len(str(caught.value)) < len(text)
+    assert len(str(caught.value)) < 500
     assert str(caught.value).count("\n") == 0
     with pytest.raises(InputError, match=said):
         Recipe.from_toml(text)
