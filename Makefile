@@ -1,4 +1,4 @@
-# setup · demo · test · test-portable · test-transformers · test-slow · test-faults · check · bench.
+# setup · demo · test · test-portable · test-transformers · test-slow · test-faults · check · bench · docs-options.
 # PYTHON=python3.12 make setup chooses another interpreter.
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,7 +8,7 @@ DEMO := demo
 # the oldest that pyproject.toml allows and the newest that was tried; constraints.txt has the one of all other tests
 TRANSFORMERS ?= 5.16.0 5.24.0
 
-.PHONY: setup demo test test-portable test-transformers test-slow test-faults check format bench clean
+.PHONY: setup demo test test-portable test-transformers test-slow test-faults check format bench docs-options clean
 
 setup: $(READY)
 
@@ -58,6 +58,10 @@ format: setup
 
 bench: setup
 	$(BIN)/python benchmarks/solver_speed.py
+
+# the table of all options, from their declarations; a test compares it
+docs-options: setup
+	$(BIN)/python -m sparlow.cli.reference > docs/options.md
 
 clean:
 	rm -rf $(VENV) $(VENV)-transformers-* dist $(DEMO)

@@ -218,7 +218,7 @@ class Option:
             number = math.inf
         bound = self.note(Bound)
         must = bound.text if bound else "a number"
-        if not math.isfinite(number):
+        if isinstance(number, float) and not math.isfinite(number):
             must += " and finite"
         elif abs(number) >= LARGEST and self.kind is int:
             must += " and of at most 18 digits"
@@ -319,7 +319,7 @@ def shown(value: object) -> str:
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # a number of thousands of digits, tables within tables within tables
-        return f"a {type(value).__name__} that is too large to show"
+        return "a value that is too large to show"
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
 
 

@@ -1,4 +1,5 @@
 import dataclasses
+import time
 import tomllib
 from pathlib import Path
 
@@ -313,6 +314,45 @@ def test_a_file_that_is_no_toml(text, tmp_path):
     (tmp_path / "recipe.toml").write_text(text)
     with pytest.raises(InputError, match="not valid TOML"):
         Recipe.from_file(tmp_path / "recipe.toml")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        pytest.param("ignore = " + "[" * 100_000 + "]" * 100_000, "nested too deeply", id="lists in lists"),
+        pytest.param("options = " + "{a=" * 5000 + "1" + "}" * 5000, "nested too deeply", id="tables in tables"),
+        pytest.param("seed = " + "9" * 5000, "4300 digits", id="a long number"),
+        pytest.param("seed = 0x" + "f" * 5000, "at most 18 digits", id="a long hexadecimal number"),
+        pytest.param("damping = 0x" + "f" * 5000, "damping must be", id="a long number for a fraction"),
+        pytest.param("layers = [{match = 'q', rank = 0x" + "f" * 5000 + "}]", "rank", id="a long rank of a rule"),
+        pytest.param("options = {max_steps = 0x" + "f" * 5000 + "}", "max_steps", id="a long number for an option"),
+        pytest.param("pattern = '" + "9" * 5000 + ":4'", "Pattern", id="a long number in a pattern"),
+        pytest.param(".".join(["a"] * 20_000) + " = 1", "dotted name", id="a dotted name"),
+        pytest.param("[" + " . ".join(["'a'"] * 20_000) + "]", "dotted name", id="a dotted title"),
+        pytest.param("options = {" + ".".join(['"a"'] * 20_000) + " = 1}", "dotted name", id="a dotted name inside"),
+        pytest.param("# " + "x" * 2_000_000, "larger than 1,000,000 bytes", id="a large file"),
+    ],
+)
+def test_what_would_take_long_or_break_the_parser_is_one_sentence(text, said, tmp_path):
+    (tmp_path / "recipe.toml").write_text(text)
+    start = time.process_time()
+    with pytest.raises(InputError, match=said) as caught:
+        Recipe.from_file(tmp_path / "recipe.toml")
+    assert time.process_time() - start < 5  # 20,000 parts of a name take tomllib twice as long
+    assert len(str(caught.value)) < 500
+    assert str(caught.value).count("\n") == 0
+    with pytest.raises(InputError, match=said):
+        Recipe.from_toml(text)
+
+
+def test_a_name_with_many_dots_in_a_text_is_read():
+    names = [".".join(["layers", *"0123456789"])] * 50
+    assert Recipe.from_toml(f"ignore = {names!r}").ignore == tuple(names)
+
+
+def test_a_slip_in_the_name_of_a_field_is_answered_with_the_nearest():
+    with pytest.raises(InputError, match=r"A recipe has no field 'patern'; did you mean 'pattern'\? Choose one of: "):
+        Recipe.from_toml("patern = '2:4'")
 
 
 def test_a_file_that_cannot_be_read(tmp_path):

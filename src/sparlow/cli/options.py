@@ -220,14 +220,16 @@ def _source(context: typer.Context, name: str) -> str:
 
 def _built(of: type, values: Mapping[str, Any]) -> Any:  # noqa: ANN401 - an object of the class
     lists = {name for name, option in options_of(of).items() if option.repeatable}
-    return of(**{name: tuple(split(value)) if name in lists else value for name, value in values.items()})
+    return of(
+        **{name: tuple(dict.fromkeys(split(value))) if name in lists else value for name, value in values.items()}
+    )
 
 
 def _given(values: dict[str, Any], typed: set[str]) -> Given:
     file, pairs, owl = (values.pop(name, None) for name in ("recipe", "option", "owl"))
     changes = {name: value for name, value in values.items() if name in typed}
     if "ignore" in changes:
-        changes["ignore"] = tuple(split(changes["ignore"]))
+        changes["ignore"] = tuple(dict.fromkeys(split(changes["ignore"])))
     if owl is not None:
         meant = "owl" if owl else "uniform"
         if changes.setdefault("allocate", meant) != meant:
@@ -237,9 +239,11 @@ def _given(values: dict[str, Any], typed: set[str]) -> Given:
 
 
 def split(names: str | Iterable[str]) -> list[str]:
-    """Read a list: each text given may hold several names, separated by commas."""
-    texts = [names] if isinstance(names, str) else names
-    return [name.strip() for text in texts for name in text.split(",") if name.strip()]
+    """Read a list: each text given may hold several names, separated by commas; an empty one forgets those before."""
+    found: list[str] = []
+    for text in [names] if isinstance(names, str) else names:
+        found = [*found, *(name.strip() for name in text.split(",") if name.strip())] if text.strip() else []
+    return found
 
 
 def parse_named_pairs(pairs: Sequence[str]) -> dict[str, dict[str, str]]:

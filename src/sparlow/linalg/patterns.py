@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sparlow.errors import InputError
+from sparlow.schema import shown
 
 Projector = Callable[[Tensor, Tensor], Tensor]  # (X, out), contiguous → out: X, zero where it is pruned
 
@@ -172,7 +173,7 @@ def parse_pattern(text: str) -> Pattern:
         raise
     except ValueError:
         raise InputError(
-            f"Pattern {text!r} is not understood: give N:M such as 2:4, or the fraction removed, such as 0.5."
+            f"Pattern {shown(text)} is not understood: give N:M such as 2:4, or the fraction removed, such as 0.5."
         ) from None
 
 

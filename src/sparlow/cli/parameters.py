@@ -1,0 +1,89 @@
+"""Parameters of commands that no class of options declares: where to read and write, and what serves one command."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="Model to read: a hub id, a directory, or a .gguf file.", show_default=False),
+]
+Directory = Annotated[
+    Path, typer.Argument(metavar="DIRECTORY", help="A directory that sparlow wrote.", show_default=False)
+]
+Out = Annotated[
+    Path,
+    typer.Option(
+        metavar="DIRECTORY", rich_help_panel="Output", help="Directory to write. An unfinished one is resumed."
+    ),
+]
+JsonFile = Annotated[
+    Path | None,
+    typer.Option("--json", metavar="FILE", rich_help_panel="Output", help="Also write the result to this file."),
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", rich_help_panel="Output", help="Replace a finished result in --out.")
+]
+OutOfPlan = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIRECTORY",
+        rich_help_panel="Output",
+        help="Directory that would be written, to see how much disk is free.",
+    ),
+]
+Timed = Annotated[
+    bool,
+    typer.Option(
+        "--time/--no-time", rich_help_panel="Output", help="Run the algorithm on small layers to predict the time."
+    ),
+]
+OutOfComparison = Annotated[
+    Path,
+    typer.Option(
+        metavar="DIRECTORY", rich_help_panel="Output", help="Directory to write. Finished methods in it are reused."
+    ),
+]
+Algorithms = Annotated[
+    list[str],
+    typer.Option(
+        metavar="NAMES",
+        rich_help_panel="Solver",
+        help="Algorithms to compare, or all. Repeat it, or separate by commas.",
+    ),
+]
+OptionOfOne = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="ALGORITHM.KEY=VALUE",
+        rich_help_panel="Solver",
+        help="An option of one of the algorithms. Repeat it for several.",
+    ),
+]
+WithMatching = Annotated[
+    str | None,
+    typer.Option(
+        metavar="no|yes|both",
+        rich_help_panel="Matching",
+        help="Train what is kept towards the dense model. both compares every algorithm without and with it.",
+        show_default="no, or the recipe's",
+    ),
+]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        rich_help_panel="Machine",
+        metavar="TEXT",
+        help="Data type of the model's weights: auto (as stored), float32, bfloat16 or float16.",
+    ),
+]
+Adapter = Annotated[
+    Path | None,
+    typer.Option(
+        "--peft",
+        metavar="DIRECTORY",
+        rich_help_panel="Output",
+        help="Also write the adapter in PEFT's form to this directory, with the plain model of all S in base.",
+    ),
+]
