@@ -30,6 +30,7 @@ from sparlow.model.training.block_matching import PRESETS, loss_on, match
 from sparlow.progress import Clock
 from sparlow.recipe.budgets import budgets
 from sparlow.recipe.recipe import Recipe
+from sparlow.recipe.run_options import RunOptions
 from sparlow.recipe.training_plan import HELD_OUT, plan_of
 from sparlow.run.compress import open_dense, windows_to_calibrate
 from sparlow.run.pipeline import compress_block
@@ -68,7 +69,7 @@ def show(name: str, run: dict[str, Any]) -> None:
 
 def matched(args: argparse.Namespace, recipe: Recipe) -> list[dict[str, Any]]:
     """Both presets, block by block."""
-    opened, storage = open_dense(args.model, None, recipe, "cpu", trust_remote_code=False, streamed=False)
+    opened, storage = open_dense(args.model, None, recipe, RunOptions(device="cpu"), streamed=False)
     name, blocks = decoder_blocks(opened.model)
     allowed, windows = budgets(name, blocks, recipe), windows_to_calibrate(None, opened, recipe)
     apart = len(windows) // HELD_OUT  # neither is trained on these

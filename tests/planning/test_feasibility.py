@@ -11,6 +11,7 @@ from sparlow.planning.memory import disk, stages
 from sparlow.planning.microbenchmarks import BOUND
 from sparlow.planning.workload import workload
 from sparlow.recipe.recipe import GIVEN_WINDOWS, Recipe
+from sparlow.recipe.run_options import RunOptions
 from sparlow.run.compare import compare
 
 RECIPE = Recipe(algorithm="magnitude", samples=256, seqlen=64, calibration=GIVEN_WINDOWS)
@@ -26,9 +27,12 @@ def folder(tmp_path_factory):
     return place
 
 
+def worked(folder, recipe=RECIPE, *, offload="cpu", **facts):
+    return workload(meta_model(str(folder)), recipe, RunOptions("cpu", offload, evaluate=()), **facts)
+
+
 def needed(folder, recipe=RECIPE, **changes):
-    work = workload(meta_model(str(folder)), recipe, device="cpu", **{"offload": "cpu", **changes})
-    return max(stage.cpu for stage in stages(work, BOUND))
+    return max(stage.cpu for stage in stages(worked(folder, recipe, **changes), BOUND))
 
 
 def compressed(folder, out, recipe=RECIPE, **options):
@@ -73,7 +77,7 @@ def test_only_what_fits_is_named(folder, tmp_path, monkeypatch):
 
 def test_where_no_option_is_enough_the_fewest_together_are_named(folder):
     recipe = RECIPE.changed(match=True)
-    work = workload(meta_model(str(folder)), recipe, device="cpu", offload="cpu")
+    work = worked(folder, recipe)
 
     def fits(changed):
         return changed.place == "disk" and not changed.together
@@ -103,7 +107,7 @@ def test_force_begins_all_the_same(folder, tmp_path, monkeypatch):
 
 
 def test_a_bound_that_does_not_fit_is_replaced_by_a_measurement(folder, monkeypatch):
-    work = workload(meta_model(str(folder)), RECIPE, device="cpu", offload="cpu")
+    work = worked(folder)
     measured = []
     monkeypatch.setattr(feasibility, "workspace", lambda *_: measured.append(1) or BOUND)
     feasibility.require_memory(work)
@@ -115,7 +119,7 @@ def test_a_bound_that_does_not_fit_is_replaced_by_a_measurement(folder, monkeypa
 
 
 def test_too_little_disk_is_told_and_what_is_there_counts(folder, tmp_path, monkeypatch):
-    work = workload(meta_model(str(folder)), RECIPE, device="cpu", offload="cpu")
+    work = worked(folder)
     size = disk(work).out
     monkeypatch.setattr(feasibility, "disk_available", lambda _: size - 1)
     message = refused(folder, tmp_path / "out")
@@ -127,7 +131,7 @@ def test_too_little_disk_is_told_and_what_is_there_counts(folder, tmp_path, monk
 
 def test_disk_for_the_last_pass_is_counted(folder, tmp_path, monkeypatch):
     recipe = RECIPE.changed(match=True)
-    size = disk(workload(meta_model(str(folder)), recipe, device="cpu", offload="cpu")).out
+    size = disk(worked(folder, recipe)).out
     monkeypatch.setattr(feasibility, "disk_available", lambda _: size - 1)
     assert "it fits with --match-preset blocks or --no-match" in refused(folder, tmp_path / "out", recipe)
     compressed(folder, tmp_path / "out")
@@ -147,12 +151,13 @@ def test_a_comparison_is_refused_as_a_whole(folder, tmp_path, monkeypatch):
     text.write_text("words and more words " * 60)
     base = Recipe(algorithm="magnitude", samples=4, seqlen=16, calibration=str(text))
     recipes = {"magnitude": base, "wanda": base.changed(algorithm="wanda")}
-    one = disk(workload(meta_model(str(folder)), base, device="cpu")).out
+    how = RunOptions(evaluate=())
+    one = disk(worked(folder, base)).out
     monkeypatch.setattr(feasibility, "disk_available", lambda _: 2 * one - 1)
     with pytest.raises(InputError, match="of disk"):
-        compare(folder, recipes, out=tmp_path / "out", evaluate=())
+        compare(folder, recipes, out=tmp_path / "out", options=how)
     assert not (tmp_path / "out").exists()
-    assert len(compare(folder, recipes, out=tmp_path / "out", evaluate=(), force=True).rows) == 2
+    assert len(compare(folder, recipes, out=tmp_path / "out", options=how, force=True).rows) == 2
 
 
 def group(folder, **values):
@@ -183,8 +188,6 @@ def test_processes_of_one_machine_divide_its_memory_and_the_windows(folder, monk
     monkeypatch.setattr(machine, "_limits", lambda: iter([40]))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert machine.memory_available() == 10
-    alone, shared = (
-        workload(meta_model(str(folder)), RECIPE, device="cpu", offload="disk", processes=n) for n in (1, 4)
-    )
+    alone, shared = (worked(folder, offload="disk", processes=n) for n in (1, 4))
     assert alone.hidden == 4 * shared.hidden
     assert disk(alone).hidden == disk(shared).hidden  # all of them lie on that machine's disk

@@ -10,10 +10,12 @@ from sparlow.algorithms import algorithms, find, variants
 from sparlow.cli.commands import main
 from sparlow.errors import InputError, RunError
 from sparlow.recipe.recipe import Recipe
+from sparlow.recipe.run_options import RunOptions
 from sparlow.report.comparison import NAME
 from sparlow.report.records import Report
 from sparlow.run import compare as comparison
 from sparlow.run import passes as measuring
+from sparlow.run import pipeline
 from sparlow.run.compare import compare, recipes_for
 
 TEXT = "".join(chr(32 + (7 * i * i + i // 3) % 95) for i in range(600))
@@ -36,7 +38,8 @@ def base(place, **changes):
 
 def run(place, out, names=METHODS, texts=("text.txt",), **options):
     recipes = recipes_for(base(place), names, {k: v for k, v in OPTIONS.items() if k in names})
-    return compare(place / "model", recipes, out=out, evaluate=[str(place / text) for text in texts], **options)
+    how = RunOptions(evaluate=[str(place / text) for text in texts])
+    return compare(place / "model", recipes, out=out, options=how, **options)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +61,7 @@ def counted(monkeypatch):
 
         monkeypatch.setattr(module, name, wrapper)
 
-    counting(sparlow.pipeline, "solve", "layers")
+    counting(pipeline, "solve", "layers")
     counting(measuring, "perplexity_by_blocks", "perplexities")
     return counts
 
@@ -85,7 +88,9 @@ def test_every_method_without_and_with_matching(place, tmp_path):
         ("3basil", False),
         ("3basil+match", True),
     ]
-    found = compare(place / "model", recipes, out=tmp_path / "out", evaluate=[str(place / "text.txt")])
+    found = compare(
+        place / "model", recipes, out=tmp_path / "out", options=RunOptions(evaluate=[str(place / "text.txt")])
+    )
     assert [row.name for row in found.rows] == list(recipes)
     for name, recipe in recipes.items():
         assert bool(Report.from_file(tmp_path / "out" / name / "report.json").distillation) == recipe.match
@@ -173,19 +178,19 @@ def test_another_recipe_in_the_same_place_is_refused(place, tmp_path):
     run(place, tmp_path / "out", ("magnitude",))
     recipes = recipes_for(base(place, samples=3), ("magnitude",), {})
     with pytest.raises(InputError, match=r"differs in samples \(4 there, 3 now\)"):
-        compare(place / "model", recipes, out=tmp_path / "out", evaluate=())
-    assert compare(place / "model", recipes, out=tmp_path / "out", evaluate=(), overwrite=True).rows
+        compare(place / "model", recipes, out=tmp_path / "out", options=RunOptions(evaluate=()))
+    assert compare(place / "model", recipes, out=tmp_path / "out", options=RunOptions(evaluate=()), overwrite=True).rows
 
 
 def test_a_method_that_fails_does_not_stop_the_others(place, tmp_path, monkeypatch):
-    real = sparlow.pipeline.solve
+    real = pipeline.solve
 
     def failing(algorithm, *args):
         if algorithm.name == "magnitude":
             raise RunError("a factorisation failed")
         return real(algorithm, *args)
 
-    monkeypatch.setattr(sparlow.pipeline, "solve", failing)
+    monkeypatch.setattr(pipeline, "solve", failing)
     found = run(place, tmp_path / "out", METHODS[:2])
     assert [row.name for row in found.rows] == ["wanda"]
     assert "q_proj: a factorisation failed" in found.failed["magnitude"]
@@ -289,7 +294,7 @@ def test_a_failure_is_told_at_the_end(place, tmp_path, monkeypatch, capsys):
     def failing(*_):
         raise RunError("it is damaged")
 
-    monkeypatch.setattr(sparlow.pipeline, "solve", failing)
+    monkeypatch.setattr(pipeline, "solve", failing)
     assert call(command(place, tmp_path / "out", "--algorithms", "wanda")) == 1
     assert "wanda: model.layers.0.self_attn.q_proj: it is damaged" in capsys.readouterr().err
     assert comparison.NAME in {path.name for path in (tmp_path / "out").iterdir()}
@@ -305,5 +310,5 @@ def test_every_recipe_is_checked_before_the_first_is_begun(place, tmp_path):
     recipes = {"magnitude": base(place, algorithm="magnitude", rank=None)}
     recipes["wanda"] = base(place, algorithm="wanda", rank=None, pattern="2:5")
     with pytest.raises(InputError, match="Pattern 2:5"):
-        compare(place / "model", recipes, out=tmp_path / "out", evaluate=())
+        compare(place / "model", recipes, out=tmp_path / "out", options=RunOptions(evaluate=()))
     assert not (tmp_path / "out").exists()

@@ -41,6 +41,7 @@ from sparlow.machine import pick_device
 from sparlow.model.artefact.describe import describe
 from sparlow.model.loading.source import open_model, upcast_for_cpu
 from sparlow.progress import labelled
+from sparlow.recipe.run_options import RunOptions
 from sparlow.run.compress import compress as run_compression
 from sparlow.run.verify import recorded_patterns, verify_artefact
 
@@ -156,7 +157,7 @@ def compare(
     names = list(variants()) if algorithms == "all" else split(algorithms)
     recipes = recipes_for(given.recipe(), names, parse_named_pairs(option or []), match)
     with resumable(), display.progress() as notify:
-        found = run_comparison(model, recipes, out=out, **given.run, **given.write, notify=notify)
+        found = run_comparison(model, recipes, out=out, options=RunOptions(**given.run), **given.write, notify=notify)
     display.show_comparison(found)
     display.out.print(f"written to {out}: compare.json and two figures", markup=False, highlight=False)
     if found.failed:

@@ -6,13 +6,56 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from transformers import PreTrainedModel
+
 from sparlow.errors import InputError
 from sparlow.machine import device_available, disk_available, existing_parent, human_bytes, memory_available
+from sparlow.model.loading.meta import UnknownAheadError, meta_model
+from sparlow.model.loading.source import resolve_model_path
 from sparlow.planning.memory import disk, stages
 from sparlow.planning.microbenchmarks import BOUND, Workspace, typical, workspace
-from sparlow.planning.workload import Workload
+from sparlow.planning.workload import Workload, workload
+from sparlow.recipe.recipe import Recipe
+from sparlow.recipe.run_options import RunOptions
 
 FORCE = "--force runs it all the same"
+
+
+def require_feasible(
+    model: str | Path | PreTrainedModel,
+    recipes: Mapping[Path | None, Recipe],
+    options: RunOptions,
+    processes: int = 1,
+) -> None:
+    """Raise InputError if memory or disk do not suffice for some runs on one model, one run after the other.
+
+    Reads the model's config and no weights. Where only the weights say what a model holds, nothing is checked.
+
+    Args:
+        model: Hub id, directory, .gguf file, or a transformers model.
+        recipes: By the directory that each writes; None writes nothing, and holds the whole model in memory.
+        options: How all of them run.
+        processes: Those that share the work.
+    """
+    works: dict[Path | None, Workload] = {}
+    shapes: dict[str, PreTrainedModel | None] = {}  # by the type of the weights
+    for folder, recipe in recipes.items():
+        if recipe.dtype not in shapes:
+            shapes[recipe.dtype] = known_ahead(model, recipe.dtype, trust_remote_code=options.trust_remote_code)
+        shape = shapes[recipe.dtype]
+        if shape is not None:
+            works[folder] = workload(shape, recipe, options, streamed=folder is not None, processes=processes)
+    require_resources(works)
+
+
+def known_ahead(model: str | Path | PreTrainedModel, dtype: str, *, trust_remote_code: bool) -> PreTrainedModel | None:
+    """Return the model on the meta device, an object as it is; None where only its weights say what it holds."""
+    if isinstance(model, PreTrainedModel):
+        return model
+    try:
+        return meta_model(resolve_model_path(str(model)), dtype=dtype, trust_remote_code=trust_remote_code)
+    except UnknownAheadError:
+        return None
 
 
 def require_resources(works: Mapping[Path | None, Workload]) -> None:

@@ -1,6 +1,6 @@
 """What a run has to do, in numbers: layers and their budgets, sizes of the model, tokens. From shapes alone."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from sparlow.evaluation.perplexity import require_context
-from sparlow.machine import check_device
+from sparlow.machine import check_device, pick_device
 from sparlow.model.artefact.dtypes import StoredDtypes
 from sparlow.model.forward.activation_store import place
 from sparlow.model.forward.decoder import decoder_blocks, linears
@@ -17,6 +17,7 @@ from sparlow.model.training.loop import Plan as Matching
 from sparlow.recipe.allocation import Budget, Shape
 from sparlow.recipe.budgets import budgets
 from sparlow.recipe.recipe import Recipe
+from sparlow.recipe.run_options import RunOptions
 from sparlow.recipe.training_plan import micro_batch, plan_of
 from sparlow.text import expected_windows
 
@@ -212,12 +213,8 @@ class Workload:
 def workload(
     model: PreTrainedModel,
     recipe: Recipe,
+    options: RunOptions,
     *,
-    device: str,
-    offload: str = "auto",
-    evaluate: Sequence[str] = (),
-    evaluate_seqlen: int | None = None,
-    limit: int | None = None,
     streamed: bool = True,
     processes: int = 1,
 ) -> Workload:
@@ -226,17 +223,14 @@ def workload(
     Args:
         model: On the meta device an outline, else the model itself, which stays where it is.
         recipe: What is done.
-        device: Where blocks run, as torch names it.
-        offload: Where hidden states wait: auto, cpu or disk.
-        evaluate: Corpora or files on which perplexity is measured.
-        evaluate_seqlen: Tokens in a window of these; the recipe's seqlen if left out.
-        limit: At most so many windows of each.
+        options: How it is done.
         streamed: The weights of an outline are read part by part, as far as that can be.
         processes: Those that divide the calibration windows.
 
     Raises:
         InputError: A layer does not fit the recipe, a text does not exist, or the device cannot be used.
     """
+    device, evaluate = pick_device(options.device), options.evaluate
     check_device(device)
     there = not next(model.parameters()).is_meta
     where = model.device if there else torch.device(device)
@@ -245,7 +239,7 @@ def workload(
     stored = StoredDtypes.of(model).dtype
     half = where.type == "cpu" and not there and stored in (torch.float16, torch.bfloat16)  # see source.upcast_for_cpu
     config = model.config.get_text_config()
-    seqlen = max(evaluate_seqlen or recipe.seqlen, 2)
+    seqlen = max(options.evaluate_seqlen or recipe.seqlen, 2)
     for tokens in (recipe.seqlen, seqlen if evaluate else recipe.seqlen):
         require_context(model, tokens)
     return Workload(
@@ -258,10 +252,10 @@ def workload(
         stored_in=stored,
         computed_in=torch.float32 if half else stored,
         recipe=recipe,
-        evaluation={e: expected_windows(e, config.vocab_size, seqlen=seqlen, limit=limit) for e in evaluate},
+        evaluation={e: expected_windows(e, config.vocab_size, seqlen=seqlen, limit=options.limit) for e in evaluate},
         evaluate_seqlen=seqlen,
         device=where,
-        offload=offload,
+        offload=options.offload,
         streamed=streamed and not there and not _shared_with_blocks(model, name),
         there=there,
         processes=processes,

@@ -13,6 +13,7 @@ from sparlow.errors import RunError
 from sparlow.model.artefact.layers import SparseLowRankLinear, compressed_layers
 from sparlow.model.forward.capture import capture_block_inputs
 from sparlow.model.forward.decoder import decoder_blocks, linears, pass_through
+from sparlow.model.loading.source import open_model
 from sparlow.model.training import distillation as distilling
 from sparlow.model.training.distillation import PRESETS, distill
 from sparlow.recipe.recipe import Recipe
@@ -131,7 +132,7 @@ def test_a_run_writes_what_it_trained(whole, tmp_path):
 
 
 def test_a_model_in_memory_ends_alike(whole):
-    model = sparlow.model.source.open_model(str(whole[0])).model.float()
+    model = open_model(str(whole[0])).model.float()
     report = run(model, None)
     assert report.distillation["loss_after"] == pytest.approx(whole[2].distillation["loss_after"], rel=0.02)
 
