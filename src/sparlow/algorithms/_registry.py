@@ -7,42 +7,21 @@ import math
 import types
 import typing
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
 from torch import Tensor
 
+from sparlow.algorithms._results import Pruned
 from sparlow.errors import InputError
 from sparlow.linalg.gram import Gram
 from sparlow.linalg.patterns import Pattern
 
-Stats = Mapping[str, float | int | str | bool]
-Pruner = Callable[[Tensor, Gram, Pattern], Tensor]
+Pruner = Callable[[Tensor, Gram, Pattern], Tensor | Pruned]
 Positive = Annotated[float, "above 0"]  # annotations for options; plain float, int, bool, str and Literal do as well
 Count = Annotated[int, "at least 1"]
 _BOUNDS: dict[str, Callable[[float], bool]] = {"above 0": lambda v: v > 0, "at least 1": lambda v: v >= 1}
 F = TypeVar("F", bound=Callable[..., Any])
-
-
-@dataclass(frozen=True, slots=True)
-class Decomposition:
-    """W ≈ S + U V.
-
-    Attributes:
-        S: The sparse part (out, in), on its pattern.
-        U: Left factor of the low-rank part (out, rank).
-        V: Right factor of the low-rank part (rank, in).
-        stats: What the solver has to say: ``iterations``, ``relative_error``, ``damping``, ….
-    """
-
-    S: Tensor
-    U: Tensor
-    V: Tensor
-    stats: Stats = field(default_factory=dict)
-
-    def dense(self) -> Tensor:
-        """S + U V (out, in)."""
-        return self.S + self.U @ self.V
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +128,7 @@ _ALGORITHMS: dict[str, Algorithm] = {}
 
 
 def pruner(name: str, *, aliases: Mapping[str, Mapping[str, object]] = types.MappingProxyType({})) -> Callable[[F], F]:
-    """Register a function ``(W, gram, pattern, *, options) -> S`` under ``name``.
+    """Register a function ``(W, gram, pattern, *, options) -> S`` under ``name``; or ``-> Pruned(S, stats)``.
 
     Args:
         name: As typed on the command line.

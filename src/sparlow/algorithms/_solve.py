@@ -3,12 +3,14 @@
 import math
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparlow.algorithms._registry import Algorithm, Decomposition, find
+from sparlow.algorithms._registry import Algorithm, find
+from sparlow.algorithms._results import Decomposition, Pruned
 from sparlow.errors import InputError, RunError
 from sparlow.finite import all_finite
 from sparlow.linalg.gram import Gram
@@ -30,8 +32,7 @@ def solve(
         options: The algorithm's own, parsed.
 
     Returns:
-        S, U, V in W's type and device; ``stats`` holds at least ``relative_error`` (of exactly these S, U, V),
-        ``iterations``, ``seconds``, ``damping`` (extra, 0 unless a factorisation needed it) and ``dead_columns``.
+        S, U, V in W's type and device, and ``stats``, whose ``relative_error`` is that of exactly these S, U, V.
 
     Raises:
         InputError: W and the rest do not fit together, or W is not finite.
@@ -48,21 +49,22 @@ def solve(
     relative_error = gram.relative_error(weight, weight - S.float() - U.float() @ V.float())
     if not all(all_finite(part) for part in (S, U, V)) or not math.isfinite(relative_error):
         raise RunError(f"{algorithm.name} ended in values that are not finite: raise the damping.")
-    shell = {
-        "relative_error": relative_error,
-        "seconds": time.perf_counter() - start,
-        "damping": gram.extra_damping,
-        "dead_columns": int(gram.dead.sum()),
-    }
-    return Decomposition(S, U, V, {"iterations": 1, **found.stats, **shell})
+    stats = replace(
+        found.stats,
+        relative_error=relative_error,
+        seconds=time.perf_counter() - start,
+        damping=gram.extra_damping,
+        dead_columns=int(gram.dead.sum()),
+    )
+    return Decomposition(S, U, V, stats)
 
 
 def _run(
     algorithm: Algorithm, W: Tensor, gram: Gram, pattern: Pattern, rank: int, options: Mapping[str, Any]
 ) -> Decomposition:
     if algorithm.kind == "pruner":
-        S = algorithm.function(W, gram, pattern, **options)
-        return Decomposition(S, W.new_zeros(W.shape[0], 0), W.new_zeros(0, W.shape[1]))
+        pruned = Pruned.of(algorithm.function(W, gram, pattern, **options))
+        return Decomposition(pruned.S, W.new_zeros(W.shape[0], 0), W.new_zeros(0, W.shape[1]), pruned.stats)
     found: Decomposition = algorithm.function(W, gram, pattern, rank, **options)
     return found
 
