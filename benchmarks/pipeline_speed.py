@@ -26,12 +26,13 @@ from sparlow.algorithms import decomposer
 from sparlow.model.forward.capture import capture_block_inputs
 from sparlow.model.forward.decoder import decoder_blocks, pass_through
 from sparlow.model.loading.source import open_model
-from sparlow.model.training.block_matching import PRESETS, loss_on, match
+from sparlow.model.training.block_matching import BlockOutputs, loss_on, match
+from sparlow.model.training.loop import MicroBatches
 from sparlow.progress import Clock
 from sparlow.recipe.budgets import budgets
 from sparlow.recipe.recipe import Recipe
 from sparlow.recipe.run_options import RunOptions
-from sparlow.recipe.training_plan import HELD_OUT, plan_of
+from sparlow.recipe.training_plan import HELD_OUT, PRESETS, training_of
 from sparlow.run.compress import open_dense, windows_to_calibrate
 from sparlow.run.pipeline import compress_block
 
@@ -73,7 +74,7 @@ def matched(args: argparse.Namespace, recipe: Recipe) -> list[dict[str, Any]]:
     name, blocks = decoder_blocks(opened.model)
     allowed, windows = budgets(name, blocks, recipe), windows_to_calibrate(None, opened, recipe)
     apart = len(windows) // HELD_OUT  # neither is trained on these
-    recording = capture_block_inputs(opened.model, windows, micro_batch=PRESETS["blocks"].batch, apart=apart)
+    recording = capture_block_inputs(opened.model, windows, micro_batch=PRESETS["blocks"].plan.batch, apart=apart)
     hidden, rows = recording.hidden, []
     for i in range(min(args.blocks or len(blocks), len(blocks))):
         calls, targets, clock = recording.calls[i], hidden.fresh(), Clock()
@@ -84,12 +85,13 @@ def matched(args: argparse.Namespace, recipe: Recipe) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"block": i}
         for preset in ("paper", "blocks"):
             block = copy.deepcopy(blocks[i])
-            plan = plan_of(recipe.changed(match=True, match_preset=preset))
+            training = training_of(recipe.changed(match=True, match_preset=preset))
             # "blocks" sets aside the last of what it is given to stop by; the paper's trains on all of it
-            held = 1 if plan.patience else 0
-            done = match(block, calls, hidden[:-1], targets[:-1], plan, held_out=held, seed=i)
+            data = MicroBatches(hidden[:-1], targets[:-1], held_out=1 if training.plan.patience else 0)
+            done = match(block, calls, data, training.objective, training.plan, seed=i)
+            unseen = MicroBatches(hidden[-1:], targets[-1:])
             judged = {
-                kind: loss_on(block, calls, hidden[-1:], targets[-1:], relative=kind == "relative")
+                kind: loss_on(block, calls, unseen, BlockOutputs(relative=kind == "relative", from_dense=False))
                 for kind in ("relative", "plain")
             }
             row[preset] = {"seconds": done.seconds, "epochs": done.epochs, **judged}

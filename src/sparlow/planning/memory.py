@@ -115,7 +115,7 @@ class _Counted:
         yield self._passing_on()
         yield self._saving()
         if work.by_block:
-            yield self._matching(work.by_block.batch)
+            yield self._matching(work.by_block.plan.batch)
         if work.together:
             yield self._distilling()
 

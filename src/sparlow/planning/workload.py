@@ -13,12 +13,11 @@ from sparlow.model.artefact.dtypes import StoredDtypes
 from sparlow.model.forward.activation_store import place
 from sparlow.model.forward.decoder import decoder_blocks, linears
 from sparlow.model.loading.meta import shared_inputs
-from sparlow.model.training.loop import Plan as Matching
 from sparlow.recipe.allocation import Budget, Shape
 from sparlow.recipe.budgets import budgets
 from sparlow.recipe.recipe import Recipe
 from sparlow.recipe.run_options import RunOptions
-from sparlow.recipe.training_plan import micro_batch, plan_of
+from sparlow.recipe.training_plan import Training, micro_batch, training_of
 from sparlow.text import expected_windows
 
 
@@ -183,21 +182,22 @@ class Workload:
         return max(self.evaluation.values(), default=0) * self.evaluate_seqlen
 
     @property
-    def by_block(self) -> Matching | None:
+    def by_block(self) -> Training | None:
         """How every block is trained by itself, if it is."""
-        plan = plan_of(self.recipe)
-        return None if plan is None or plan.together else plan
+        training = training_of(self.recipe, self.processes)
+        return None if training is None or training.together else training
 
     @property
-    def together(self) -> Matching | None:
+    def together(self) -> Training | None:
         """How all blocks are trained together, if they are."""
-        plan = plan_of(self.recipe)
-        return plan if plan and plan.together else None
+        training = training_of(self.recipe, self.processes)
+        return training if training and training.together else None
 
     @property
     def batch(self) -> int:
-        """Tokens of the calibration text that pass through a block at a time."""
-        return min(micro_batch(self.recipe, self.recipe.seqlen), self.recipe.samples) * self.recipe.seqlen
+        """Tokens of the calibration text that pass through a block at a time, in one process."""
+        windows = min(micro_batch(self.recipe, self.recipe.seqlen, self.processes), self.recipe.samples)
+        return -(-windows // self.processes) * self.recipe.seqlen
 
     @cached_property
     def place(self) -> torch.device | str:

@@ -26,6 +26,7 @@ from sparlow.progress import Clock, Notify, Progress, counting
 from sparlow.recipe.allocation import Budget
 from sparlow.recipe.budgets import budgets
 from sparlow.recipe.recipe import Recipe
+from sparlow.recipe.training_plan import last_read
 from sparlow.report.html_page import write_reports
 from sparlow.report.records import LayerRecord, Report
 from sparlow.run.journal import DISTILLED, Journal
@@ -196,10 +197,8 @@ class Job:
 
     @property
     def last_read(self) -> int:
-        """The last block whose inputs anyone looks at; nothing needs to pass through it or those behind it."""
-        if self.recovery.by_block:
-            return len(self.blocks) - 1
-        return max(i for i in range(len(self.blocks)) if self.compresses(i))
+        """The last block whose inputs anyone looks at."""
+        return last_read([self.compresses(i) for i in range(len(self.blocks))], self.recovery.training)
 
     def compresses(self, i: int) -> bool:
         """Whether any layer of block i is compressed."""

@@ -15,12 +15,14 @@ from sparlow.model.forward.capture import capture_block_inputs
 from sparlow.model.forward.decoder import decoder_blocks, linears, pass_through
 from sparlow.model.loading.source import open_model
 from sparlow.model.training import distillation as distilling
-from sparlow.model.training.distillation import PRESETS, distill
+from sparlow.model.training.distillation import distill
+from sparlow.model.training.loop import MicroBatches
 from sparlow.recipe.recipe import Recipe
+from sparlow.recipe.training_plan import PRESETS
 from sparlow.run.journal import DISTILLED, Journal
 from sparlow.run.verify import verify_artefact
 
-PLAN = PRESETS["logits"]
+PLAN = PRESETS["logits"].plan
 WINDOWS = torch.randint(2, 97, (10, 16), generator=torch.Generator().manual_seed(1))
 
 
@@ -78,7 +80,8 @@ def test_the_answer_comes_nearer_and_the_support_stays():
     kept = {name: layer.S != 0 for name, layer in compressed_layers(model).items()}
     with torch.no_grad():
         before = divergence(model, dense, WINDOWS[8:])
-    found = distill(model, blocks, recording, wanted, replace(PLAN, epochs=4, lr=2e-3), held_out=1)
+    data = MicroBatches(recording.hidden, wanted, held_out=1)
+    found = distill(model, blocks, recording, data, replace(PLAN, epochs=4, lr=2e-3, low_rank_lr=5e-4))
     with torch.no_grad():
         after = divergence(model, dense, WINDOWS[8:])
     assert found.loss_before == pytest.approx(before.item(), rel=1e-4)
@@ -91,8 +94,9 @@ def test_the_answer_comes_nearer_and_the_support_stays():
 
 def test_a_loss_that_is_not_finite_stops():
     model, _, recording, wanted = problem("llama")
-    with pytest.raises(RunError, match="distillation diverged"):
-        distill(model, list(decoder_blocks(model)[1]), recording, wanted, replace(PLAN, lr=1e30))
+    data = MicroBatches(recording.hidden, wanted)
+    with pytest.raises(RunError, match="Distillation diverged"):
+        distill(model, list(decoder_blocks(model)[1]), recording, data, replace(PLAN, lr=1e30, low_rank_lr=1e30))
 
 
 # In a run

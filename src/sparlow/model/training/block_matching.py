@@ -5,88 +5,75 @@
 Section 4 of the 3BASiL paper (Makni et al., 2025, arXiv 2603.01376). x are the inputs that come out of the compressed
 blocks before. Adam sees the kept entries of S alone, in one vector a layer: its moments take half the memory at 2:4.
 
-Beyond the paper, and each can be set (``Plan``): the target is what the dense model has at this place, so that a block
-makes up for the blocks before it too; the error of a token is measured against that token's own size, for the next
-block begins with a norm, and a few tokens with massive features would else decide everything; some windows are held
-out, and training stops when their loss does not fall any more; a higher rate and smaller steps need fewer epochs.
+Beyond the paper, and each can be set (``BlockOutputs``, ``TrainingPlan``): the target is what the dense model has at
+this place, so that a block makes up for the blocks before it too; the error of a token is measured against that token's
+own size, for the next block begins with a norm, and a few tokens with massive features would else decide everything;
+some windows are held out, and training stops when their loss does not fall any more; a higher rate and smaller steps
+need fewer epochs.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from sparlow.distributed import ALONE, Processes
 from sparlow.model.forward.decoder import Call, run_block
-from sparlow.model.training.loop import Loss, MicroBatches, Plan, TrainingResult, train
+from sparlow.model.training.loop import Loss, MicroBatches, TrainingPlan, TrainingResult, train
 
-PRESETS = {
-    "blocks": Plan(epochs=3, lr=2e-4, batch=2, relative=True, patience=1, dense_targets=True),
-    "paper": Plan(epochs=20, lr=2e-5, batch=8, relative=False, patience=0),
-}
+
+@dataclass(frozen=True)
+class BlockOutputs:
+    """The objective: each block's outputs, block by block.
+
+    Attributes:
+        relative: Measure each token's error against its own size instead of all tokens' together.
+        from_dense: The targets are what the dense model has at this place; otherwise what the dense block makes of the
+            compressed blocks' outputs before it.
+    """
+
+    relative: bool
+    from_dense: bool
 
 
 def match(
     block: nn.Module,
     calls: Mapping[int, Call],
-    inputs: Sequence[Tensor],
-    targets: Sequence[Tensor],
-    plan: Plan,
+    data: MicroBatches,
+    objective: BlockOutputs,
+    plan: TrainingPlan,
     *,
-    held_out: int = 0,
     seed: int = 0,
     label: str = "block",
-    processes: Processes = ALONE,
 ) -> TrainingResult:
     """Train ``block`` in place, in eval mode, and leave it with the parameters of the best epoch.
 
     Args:
         block: With its linear layers compressed; support and ranks stay as they are.
         calls: How it is called, by number of windows.
-        inputs: (b, seqlen, d) for each micro-batch, on any device.
-        targets: What the dense block gives for them, likewise.
-        plan: How.
-        held_out: So many micro-batches at the end are not trained on, but decide which epoch was best.
-        seed: Of the order of the micro-batches.
+        data: What enters the block, and what the dense one gives.
+        objective: How errors are measured.
+        plan: The schedule.
+        seed: Random seed for the order of the micro-batches.
         label: How errors call the block.
-        processes: Those that divide every micro-batch; their gradients are added up.
+
+    Returns:
+        Losses relative to the size of the targets.
 
     Raises:
         RunError: The loss is not finite.
     """
+    return train(block, _loss(block, calls, objective), data, plan, seed=seed, label=f"{label}: matching")
+
+
+def loss_on(block: nn.Module, calls: Mapping[int, Call], data: MicroBatches, objective: BlockOutputs) -> float:
+    """Return what ``match`` would minimise, on the micro-batches that judge."""
+    return data.judge(_loss(block, calls, objective))
+
+
+def _loss(block: nn.Module, calls: Mapping[int, Call], objective: BlockOutputs) -> Loss:
     device = next(block.parameters()).device
     calls = {size: call.to(device) for size, call in calls.items()}
-    loss_of = _loss(block, calls, device, relative=plan.relative)
-    return train(
-        block,
-        loss_of,
-        inputs,
-        targets,
-        plan,
-        held_out=held_out,
-        seed=seed,
-        label=f"{label}: matching",
-        advice="lower --match-lr",
-        processes=processes,
-    )
-
-
-def loss_on(
-    block: nn.Module,
-    calls: Mapping[int, Call],
-    inputs: Sequence[Tensor],
-    targets: Sequence[Tensor],
-    *,
-    relative: bool,
-) -> float:
-    """Return what ``match`` would minimise, for windows of its own; the arguments are those of ``match``."""
-    device = next(block.parameters()).device
-    return MicroBatches(inputs, targets, ALONE).judged(
-        _loss(block, calls, device, relative=relative), range(len(inputs))
-    )
-
-
-def _loss(block: nn.Module, calls: Mapping[int, Call], device: torch.device, *, relative: bool) -> Loss:
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type != "cpu")
 
     def loss(x: Tensor, target: Tensor) -> Tensor:
@@ -95,6 +82,10 @@ def _loss(block: nn.Module, calls: Mapping[int, Call], device: torch.device, *, 
             y = run_block(block, x.float(), calls[len(x)])
         error = (y.float() - target).square().sum(-1)  # (b, seqlen)
         size = target.square().sum(-1)
-        return (error / size.clamp_min(torch.finfo(size.dtype).tiny)).mean() if relative else error.sum() / size.sum()
+        return (
+            (error / size.clamp_min(torch.finfo(size.dtype).tiny)).mean()
+            if objective.relative
+            else error.sum() / size.sum()
+        )
 
     return loss
