@@ -130,7 +130,7 @@ def _run(name: str, args: argparse.Namespace, train: Tensor, text: Tensor) -> Ro
         with torch.no_grad():
             hidden = pass_through(sparse[i], hidden, calls)
         blocks[i] = sparse[i]
-    return Row(name, _error(hidden[-1:], truth[-1:]), perplexity(dense, text), seconds, epochs)
+    return Row(name, _error(hidden[-1:], truth[-1:]), perplexity(dense, text).value, seconds, epochs)
 
 
 def _run_together(
@@ -152,7 +152,7 @@ def _run_together(
     with torch.no_grad():
         for block, calls in zip(sparse, recording.calls, strict=True):
             hidden = pass_through(block, hidden, calls)
-    return Row(name, _error(hidden[-1:], truth[-1:]), perplexity(compressed, text), done.seconds, done.epochs)
+    return Row(name, _error(hidden[-1:], truth[-1:]), perplexity(compressed, text).value, done.seconds, done.epochs)
 
 
 def _error(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:

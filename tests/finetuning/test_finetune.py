@@ -200,7 +200,7 @@ def test_the_result_is_an_artefact_like_any_other(place, tuned, capsys):
     assert not (out / "checkpoints").exists()
     text = next(iter(report.finetuning["perplexity"]["after"]))
     windows = evaluation_windows(text, tiny_tokenizer(), seqlen=SEQLEN)
-    assert perplexity(sparlow.load(out), windows) == pytest.approx(report.finetuning["perplexity"]["after"][text])
+    assert perplexity(sparlow.load(out), windows).value == pytest.approx(report.finetuning["perplexity"]["after"][text])
 
 
 def test_the_report_keeps_that_of_compression(place, tuned):
@@ -428,7 +428,7 @@ BAD = {
     "little text": (["--dataset", "{place}/short.txt"], "lower --block-size, or give more text"),
     "no text": (["--dataset", "wikitext"], "Did you mean 'wikitext2'"),
     "no evaluation text": (["--evaluate", "wikitext"], "Did you mean 'wikitext2'"),
-    "a reporter": (["--report-to", "pigeons"], "report_to cannot be 'pigeons'"),
+    "a reporter": (["--report-to", "pigeons"], "'pigeons' is unknown or not installed. Give --report-to"),
     "itself": (["--out", "{place}/mixed", "--overwrite"], "would replace"),
     "its parent": (["--out", "{place}", "--overwrite"], "would replace"),
     "a foreign directory": (["--out", "{place}/model"], "holds no run of sparlow"),
@@ -530,7 +530,9 @@ def test_the_benchmark_compares_with_a_fresh_adapter(place, tmp_path, monkeypatc
     assert (ours["start"], fresh["start"]) == ("U V", "fresh, on the same S")
     assert [point["step"] for point in ours["perplexity"]] == [0, 2, 4] == [p["step"] for p in fresh["perplexity"]]
     opened = open_model(str(place / "mixed"))
-    compressed = perplexity(upcast_for_cpu(opened.model), evaluation_windows(text, opened.tokenizer, seqlen=SEQLEN))
+    compressed = perplexity(
+        upcast_for_cpu(opened.model), evaluation_windows(text, opened.tokenizer, seqlen=SEQLEN)
+    ).value
     assert ours["perplexity"][0]["value"] == pytest.approx(compressed, rel=1e-5)  # U V are there from the beginning
     assert fresh["perplexity"][0]["value"] != pytest.approx(compressed, rel=1e-2)
     assert ours["perplexity"][-1]["value"] < ours["perplexity"][0]["value"]

@@ -4,7 +4,9 @@ import torch
 import sparlow
 from families import save_tiny
 from sparlow import machine
+from sparlow.distributed import Processes
 from sparlow.errors import InputError
+from sparlow.model.artefact.dtypes import StoredDtypes
 from sparlow.model.loading.meta import meta_model
 from sparlow.planning import feasibility
 from sparlow.planning.memory import disk, stages
@@ -13,6 +15,7 @@ from sparlow.planning.workload import workload
 from sparlow.recipe.recipe import GIVEN_WINDOWS, Recipe
 from sparlow.recipe.run_options import RunOptions
 from sparlow.run.compare import compare
+from sparlow.run.recovery import Recovery
 
 RECIPE = Recipe(algorithm="magnitude", samples=256, seqlen=64, calibration=GIVEN_WINDOWS)
 IDS = torch.arange(256 * 64).view(256, 64) % 128
@@ -191,3 +194,26 @@ def test_processes_of_one_machine_divide_its_memory_and_the_windows(folder, monk
     alone, shared = (worked(folder, offload="disk", processes=n) for n in (1, 4))
     assert alone.hidden == 4 * shared.hidden
     assert disk(alone).hidden == disk(shared).hidden  # all of them lie on that machine's disk
+
+
+@pytest.mark.parametrize(
+    ("changes", "windows"), [({}, 32), ({"match": True, "match_batch": 8}, 2), ({"samples": 6}, 2)]
+)
+def test_the_plan_passes_as_many_windows_at_a_time_as_the_run(changes, windows, folder):
+    """Of four processes, each has its share of every micro-batch; a step of training has windows for all of them."""
+    recipe = RECIPE.changed(**changes)
+    work = worked(folder, recipe, processes=4)
+    assert work.batch == windows * 64
+    ids = torch.zeros(recipe.samples, recipe.seqlen, dtype=torch.int64)
+    run = Recovery(recipe, StoredDtypes.of(meta_model(str(folder))), "layers", ids, Processes(0, 4))
+    assert work.batch == len(Processes(0, 4).local_rows(ids[: run.micro_batch])) * 64
+    if work.together:
+        assert work.together.plan == run.training.plan
+
+
+def test_the_hidden_states_of_an_evaluation_are_divided_too(folder):
+    options = RunOptions("cpu", "cpu", evaluate=("builtin",), evaluate_seqlen=64)
+    alone, shared = (workload(meta_model(str(folder)), RECIPE, options, processes=n) for n in (1, 4))
+    evaluations = [next(s.cpu for s in stages(work, BOUND) if s.name == "evaluation") for work in (alone, shared)]
+    copies = alone.evaluated * 32 * 4
+    assert evaluations[0] - evaluations[1] == 3 * (copies - copies // 4)

@@ -168,7 +168,7 @@ def test_report_json_has_the_keys_of_version_1(whole):
     assert found["seconds"].keys() == {"total", "walk", "statistics", "solve", "matching", "save", "evaluate"}
     assert found["peak_memory"].keys() == {"rss", "device"}
     assert found["versions"].keys() == {"sparlow", "torch", "transformers", "safetensors", "python"}
-    assert found["dense"].keys() == found["compressed"].keys() == {"perplexity"}
+    assert found["dense"].keys() == found["compressed"].keys() == {"perplexity", "perplexity_stderr"}
     assert len(found["layers"]) == 12
     assert all(row.keys() == LAYER_KEYS for row in found["layers"])
     assert all(row.keys() == {"name", "parameters", "why"} for row in found["not_compressed"])

@@ -14,11 +14,12 @@ from rich.table import Table
 from sparlow.algorithms import Algorithm
 from sparlow.evaluation.perplexity import Evaluation
 from sparlow.evaluation.tasks import TaskResult
+from sparlow.machine import human_bytes
 from sparlow.model.artefact.describe import LayerInfo
 from sparlow.planning.plan import Plan
 from sparlow.progress import Notify, Progress
 from sparlow.report.comparison import Comparison
-from sparlow.report.html_page import megabytes, perplexities_of_finetuning, remarks, summary_rows
+from sparlow.report.html_page import perplexities_of_finetuning, remarks, summary_rows
 from sparlow.report.records import Report
 
 WIDE = 200  # columns where nobody looks, as in a pipe: no name is cut
@@ -62,7 +63,7 @@ def show_report(report: Report) -> None:
     out.print(
         f"{seconds['total']:.0f} s: {seconds['solve']:.0f} s solving ({seconds['solve'] / blocks:.1f} s a block), "
         f"{seconds['statistics'] + seconds['walk']:.0f} s walking, {seconds['evaluate']:.0f} s evaluating; "
-        f"peak memory {megabytes(report.peak_memory['rss'])}",
+        f"peak memory {human_bytes(report.peak_memory['rss'])}",
         highlight=False,
     )
     kept = sum(row["parameters"] for row in report.not_compressed)
@@ -81,10 +82,10 @@ def show_comparison(found: Comparison) -> None:
     rows = []
     if found.dense:
         perplexities = (f"{found.dense['perplexity'][name]:.2f}" for name in corpora)
-        rows.append(("dense", *perplexities, "0", "–", megabytes(found.dense["bytes"]), "–"))
+        rows.append(("dense", *perplexities, "0", "–", human_bytes(found.dense["bytes"]), "–"))
     for row in found.rows:
         perplexities = (f"{row.perplexity[name]:.2f}" for name in corpora)
-        measured = (f"{row.mean_relative_error:.5f}", f"{row.seconds:.0f}", megabytes(row.bytes))
+        measured = (f"{row.mean_relative_error:.5f}", f"{row.seconds:.0f}", human_bytes(row.bytes))
         rows.append((row.name, *perplexities, *measured, f"{row.bits_per_weight:.2f}"))
     out.print(_table(head, rows))
 
@@ -109,8 +110,8 @@ def show_plan(found: Plan) -> None:
     out.print(_table(("not compressed", "count", "parameters", "why"), rows))
     _show_sizes(found)
     here = f"of {found.device}" if found.peak_memory["device"] else "of the device"
-    parts = [(stage.name, megabytes(found.baseline + stage.cpu), megabytes(stage.device)) for stage in found.stages]
-    parts.append(("peak", megabytes(found.peak_memory["rss"]), megabytes(found.peak_memory["device"])))
+    parts = [(stage.name, human_bytes(found.baseline + stage.cpu), human_bytes(stage.device)) for stage in found.stages]
+    parts.append(("peak", human_bytes(found.peak_memory["rss"]), human_bytes(found.peak_memory["device"])))
     parts.append(("free now", _free(found.available["rss"]), _free(found.available["device"])))
     out.print(_table(("memory at most", "main", here), parts))
     if found.seconds:
@@ -123,19 +124,19 @@ def show_plan(found: Plan) -> None:
 
 def _show_sizes(found: Plan) -> None:
     sizes, files = found.bytes, found.disk
-    second = f" ({megabytes(files.second)} of it for a while, for --match)" if files.second else ""
-    hidden = f"; {megabytes(files.hidden)} of hidden states in temporary files" if files.hidden else ""
+    second = f" ({human_bytes(files.second)} of it for a while, for --match)" if files.second else ""
+    hidden = f"; {human_bytes(files.hidden)} of hidden states in temporary files" if files.hidden else ""
     out.print(
-        f"whole model {megabytes(sizes['dense'])} → {megabytes(sizes['compressed'])}, linear layers "
-        f"{megabytes(sizes['linears_dense'])} → {megabytes(sizes['linears_compressed'])}, "
+        f"whole model {human_bytes(sizes['dense'])} → {human_bytes(sizes['compressed'])}, linear layers "
+        f"{human_bytes(sizes['linears_dense'])} → {human_bytes(sizes['linears_compressed'])}, "
         f"{found.bits_per_weight:.2f} bits a weight\n"
-        f"disk {megabytes(files.out)}{second}{hidden}; {_free(found.available['disk'])} are free",
+        f"disk {human_bytes(files.out)}{second}{hidden}; {_free(found.available['disk'])} are free",
         highlight=False,
     )
 
 
 def _free(size: int | None) -> str:
-    return "–" if size is None else megabytes(size)
+    return "–" if size is None else human_bytes(size)
 
 
 def show_finetuning(report: Report) -> None:

@@ -8,7 +8,8 @@ import torch
 from transformers import PreTrainedModel
 
 from sparlow.evaluation.perplexity import require_context
-from sparlow.machine import check_device, pick_device
+from sparlow.machine import check_device, computing_dtype, pick_device
+from sparlow.model.artefact.bitmask import mask_bytes
 from sparlow.model.artefact.dtypes import StoredDtypes
 from sparlow.model.forward.activation_store import place
 from sparlow.model.forward.decoder import decoder_blocks, linears
@@ -60,11 +61,11 @@ class Layer:
         return self.budget.values(self.shape) + self.shape[0] * self.bias if self.budget else self.parameters
 
     def kept_bytes(self, size: int) -> int:
-        """Bytes as stored, numbers of ``size`` bytes each: what ``Storage.packed_bytes`` will find."""
+        """Bytes as stored, numbers of ``size`` bytes each: what ``StoredDtypes.packed_bytes`` will find."""
         if self.budget is None:
             return self.parameters * size
         rows, columns = self.shape
-        return self.trained * size + rows * ((columns + 7) // 8)
+        return self.trained * size + rows * mask_bytes(columns)
 
 
 @dataclass(frozen=True)
@@ -237,7 +238,6 @@ def workload(
     name, blocks = decoder_blocks(model)
     found = _blocks(model, budgets(name, blocks, recipe))
     stored = StoredDtypes.of(model).dtype
-    half = where.type == "cpu" and not there and stored in (torch.float16, torch.bfloat16)  # see source.upcast_for_cpu
     config = model.config.get_text_config()
     seqlen = max(options.evaluate_seqlen or recipe.seqlen, 2)
     for tokens in (recipe.seqlen, seqlen if evaluate else recipe.seqlen):
@@ -250,7 +250,7 @@ def workload(
         features=config.hidden_size,
         vocabulary=config.vocab_size,
         stored_in=stored,
-        computed_in=torch.float32 if half else stored,
+        computed_in=stored if there else computing_dtype(stored, where),
         recipe=recipe,
         evaluation={e: expected_windows(e, config.vocab_size, seqlen=seqlen, limit=options.limit) for e in evaluate},
         evaluate_seqlen=seqlen,

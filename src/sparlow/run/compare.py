@@ -101,7 +101,7 @@ def compare(
     texts = windows_to_evaluate(options.evaluate, opened, seqlen, options.limit)
     evaluation = {"seqlen": seqlen, "windows": {name: len(text) for name, text in texts.items()}}
     found = Comparison(opened.name, first.to_dict(), evaluation)
-    known: dict[str, float] = {}
+    known: dict[str, Any] = {}  # perplexities of the dense model
     spoilt = False
     for name, recipe in recipes.items():
         if spoilt:

@@ -10,7 +10,7 @@ from sparlow.algorithms import SolveStats, solve
 from sparlow.distributed import ALONE, Processes
 from sparlow.errors import RunError
 from sparlow.linalg.gram import Gram, GramAccumulator, SquareAccumulator
-from sparlow.model.artefact.bitmask import pack, unpack
+from sparlow.model.artefact.bitmask import mask_bytes, pack, unpack
 from sparlow.model.artefact.layers import SparseLowRankLinear
 from sparlow.model.forward.activation_store import ActivationStore
 from sparlow.model.forward.capture import Recording
@@ -187,7 +187,7 @@ def _empty(linear: nn.Linear, kept: int, rank: int, stored: torch.dtype) -> tupl
     """Room for what ``_as_stored`` gives of a layer in the place of ``linear``."""
     rows, columns = linear.weight.shape
     at = linear.weight.device
-    mask = torch.empty(rows, -(-columns // 8), dtype=torch.uint8, device=at)
+    mask = torch.empty(rows, mask_bytes(columns), dtype=torch.uint8, device=at)
     values, U, V = (torch.empty(shape, dtype=stored, device=at) for shape in ((kept,), (rows, rank), (rank, columns)))
     return values, mask, U, V
 

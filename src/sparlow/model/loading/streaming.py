@@ -27,6 +27,7 @@ from transformers.utils import logging
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from sparlow.files import INDEX, SINGLE
+from sparlow.machine import computing_dtype
 from sparlow.model.forward.decoder import decoder_blocks
 from sparlow.model.loading.weights import to_compute
 
@@ -51,8 +52,8 @@ class OnDisk:
 
     def __init__(self, skeleton: PreTrainedModel, files: Mapping[str, Path], device: torch.device) -> None:
         self.device = device
-        half = device.type == "cpu" and skeleton.dtype in (torch.float16, torch.bfloat16)
-        self.computing = torch.float32 if half else skeleton.dtype  # see source.upcast_for_cpu
+        self.computing = computing_dtype(skeleton.dtype, device)
+        widened = self.computing != skeleton.dtype
         self._model = skeleton
         self._name, self._blocks = decoder_blocks(skeleton)
         if any(self._number(name) is not None for pair in skeleton.all_tied_weights_keys.items() for name in pair):
@@ -67,7 +68,7 @@ class OnDisk:
         self._stored = {name: tensor.dtype for name, tensor in skeleton.state_dict().items()}
         _fill_buffers(skeleton)
         for name, buffer in list(skeleton.named_non_persistent_buffers()):
-            wide = torch.float32 if half and buffer.is_floating_point() else None
+            wide = self.computing if widened and buffer.is_floating_point() else None
             setattr(skeleton.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], buffer.to(device, wide))
 
     def states(self) -> Iterator[dict[str, Tensor]]:
