@@ -148,5 +148,5 @@ def test_a_text_shorter_than_a_window(tmp_path):
 def test_a_missing_tokenizer_is_said_with_what_to_do():
     tokenizer = tiny_tokenizer()
     assert require_tokenizer(tokenizer, "model") is tokenizer
-    with pytest.raises(InputError, match="my-model has no tokenizer: give token windows"):
+    with pytest.raises(InputError, match=r"my-model has no tokenizer\. Give token windows"):
         require_tokenizer(None, "my-model")

@@ -382,7 +382,7 @@ def test_another_run_is_not_gone_on_with(place, tmp_path):
 
 
 def test_a_step_that_ruins_the_model_ends_the_run(place, tmp_path):
-    with pytest.raises(RunError, match="not finite at step 3: lower --lr"):
+    with pytest.raises(RunError, match=r"not finite at step 3\. Lower --lr"):
         tune(place, "mixed", tmp_path / "out", lr=1e30)
     assert not (tmp_path / "out" / "config.json").exists()
 
@@ -419,13 +419,13 @@ def run_and_fail(capsys, *arguments):
 BAD = {
     "no such directory": (["{tmp}/none"], "There is no directory"),
     "a dense model": (["{place}/model"], "sparlow.json is missing"),
-    "a rank beside U V": (["--rank", "3"], "leave out --rank"),
+    "a rank beside U V": (["--rank", "3"], "Leave out --rank"),
     "a rank too high": (["{place}/pruned", "--rank", "33"], "from 1 to 32"),
     "a rank too low": (["{place}/pruned", "--rank", "0"], "from 1 to 32"),
     "no steps": (["--steps", "0"], "steps must be at least 1"),
     "no learning": (["--lr", "nan"], "lr must be above 0"),
-    "a long block": (["--block-size", "65"], "lower --block-size"),
-    "little text": (["--dataset", "{place}/short.txt"], "lower --block-size, or give more text"),
+    "a long block": (["--block-size", "65"], "Lower --block-size"),
+    "little text": (["--dataset", "{place}/short.txt"], "Lower --block-size, or give more text"),
     "no text": (["--dataset", "wikitext"], "Did you mean 'wikitext2'"),
     "no evaluation text": (["--evaluate", "wikitext"], "Did you mean 'wikitext2'"),
     "a reporter": (["--report-to", "pigeons"], "'pigeons' is unknown or not installed. Give --report-to"),

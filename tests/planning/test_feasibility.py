@@ -48,7 +48,7 @@ def refused(folder, out, recipe=RECIPE, **options):
         compressed(folder, out, recipe, **options)
     assert not out.exists()
     message = str(refusal.value)
-    assert message.endswith("--force runs it all the same.")
+    assert message.endswith("Use --force to run anyway.")
     return message
 
 
@@ -56,7 +56,7 @@ def test_too_little_memory_is_told_with_what_would_fit(folder, tmp_path, monkeyp
     available = needed(folder, offload="disk") + HIDDEN // 2
     monkeypatch.setattr(feasibility, "memory_available", lambda: available)
     message = refused(folder, tmp_path / "out")
-    assert f"{feasibility.human_bytes(available)} are available" in message
+    assert f"{feasibility.human_bytes(available)} is available" in message
     assert "--offload disk" in message
     assert compressed(folder, tmp_path / "out", offload="disk").bytes == compressed(folder, None, force=True).bytes
 
@@ -99,7 +99,7 @@ def test_where_no_option_is_enough_the_fewest_together_are_named(folder):
 
 def test_where_nothing_would_fit_it_says_so(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(feasibility, "memory_available", lambda: 1)
-    assert "no option makes it fit" in refused(folder, tmp_path / "out")
+    assert "No option makes it fit." in refused(folder, tmp_path / "out")
 
 
 def test_force_begins_all_the_same(folder, tmp_path, monkeypatch):
@@ -126,8 +126,9 @@ def test_too_little_disk_is_told_and_what_is_there_counts(folder, tmp_path, monk
     size = disk(work).out
     monkeypatch.setattr(feasibility, "disk_available", lambda _: size - 1)
     message = refused(folder, tmp_path / "out")
-    assert f"{feasibility.human_bytes(size)} of disk (mostly for the result in {tmp_path / 'out'})" in message
-    assert "give another --out" in message
+    assert f"the run needs {feasibility.human_bytes(size)}, " in message
+    assert f"mostly for the result in {tmp_path / 'out'}." in message
+    assert "choose another --out" in message
     compressed(folder, tmp_path / "out", force=True)
     compressed(folder, tmp_path / "out", overwrite=True)  # its own files will be gone
 
@@ -136,7 +137,7 @@ def test_disk_for_the_last_pass_is_counted(folder, tmp_path, monkeypatch):
     recipe = RECIPE.changed(match=True)
     size = disk(worked(folder, recipe)).out
     monkeypatch.setattr(feasibility, "disk_available", lambda _: size - 1)
-    assert "it fits with --match-preset blocks or --no-match" in refused(folder, tmp_path / "out", recipe)
+    assert "It would fit with --match-preset blocks or --no-match" in refused(folder, tmp_path / "out", recipe)
     compressed(folder, tmp_path / "out")
 
 
@@ -157,7 +158,7 @@ def test_a_comparison_is_refused_as_a_whole(folder, tmp_path, monkeypatch):
     how = RunOptions(evaluate=())
     one = disk(worked(folder, base)).out
     monkeypatch.setattr(feasibility, "disk_available", lambda _: 2 * one - 1)
-    with pytest.raises(InputError, match="of disk"):
+    with pytest.raises(InputError, match="Not enough disk"):
         compare(folder, recipes, out=tmp_path / "out", options=how)
     assert not (tmp_path / "out").exists()
     assert len(compare(folder, recipes, out=tmp_path / "out", options=how, force=True).rows) == 2

@@ -116,7 +116,7 @@ def test_the_plan_as_json_and_its_time(folder):
         ({"pattern": "2:5"}, "2:5"),
         ({"rank": 33}, "Rank 33"),
         ({"ignore": ("nothing",)}, "nothing"),
-        ({"seqlen": 65}, "lower --seqlen"),
+        ({"seqlen": 65}, "Lower --seqlen"),
         ({"dtype": "float31"}, "float31"),
     ],
 )

@@ -44,11 +44,11 @@ def solve(
     try:
         found = _run(algorithm, weight, gram, pattern, rank, options)
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # it is there, and documented
-        raise RunError(f"{algorithm.name} failed in a factorisation: raise the damping ({error}).") from error
+        raise RunError(f"{algorithm.name} failed in a factorisation ({error}). Raise --damping.") from error
     S, U, V = (part.to(W.dtype).contiguous() + 0.0 for part in (found.S, found.U, found.V))  # + 0.0: no negative zero
     relative_error = gram.relative_error(weight, weight - S.float() - U.float() @ V.float())
     if not all(all_finite(part) for part in (S, U, V)) or not math.isfinite(relative_error):
-        raise RunError(f"{algorithm.name} ended in values that are not finite: raise the damping.")
+        raise RunError(f"{algorithm.name} ended in values that are not finite. Raise --damping.")
     stats = replace(
         found.stats,
         relative_error=relative_error,
@@ -108,19 +108,21 @@ def decompose(
 def check(algorithm: Algorithm, W: Tensor, gram: Gram, pattern: Pattern, rank: int) -> None:
     """Raise InputError, in one sentence, if this layer cannot be solved as asked."""
     if W.ndim != 2 or not W.is_floating_point():  # noqa: PLR2004 - a matrix has two dimensions
-        raise InputError(f"W must be a matrix (out, in) of floating point numbers, not {W.dtype} {tuple(W.shape)}.")
+        raise InputError(f"W must be a matrix (out, in) of floating point numbers. It is {W.dtype} {tuple(W.shape)}.")
     shape = (W.shape[0], W.shape[1])
     if gram.H.shape != (shape[1], shape[1]):
         raise InputError(f"H must be (in, in) = ({shape[1]}, {shape[1]}) for W {shape}, not {tuple(gram.H.shape)}.")
     check_budget(algorithm, shape, pattern, rank)
     if not all_finite(W):
-        raise InputError("The weight holds NaN or infinity: the model is damaged, or was stored in too narrow a type.")
+        raise InputError(
+            "The weight holds NaN or infinity: the model is damaged, or was stored in too narrow a type. Fetch it anew."
+        )
 
 
 def check_budget(algorithm: Algorithm, shape: tuple[int, int], pattern: Pattern, rank: int) -> None:
     """Raise InputError if pattern or rank are not possible for a weight of this shape (out, in)."""
     pattern.check(shape)
     if not 0 <= rank <= min(shape):
-        raise InputError(f"Rank {rank} is not possible for a weight of shape {shape}: give 0 to {min(shape)}.")
+        raise InputError(f"Rank {rank} is not possible for a weight of shape {shape}. Give 0 to {min(shape)}.")
     if algorithm.kind == "pruner" and rank > 0:
-        raise InputError(f"{algorithm.name} only prunes and has no low-rank part: leave the rank out, or give rank 0.")
+        raise InputError(f"{algorithm.name} only prunes and has no low-rank part. Leave the rank out, or give rank 0.")

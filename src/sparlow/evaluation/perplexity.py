@@ -175,11 +175,11 @@ def require_context(model: PreTrainedModel, seqlen: int, option: str = "seqlen")
     """Raise InputError if windows of ``seqlen`` tokens, so given by ``option``, are longer than the model reads."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if context is not None and seqlen > context:
-        raise InputError(f"The model reads at most {context} tokens, and {option} is {seqlen}: lower --{option}.")
+        raise InputError(f"The model reads at most {context} tokens, and {option} is {seqlen}. Lower --{option}.")
 
 
 def require_tokenizer(tokenizer: PreTrainedTokenizerBase | None, name: str) -> PreTrainedTokenizerBase:
     """Return the tokenizer, or say what to do without one."""
     if tokenizer is None:
-        raise InputError(f"{name} has no tokenizer: give token windows instead of text, or add the tokenizer's files.")
+        raise InputError(f"{name} has no tokenizer. Give token windows instead of text, or add the tokenizer's files.")
     return tokenizer

@@ -63,7 +63,7 @@ class Rule:
         if self.pattern is not None:
             parse_pattern(self.pattern)
         if self.rank is not None and self.rank < 0:
-            raise InputError(f"The rule for {self.match} gives the rank {self.rank}: give 0 or more.")
+            raise InputError(f"The rule for {self.match} gives the rank {self.rank}. Give 0 or more.")
 
     @classmethod
     def from_dict(cls, data: object) -> "Rule":
@@ -71,7 +71,9 @@ class Rule:
         types: dict[str, type] = {"match": str, "pattern": str, "rank": int}
         table: Mapping[str, Any] = data if isinstance(data, Mapping) else {}
         if "match" not in table or any(type(value) is not types.get(name) for name, value in table.items()):
-            raise InputError(f"A [[layers]] table holds match (text), and pattern (text) or rank (a number): {data}.")
+            raise InputError(
+                f"A [[layers]] table cannot be read: {data}. Give match (text), and pattern (text) or rank (a number)."
+            )
         return cls(**table)
 
     def to_dict(self) -> dict[str, Any]:
@@ -103,7 +105,7 @@ def ratio_share(compression: float, pattern: Pattern) -> float:
     if share <= 0:
         raise InputError(
             f"Pattern {pattern} alone keeps {pattern.density:g} of the values, so nothing is left for a low-rank part "
-            f"at a compression of {compression:g}: give a compression below {1 - pattern.density:g}."
+            f"at a compression of {compression:g}. Give a compression below {1 - pattern.density:g}."
         )
     return share
 
@@ -130,7 +132,7 @@ def owl_densities(outliers: Sequence[float], sparsity: float, spread: float) -> 
     if min(densities) <= 0 or max(densities) > 1:
         raise InputError(
             f"OWL with a spread of {spread:g} around a sparsity of {sparsity:g} asks for densities from "
-            f"{min(densities):.3f} to {max(densities):.3f}: lower --owl-spread."
+            f"{min(densities):.3f} to {max(densities):.3f}. Lower --owl-spread."
         )
     return densities
 

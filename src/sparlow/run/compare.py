@@ -43,12 +43,16 @@ def recipes_for(
     """
     matched = {None: (base.match,), "no": (False,), "yes": (True,), "both": (False, True)}
     if match not in matched:
-        raise InputError(f"--match {match} is not understood: give no, yes or both.")
+        raise InputError(f"--match {match} is not understood. Give no, yes or both.")
     if len(set(names)) < len(names) or not names:
-        raise InputError(f"Name the algorithms to compare, each once, not: {', '.join(names) or 'none'}.")
+        raise InputError(
+            f"Algorithms are missing or named twice: {', '.join(names) or 'none'}. Name each one to compare once."
+        )
     unused = [name for name in options if name not in names]
     if unused:
-        raise InputError(f"An option is given for {unused[0]}, which is not compared: {', '.join(names)} are.")
+        raise InputError(
+            f"An option is given for {unused[0]}, which is not compared. Compared are: {', '.join(names)}."
+        )
     found = {}
     for name in names:
         changes: dict[str, Any] = {"algorithm": name, "options": options.get(name, {})}
@@ -125,7 +129,7 @@ def _check(recipes: Mapping[str, Recipe], out: Path, *, overwrite: bool) -> None
     """See before anything is opened that the recipes go together and every directory can be written."""
     first = next(iter(recipes.values()))
     if any(getattr(recipe, name) != getattr(first, name) for recipe in recipes.values() for name in TEXT):
-        raise InputError(f"The recipes of a comparison must agree in {', '.join(TEXT)}.")
+        raise InputError(f"The recipes of a comparison read different text. Give all the same {', '.join(TEXT)}.")
     for name in recipes:
         check_folder(out / name, overwrite=overwrite, finished=True)
 

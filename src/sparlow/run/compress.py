@@ -133,10 +133,13 @@ def windows_to_calibrate(calibration: str | Path | Tensor | None, opened: Opened
     if isinstance(calibration, Tensor):
         vocabulary = opened.model.config.get_text_config().vocab_size
         if calibration.min() < 0 or calibration.max() >= vocabulary:
-            raise InputError(f"Calibration windows hold token ids outside of the vocabulary of {vocabulary}.")
+            raise InputError(
+                f"Calibration windows hold token ids outside of the vocabulary of {vocabulary}. "
+                "Use the model's own tokenizer."
+            )
         return calibration.cpu()
     if recipe.calibration == GIVEN_WINDOWS:
-        raise InputError("The recipe was made for token windows given directly: give them, or name a corpus or a file.")
+        raise InputError("The recipe was made for token windows given directly. Give them, or name a corpus or a file.")
     samples, seqlen, seed = recipe.samples, recipe.seqlen, recipe.seed
     if recipe.calibration == OWN_TEXT:
         parts, count = opened.on_disk, len(decoder_blocks(opened.model)[1])

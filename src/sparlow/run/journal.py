@@ -192,6 +192,6 @@ def _refuse_another(folder: Path, found: Mapping[str, Any], wanted: Mapping[str,
             different = fields + [name for name in different if name == "version"]
             break
     raise InputError(
-        f"{folder} holds another run, which differs in {', '.join(different)}: "
-        "repeat its command to resume it, choose another --out, or add --overwrite to start again."
+        f"{folder} holds another run, which differs in {', '.join(different)}. "
+        "Repeat its command to resume it, choose another --out, or add --overwrite to start again."
     )

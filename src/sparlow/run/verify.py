@@ -26,7 +26,7 @@ def verify_artefact(directory: Path) -> list[str]:
         InputError: It is no directory of sparlow.
     """
     if not (directory / NAME).exists():
-        raise InputError(f"{directory} has no {NAME}, so there is nothing to verify it against.")
+        raise InputError(f"{directory} has no {NAME} to verify it against. Give a directory that sparlow wrote.")
     records = read_record(directory).layers
 
     def check(name: str, S: Tensor) -> str | None:
