@@ -65,12 +65,12 @@ def run(start: Start, task: Task, plan: Plan) -> dict[str, Any]:
     wrapped = with_lora(model, own, task.ranks, plan.seed)
     every = -(-plan.steps // task.points)
     untyped: Any = wrapped
-    found = [{"step": 0, "value": perplexity(untyped, task.text)}]
+    found = [{"step": 0, "value": perplexity(untyped, task.text).value}]
     print(f"{start.name}, lr {plan.lr:g}: {found[0]['value']:.3f} at the start", flush=True)
 
     def measure(step: Progress) -> None:
         if step.stage == STAGE and (step.done % every == 0 or step.done == step.total):
-            found.append({"step": step.done, "value": perplexity(untyped, task.text)})
+            found.append({"step": step.done, "value": perplexity(untyped, task.text).value})
             print(f"{start.name}, lr {plan.lr:g}: {found[-1]['value']:.3f} at step {step.done}", flush=True)
 
     begin = time.perf_counter()

@@ -28,30 +28,41 @@ from sparlow.model.forward.block_pass import BlockPass, pass_through
 from sparlow.model.forward.capture import Recording, capture_block_inputs
 from sparlow.model.forward.decoder import Decoder
 from sparlow.model.loading.source import open_model, upcast_for_cpu
-from sparlow.model.training.block_matching import match
+from sparlow.model.training.block_matching import BlockOutputs, match
 from sparlow.model.training.distillation import distill
-from sparlow.model.training.loop import Plan
+from sparlow.model.training.loop import MicroBatches
 from sparlow.model.training.packed_layer import round_through
-from sparlow.recipe.training_plan import PRESETS
+from sparlow.recipe.training_plan import PRESETS, Training
 from sparlow.text import calibration_windows, evaluation_windows
 
 BLOCKS, LOGITS = PRESETS["blocks"], PRESETS["logits"]
-VARIANTS: dict[str, Plan] = {
-    "none": replace(BLOCKS, epochs=0),
+
+
+def scheduled(training: Training, **changes: float) -> Training:
+    """The same objective by another schedule."""
+    return replace(training, plan=replace(training.plan, **changes))
+
+
+def scaled(training: Training, factor: float) -> Training:
+    """The same with both learning rates so many times as high."""
+    return scheduled(training, lr=training.plan.lr * factor, low_rank_lr=training.plan.low_rank_lr * factor)
+
+
+VARIANTS: dict[str, Training] = {
+    "none": scheduled(BLOCKS, epochs=0),
     "paper": PRESETS["paper"],
     "blocks": BLOCKS,
-    "own-targets": replace(BLOCKS, dense_targets=False),
-    "plain-loss": replace(BLOCKS, relative=False),
-    "batch-8": replace(BLOCKS, batch=8),
-    "half-rate": replace(BLOCKS, lr=BLOCKS.lr / 2),
-    "double-rate": replace(BLOCKS, lr=BLOCKS.lr * 2),
-    "six-epochs": replace(BLOCKS, epochs=6),
-    "norms-still": replace(BLOCKS, rest=0.0),
+    "own-targets": replace(BLOCKS, objective=BlockOutputs(relative=True, from_dense=False)),
+    "plain-loss": replace(BLOCKS, objective=BlockOutputs(relative=False, from_dense=True)),
+    "batch-8": scheduled(BLOCKS, batch=8),
+    "half-rate": scaled(BLOCKS, 0.5),
+    "double-rate": scaled(BLOCKS, 2),
+    "six-epochs": scheduled(BLOCKS, epochs=6),
     "logits": LOGITS,
-    "logits-half-rate": replace(LOGITS, lr=LOGITS.lr / 2),
-    "logits-double-rate": replace(LOGITS, lr=LOGITS.lr * 2),
-    "logits-one-rate": replace(LOGITS, low_rank=1.0),
-    "logits-two-epochs": replace(LOGITS, epochs=2),
+    "logits-half-rate": scaled(LOGITS, 0.5),
+    "logits-double-rate": scaled(LOGITS, 2),
+    "logits-one-rate": scheduled(LOGITS, low_rank_lr=LOGITS.plan.lr),
+    "logits-two-epochs": scheduled(LOGITS, epochs=2),
 }
 
 
@@ -93,7 +104,8 @@ def main() -> None:
 
 
 def _run(name: str, args: argparse.Namespace, train: Tensor, text: Tensor) -> Row:
-    plan = VARIANTS[name]
+    training = VARIANTS[name]
+    plan = training.plan
     dense: Any = upcast_for_cpu(open_model(args.model).model)
     compressed: Any = upcast_for_cpu(sparlow.load(args.compressed))
     stored = open_model(args.model).model.dtype
@@ -101,7 +113,7 @@ def _run(name: str, args: argparse.Namespace, train: Tensor, text: Tensor) -> Ro
     micro_batch = min(max(4096 // args.seqlen, 1), plan.batch)
     with torch.no_grad():
         recording = capture_block_inputs(dense, train, micro_batch=micro_batch, apart=held_out)
-    if plan.together:
+    if training.together:
         return _run_together(name, dense, compressed, recording, text, stored)
     blocks, sparse = Decoder.of(dense).blocks, Decoder.of(compressed).blocks
     hidden = truth = recording.hidden
@@ -110,16 +122,17 @@ def _run(name: str, args: argparse.Namespace, train: Tensor, text: Tensor) -> Ro
         with torch.no_grad():
             own = pass_through(BlockPass(blocks[i], calls, hidden))
             truth = pass_through(BlockPass(blocks[i], calls, truth))
-        targets = truth if plan.dense_targets else own
+        targets = truth if training.dense_targets else own
         start = time.perf_counter()
         if plan.epochs:
-            epochs += match(BlockPass(sparse[i], calls, hidden), targets, plan, held_out=1, seed=i).epochs
+            data = MicroBatches(hidden, targets, held_out=1)
+            epochs += match(BlockPass(sparse[i], calls, hidden), data, training.objective, plan, seed=i).epochs
         seconds += time.perf_counter() - start
         round_through(sparse[i], stored)
         with torch.no_grad():
             hidden = pass_through(BlockPass(sparse[i], calls, hidden))
         blocks[i] = sparse[i]
-    return Row(name, _error(hidden[-1:], truth[-1:]), perplexity(dense, text), seconds, epochs)
+    return Row(name, _error(hidden[-1:], truth[-1:]), perplexity(dense, text).value, seconds, epochs)
 
 
 def _run_together(
@@ -135,12 +148,13 @@ def _run_together(
     with torch.no_grad():
         for block, calls in zip(blocks, recording.calls, strict=True):
             truth = pass_through(BlockPass(block, calls, truth))
-    done = distill(compressed, list(sparse), recording, truth, VARIANTS[name], held_out=1, seed=0)
+    data = MicroBatches(hidden, truth, held_out=1)
+    done = distill(compressed, list(sparse), recording, data, VARIANTS[name].plan, seed=0)
     round_through(sparse, stored)
     with torch.no_grad():
         for block, calls in zip(sparse, recording.calls, strict=True):
             hidden = pass_through(BlockPass(block, calls, hidden))
-    return Row(name, _error(hidden[-1:], truth[-1:]), perplexity(compressed, text), done.seconds, done.epochs)
+    return Row(name, _error(hidden[-1:], truth[-1:]), perplexity(compressed, text).value, done.seconds, done.epochs)
 
 
 def _error(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:

@@ -30,6 +30,7 @@ def measure(
     from sparlow.algorithms import three_basil
     from sparlow.machine import peak_memory
     from sparlow.recipe.recipe import GIVEN_WINDOWS, Recipe
+    from sparlow.recipe.run_options import RunOptions
     from sparlow.run.compress import open_dense
     from sparlow.run.job import Job
 
@@ -39,7 +40,7 @@ def measure(
     rank = {"rank": 64} if algorithm == "3basil" else {}
     size = {"samples": samples, "seqlen": seqlen}
     recipe = Recipe(algorithm=algorithm, options=options, calibration=GIVEN_WINDOWS, **rank, **size)
-    opened, storage = open_dense(folder, None, recipe, "cpu", trust_remote_code=False, streamed=True)
+    opened, storage = open_dense(folder, None, recipe, RunOptions(device="cpu"), streamed=True)
     vocabulary = opened.model.config.vocab_size
     windows = random_windows(vocabulary, samples, seqlen)
     job = Job(opened, storage, recipe, windows, lambda _: None)

@@ -27,11 +27,13 @@ from sparlow.model.forward.activation_store import ActivationStore
 from sparlow.model.forward.block_pass import BlockPass, pass_through
 from sparlow.model.forward.capture import capture_block_inputs
 from sparlow.model.loading.source import open_model
-from sparlow.model.training.block_matching import PRESETS, loss_on, match
+from sparlow.model.training.block_matching import BlockOutputs, loss_on, match
+from sparlow.model.training.loop import MicroBatches
 from sparlow.progress import Clock
 from sparlow.recipe.budgets import budgets
 from sparlow.recipe.recipe import Recipe
-from sparlow.recipe.training_plan import HELD_OUT, plan_of
+from sparlow.recipe.run_options import RunOptions
+from sparlow.recipe.training_plan import HELD_OUT, PRESETS, training_of
 from sparlow.run.compress import open_dense, windows_to_calibrate
 from sparlow.run.pipeline import compress_block
 
@@ -69,26 +71,31 @@ def show(name: str, run: dict[str, Any]) -> None:
 
 def matched(args: argparse.Namespace, recipe: Recipe) -> list[dict[str, Any]]:
     """Both presets, block by block."""
-    opened, storage = open_dense(args.model, None, recipe, "cpu", trust_remote_code=False, streamed=False)
+    opened, storage = open_dense(args.model, None, recipe, RunOptions(device="cpu"), streamed=False)
     decoder, blocks = opened.decoder, opened.decoder.blocks
     allowed, windows = budgets(decoder, recipe), windows_to_calibrate(None, opened, recipe)
     apart = len(windows) // HELD_OUT  # neither is trained on these
-    recording = capture_block_inputs(opened.model, windows, micro_batch=PRESETS["blocks"].batch, apart=apart)
+    recording = capture_block_inputs(opened.model, windows, micro_batch=PRESETS["blocks"].plan.batch, apart=apart)
     hidden, rows = recording.hidden, []
     for i in range(min(args.blocks or len(blocks), len(blocks))):
         calls, targets, block = recording.calls[i], hidden.fresh(), blocks[i]
         through = BlockPass(block, calls, hidden, decoder.label(i), i)
         compress_block(through, recipe, allowed, storage, Clock(), lambda _: None, targets)
-        first, last = ActivationStore("cpu", hidden[:-1]), range(len(hidden) - 1, len(hidden))
+        first = ActivationStore("cpu", hidden[:-1])
         row: dict[str, Any] = {"block": i}
         for preset in ("paper", "blocks"):
             block = copy.deepcopy(blocks[i])
-            plan = plan_of(recipe.changed(match=True, match_preset=preset))
+            training = training_of(recipe.changed(match=True, match_preset=preset))
             # "blocks" sets aside the last of what it is given to stop by; the paper's trains on all of it
-            held = 1 if plan.patience else 0
-            done = match(BlockPass(block, calls, first), targets[:-1], plan, held_out=held, seed=i)
+            data = MicroBatches(first, targets[:-1], held_out=1 if training.plan.patience else 0)
+            done = match(BlockPass(block, calls, first), data, training.objective, training.plan, seed=i)
+            unseen = MicroBatches(hidden, targets, held_out=1)
             judged = {
-                kind: loss_on(BlockPass(block, calls, hidden), targets, last, relative=kind == "relative")
+                kind: loss_on(
+                    BlockPass(block, calls, hidden),
+                    unseen,
+                    BlockOutputs(relative=kind == "relative", from_dense=False),
+                )
                 for kind in ("relative", "plain")
             }
             row[preset] = {"seconds": done.seconds, "epochs": done.epochs, **judged}

@@ -154,8 +154,8 @@ def test_steps_that_more_processes_make_wider_are_told():
     recipe, ids = Recipe(match=True, match_batch=3), torch.zeros(32, 16, dtype=torch.int64)
     storage = StoredDtypes.of(tiny("llama"))
     three, four = (Recovery(recipe, storage, "model.layers", ids, Processes(0, size)) for size in (3, 4))
-    assert (three.plan.batch, three.warnings) == (3, [])
-    assert (four.plan.batch, four.warnings) == (4, ["4 processes train on 4 windows a step, not on 3"])
+    assert (three.training.plan.batch, three.warnings) == (3, [])
+    assert (four.training.plan.batch, four.warnings) == (4, ["4 processes train on 4 windows a step, not on 3"])
 
 
 def test_costly_layers_are_divided_first():

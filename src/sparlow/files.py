@@ -141,3 +141,8 @@ def cache_folder() -> Path:
     """Return the folder of converted models: $SPARLOW_CACHE, $XDG_CACHE_HOME/sparlow or ~/.cache/sparlow."""
     own = os.environ.get("SPARLOW_CACHE")
     return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparlow"
+
+
+def human_bytes(size: float) -> str:
+    """Bytes as text: in GB of 10⁹ bytes or, below one, in MB of 10⁶ bytes."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"  # noqa: PLR2004 - a gigabyte

@@ -33,7 +33,7 @@ Notify = Callable[[Progress], None]
 
 
 def labelled(notify: Notify, *, before: str = "", after: str = "") -> Notify:
-    """Tell the same with more around the name of every stage, for one run of several."""
+    """Wrap ``notify`` to add a prefix or suffix to every stage name."""
 
     def tell(step: Progress) -> None:
         notify(replace(step, stage=f"{before}{step.stage}{after}"))
@@ -42,7 +42,7 @@ def labelled(notify: Notify, *, before: str = "", after: str = "") -> Notify:
 
 
 def counting(notify: Notify, stage: str, total: int) -> Callable[[int], None]:
-    """A function that takes how many more are done and tells how many that are in all."""
+    """Return a function that takes how many more steps are done, and notifies of how many are done in all."""
     done = 0
 
     def advance(count: int) -> None:

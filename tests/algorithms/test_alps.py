@@ -35,7 +35,7 @@ def test_ends_no_higher_than_it_used_to(pattern):
 def test_the_iterates_are_the_papers(pattern, max_steps):
     W, gram = in_float64(*layer())
     space = gram.coordinates(group=pattern.group)
-    X = space.gather(_admm(space.enter(W), space, pattern, max_steps))
+    X = space.gather(_admm(space.enter(W), space, pattern, max_steps)[0])
     plain, mask, rho = oracles_methods.alps_admm(W, gram.H, pattern.mask, max_steps=max_steps)
     torch.testing.assert_close(X, plain, rtol=0, atol=1e-8 * plain.abs().max().item())
     assert torch.equal(pattern.mask(X.abs()), mask)
@@ -56,7 +56,9 @@ def test_ends_where_the_papers_method_does(pattern):
 def test_rests_at_once_on_a_weight_that_fits_already():
     W, gram = layer()
     W = W * NM(2, 4).mask(W.abs())
-    torch.testing.assert_close(alps(W, gram, NM(2, 4)), W, rtol=1e-4, atol=1e-6)
+    found = alps(W, gram, NM(2, 4))
+    assert (found.stats.iterations, found.stats.converged) == (3, True)
+    torch.testing.assert_close(found.S, W, rtol=1e-4, atol=1e-6)
     assert list(gram.coordinates(group=4)._ridges) == [0.1]  # three iterations, none of which moved the support
 
 
@@ -67,13 +69,26 @@ def test_the_bound_on_the_iterations_is_kept(pattern):
     assert len(gram.coordinates(group=parse_pattern(pattern).group)._ridges) == 2  # ρ rose once, after the third
 
 
+@pytest.mark.parametrize("pattern", ["2:4", "0.5"])
+def test_it_says_how_many_steps_it_took_and_whether_the_support_rests(pattern):
+    W, gram = layer()
+    cut, whole = (run("alps", W, gram, pattern, max_steps=steps).stats for steps in (4, 300))
+    assert (cut.iterations, cut.converged) == (4, False)
+    assert whole.converged
+    assert 4 < whole.iterations < 300
+    again = run("alps", W, gram, pattern, max_steps=whole.iterations).stats
+    assert again.converged
+    assert again.relative_error == whole.relative_error
+    assert not run("alps", W, gram, pattern, max_steps=whole.iterations - 1).stats.converged
+
+
 # --- the values on the support ---------------------------------------------------------------------------------------
 
 
 @every_pattern
 def test_the_values_are_nearly_the_best_on_their_support(pattern):
     W, gram = layer(48, 64, 1)
-    S = alps(W, gram, parse_pattern(pattern))
+    S = alps(W, gram, parse_pattern(pattern)).S
     best = oracles.objective(W - oracles.least_squares(W, gram.H, S != 0), gram.H)
     assert oracles.objective(W - S, gram.H) < 1.02 * best
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import oracles
-from sparlow.algorithms import Decomposition, algorithms, find, solve
+from sparlow.algorithms import Decomposition, Pruned, SolveStats, algorithms, find, solve
 from sparlow.algorithms._registry import Algorithm
 from sparlow.errors import InputError, RunError
 from sparlow.linalg.gram import Gram
@@ -447,3 +447,26 @@ def test_zeros_are_positive_after_rounding_too():
 
 def test_an_algorithm_does_not_grade_itself():
     assert through_the_shell(lambda W, *_: only(0 * W, relative_error=0.0)).stats["relative_error"] == pytest.approx(1)
+
+
+def test_what_an_algorithm_reports_is_kept_beside_what_is_measured():
+    found = through_the_shell(lambda W, *_: only(W, iterations=9, converged=False, rho=0.5))
+    assert (found.stats.iterations, found.stats.converged, found.stats["rho"]) == (9, False, 0.5)
+    assert found.stats["relative_error"] == found.stats.relative_error == 0
+    assert list(found.stats)[-1] == "rho"
+    assert dict(found.stats) == {name: found.stats[name] for name in found.stats}
+    assert len(found.stats) == len(dict(found.stats))
+    assert "more" not in found.stats
+    with pytest.raises(KeyError):
+        found.stats["nothing"]
+
+
+def test_a_pruner_may_say_how_it_went():
+    W, gram = layer()
+    S = W * NM(2, 4).mask(W.abs())
+    told = Algorithm("told", "pruner", lambda *_: Pruned(S, SolveStats(5, converged=False)), {})
+    silent = Algorithm("silent", "pruner", lambda *_: S, {})
+    stats, usual = (solve(algorithm, W, gram, NM(2, 4), 0, {}).stats for algorithm in (told, silent))
+    assert (stats.iterations, stats.converged) == (5, False)
+    assert (usual.iterations, usual.converged) == (1, True)
+    assert stats.relative_error == usual.relative_error > 0

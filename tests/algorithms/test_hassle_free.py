@@ -10,7 +10,7 @@ import layers
 import oracles
 import oracles_methods
 from layers import layer
-from sparlow.algorithms import find, hassle_free, solve
+from sparlow.algorithms import Pruned, SolveStats, find, hassle_free, solve
 from sparlow.algorithms.alps import alps
 from sparlow.algorithms.sparsegpt import sparsegpt
 from sparlow.linalg.gram import Gram
@@ -92,8 +92,25 @@ def test_every_round_prunes_what_the_low_rank_part_leaves():
 def test_without_a_low_rank_part_one_round_is_all_there_is():
     W, gram = layer()
     found = run(W, gram, "2:4", 0)
-    assert found.stats["iterations"] == 1
-    assert torch.equal(found.S, solve(find("alps")[0], W, gram, NM(2, 4), 0, {}).S)
+    alone = solve(find("alps")[0], W, gram, NM(2, 4), 0, {})
+    assert found.stats["rounds"] == 1
+    assert found.stats["iterations"] == alone.stats["iterations"] > 1
+    assert torch.equal(found.S, alone.S)
+
+
+def test_the_steps_of_all_rounds_count_and_the_last_one_says_whether_it_settled():
+    W, gram = layer()
+    steps = iter([20, 20, 7])
+
+    def prune(M, _gram, pattern):
+        taken = next(steps)
+        return Pruned(M * pattern.mask(M.abs()), SolveStats(taken, converged=taken < 20))
+
+    stats = hassle_free.hassle_free(W, gram, NM(2, 4), RANK, prune=prune, rounds=3).stats
+    assert (stats.iterations, stats.converged, stats["rounds"]) == (47, True, 3)
+    last = find("alps")[0]
+    cut = partial(last.function, max_steps=4)
+    assert not hassle_free.hassle_free(W, gram, NM(2, 4), RANK, prune=cut, rounds=2).stats.converged
 
 
 @pytest.mark.parametrize("prune", ["alps", "sparsegpt", "wanda"])

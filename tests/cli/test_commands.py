@@ -146,7 +146,10 @@ def test_evaluation_texts_are_separated_by_commas(command, place, tmp_path):
 
 def test_evaluating_nothing(command, tmp_path):
     assert run(*command, "--evaluate", "") == 0
-    assert json.loads((tmp_path / "out" / "report.json").read_text())["dense"] == {"perplexity": {}}
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["dense"] == {
+        "perplexity": {},
+        "perplexity_stderr": {},
+    }
 
 
 BASIL = ["--algorithm", "3basil"]

@@ -1,4 +1,5 @@
 import math
+import statistics
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from families import VOCABULARY, tiny, tiny_tokenizer
 from sparlow.errors import InputError
 from sparlow.evaluation.perplexity import TOKENS_AT_ONCE, evaluate, perplexity, require_tokenizer
 from sparlow.recipe.recipe import Recipe
+from sparlow.report.records import Perplexity
 
 TEXT = "".join(chr(32 + (5 * i * i + i // 7) % 95) for i in range(700))
 
@@ -51,18 +53,31 @@ def text(tmp_path_factory):
 @pytest.mark.parametrize(("windows", "seqlen"), [(5, 16), (1, 2), (3, 33)])
 def test_perplexity_is_the_one_computed_by_hand(model, windows, seqlen):
     ids = tokens(windows, seqlen)
-    assert perplexity(model, ids) == pytest.approx(by_hand(model, ids), rel=1e-5)
+    assert perplexity(model, ids).value == pytest.approx(by_hand(model, ids), rel=1e-5)
+
+
+@pytest.mark.parametrize("windows", [2, 9])
+def test_the_standard_error_is_that_of_the_mean_over_windows_times_the_perplexity(windows):
+    model, ids = tiny("llama"), tokens(windows, 16)
+    found = perplexity(model, ids)
+    losses = [math.log(by_hand(model, one[None])) for one in ids]
+    error = statistics.stdev(losses) / math.sqrt(windows)
+    assert found.stderr == pytest.approx(error * by_hand(model, ids), rel=1e-3)
+
+
+def test_the_standard_error_of_a_single_window_is_unknown():
+    assert perplexity(tiny("llama"), tokens(1, 16)).stderr is None
 
 
 def test_windows_count_alike_in_batches_of_any_size():
     model, ids = tiny("llama"), tokens(7, 2)
     seen = []
-    whole = perplexity(model, ids, seen.append)
+    whole = perplexity(model, ids, seen.append).value
     assert seen == [7]
     longer = tokens(3, TOKENS_AT_ONCE // 2 + 1)  # one window at a time
     seen.clear()
-    assert perplexity(model, longer, seen.append) == pytest.approx(
-        math.exp(sum(math.log(perplexity(model, one[None])) for one in longer) / 3), rel=1e-5
+    assert perplexity(model, longer, seen.append).value == pytest.approx(
+        math.exp(sum(math.log(perplexity(model, one[None]).value) for one in longer) / 3), rel=1e-5
     )
     assert seen == [1, 1, 1]
     assert whole == pytest.approx(by_hand(model, ids), rel=1e-5)
@@ -71,14 +86,14 @@ def test_windows_count_alike_in_batches_of_any_size():
 def test_a_model_that_knows_nothing_has_the_vocabulary_for_perplexity():
     model = tiny("llama")
     torch.nn.init.zeros_(model.lm_head.weight)
-    assert perplexity(model, tokens(3, 16)) == pytest.approx(VOCABULARY, rel=1e-6)
+    assert perplexity(model, tokens(3, 16)).value == pytest.approx(VOCABULARY, rel=1e-6)
 
 
 def test_a_model_that_is_sure_and_wrong_has_no_finite_perplexity():
     model = tiny("llama")
     with torch.no_grad():
         model.lm_head.weight.mul_(1e6)
-    assert perplexity(model, tokens(3, 16)) == math.inf
+    assert perplexity(model, tokens(3, 16)) == Perplexity(math.inf, None)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -133,5 +148,5 @@ def test_a_text_shorter_than_a_window(tmp_path):
 def test_a_missing_tokenizer_is_said_with_what_to_do():
     tokenizer = tiny_tokenizer()
     assert require_tokenizer(tokenizer, "model") is tokenizer
-    with pytest.raises(InputError, match="my-model has no tokenizer: give token windows"):
+    with pytest.raises(InputError, match=r"my-model has no tokenizer\. Give token windows"):
         require_tokenizer(None, "my-model")

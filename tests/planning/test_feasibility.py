@@ -4,14 +4,18 @@ import torch
 import sparlow
 from families import save_tiny
 from sparlow import machine
+from sparlow.distributed import Processes
 from sparlow.errors import InputError
+from sparlow.model.artefact.dtypes import StoredDtypes
 from sparlow.model.loading.meta import meta_model
 from sparlow.planning import feasibility
 from sparlow.planning.memory import disk, stages
 from sparlow.planning.microbenchmarks import BOUND
 from sparlow.planning.workload import workload
 from sparlow.recipe.recipe import GIVEN_WINDOWS, Recipe
+from sparlow.recipe.run_options import RunOptions
 from sparlow.run.compare import compare
+from sparlow.run.recovery import Recovery
 
 RECIPE = Recipe(algorithm="magnitude", samples=256, seqlen=64, calibration=GIVEN_WINDOWS)
 IDS = torch.arange(256 * 64).view(256, 64) % 128
@@ -26,9 +30,12 @@ def folder(tmp_path_factory):
     return place
 
 
+def worked(folder, recipe=RECIPE, *, offload="cpu", **facts):
+    return workload(meta_model(str(folder)), recipe, RunOptions("cpu", offload, evaluate=()), **facts)
+
+
 def needed(folder, recipe=RECIPE, **changes):
-    work = workload(meta_model(str(folder)), recipe, device="cpu", **{"offload": "cpu", **changes})
-    return max(stage.cpu for stage in stages(work, BOUND))
+    return max(stage.cpu for stage in stages(worked(folder, recipe, **changes), BOUND))
 
 
 def compressed(folder, out, recipe=RECIPE, **options):
@@ -41,7 +48,7 @@ def refused(folder, out, recipe=RECIPE, **options):
         compressed(folder, out, recipe, **options)
     assert not out.exists()
     message = str(refusal.value)
-    assert message.endswith("--force runs it all the same.")
+    assert message.endswith("Use --force to run anyway.")
     return message
 
 
@@ -49,7 +56,7 @@ def test_too_little_memory_is_told_with_what_would_fit(folder, tmp_path, monkeyp
     available = needed(folder, offload="disk") + HIDDEN // 2
     monkeypatch.setattr(feasibility, "memory_available", lambda: available)
     message = refused(folder, tmp_path / "out")
-    assert f"{feasibility.human_bytes(available)} are available" in message
+    assert f"{feasibility.human_bytes(available)} is available" in message
     assert "--offload disk" in message
     assert compressed(folder, tmp_path / "out", offload="disk").bytes == compressed(folder, None, force=True).bytes
 
@@ -73,7 +80,7 @@ def test_only_what_fits_is_named(folder, tmp_path, monkeypatch):
 
 def test_where_no_option_is_enough_the_fewest_together_are_named(folder):
     recipe = RECIPE.changed(match=True)
-    work = workload(meta_model(str(folder)), recipe, device="cpu", offload="cpu")
+    work = worked(folder, recipe)
 
     def fits(changed):
         return changed.place == "disk" and not changed.together
@@ -92,7 +99,7 @@ def test_where_no_option_is_enough_the_fewest_together_are_named(folder):
 
 def test_where_nothing_would_fit_it_says_so(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(feasibility, "memory_available", lambda: 1)
-    assert "no option makes it fit" in refused(folder, tmp_path / "out")
+    assert "No option makes it fit." in refused(folder, tmp_path / "out")
 
 
 def test_force_begins_all_the_same(folder, tmp_path, monkeypatch):
@@ -103,7 +110,7 @@ def test_force_begins_all_the_same(folder, tmp_path, monkeypatch):
 
 
 def test_a_bound_that_does_not_fit_is_replaced_by_a_measurement(folder, monkeypatch):
-    work = workload(meta_model(str(folder)), RECIPE, device="cpu", offload="cpu")
+    work = worked(folder)
     measured = []
     monkeypatch.setattr(feasibility, "workspace", lambda *_: measured.append(1) or BOUND)
     feasibility.require_memory(work)
@@ -115,21 +122,22 @@ def test_a_bound_that_does_not_fit_is_replaced_by_a_measurement(folder, monkeypa
 
 
 def test_too_little_disk_is_told_and_what_is_there_counts(folder, tmp_path, monkeypatch):
-    work = workload(meta_model(str(folder)), RECIPE, device="cpu", offload="cpu")
+    work = worked(folder)
     size = disk(work).out
     monkeypatch.setattr(feasibility, "disk_available", lambda _: size - 1)
     message = refused(folder, tmp_path / "out")
-    assert f"{feasibility.human_bytes(size)} of disk (mostly for the result in {tmp_path / 'out'})" in message
-    assert "give another --out" in message
+    assert f"the run needs {feasibility.human_bytes(size)}, " in message
+    assert f"mostly for the result in {tmp_path / 'out'}." in message
+    assert "choose another --out" in message
     compressed(folder, tmp_path / "out", force=True)
     compressed(folder, tmp_path / "out", overwrite=True)  # its own files will be gone
 
 
 def test_disk_for_the_last_pass_is_counted(folder, tmp_path, monkeypatch):
     recipe = RECIPE.changed(match=True)
-    size = disk(workload(meta_model(str(folder)), recipe, device="cpu", offload="cpu")).out
+    size = disk(worked(folder, recipe)).out
     monkeypatch.setattr(feasibility, "disk_available", lambda _: size - 1)
-    assert "it fits with --match-preset blocks or --no-match" in refused(folder, tmp_path / "out", recipe)
+    assert "It would fit with --match-preset blocks or --no-match" in refused(folder, tmp_path / "out", recipe)
     compressed(folder, tmp_path / "out")
 
 
@@ -147,12 +155,13 @@ def test_a_comparison_is_refused_as_a_whole(folder, tmp_path, monkeypatch):
     text.write_text("words and more words " * 60)
     base = Recipe(algorithm="magnitude", samples=4, seqlen=16, calibration=str(text))
     recipes = {"magnitude": base, "wanda": base.changed(algorithm="wanda")}
-    one = disk(workload(meta_model(str(folder)), base, device="cpu")).out
+    how = RunOptions(evaluate=())
+    one = disk(worked(folder, base)).out
     monkeypatch.setattr(feasibility, "disk_available", lambda _: 2 * one - 1)
-    with pytest.raises(InputError, match="of disk"):
-        compare(folder, recipes, out=tmp_path / "out", evaluate=())
+    with pytest.raises(InputError, match="Not enough disk"):
+        compare(folder, recipes, out=tmp_path / "out", options=how)
     assert not (tmp_path / "out").exists()
-    assert len(compare(folder, recipes, out=tmp_path / "out", evaluate=(), force=True).rows) == 2
+    assert len(compare(folder, recipes, out=tmp_path / "out", options=how, force=True).rows) == 2
 
 
 def group(folder, **values):
@@ -183,8 +192,29 @@ def test_processes_of_one_machine_divide_its_memory_and_the_windows(folder, monk
     monkeypatch.setattr(machine, "_limits", lambda: iter([40]))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert machine.memory_available() == 10
-    alone, shared = (
-        workload(meta_model(str(folder)), RECIPE, device="cpu", offload="disk", processes=n) for n in (1, 4)
-    )
+    alone, shared = (worked(folder, offload="disk", processes=n) for n in (1, 4))
     assert alone.hidden == 4 * shared.hidden
     assert disk(alone).hidden == disk(shared).hidden  # all of them lie on that machine's disk
+
+
+@pytest.mark.parametrize(
+    ("changes", "windows"), [({}, 32), ({"match": True, "match_batch": 8}, 2), ({"samples": 6}, 2)]
+)
+def test_the_plan_passes_as_many_windows_at_a_time_as_the_run(changes, windows, folder):
+    """Of four processes, each has its share of every micro-batch; a step of training has windows for all of them."""
+    recipe = RECIPE.changed(**changes)
+    work = worked(folder, recipe, processes=4)
+    assert work.batch == windows * 64
+    ids = torch.zeros(recipe.samples, recipe.seqlen, dtype=torch.int64)
+    run = Recovery(recipe, StoredDtypes.of(meta_model(str(folder))), "layers", ids, Processes(0, 4))
+    assert work.batch == len(Processes(0, 4).local_rows(ids[: run.micro_batch])) * 64
+    if work.together:
+        assert work.together.plan == run.training.plan
+
+
+def test_the_hidden_states_of_an_evaluation_are_divided_too(folder):
+    options = RunOptions("cpu", "cpu", evaluate=("builtin",), evaluate_seqlen=64)
+    alone, shared = (workload(meta_model(str(folder)), RECIPE, options, processes=n) for n in (1, 4))
+    evaluations = [next(s.cpu for s in stages(work, BOUND) if s.name == "evaluation") for work in (alone, shared)]
+    copies = alone.evaluated * 32 * 4
+    assert evaluations[0] - evaluations[1] == 3 * (copies - copies // 4)

@@ -15,6 +15,7 @@ from sparlow.planning.memory import disk, stages
 from sparlow.planning.microbenchmarks import BOUND, Solver, Speed
 from sparlow.planning.workload import workload
 from sparlow.recipe.recipe import GIVEN_WINDOWS, Recipe
+from sparlow.recipe.run_options import RunOptions
 
 SIZES = {"samples": 4, "seqlen": 16, "calibration": GIVEN_WINDOWS}
 QUICK = {"options": {"effort": 0.1, "max_steps": 1}, **SIZES}
@@ -115,7 +116,7 @@ def test_the_plan_as_json_and_its_time(folder):
         ({"pattern": "2:5"}, "2:5"),
         ({"rank": 33}, "Rank 33"),
         ({"ignore": ("nothing",)}, "nothing"),
-        ({"seqlen": 65}, "lower --seqlen"),
+        ({"seqlen": 65}, "Lower --seqlen"),
         ({"dtype": "float31"}, "float31"),
     ],
 )
@@ -132,7 +133,8 @@ def test_packed_weights_are_not_guessed_at(folder, tmp_path):
 
 
 def worked(folder, recipe, **changes):
-    return workload(meta_model(str(folder)), recipe, device="cpu", **{"offload": "cpu", **changes})
+    options = RunOptions(device="cpu", offload=changes.pop("offload", "cpu"), evaluate=())
+    return workload(meta_model(str(folder)), recipe, options, **changes)
 
 
 def counted(work):

@@ -53,7 +53,7 @@ def test_a_ratio_keeps_what_it_says(compression, share, shape):
 def test_the_share_is_what_the_pattern_leaves(compression, density):
     pattern = Unstructured(1 - density)
     if pattern.density >= 1 - compression:  # 1 − (1 − density), rounded
-        with pytest.raises(InputError, match="give a compression below"):
+        with pytest.raises(InputError, match="Give a compression below"):
             ratio_share(compression, pattern)
     else:
         share = ratio_share(compression, pattern)
@@ -76,7 +76,7 @@ def test_owl_keeps_the_mean_and_the_order_and_spans_twice_the_spread(outliers, s
 
 
 def test_owl_out_of_range_is_refused():
-    with pytest.raises(InputError, match="lower --owl-spread"):
+    with pytest.raises(InputError, match="Lower --owl-spread"):
         owl_densities([0.0, 0.1, 0.1, 0.1], 0.95, 0.08)
 
 

@@ -35,8 +35,8 @@ def report(**changes):
         versions={"sparlow": "0.1.0", "torch": "2.13.0"},
         machine={"system": "Linux", "threads": 1, "accelerator": None},
         model="tiny",
-        dense={"perplexity": {"builtin": 20.0}},
-        compressed={"perplexity": {"builtin": 21.5}},
+        dense={"perplexity": {"builtin": 20.0}, "perplexity_stderr": {"builtin": 0.3}},
+        compressed={"perplexity": {"builtin": 21.5}, "perplexity_stderr": {"builtin": None}},
         bytes={
             "dense": 4_000_000,
             "compressed": 2_500_000,
@@ -174,10 +174,20 @@ def test_reports_come_back_from_their_file(tmp_path):
     assert json.loads((tmp_path / "report.json").read_text("utf-8"))["version"] == 1
 
 
+def test_a_report_of_an_older_version_has_no_standard_errors(tmp_path):
+    data = json.loads(report().to_json())
+    del data["dense"]["perplexity_stderr"]
+    (tmp_path / "report.json").write_text(json.dumps(data))
+    assert Report.from_file(tmp_path / "report.json").dense == {
+        "perplexity": {"builtin": 20.0},
+        "perplexity_stderr": {"builtin": None},
+    }
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda data: data.update(version=2), "has version 2; this sparlow reads version 1"),
+        (lambda data: data.update(version=2), "has version 2, and this sparlow reads version 1. Upgrade"),
         (lambda data: data.pop("version"), "is not a report of sparlow"),
         (lambda data: data.update(surprise=1), "is not a report of sparlow"),
         (lambda data: data["layers"][0].pop("rank"), "is not a report of sparlow"),

@@ -10,9 +10,11 @@ from sparlow.algorithms import algorithms, find, variants
 from sparlow.cli.commands import main
 from sparlow.errors import InputError, RunError
 from sparlow.recipe.recipe import Recipe
+from sparlow.recipe.run_options import RunOptions
 from sparlow.report.comparison import NAME
 from sparlow.report.records import Report
 from sparlow.run import passes as measuring
+from sparlow.run import pipeline
 from sparlow.run.compare import compare, recipes_for
 
 TEXT = "".join(chr(32 + (7 * i * i + i // 3) % 95) for i in range(600))
@@ -35,7 +37,8 @@ def base(place, **changes):
 
 def run(place, out, names=METHODS, texts=("text.txt",), **options):
     recipes = recipes_for(base(place), names, {k: v for k, v in OPTIONS.items() if k in names})
-    return compare(place / "model", recipes, out=out, evaluate=[str(place / text) for text in texts], **options)
+    how = RunOptions(evaluate=[str(place / text) for text in texts])
+    return compare(place / "model", recipes, out=out, options=how, **options)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +60,7 @@ def counted(monkeypatch):
 
         monkeypatch.setattr(module, name, wrapper)
 
-    counting(sparlow.run.pipeline, "solve", "layers")
+    counting(pipeline, "solve", "layers")
     counting(measuring, "perplexity_by_blocks", "perplexities")
     return counts
 
@@ -84,7 +87,9 @@ def test_every_method_without_and_with_matching(place, tmp_path):
         ("3basil", False),
         ("3basil+match", True),
     ]
-    found = compare(place / "model", recipes, out=tmp_path / "out", evaluate=[str(place / "text.txt")])
+    found = compare(
+        place / "model", recipes, out=tmp_path / "out", options=RunOptions(evaluate=[str(place / "text.txt")])
+    )
     assert [row.name for row in found.rows] == list(recipes)
     for name, recipe in recipes.items():
         assert bool(Report.from_file(tmp_path / "out" / name / "report.json").distillation) == recipe.match
@@ -172,19 +177,19 @@ def test_another_recipe_in_the_same_place_is_refused(place, tmp_path):
     run(place, tmp_path / "out", ("magnitude",))
     recipes = recipes_for(base(place, samples=3), ("magnitude",), {})
     with pytest.raises(InputError, match=r"differs in samples \(4 there, 3 now\)"):
-        compare(place / "model", recipes, out=tmp_path / "out", evaluate=())
-    assert compare(place / "model", recipes, out=tmp_path / "out", evaluate=(), overwrite=True).rows
+        compare(place / "model", recipes, out=tmp_path / "out", options=RunOptions(evaluate=()))
+    assert compare(place / "model", recipes, out=tmp_path / "out", options=RunOptions(evaluate=()), overwrite=True).rows
 
 
 def test_a_method_that_fails_does_not_stop_the_others(place, tmp_path, monkeypatch):
-    real = sparlow.run.pipeline.solve
+    real = pipeline.solve
 
     def failing(algorithm, *args):
         if algorithm.name == "magnitude":
             raise RunError("a factorisation failed")
         return real(algorithm, *args)
 
-    monkeypatch.setattr(sparlow.run.pipeline, "solve", failing)
+    monkeypatch.setattr(pipeline, "solve", failing)
     found = run(place, tmp_path / "out", METHODS[:2])
     assert [row.name for row in found.rows] == ["wanda"]
     assert "q_proj: a factorisation failed" in found.failed["magnitude"]
@@ -200,7 +205,7 @@ def test_without_matplotlib_nothing_is_begun(place, tmp_path, monkeypatch):
 
 def test_recipes_must_share_the_text(place, tmp_path):
     recipes = {"a": base(place), "b": base(place, seed=1)}
-    with pytest.raises(InputError, match="must agree in calibration, samples, seqlen, seed"):
+    with pytest.raises(InputError, match=r"read different text\. Give all the same calibration, samples, seqlen, seed"):
         compare(place / "model", recipes, out=tmp_path / "out")
 
 
@@ -225,7 +230,7 @@ def test_pruners_take_what_the_base_says_and_no_rank():
 @pytest.mark.parametrize(
     ("names", "options", "message"),
     [
-        (("wanda", "wanda"), {}, "each once"),
+        (("wanda", "wanda"), {}, "Name each one to compare once"),
         ((), {}, "none"),
         (("wand",), {}, "did you mean 'wanda'"),
         (("wanda",), {"3basil": {"effort": 1}}, "given for 3basil, which is not compared"),
@@ -272,7 +277,7 @@ def test_the_command_prints_the_table(place, tmp_path, capsys):
         (["--algorithms", "wanda,nothing"], "There is no algorithm 'nothing'"),
         (["--algorithms", "wanda", "--option", "effort=1"], "write ALGORITHM.key=value"),
         (["--algorithms", "wanda", "--pattern", "2:5"], "Pattern 2:5"),
-        (["--algorithms", "wanda", "--match", "maybe"], "--match maybe is not understood: give no, yes or both."),
+        (["--algorithms", "wanda", "--match", "maybe"], "--match maybe is not understood. Give no, yes or both."),
         (["--algorithms", "wanda", "--owl", "--allocate", "uniform"], "--owl and --allocate uniform contradict"),
     ],
 )
@@ -288,7 +293,7 @@ def test_a_failure_is_told_at_the_end(place, tmp_path, monkeypatch, capsys):
     def failing(*_):
         raise RunError("it is damaged")
 
-    monkeypatch.setattr(sparlow.run.pipeline, "solve", failing)
+    monkeypatch.setattr(pipeline, "solve", failing)
     assert call(command(place, tmp_path / "out", "--algorithms", "wanda")) == 1
     assert "wanda: model.layers.0.self_attn.q_proj: it is damaged" in capsys.readouterr().err
     assert NAME in {path.name for path in (tmp_path / "out").iterdir()}
@@ -304,5 +309,5 @@ def test_every_recipe_is_checked_before_the_first_is_begun(place, tmp_path):
     recipes = {"magnitude": base(place, algorithm="magnitude", rank=None)}
     recipes["wanda"] = base(place, algorithm="wanda", rank=None, pattern="2:5")
     with pytest.raises(InputError, match="Pattern 2:5"):
-        compare(place / "model", recipes, out=tmp_path / "out", evaluate=())
+        compare(place / "model", recipes, out=tmp_path / "out", options=RunOptions(evaluate=()))
     assert not (tmp_path / "out").exists()

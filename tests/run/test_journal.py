@@ -7,11 +7,14 @@ from sparlow.files import sha256
 from sparlow.machine import machine
 from sparlow.model.artefact.shards import ShardRecord
 from sparlow.recipe.recipe import Recipe
-from sparlow.report.records import LayerRecord
-from sparlow.run.journal import Journal, read_records
+from sparlow.report.records import LayerRecord, Perplexity
+from sparlow.run.journal import Journal
 from sparlow.run.output_dir import LOCK, NAME, check_folder
+from sparlow.run.record import RunRecord, read_record
 
 DECIDES = {"recipe": Recipe(rank=4).to_dict(), "model": "abc", "calibration": "def", "version": "1"}
+
+BUILTIN, C4 = {"builtin": Perplexity(12.5, 0.25)}, {"c4": Perplexity(9.0)}
 
 
 def record(block, name="mlp.up_proj"):
@@ -32,7 +35,7 @@ def shard(folder, i):
 def begun(folder, blocks=2):
     """A run that was stopped after some blocks."""
     run = journal(folder)
-    run.begin({"builtin": 12.5}, {})
+    run.begin(BUILTIN, {})
     for i in range(blocks):
         run.note_block(shard(folder, i), [record(i), record(i, "mlp.down_proj")], [], {"solve": i + 1.5})
     return run
@@ -41,7 +44,7 @@ def begun(folder, blocks=2):
 def finished(folder):
     run = begun(folder)
     run.note_rest(shard(folder, 2), Recipe(rank=4).to_toml())
-    run.finish(run.dense, {})
+    run.finish(run.record.dense, {})
     return run
 
 
@@ -54,9 +57,9 @@ def content(folder):
 
 def test_nothing_is_on_disk_before_the_first_record(tmp_path):
     run = journal(tmp_path / "a" / "out")
-    assert (run.blocks_done, run.dense) == (0, {})
+    assert (run.blocks_done, run.record.dense) == (0, {})
     assert not (tmp_path / "a").exists()
-    run.begin({"builtin": 12.5}, {})
+    run.begin(BUILTIN, {})
     assert content(tmp_path / "a" / "out").keys() == {NAME}
 
 
@@ -64,14 +67,14 @@ def test_a_later_run_goes_on_from_what_is_there(tmp_path):
     begun(tmp_path)
     again = journal(tmp_path)
     assert again.blocks_done == 2
-    assert again.dense == {"builtin": 12.5}
-    assert again.layers(1) == [record(1), record(1, "mlp.down_proj")]
+    assert again.record.dense == BUILTIN
+    assert again.record.blocks[1].layers == [record(1), record(1, "mlp.down_proj")]
 
 
 def test_perplexities_are_added_to_those_known(tmp_path):
     begun(tmp_path)
-    journal(tmp_path).begin({"c4": 9.0}, {})
-    assert journal(tmp_path).dense == {"builtin": 12.5, "c4": 9.0}
+    journal(tmp_path).begin(C4, {})
+    assert journal(tmp_path).record.dense == BUILTIN | C4
 
 
 def test_finished_comes_last(tmp_path):
@@ -80,7 +83,7 @@ def test_finished_comes_last(tmp_path):
     assert not (tmp_path / "recipe.toml").exists()
     run.note_rest(shard(tmp_path, 2), Recipe(rank=4).to_toml())
     assert json.loads((tmp_path / NAME).read_text())["finished"] is False
-    run.finish(run.dense, {})
+    run.finish(run.record.dense, {})
     state = json.loads((tmp_path / NAME).read_text())
     assert state["finished"] is True
     assert state["shards"].keys() == {path.name for path in tmp_path.glob("*.safetensors")}
@@ -90,8 +93,8 @@ def test_finished_comes_last(tmp_path):
 def test_records_by_full_name(tmp_path):
     begun(tmp_path)
     names = [f"model.layers.{i}.mlp.{part}_proj" for i in range(2) for part in ("up", "down")]
-    assert read_records(tmp_path) == dict(
-        zip(names, [r for i in range(2) for r in journal(tmp_path).layers(i)], strict=True)
+    assert read_record(tmp_path).layers == dict(
+        zip(names, [r for i in range(2) for r in journal(tmp_path).record.blocks[i].layers], strict=True)
     )
 
 
@@ -159,7 +162,22 @@ def test_records_that_cannot_be_understood(change, tmp_path):
     change(state)
     (tmp_path / NAME).write_text(json.dumps(state))
     with pytest.raises(InputError, match="not a record of sparlow"):
-        read_records(tmp_path)
+        read_record(tmp_path)
+
+
+def test_a_record_of_an_older_version_has_no_standard_errors(tmp_path):
+    begun(tmp_path)
+    state = json.loads((tmp_path / NAME).read_text())
+    assert state["dense"] == {"builtin": 12.5}
+    assert state.pop("dense_stderr") == {"builtin": 0.25}
+    (tmp_path / NAME).write_text(json.dumps(state))
+    assert read_record(tmp_path).dense == {"builtin": Perplexity(12.5, None)}
+
+
+def test_a_record_comes_back_as_it_was_written(tmp_path):
+    for make in (begun, finished):
+        run = make(tmp_path)
+        assert read_record(tmp_path) == run.record == RunRecord.from_dict(run.record.to_dict())
 
 
 # Another run
@@ -168,16 +186,16 @@ def test_records_that_cannot_be_understood(change, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"model": "xyz"}, "differs in model:"),
-        ({"calibration": "xyz"}, "differs in calibration:"),
-        ({"version": "2"}, "differs in version:"),
-        ({"model": "xyz", "version": "2"}, "differs in model, version:"),
-        ({"recipe": Recipe(rank=4, seed=3).to_dict()}, r"differs in seed \(0 there, 3 now\):"),
-        ({"recipe": Recipe(rank=5).to_dict()}, r"differs in rank \(4 there, 5 now\):"),
-        ({"recipe": Recipe().to_dict()}, r"differs in rank \(4 there, None now\):"),
+        ({"model": "xyz"}, "differs in model[.] Repeat"),
+        ({"calibration": "xyz"}, "differs in calibration[.] Repeat"),
+        ({"version": "2"}, "differs in version[.] Repeat"),
+        ({"model": "xyz", "version": "2"}, "differs in model, version[.] Repeat"),
+        ({"recipe": Recipe(rank=4, seed=3).to_dict()}, r"differs in seed \(0 there, 3 now\)[.] Repeat"),
+        ({"recipe": Recipe(rank=5).to_dict()}, r"differs in rank \(4 there, 5 now\)[.] Repeat"),
+        ({"recipe": Recipe().to_dict()}, r"differs in rank \(4 there, None now\)[.] Repeat"),
         (
             {"recipe": Recipe(rank=4, pattern="4:8", options={"effort": 2.0}).to_dict()},
-            r"options \({} there, {'effort': 2.0} now\), pattern \(None there, 4:8 now\):",
+            r"options \({} there, {'effort': 2.0} now\), pattern \(None there, 4:8 now\)[.] Repeat",
         ),
     ],
 )
@@ -201,7 +219,7 @@ def test_overwriting_forgets_at_once_and_removes_with_the_first_record(tmp_path)
     finished(tmp_path)
     before = content(tmp_path)
     run = journal(tmp_path, overwrite=True, model="xyz")
-    assert (run.blocks_done, run.dense) == (0, {})
+    assert (run.blocks_done, run.record.dense) == (0, {})
     assert content(tmp_path) == before
     run.begin({}, {})
     assert content(tmp_path).keys() == {NAME}

@@ -142,8 +142,8 @@ def test_too_little_text_is_refused_with_the_numbers(words, write):
     with pytest.raises(InputError) as error:
         calibration_windows(text, words, samples=32, seqlen=512, seed=0)
     assert str(error.value) == (
-        f"{text} holds 1,234 tokens; 32 samples of 512 need at least 16,384: "
-        "lower --samples or --seqlen, or give more text."
+        f"{text} holds 1,234 tokens; 32 samples of 512 need at least 16,384. "
+        "Lower --samples or --seqlen, or give more text."
     )
     with pytest.raises(InputError, match="holds 118 tokens"):  # with 119, the token that joins both ends fills the gap
         calibration_windows(write("s.txt", count(0, 118)), words, samples=12, seqlen=10, seed=0)
@@ -505,7 +505,7 @@ def test_a_failing_hub_is_an_input_error_that_names_the_way_out(words, hub, monk
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(
-        InputError, match=r"\(ConnectionError: Couldn't .*Enabled\) more .* …\): .* or give a local \.txt"
+        InputError, match=r"\(ConnectionError: Couldn't .*Enabled\) more .* …\)\. .* or give a local \.txt"
     ) as error:
         calibration_windows("c4", words, samples=1, seqlen=2, seed=0)
     assert isinstance(error.value.__cause__, ConnectionError)

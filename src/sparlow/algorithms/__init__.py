@@ -10,7 +10,6 @@ from pkgutil import iter_modules
 from sparlow.algorithms._registry import (
     Algorithm,
     Count,
-    Decomposition,
     Positive,
     Pruner,
     algorithms,
@@ -19,6 +18,7 @@ from sparlow.algorithms._registry import (
     pruner,
     variants,
 )
+from sparlow.algorithms._results import Decomposition, Pruned, SolveStats
 from sparlow.algorithms._solve import check_budget, decompose, solve
 from sparlow.schema import Option
 
@@ -31,7 +31,9 @@ __all__ = [
     "Decomposition",
     "Option",
     "Positive",
+    "Pruned",
     "Pruner",
+    "SolveStats",
     "algorithms",
     "check_budget",
     "decompose",

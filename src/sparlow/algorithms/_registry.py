@@ -4,41 +4,20 @@ import functools
 import inspect
 import types
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
 from torch import Tensor
 
+from sparlow.algorithms._results import Pruned
 from sparlow.errors import InputError
 from sparlow.linalg.gram import Gram
 from sparlow.linalg.patterns import Pattern
 from sparlow.schema import ABOVE_0, Named, Option, at_least, options_of, unknown
 
-Stats = Mapping[str, float | int | str | bool]
 Positive = Annotated[float, ABOVE_0]  # annotations for options; plain float, int, bool, str and Literal do as well
 Count = Annotated[int, at_least(1)]
 F = TypeVar("F", bound=Callable[..., Any])
-
-
-@dataclass(frozen=True, slots=True)
-class Decomposition:
-    """W ≈ S + U V.
-
-    Attributes:
-        S: The sparse part (out, in), on its pattern.
-        U: Left factor of the low-rank part (out, rank).
-        V: Right factor of the low-rank part (rank, in).
-        stats: What the solver has to say: ``iterations``, ``relative_error``, ``damping``, ….
-    """
-
-    S: Tensor
-    U: Tensor
-    V: Tensor
-    stats: Stats = field(default_factory=dict)
-
-    def dense(self) -> Tensor:
-        """S + U V (out, in)."""
-        return self.S + self.U @ self.V
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +58,7 @@ _ALGORITHMS: dict[str, Algorithm] = {}
 
 
 def pruner(name: str, *, aliases: Mapping[str, Mapping[str, object]] = types.MappingProxyType({})) -> Callable[[F], F]:
-    """Register a function ``(W, gram, pattern, *, options) -> S`` under ``name``.
+    """Register a function ``(W, gram, pattern, *, options) -> S`` under ``name``; or ``-> Pruned(S, stats)``.
 
     Args:
         name: As typed on the command line.
@@ -147,5 +126,6 @@ def _name_of(function: object) -> str:
 
 
 Pruner = Annotated[
-    Callable[[Tensor, Gram, Pattern], Tensor], Named("the name of a pruner", find=_pruner_named, name_of=_name_of)
+    Callable[[Tensor, Gram, Pattern], Tensor | Pruned],
+    Named("the name of a pruner", find=_pruner_named, name_of=_name_of),
 ]

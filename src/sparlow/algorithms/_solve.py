@@ -3,12 +3,14 @@
 import math
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparlow.algorithms._registry import Algorithm, Decomposition, find
+from sparlow.algorithms._registry import Algorithm, find
+from sparlow.algorithms._results import Decomposition, Pruned
 from sparlow.errors import InputError, RunError
 from sparlow.finite import all_finite
 from sparlow.linalg.gram import Gram
@@ -32,8 +34,7 @@ def solve(
         options: The algorithm's own, parsed.
 
     Returns:
-        S, U, V in W's type and device; ``stats`` holds at least ``relative_error`` (of exactly these S, U, V),
-        ``iterations``, ``seconds``, ``damping`` (extra, 0 unless a factorisation needed it) and ``dead_columns``.
+        S, U, V in W's type and device, and ``stats``, whose ``relative_error`` is that of exactly these S, U, V.
 
     Raises:
         InputError: W and the rest do not fit together, or W is not finite.
@@ -45,12 +46,13 @@ def solve(
     weight = (_wide(W) / size).float().contiguous() * ~gram.dead  # an input that is always zero needs no weight
     try:
         if algorithm.kind == "pruner":
-            kept = algorithm.function(weight, gram, pattern, **options)
-            found = Decomposition(kept, weight.new_zeros(W.shape[0], 0), weight.new_zeros(0, W.shape[1]))
+            pruned = Pruned.of(algorithm.function(weight, gram, pattern, **options))
+            U, V = weight.new_zeros(W.shape[0], 0), weight.new_zeros(0, W.shape[1])
+            found = Decomposition(pruned.S, U, V, pruned.stats)
         else:
             found = algorithm.function(weight, gram, pattern, rank, **options)
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # it is there, and documented
-        raise RunError(f"{algorithm.name} failed in a factorisation: raise the damping ({error}).") from error
+        raise RunError(f"{algorithm.name} failed in a factorisation ({error}). Raise --damping.") from error
     like = _wide(W).dtype
     U, V = balanced(found.U.to(like), found.V.to(like) * size)
     parts = (found.S.to(like) * size, U, V)
@@ -58,14 +60,15 @@ def solve(
     dense = (_wide(S) / size).float() + _wide(U).float() @ (_wide(V) / size).float()
     relative_error = gram.relative_error(weight, weight - dense)
     if not all(all_finite(part) for part in (S, U, V)) or not math.isfinite(relative_error):
-        raise RunError(f"{algorithm.name} ended in values that are not finite: raise the damping.")
-    shell = {
-        "relative_error": relative_error,
-        "seconds": time.perf_counter() - start,
-        "damping": gram.extra_damping,
-        "dead_columns": int(gram.dead.sum()),
-    }
-    return Decomposition(S, U, V, {"iterations": 1, **found.stats, **shell})
+        raise RunError(f"{algorithm.name} ended in values that are not finite. Raise --damping.")
+    stats = replace(
+        found.stats,
+        relative_error=relative_error,
+        seconds=time.perf_counter() - start,
+        damping=gram.extra_damping,
+        dead_columns=int(gram.dead.sum()),
+    )
+    return Decomposition(S, U, V, stats)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -112,19 +115,21 @@ def decompose(
 def check(algorithm: Algorithm, W: Tensor, gram: Gram, pattern: Pattern, rank: int) -> None:
     """Raise InputError, in one sentence, if this layer cannot be solved as asked."""
     if W.ndim != 2 or not W.is_floating_point():  # noqa: PLR2004 - a matrix has two dimensions
-        raise InputError(f"W must be a matrix (out, in) of floating point numbers, not {W.dtype} {tuple(W.shape)}.")
+        raise InputError(f"W must be a matrix (out, in) of floating point numbers. It is {W.dtype} {tuple(W.shape)}.")
     shape = (W.shape[0], W.shape[1])
     if gram.H.shape != (shape[1], shape[1]):
         raise InputError(f"H must be (in, in) = ({shape[1]}, {shape[1]}) for W {shape}, not {tuple(gram.H.shape)}.")
     check_budget(algorithm, shape, pattern, rank)
     if not all_finite(W):
-        raise InputError("The weight holds NaN or infinity: the model is damaged, or was stored in too narrow a type.")
+        raise InputError(
+            "The weight holds NaN or infinity: the model is damaged, or was stored in too narrow a type. Fetch it anew."
+        )
 
 
 def check_budget(algorithm: Algorithm, shape: tuple[int, int], pattern: Pattern, rank: int) -> None:
     """Raise InputError if pattern or rank are not possible for a weight of this shape (out, in)."""
     pattern.check(shape)
     if not 0 <= rank <= min(shape):
-        raise InputError(f"Rank {rank} is not possible for a weight of shape {shape}: give 0 to {min(shape)}.")
+        raise InputError(f"Rank {rank} is not possible for a weight of shape {shape}. Give 0 to {min(shape)}.")
     if algorithm.kind == "pruner" and rank > 0:
-        raise InputError(f"{algorithm.name} only prunes and has no low-rank part: leave the rank out, or give rank 0.")
+        raise InputError(f"{algorithm.name} only prunes and has no low-rank part. Leave the rank out, or give rank 0.")

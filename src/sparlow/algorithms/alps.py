@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from sparlow.algorithms._registry import Count, pruner
+from sparlow.algorithms._results import Pruned, SolveStats
 from sparlow.linalg.conjugate_gradient import fit_on_support
 from sparlow.linalg.coordinates import Coordinates
 from sparlow.linalg.gram import Gram
@@ -29,7 +30,7 @@ EVERY = 3  # iterations between two looks at the support
 
 
 @pruner("alps")
-def alps(W: Tensor, gram: Gram, pattern: Pattern, *, max_steps: Count = 300, refit: int = 10) -> Tensor:
+def alps(W: Tensor, gram: Gram, pattern: Pattern, *, max_steps: Count = 300, refit: int = 10) -> Pruned:
     """Find the support by ADMM, then the best values on it by conjugate gradients.
 
     Args:
@@ -38,12 +39,12 @@ def alps(W: Tensor, gram: Gram, pattern: Pattern, *, max_steps: Count = 300, ref
     """
     space = gram.coordinates(group=pattern.group)
     T = space.enter(W)
-    X = _admm(T, space, pattern, max_steps)
+    X, stats = _admm(T, space, pattern, max_steps)
     mask = space.deal(pattern.mask(space.gather(X).abs()))
-    return space.leave(fit_on_support(T, space.G, X * mask, mask, refit))
+    return Pruned(space.leave(fit_on_support(T, space.G, X * mask, mask, refit)), stats)
 
 
-def _admm(T: Tensor, space: Coordinates, pattern: Pattern, max_steps: int) -> Tensor:
+def _admm(T: Tensor, space: Coordinates, pattern: Pattern, max_steps: int) -> tuple[Tensor, SolveStats]:
     """Iterate until the support of D rests; return the last X = S + Y (out, in), equal to S where D is not zero."""
     project, kept = pattern.projector(), max(pattern.kept((T.shape[0], T.shape[1])), 1)
     D, Y = project(T, torch.empty_like(T)), torch.zeros_like(T)
@@ -59,9 +60,9 @@ def _admm(T: Tensor, space: Coordinates, pattern: Pattern, max_steps: int) -> Te
             mask = D.bool()
             change = (mask ^ seen).count_nonzero().item() / kept
             if not change:
-                break
+                return X, SolveStats(step, converged=True)
             factor = 1.3 if change > 0.1 else 1.2 if change > 0.005 else 1.1  # noqa: PLR2004 - the paper's rule
             rho, seen = rho * factor, mask
             Y /= factor  # the multiplier itself stays as it is
             M = space.ridge(rho)
-    return X
+    return X, SolveStats(max_steps, converged=False)

@@ -8,7 +8,8 @@ R Rᵀ = H. All give the same L, so the Cholesky factor of H serves (``weighted_
 
 from torch import Tensor
 
-from sparlow.algorithms._registry import Decomposition, Pruner, decomposer
+from sparlow.algorithms._registry import Pruner, decomposer
+from sparlow.algorithms._results import Decomposition, Pruned
 from sparlow.algorithms.sparsegpt import sparsegpt
 from sparlow.linalg.gram import Gram
 from sparlow.linalg.lowrank import weighted_svd
@@ -22,6 +23,6 @@ def eora(W: Tensor, gram: Gram, pattern: Pattern, rank: int, *, prune: Pruner = 
     Args:
         prune: Finds S.
     """
-    S = prune(W, gram, pattern)
-    U, V = weighted_svd(W - S, gram, rank)
-    return Decomposition(S, U, V)
+    pruned = Pruned.of(prune(W, gram, pattern))
+    U, V = weighted_svd(W - pruned.S, gram, rank)
+    return Decomposition(pruned.S, U, V, pruned.stats)

@@ -18,7 +18,8 @@ import inspect
 
 from torch import Tensor
 
-from sparlow.algorithms._registry import Count, Decomposition, Pruner, decomposer
+from sparlow.algorithms._registry import Count, Pruner, decomposer
+from sparlow.algorithms._results import Decomposition, Pruned, SolveStats
 from sparlow.algorithms.alps import alps
 from sparlow.linalg.gram import Gram
 from sparlow.linalg.lowrank import random_factor, subspace_iteration, weighted_svd
@@ -52,9 +53,11 @@ def hassle_free(
         rough = functools.partial(prune, max_steps=prune_steps)  # type: ignore[call-arg]  # it was just looked up
     T, G, rounds = W * gram.scale, gram.correlation, rounds if rank else 1
     V = random_factor(rank, T)
-    S = (rough if rounds > 1 else prune)(W, gram, pattern)
+    pruned = Pruned.of((rough if rounds > 1 else prune)(W, gram, pattern))
+    steps = pruned.stats.iterations
     for left in reversed(range(rounds - 1)):
-        U, V = subspace_iteration(T - S * gram.scale, V, SUBSPACE_STEPS, G)
-        S = (rough if left else prune)(W - U @ V / gram.scale, gram, pattern)
-    U, V = weighted_svd(W - S, gram, rank)
-    return Decomposition(S, U, V, {"iterations": rounds})
+        U, V = subspace_iteration(T - pruned.S * gram.scale, V, SUBSPACE_STEPS, G)
+        pruned = Pruned.of((rough if left else prune)(W - U @ V / gram.scale, gram, pattern))
+        steps += pruned.stats.iterations
+    U, V = weighted_svd(W - pruned.S, gram, rank)
+    return Decomposition(pruned.S, U, V, SolveStats(steps, pruned.stats.converged, more={"rounds": rounds}))

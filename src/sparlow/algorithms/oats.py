@@ -12,7 +12,8 @@ objective, give or take 2 %, in a fifth of the time.
 import torch
 from torch import Tensor
 
-from sparlow.algorithms._registry import Count, Decomposition, decomposer
+from sparlow.algorithms._registry import Count, decomposer
+from sparlow.algorithms._results import Decomposition, SolveStats
 from sparlow.linalg.gram import Gram
 from sparlow.linalg.lowrank import random_factor, subspace_iteration, truncated_svd
 from sparlow.linalg.patterns import Pattern, within_rows
@@ -35,4 +36,4 @@ def oats(W: Tensor, gram: Gram, pattern: Pattern, rank: int, *, rounds: Count = 
         U, V = subspace_iteration(R, V, SUBSPACE_STEPS) if left else truncated_svd(R, rank)
         R = T - U @ V
         S = R * keep(R.abs())
-    return Decomposition(S / gram.scale, U, V / gram.scale, {"iterations": rounds})
+    return Decomposition(S / gram.scale, U, V / gram.scale, SolveStats(rounds))

@@ -33,7 +33,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sparlow.algorithms._registry import Count, Decomposition, Positive, decomposer
+from sparlow.algorithms._registry import Count, Positive, decomposer
+from sparlow.algorithms._results import Decomposition, SolveStats
 from sparlow.linalg.conjugate_gradient import fit_on_support
 from sparlow.linalg.coordinates import Coordinates
 from sparlow.linalg.gram import Gram
@@ -71,7 +72,8 @@ def three_basil(
     loop = _Loop(space.enter(W), space, pattern, rank, rho=0.1 if papers else 0.003)
     run = _paper if papers else _joint
     steps, change = run(loop, effort, max_steps)
-    stats = {"iterations": steps, "rho": loop.rho, "support_change": change, "converged": change < SETTLED[schedule]}
+    own = {"rho": loop.rho, "support_change": change}
+    stats = SolveStats(steps, converged=change < SETTLED[schedule], more=own)
     mask = space.deal(pattern.mask(space.gather(loop.X).abs()))
     T, S, U, V = loop.T, loop.X * mask, loop.U, loop.V
     del loop  # the rest makes room for the matrices of the refit

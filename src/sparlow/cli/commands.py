@@ -99,7 +99,7 @@ def compare(
     names = list(variants()) if names == ["all"] else names
     recipes = recipes_for(given.recipe(), names, parse_named_pairs(option or []), match)
     with resumable(), display.progress() as notify:
-        found = run_comparison(model, recipes, out=out, **values_of(run), **values_of(write), notify=notify)
+        found = run_comparison(model, recipes, out=out, options=run, **values_of(write), notify=notify)
     display.show_comparison(found)
     _written(out, "compare.json and two figures")
     if found.failed:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.markup import escape
 
+from sparlow.files import human_bytes
+
 if TYPE_CHECKING:  # help is shown without torch, which comes with these
     from rich.table import Table
 
@@ -59,7 +61,7 @@ def _plain_line(step: "Progress") -> None:
 
 def show_report(report: "Report") -> None:
     """The summary of a run: perplexities and sizes, dense beside compressed, time, memory, warnings."""
-    from sparlow.report.html_page import megabytes, remarks, summary_rows
+    from sparlow.report.html_page import remarks, summary_rows
 
     out.print(_table(("", "dense", "compressed"), summary_rows(report)))
     seconds = report.seconds
@@ -67,7 +69,7 @@ def show_report(report: "Report") -> None:
     out.print(
         f"{seconds['total']:.0f} s: {seconds['solve']:.0f} s solving ({seconds['solve'] / blocks:.1f} s a block), "
         f"{seconds['statistics'] + seconds['walk']:.0f} s walking, {seconds['evaluate']:.0f} s evaluating; "
-        f"peak memory {megabytes(report.peak_memory['rss'])}",
+        f"peak memory {human_bytes(report.peak_memory['rss'])}",
         highlight=False,
     )
     kept = sum(row["parameters"] for row in report.not_compressed)
@@ -81,25 +83,21 @@ def show_report(report: "Report") -> None:
 
 def show_comparison(found: "Comparison") -> None:
     """The table of a comparison: the dense model, then a line a method."""
-    from sparlow.report.html_page import megabytes
-
     corpora = list(found.dense.get("perplexity", {}))
     head = ("", *(f"perplexity, {Path(name).name}" for name in corpora), "relative error", "seconds", "size", "bits")
     rows = []
     if found.dense:
         perplexities = (f"{found.dense['perplexity'][name]:.2f}" for name in corpora)
-        rows.append(("dense", *perplexities, "0", "–", megabytes(found.dense["bytes"]), "–"))
+        rows.append(("dense", *perplexities, "0", "–", human_bytes(found.dense["bytes"]), "–"))
     for row in found.rows:
         perplexities = (f"{row.perplexity[name]:.2f}" for name in corpora)
-        measured = (f"{row.mean_relative_error:.5f}", f"{row.seconds:.0f}", megabytes(row.bytes))
+        measured = (f"{row.mean_relative_error:.5f}", f"{row.seconds:.0f}", human_bytes(row.bytes))
         rows.append((row.name, *perplexities, *measured, f"{row.bits_per_weight:.2f}"))
     out.print(_table(head, rows))
 
 
 def show_plan(found: "Plan") -> None:
     """The result of ``sparlow plan``: layers, sizes, memory and time."""
-    from sparlow.report.html_page import megabytes
-
     kinds = [
         (
             kind.name,
@@ -118,8 +116,8 @@ def show_plan(found: "Plan") -> None:
     out.print(_table(("not compressed", "count", "parameters", "why"), rows))
     _show_sizes(found)
     here = f"of {found.device}" if found.peak_memory["device"] else "of the device"
-    parts = [(stage.name, megabytes(found.baseline + stage.cpu), megabytes(stage.device)) for stage in found.stages]
-    parts.append(("peak", megabytes(found.peak_memory["rss"]), megabytes(found.peak_memory["device"])))
+    parts = [(stage.name, human_bytes(found.baseline + stage.cpu), human_bytes(stage.device)) for stage in found.stages]
+    parts.append(("peak", human_bytes(found.peak_memory["rss"]), human_bytes(found.peak_memory["device"])))
     parts.append(("free now", _free(found.available["rss"]), _free(found.available["device"])))
     out.print(_table(("memory at most", "main", here), parts))
     if found.seconds:
@@ -133,24 +131,21 @@ def show_plan(found: "Plan") -> None:
 
 
 def _show_sizes(found: "Plan") -> None:
-    from sparlow.report.html_page import megabytes
 
     sizes, files = found.bytes, found.disk
-    second = f" ({megabytes(files.second)} of it for a while, for --match)" if files.second else ""
-    hidden = f"; {megabytes(files.hidden)} of hidden states in temporary files" if files.hidden else ""
+    second = f" ({human_bytes(files.second)} of it for a while, for --match)" if files.second else ""
+    hidden = f"; {human_bytes(files.hidden)} of hidden states in temporary files" if files.hidden else ""
     out.print(
-        f"whole model {megabytes(sizes['dense'])} → {megabytes(sizes['compressed'])}, linear layers "
-        f"{megabytes(sizes['linears_dense'])} → {megabytes(sizes['linears_compressed'])}, "
+        f"whole model {human_bytes(sizes['dense'])} → {human_bytes(sizes['compressed'])}, linear layers "
+        f"{human_bytes(sizes['linears_dense'])} → {human_bytes(sizes['linears_compressed'])}, "
         f"{found.bits_per_weight:.2f} bits a weight\n"
-        f"disk {megabytes(files.out)}{second}{hidden}; {_free(found.available['disk'])} are free",
+        f"disk {human_bytes(files.out)}{second}{hidden}; {_free(found.available['disk'])} are free",
         highlight=False,
     )
 
 
 def _free(size: int | None) -> str:
-    from sparlow.report.html_page import megabytes
-
-    return "–" if size is None else megabytes(size)
+    return "–" if size is None else human_bytes(size)
 
 
 def show_finetuning(report: "Report") -> None:

@@ -22,6 +22,7 @@ from sparlow.model.forward.block_pass import BlockPass, pass_through
 from sparlow.model.forward.capture import Recording, run_head, tokens_at_once
 from sparlow.model.loading.weights import Weights
 from sparlow.progress import Notify
+from sparlow.report.records import Perplexity
 from sparlow.text import evaluation_windows
 
 TOKENS_AT_ONCE = 2048  # that pass through a model or a block at a time
@@ -36,7 +37,7 @@ class Evaluation(TypedDict):
 
 
 @torch.no_grad()
-def perplexity(model: PreTrainedModel, windows: Tensor, advance: Callable[[int], None] = lambda _: None) -> float:
+def perplexity(model: PreTrainedModel, windows: Tensor, advance: Callable[[int], None] = lambda _: None) -> Perplexity:
     """Perplexity of ``model`` on ``windows`` (n, seqlen) int64; the model is put in eval mode for it.
 
     Args:
@@ -46,15 +47,15 @@ def perplexity(model: PreTrainedModel, windows: Tensor, advance: Callable[[int],
     """
     training = model.training
     model.eval()
-    total = 0.0
+    means = []
     for batch in windows.split(max(TOKENS_AT_ONCE // windows.shape[1], 1)):
         ids = batch.to(model.device)  # (b, seqlen)
         logits = model(ids, use_cache=False).logits  # (b, seqlen, vocabulary)
         pieces = _in_pieces(model, ids, logits)  # as copies of all of them would need several times their memory
-        total += _mean_losses(_losses(some, after) for _, after, some in pieces)
+        means.append(_mean_losses(_losses(some, after) for _, after, some in pieces))
         advance(len(ids))
     model.train(training)
-    return _perplexity(total, len(windows))
+    return _perplexity(means, ALONE)
 
 
 @torch.no_grad()
@@ -64,7 +65,7 @@ def perplexity_by_blocks(
     parts: Weights,
     advance: Callable[[int], None] = lambda _: None,
     processes: Processes = ALONE,
-) -> float:
+) -> Perplexity:
     """Perplexity of a chain of blocks, each of which passes over all windows when its turn comes.
 
     Args:
@@ -79,16 +80,14 @@ def perplexity_by_blocks(
         with parts.block(i) as block:
             hidden = pass_through(BlockPass(block, calls, hidden))
         advance(1)
-    total, count = 0.0, 0
+    means = []
     with parts.outside_blocks():
         for ids, x in ((ids, x) for ids, x in zip(recording.ids, hidden, strict=True) if len(ids)):
             pieces = _in_pieces(model, ids, x)
-            count += len(ids)
-            total += _mean_losses(
-                _losses(run_head(model, recording.output, some, state), after) for some, after, state in pieces
-            )
+            losses = (_losses(run_head(model, recording.output, some, state), after) for some, after, state in pieces)
+            means.append(_mean_losses(losses))
     advance(1)
-    return _perplexity(*processes.totals([total, count]))
+    return _perplexity(means, processes)
 
 
 def _in_pieces(model: PreTrainedModel, ids: Tensor, hidden: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -104,16 +103,23 @@ def _losses(logits: Tensor, after: Tensor) -> Tensor:
     return losses.view(after.shape)
 
 
-def _mean_losses(pieces: Iterable[Tensor]) -> float:
-    """Mean over the positions of each window, summed over the windows."""
-    return torch.cat(list(pieces), 1).mean(1).double().sum().item()
+def _mean_losses(pieces: Iterable[Tensor]) -> Tensor:
+    """Mean over the positions of each window (b,) float64, on the CPU."""
+    return torch.cat(list(pieces), 1).mean(1).double().cpu()
 
 
-def _perplexity(total: float, windows: float) -> float:
+def _perplexity(means: Sequence[Tensor], processes: Processes) -> Perplexity:
+    """Return exp of the mean over all windows of all processes, with its standard error."""
+    sums = [sum(part.sum().item() for part in means), sum(len(part) for part in means)]
+    total, count = processes.totals(sums)
+    mean = total / count
+    (spread,) = processes.totals([sum((part - mean).square().sum().item() for part in means)])
     try:
-        return math.exp(total / windows)
+        value = math.exp(mean)
     except OverflowError:
-        return math.inf
+        return Perplexity(math.inf)
+    stderr = value * math.sqrt(spread / (count - 1) / count) if count > 1 else math.nan
+    return Perplexity(value, stderr if math.isfinite(stderr) else None)
 
 
 def evaluate(
@@ -138,7 +144,7 @@ def evaluate(
         seqlen: Tokens in a window; perplexities of different seqlen do not compare.
         limit: At most so many windows of each corpus, and so many questions of each task.
         tasks: Names known to lm-eval or in ``task_path``, ``paper`` for the eight zero-shot tasks of the paper; or what
-            ``sparlow.tasks.load_tasks`` returned, to ask several models the same.
+            ``sparlow.evaluation.tasks.load_tasks`` returned, to ask several models the same.
         task_path: Directory with task files (.yaml), which go before lm-eval's of the same name.
         fewshot: Examples shown before each question; by default as the task says, else 5 for ``mmlu`` and none for the
             rest.
@@ -157,7 +163,8 @@ def evaluate(
         require_context(model, seqlen)
     found: Evaluation = {"perplexity": {}}
     for name in perplexity_on:
-        found["perplexity"][name] = perplexity(model, evaluation_windows(name, tokenizer, seqlen=seqlen, limit=limit))
+        windows = evaluation_windows(name, tokenizer, seqlen=seqlen, limit=limit)
+        found["perplexity"][name] = perplexity(model, windows).value
     if loaded.items:
         found["tasks"] = measure_tasks(model, tokenizer, loaded, limit=limit, batch_size=batch_size, notify=notify)
         found["average"] = average(found["tasks"])
@@ -168,11 +175,11 @@ def require_context(model: PreTrainedModel, seqlen: int, option: str = "seqlen")
     """Raise InputError if windows of ``seqlen`` tokens, so given by ``option``, are longer than the model reads."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if context is not None and seqlen > context:
-        raise InputError(f"The model reads at most {context} tokens, and {option} is {seqlen}: lower --{option}.")
+        raise InputError(f"The model reads at most {context} tokens, and {option} is {seqlen}. Lower --{option}.")
 
 
 def require_tokenizer(tokenizer: PreTrainedTokenizerBase | None, name: str) -> PreTrainedTokenizerBase:
     """Return the tokenizer, or say what to do without one."""
     if tokenizer is None:
-        raise InputError(f"{name} has no tokenizer: give token windows instead of text, or add the tokenizer's files.")
+        raise InputError(f"{name} has no tokenizer. Give token windows instead of text, or add the tokenizer's files.")
     return tokenizer

@@ -29,7 +29,7 @@ class Catalogue:
             from lm_eval.tasks import TaskManager
         except ImportError as error:
             raise InputError(
-                f"Tasks need lm-eval, and {error.name or error} is missing: pip install 'sparlow[eval]'"
+                f"Tasks need lm-eval, and {error.name or error} is missing. Run: pip install 'sparlow[eval]'"
             ) from error
         self._path = None if path is None else _readable(Path(path))
         self._own = TaskManager(include_path=self._path, include_defaults=False)
@@ -70,7 +70,7 @@ class Catalogue:
                 continue
             near = difflib.get_close_matches(name, {*self._own.task_index, *known}, n=5)
             meant = f" Did you mean {', '.join(near)}?" if near else ""
-            raise InputError(f"There is no task {name!r}.{meant} All are listed by: lm-eval ls tasks")
+            raise InputError(f"There is no task {name!r}.{meant} List all of them with: lm-eval ls tasks")
 
     def load(self, name: str) -> list[Any]:
         """Fetch the data of what is called ``name``: one task, one group with its tasks, or the tasks with that tag.
@@ -88,7 +88,7 @@ class Catalogue:
         except Exception as error:  # task files hold code, and datasets and the hub's client share no base class
             reason = shorten(f"{type(error).__name__}: {error}", 200, placeholder=" …")
             raise InputError(
-                f"The task {name!r} cannot be loaded ({reason}): check its files, or the connection if its data comes "
+                f"The task {name!r} cannot be loaded ({reason}). Check its files, or the connection if its data comes "
                 "from the hub."
             ) from error
         groups = list(found["groups"].values())  # the one that was asked for, then its subgroups
@@ -110,14 +110,14 @@ def _readable(path: Path) -> Path:
     from lm_eval.tasks._yaml_loader import load_yaml
 
     if not path.is_dir():
-        raise InputError(f"{path} is no directory: --task-path names one with task files (.yaml).")
+        raise InputError(f"{path} is no directory. Give --task-path a directory with task files (.yaml).")
     files = sorted(path.rglob("*.yaml"))
     if not files:
-        raise InputError(f"{path} holds no task file (.yaml).")
+        raise InputError(f"{path} holds no task file (.yaml). Give --task-path another directory.")
     for file in files:
         try:
             load_yaml(file, resolve_func=False)
         except Exception as error:  # yaml's errors, missing files, cycles of inclusion
             reason = shorten(str(error), 200, placeholder=" …")
-            raise InputError(f"The task file {file} cannot be read: {reason}") from error
+            raise InputError(f"The task file {file} cannot be read: {reason}. Mend it, or move it away.") from error
     return path

@@ -67,7 +67,7 @@ def load_tasks(names: Sequence[str], *, path: str | Path | None = None, fewshot:
     wanted = list(dict.fromkeys(one for name in names for one in (PAPER if name == "paper" else (name,))))
     if not wanted:
         if path is not None or fewshot is not None:
-            raise InputError("No task is named: give --tasks, such as --tasks paper.")
+            raise InputError("No task is named. Give --tasks, such as --tasks paper.")
         return LoadedTasks(())
     if fewshot is not None and fewshot < 0:
         raise InputError(f"fewshot must be at least 0, not {fewshot}.")
@@ -143,9 +143,11 @@ def _leaves(item: Any) -> list[Any]:  # noqa: ANN401 - Task or Group, of a libra
 def _prepare(task: Any, fewshot: int | None, custom: int) -> None:  # noqa: ANN401 - Task
     """Refuse what cannot be run here, and set the number of examples by lm-eval's rule."""
     if getattr(task, "UNSAFE_CODE", False):
-        raise InputError(f"The task {task.task_name!r} runs code that the model writes, which sparlow does not do.")
+        raise InputError(
+            f"The task {task.task_name!r} runs code that the model writes, which sparlow does not do. Leave it out."
+        )
     if getattr(task, "MULTIMODAL", False):
-        raise InputError(f"The task {task.task_name!r} needs more than text.")
+        raise InputError(f"The task {task.task_name!r} needs more than text. Leave it out.")
     own = task.get_config("num_fewshot")
     if own is None:
         task.set_config("num_fewshot", custom if fewshot is None else fewshot)

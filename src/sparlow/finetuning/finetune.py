@@ -1,33 +1,28 @@
 """``sparlow.finetune``: LoRA that starts from U V, on a frozen S.
 
-The adapter of a layer is its own low-rank part (``model.adapter``), so training starts at the compressed model and ends
-in a directory of the same form. A model that was only pruned gets a fresh adapter, which becomes its low-rank part.
-Biases, norms, embeddings and S stay as they are, bit for bit.
+The adapter of a layer is its own low-rank part (``model.artefact.peft_adapter``), so training starts at the compressed
+model and ends in a directory of the same form. A model that was only pruned gets a fresh adapter, which becomes its
+low-rank part. Biases, norms, embeddings and S stay as they are, bit for bit.
 """
 
 import importlib.util
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from sparlow.errors import InputError
 from sparlow.evaluation.perplexity import require_context, require_tokenizer
-from sparlow.files import read_json
-from sparlow.finetuning.options import FRESH_RANK, FinetuneOptions
+from sparlow.finetuning.options import FinetuneOptions
+from sparlow.finetuning.parent import Parent, Places
 from sparlow.machine import pick_device
-from sparlow.model.artefact.checkpoint import read_layers
 from sparlow.model.loading.source import open_model
 from sparlow.progress import Notify
 from sparlow.recipe.run_options import RunOptions, listed
 from sparlow.report.records import Report
 from sparlow.run.compress import windows_to_evaluate
-from sparlow.run.output_dir import NAME, claimed
+from sparlow.run.output_dir import claimed
 from sparlow.schema import pick
 from sparlow.text import training_windows
-
-ORIGIN = "sparlow-adapter.json"  # in a PEFT folder: the run it comes from, and the shards of the base it belongs to
 
 
 def finetune(
@@ -60,7 +55,7 @@ def finetune(
         out: Directory to write; the same call goes on with an unfinished one from its last checkpoint.
         dataset: Corpus or file; read again and again if it has too few windows.
         steps: Of AdamW.
-        lr: Its highest learning rate. LoRA's dropout is 0 and its scale 1: see ``model.adapter`` for other alphas.
+        lr: Its highest learning rate. LoRA's dropout is 0 and its scale 1: see ``peft_adapter`` for other alphas.
         rank: Of the fresh adapters of a model that was only pruned, 16 if left out; no other model takes it.
         block_size: Tokens in a window of the dataset.
         batch: Windows that pass through the model together.
@@ -111,87 +106,6 @@ def _require_packages() -> None:
     """Say how to get what is missing before anything is loaded."""
     for package in ("peft", "accelerate"):
         if importlib.util.find_spec(package) is None:
-            raise InputError(f"Fine-tuning needs {package}: pip install 'sparlow[finetune]'.")
+            raise InputError(f"Fine-tuning needs the package {package}. Run: pip install 'sparlow[finetune]'")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError("Fine-tuning runs in one process: start it without torchrun or accelerate launch.")
-
-
-@dataclass(frozen=True)
-class Parent:
-    """The finished result that is fine-tuned.
-
-    Attributes:
-        folder: Its directory.
-        state: Its ``sparlow.json``.
-        report: Its ``report.json``.
-        ranks: By the layer's full name.
-        shapes: (out, in), likewise.
-    """
-
-    folder: Path
-    state: Mapping[str, Any]
-    report: Report
-    ranks: Mapping[str, int]
-    shapes: Mapping[str, tuple[int, int]]
-
-    @classmethod
-    def read(cls, folder: Path) -> "Parent":
-        """Look into a directory.
-
-        Raises:
-            InputError: It holds no finished result of sparlow.
-        """
-        state = read_json(folder / NAME)
-        if not state.get("finished"):
-            raise InputError(f"{folder} holds an unfinished run: repeat its command first.")
-        ranks = {name: record["rank"] for name, record in read_layers(folder).items()}
-        report = Report.from_file(folder / "report.json")
-        shapes = {f"{state['blocks_name']}.{row.block}.{row.name}": row.shape for row in report.layers}
-        if not ranks or ranks.keys() != shapes.keys():
-            raise InputError(f"{folder} has no compressed layers, or others than its report.json says.")
-        return cls(folder, state, report, ranks, shapes)
-
-    def ranks_to_train(self, fresh: int | None) -> dict[str, int]:
-        """The rank of the adapter of each layer that gets one: its own; if no layer has a low-rank part, ``fresh``.
-
-        Raises:
-            InputError: ``fresh`` does not fit.
-        """
-        own = {name: rank for name, rank in self.ranks.items() if rank}
-        if own:
-            if fresh is not None:
-                raise InputError(f"{self.folder} has a low-rank part, whose ranks are kept: leave out --rank.")
-            return own
-        most = min(min(shape) for shape in self.shapes.values())
-        rank = min(FRESH_RANK, most) if fresh is None else fresh
-        if not 1 <= rank <= most:
-            raise InputError(f"rank must be from 1 to {most}, the smallest side of a layer, not {rank}.")
-        return dict.fromkeys(self.ranks, rank)
-
-
-@dataclass(frozen=True)
-class Places:
-    """The directory that is read, the one that is written, and the folder for the adapter, if any."""
-
-    folder: Path
-    out: Path
-    peft: Path | None
-
-    def check(self) -> None:
-        """See that nothing is lost by writing.
-
-        Raises:
-            InputError: A directory is in use for something else.
-        """
-        if not self.folder.is_dir():
-            raise InputError(f"There is no directory {self.folder}.")
-        folder, out = self.folder.resolve(), self.out.resolve()
-        if out in (folder, *folder.parents):
-            raise InputError(f"Writing to {self.out} would replace {self.folder}: give another --out.")
-        if self.peft is None:
-            return
-        if self.peft.resolve() in (folder, *folder.parents, out, *out.parents):
-            raise InputError(f"The adapter cannot be put into {self.peft}: give --peft a folder of its own.")
-        foreign = self.peft.exists() and not self.peft.is_dir()
-        if foreign or (self.peft.is_dir() and any(self.peft.iterdir()) and not (self.peft / ORIGIN).exists()):
-            raise InputError(f"{self.peft} is not empty and holds no adapter of sparlow: give another --peft.")
+        raise InputError("Fine-tuning runs in one process. Start it without torchrun or accelerate launch.")

@@ -1,6 +1,6 @@
 """One fine-tuning run: measure, train, measure again, write, report."""
 
-import json
+import math
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 
 from sparlow.errors import InputError, RunError
 from sparlow.evaluation.perplexity import perplexity
-from sparlow.files import read_json, replacing
-from sparlow.finetuning.finetune import ORIGIN, Parent, Places
+from sparlow.files import read_json, write_json
 from sparlow.finetuning.options import FinetuneOptions
+from sparlow.finetuning.parent import ORIGIN, Parent, Places
 from sparlow.finetuning.trainer import train
 from sparlow.machine import machine, versions
 from sparlow.model.artefact.checkpoint import CheckpointWriter
@@ -38,7 +38,7 @@ from sparlow.model.forward.decoder import Decoder
 from sparlow.model.loading.source import OpenedModel, upcast_for_cpu
 from sparlow.progress import Notify, counting
 from sparlow.report.html_page import write_reports
-from sparlow.report.records import LayerRecord, Report
+from sparlow.report.records import LayerRecord, Perplexity, Report
 from sparlow.run.journal import Journal
 from sparlow.text import fingerprint as text_fingerprint
 from sparlow.version import own_version
@@ -83,7 +83,7 @@ class FineTuning:
             InputError: The output directory or the adapter's folder holds another run.
         """
         decides = {
-            **self.parent.state["fingerprint"],
+            **self.parent.record.fingerprint,
             "version": own_version(),
             "parent": self.opened.fingerprint,
             "finetuning": self.options(),
@@ -93,8 +93,8 @@ class FineTuning:
         self.journal = Journal(self.places.out, decides, self.decoder.name, overwrite=overwrite, device=device)
         peft = self.places.peft
         if peft and (peft / ORIGIN).exists() and not overwrite and read_json(peft / ORIGIN).get("run") != decides:
-            raise InputError(f"{peft} holds another adapter: give another --peft, or --overwrite to replace it.")
-        self.journal.begin(self.parent.state["dense"], self.parent.state.get("allocation", {}))
+            raise InputError(f"{peft} holds another adapter. Choose another --peft, or add --overwrite to replace it.")
+        self.journal.begin(self.parent.record.dense, self.parent.record.allocation)
 
     def options(self) -> dict[str, Any]:
         """What decides the result beside the model and the text."""
@@ -104,9 +104,9 @@ class FineTuning:
     def go(self, windows: Tensor, evaluation: Mapping[str, Tensor]) -> Report:
         """Do what is not done yet; ``evaluation`` names token windows (n, seqlen) to measure perplexity on."""
         start = time.perf_counter()
-        known = self.parent.state.get("compressed", {})
+        known = self.parent.record.compressed
         before = {
-            name: float(known.get(text_fingerprint(text)) or self.perplexity("perplexity before", text))
+            name: known.get(text_fingerprint(text)) or self.perplexity("perplexity before", text)
             for name, text in evaluation.items()
         }
         losses = self.train(windows)
@@ -120,7 +120,10 @@ class FineTuning:
             "windows": len(windows),
             "trainable": sum(rank * sum(self.parent.shapes[name]) for name, rank in self.ranks.items()),
             "loss": losses,
-            "perplexity": {"before": before, "after": after},
+            "perplexity": {
+                when: {name: one.value for name, one in found.items()}
+                for when, found in (("before", before), ("after", after))
+            },
             "seconds": time.perf_counter() - start,
             "machine": machine(),
             "versions": versions() | {name: version(name) for name in ("peft", "accelerate")},
@@ -129,16 +132,19 @@ class FineTuning:
             self.write_base(self.places.peft)
         write_reports(report, self.places.out)
         found = {text_fingerprint(text): after[name] for name, text in evaluation.items()}
-        self.journal.finish(self.journal.dense, found)
+        self.journal.finish(self.journal.record.dense, found)
         self.remove_checkpoints()
         return report
 
-    def perplexity(self, stage: str, windows: Tensor) -> float:
+    def perplexity(self, stage: str, windows: Tensor) -> Perplexity:
         """Measure the model as it is; ``stage`` is what the progress bar says."""
-        value = perplexity(self.model, windows, counting(self.notify, stage, len(windows)))
-        if value != value:  # noqa: PLR0124 - NaN
-            raise RunError(f"The {stage} is not a number: the model's activations leave the range of their type.")
-        return value
+        found = perplexity(self.model, windows, counting(self.notify, stage, len(windows)))
+        if math.isnan(found.value):
+            raise RunError(
+                f"The {stage} is not a number: the model's activations leave the range of their type. "
+                "Compress it anew with --dtype float32."
+            )
+        return found
 
     def train(self, windows: Tensor) -> list[float]:
         """Put the trained U and V into the model, rounded as they will be stored; return the losses."""
@@ -160,9 +166,9 @@ class FineTuning:
             RunError: It cannot be written, or S is not what it was.
         """
         writer = self.writer(self.places.out, self.model)
-        for i, (block, record) in enumerate(zip(self.decoder.blocks, self.parent.state["blocks"], strict=True)):
+        for i, (block, record) in enumerate(zip(self.decoder.blocks, self.parent.record.blocks, strict=True)):
             if not self.journal.has(i):
-                layers = [self.with_rank(LayerRecord.from_dict(row)) for row in record["layers"]]
+                layers = [self.with_rank(row) for row in record.layers]
                 self.journal.note_copied(writer.write_block(i, block), record, layers)
         rest = writer.write_rest(self.model)
         changed = changed_sparse_parts(self.parent.folder, self.places.out)
@@ -184,8 +190,7 @@ class FineTuning:
         """Leave in the adapter's folder which run it comes from and which base it belongs to."""
         peft.mkdir(parents=True, exist_ok=True)
         base = {shard.file: {"bytes": shard.bytes, "sha256": shard.sha256} for shard in shards}
-        with replacing(peft / ORIGIN) as partial:
-            partial.write_text(json.dumps({"run": self.journal.state["fingerprint"], "base": base}, indent=1) + "\n")
+        write_json(peft / ORIGIN, {"run": self.journal.record.fingerprint, "base": base})
 
     def writer(self, folder: Path, model: PreTrainedModel) -> CheckpointWriter:
         """A writer in the types that the parent is stored in."""

@@ -52,7 +52,9 @@ class SafeTrainer(Trainer):
                 shutil.rmtree(older)
             sync_folder(folder)
         except (OSError, SafetensorError) as problem:
-            raise RunError(f"cannot write a checkpoint into {folder}: {problem}") from problem
+            raise RunError(
+                f"Cannot write a checkpoint into {folder}: {problem}. Free disk space, then repeat the command."
+            ) from problem
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:

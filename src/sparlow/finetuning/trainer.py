@@ -49,12 +49,14 @@ def check_possible(plan: FinetuneOptions, device: str) -> None:
         for name in plan.integrations:
             if name not in found:
                 there = ", ".join(("none", "all", *found))
-                raise InputError(f"report_to cannot be {name!r}: it is unknown or not installed; there is {there}.")
+                raise InputError(
+                    f"The integration {name!r} is unknown or not installed. Give --report-to one of: {there}."
+                )
     kind = torch.device(device)
     if kind.index:
-        raise InputError(f"Trainer takes the first device: set CUDA_VISIBLE_DEVICES instead of giving {device}.")
+        raise InputError(f"Trainer takes the first device, not {device}. Set CUDA_VISIBLE_DEVICES instead.")
     if plan.bf16 and kind.type != "cpu" and not accelerator_takes_bf16():
-        raise InputError("This accelerator does not compute in bfloat16: leave out --bf16.")
+        raise InputError("This accelerator does not compute in bfloat16. Leave out --bf16.")
 
 
 def train(
@@ -66,7 +68,7 @@ def train(
         wrapped: Only its adapters are trained.
         windows: Token ids (n, tokens) int64, read again and again in another order if the steps take more.
         plan: How.
-        checkpoints: Folder of Trainer's checkpoints; the last one that is whole is gone on from.
+        checkpoints: Folder of Trainer's checkpoints; training resumes from the last one that is whole.
         notify: Called after every step.
 
     Returns:
@@ -89,7 +91,7 @@ def train(
             trainer.train(resume_from_checkpoint=None if last is None else str(last[0]))
         except torch.OutOfMemoryError as error:
             raise RunError(
-                "Out of memory: lower --batch and raise --accumulate, or use --gradient-checkpointing."
+                "Out of memory. Lower --batch and raise --accumulate, or use --gradient-checkpointing."
             ) from error
     wrapped.eval()
     return _losses(trainer.state)
@@ -155,6 +157,6 @@ class _Watch(TrainerCallback):
         if not logs or "loss" not in logs:
             return  # the summary at the end
         if not (math.isfinite(logs["loss"]) and math.isfinite(logs.get("grad_norm", 0.0))):
-            raise RunError(f"The loss or its gradient is not finite at step {state.global_step}: lower --lr.")
+            raise RunError(f"The loss or its gradient is not finite at step {state.global_step}. Lower --lr.")
         note = f"loss {logs['loss']:.4f}"
         self._notify(Progress(STAGE, state.global_step, state.max_steps, note=note))

@@ -2,10 +2,11 @@
 
 from sparlow.linalg.gram import PANELS
 from sparlow.model.forward.generate import AT_ONCE
-from sparlow.model.training.loop import Plan
+from sparlow.model.training.loop import TrainingPlan
 from sparlow.planning.microbenchmarks import Solver, Speed
 from sparlow.planning.workload import Block, Workload
 from sparlow.recipe.recipe import OWN_TEXT
+from sparlow.recipe.training_plan import last_read
 
 HALF = (PANELS + 1) / (2 * PANELS)  # of a symmetric product is computed
 BACKWARD = 3  # times a pass, with gradients
@@ -97,17 +98,17 @@ class _Counted:
         work = self.work
         tokens, seqlen = work.tokens, work.recipe.seqlen
         total = self._loading()
-        last_read = max(i for i, block in enumerate(work.blocks) if block.compressed or work.by_block)
+        last = last_read([bool(block.compressed) for block in work.blocks], work.by_block)
         for i, block in enumerate(work.blocks):
             seen = block.compressed or work.by_block
             grams = sum(HALF * 2 * tokens * features**2 for features in block.inputs.values()) if seen else 0
             surveyed = work.recipe.allocate != "uniform"
             total += (bool(seen) + surveyed) * self._pass(block, tokens, seqlen)
             total += (1 + (work.recipe.allocate == "error")) * grams / self.speed.products
-            total += self._pass(block, tokens, seqlen, low_rank=True) if i < last_read else 0.0
+            total += self._pass(block, tokens, seqlen, low_rank=True) if i < last else 0.0
         return total
 
-    def _trained(self, block: Block, plan: Plan) -> float:
+    def _trained(self, block: Block, plan: TrainingPlan) -> float:
         """All epochs of one block, the judgement after each included; the head is not counted."""
         work = self.work
         once = self._pass(block, work.tokens, work.recipe.seqlen)
@@ -119,14 +120,15 @@ class _Counted:
     def training(self) -> float:
         """Targets, and all epochs of each block by itself or of all together, with the logits of both models then."""
         work = self.work
-        plan = work.by_block or work.together
-        if not plan:
+        training = work.by_block or work.together
+        if not training:
             return 0.0
+        plan = training.plan
         goals = sum(self._pass(block, work.tokens, work.recipe.seqlen) for block in work.blocks)
         head = 2 * work.tokens * work.vocabulary * work.features / self.speed.products
-        heads = plan.epochs * (1 + BACKWARD) * head * plan.together
+        heads = plan.epochs * (1 + BACKWARD) * head * training.together
         trained = sum(self._trained(block, plan) for block in work.blocks)
-        return goals * (plan.dense_targets or plan.together) + heads + trained
+        return goals * (training.dense_targets or training.together) + heads + trained
 
     def saving(self) -> float:
         """Packing, writing, checksums."""

@@ -1,4 +1,4 @@
-"""Whether memory and disk will do for a run, and what would make it fit; asked before any weight is read."""
+"""Whether memory and disk suffice for a run, and which options would make it fit; asked before any weight is read."""
 
 import itertools
 import tempfile
@@ -6,17 +6,61 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from transformers import PreTrainedModel
+
 from sparlow.errors import InputError
-from sparlow.machine import device_available, disk_available, existing_parent, human_bytes, memory_available
+from sparlow.files import human_bytes
+from sparlow.machine import device_available, disk_available, existing_parent, memory_available
+from sparlow.model.loading.meta import UnknownAheadError, meta_model
+from sparlow.model.loading.source import resolve_model_path
 from sparlow.planning.memory import disk, stages
 from sparlow.planning.microbenchmarks import BOUND, Workspace, typical, workspace
-from sparlow.planning.workload import Workload
+from sparlow.planning.workload import Workload, workload
+from sparlow.recipe.recipe import Recipe
+from sparlow.recipe.run_options import RunOptions
 
-FORCE = "--force runs it all the same"
+FORCE = "Use --force to run anyway."
+
+
+def require_feasible(
+    model: str | Path | PreTrainedModel,
+    recipes: Mapping[Path | None, Recipe],
+    options: RunOptions,
+    processes: int = 1,
+) -> None:
+    """Raise InputError if memory or disk do not suffice for some runs on one model, one run after the other.
+
+    Reads the model's config and no weights. Where only the weights say what a model holds, nothing is checked.
+
+    Args:
+        model: Hub id, directory, .gguf file, or a transformers model.
+        recipes: By the directory that each writes; None writes nothing, and holds the whole model in memory.
+        options: How all of them run.
+        processes: Those that share the work.
+    """
+    works: dict[Path | None, Workload] = {}
+    shapes: dict[str, PreTrainedModel | None] = {}  # by the type of the weights
+    for folder, recipe in recipes.items():
+        if recipe.dtype not in shapes:
+            shapes[recipe.dtype] = known_ahead(model, recipe.dtype, trust_remote_code=options.trust_remote_code)
+        shape = shapes[recipe.dtype]
+        if shape is not None:
+            works[folder] = workload(shape, recipe, options, streamed=folder is not None, processes=processes)
+    require_resources(works)
+
+
+def known_ahead(model: str | Path | PreTrainedModel, dtype: str, *, trust_remote_code: bool) -> PreTrainedModel | None:
+    """Return the model on the meta device, an object as it is; None where only its weights say what it holds."""
+    if isinstance(model, PreTrainedModel):
+        return model
+    try:
+        return meta_model(resolve_model_path(str(model)), dtype=dtype, trust_remote_code=trust_remote_code)
+    except UnknownAheadError:
+        return None
 
 
 def require_resources(works: Mapping[Path | None, Workload]) -> None:
-    """Raise InputError if memory or disk will not do for some runs, one after the other.
+    """Raise InputError if memory or disk do not suffice for some runs, one after the other.
 
     Args:
         works: By the directory that each writes; None writes nothing.
@@ -29,7 +73,7 @@ def require_resources(works: Mapping[Path | None, Workload]) -> None:
 
 
 def require_memory(work: Workload) -> None:
-    """Raise InputError if the memory that is available will not do; it names the options that would make it do.
+    """Raise InputError if the memory available does not suffice; it names the options that would make the run fit.
 
     A bound on what solving takes comes first. Only where that does not fit, it is measured on small layers.
     """
@@ -39,8 +83,8 @@ def require_memory(work: Workload) -> None:
     why = shortage(work, space)
     if why:
         options = " or ".join(options_that_fit(work, lambda changed: not shortage(changed, space)))
-        advice = f"it fits with {options}" if options else "no option makes it fit"
-        raise InputError(f"The run needs {why}: {advice}; {FORCE}.")
+        advice = f"It would fit with {options}." if options else "No option makes it fit."
+        raise InputError(f"{why} {advice} {FORCE}")
 
 
 def shortage(work: Workload, space: Workspace) -> str | None:
@@ -50,8 +94,9 @@ def shortage(work: Workload, space: Workspace) -> str | None:
         worst = max(counted, key=lambda stage: getattr(stage, part))
         needed = getattr(worst, part)
         if available is not None and needed > available:
-            kind = "main memory" if part == "cpu" else f"memory of {work.device}"
-            return f"{human_bytes(needed)} more of {kind} ({worst.name}), and {human_bytes(available)} are available"
+            kind = "main memory" if part == "cpu" else f"memory on {work.device}"
+            numbers = f"needs {human_bytes(needed)}, {human_bytes(available)} is available"
+            return f"Not enough {kind}: the stage {worst.name!r} {numbers}."
     return None
 
 
@@ -125,8 +170,8 @@ def require_disk(works: Mapping[Path, Workload]) -> None:
         return not _disk_shortage({folder: _with_changes(work, shared, changed) for folder, work in works.items()})
 
     options = " or ".join(options_that_fit(shared, fits))
-    advice = f"it fits with {options}" if options else f"free some, or give another --out than {out}"
-    raise InputError(f"The run needs {why}: {advice}; {FORCE}.")
+    advice = f"It would fit with {options}." if options else f"Free some, or choose another --out than {out}."
+    raise InputError(f"{why} {advice} {FORCE}")
 
 
 def _with_changes(work: Workload, shared: Workload, changed: Workload) -> Workload:
@@ -150,5 +195,6 @@ def _disk_shortage(works: Mapping[Path, Workload]) -> str | None:
         needed, free = sum(size for _, _, size in parts), disk_available(parts[0][1])
         if needed > free:
             what, where, _ = max(parts, key=lambda part: part[2])
-            return f"{human_bytes(needed)} of disk (mostly for {what} in {where}), and {human_bytes(free)} are free"
+            numbers = f"needs {human_bytes(needed)}, {human_bytes(free)} is free"
+            return f"Not enough disk: the run {numbers}, mostly for {what} in {where}."
     return None

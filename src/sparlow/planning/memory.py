@@ -115,7 +115,7 @@ class _Counted:
         yield self._passing_on()
         yield self._saving()
         if work.by_block:
-            yield self._matching(work.by_block.batch)
+            yield self._matching(work.by_block.plan.batch)
         if work.together:
             yield self._distilling()
 
@@ -172,7 +172,7 @@ class _Counted:
 
     def _evaluating(self) -> Stage:
         work = self.work
-        hidden = work.evaluated * work.features * self.size
+        hidden = work.evaluated * work.features * self.size // work.processes
         where = place(work.offload, hidden, work.device)
         tokens = min(max(TOKENS_AT_ONCE, work.evaluate_seqlen), work.evaluated)
         passes, mapped = self._parts(rest=False)

@@ -10,7 +10,7 @@ import psutil
 from transformers import PreTrainedModel
 
 from sparlow.files import as_json
-from sparlow.machine import device_available, disk_available, machine, memory_available, pick_device
+from sparlow.machine import device_available, disk_available, machine, memory_available
 from sparlow.model.forward.decoder import Skipped, not_compressed
 from sparlow.model.loading.meta import meta_model
 from sparlow.planning.duration import seconds
@@ -18,6 +18,7 @@ from sparlow.planning.memory import Disk, Stage, disk, stages
 from sparlow.planning.microbenchmarks import solver, speed, typical, workspace
 from sparlow.planning.workload import Layer, Workload, workload
 from sparlow.recipe.recipe import Recipe, with_calibration
+from sparlow.recipe.run_options import RunOptions, listed
 
 VERSION = 1  # of the keys of ``Plan.to_json``
 
@@ -120,7 +121,7 @@ def plan(
         evaluate_seqlen: Tokens in a window of these.
         limit: At most so many windows of each of these.
         device: "auto", or torch's name of a device.
-        offload: Where hidden states wait.
+        offload: Where to keep block inputs between blocks: "cpu", "disk", or "auto" for the fastest that fits.
         trust_remote_code: Let a model bring Python code of its own.
         timed: Try the algorithm on small layers, to tell how long a run takes; some seconds.
 
@@ -128,19 +129,12 @@ def plan(
         InputError: Something given cannot be used; what it is.
     """
     recipe = with_calibration(recipe or Recipe(), calibration)
+    options = RunOptions(device, offload, listed(evaluate), evaluate_seqlen, limit, trust_remote_code)
     if isinstance(model, PreTrainedModel):
         shape, name = model, model.config.name_or_path or type(model).__name__
     else:
         shape, name = meta_model(str(model), dtype=recipe.dtype, trust_remote_code=trust_remote_code), str(model)
-    work = workload(
-        shape,
-        recipe,
-        device=pick_device(device),
-        offload=offload,
-        evaluate=evaluate,
-        evaluate_seqlen=evaluate_seqlen,
-        limit=limit,
-    )
+    work = workload(shape, recipe, options)
     baseline = psutil.Process().memory_info().rss
     return _planned(name, shape, work, Path(out or "."), baseline, timed=timed)
 

@@ -1,6 +1,6 @@
 """What a run has to do, in numbers: layers and their budgets, sizes of the model, tokens. From shapes alone."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -8,18 +8,19 @@ import torch
 from transformers import PreTrainedModel
 
 from sparlow.evaluation.perplexity import require_context
-from sparlow.machine import check_device
+from sparlow.machine import check_device, computing_dtype, pick_device
 from sparlow.model._transformers import NO_STREAMING
+from sparlow.model.artefact.bitmask import mask_bytes
 from sparlow.model.artefact.dtypes import StoredDtypes
 from sparlow.model.forward.activation_store import place
 from sparlow.model.forward.chain_check import require_chain
 from sparlow.model.forward.decoder import Decoder, require_own_weights
 from sparlow.model.loading.meta import shared_inputs
-from sparlow.model.training.loop import Plan as Matching
 from sparlow.recipe.allocation import Budget, Shape
 from sparlow.recipe.budgets import budgets
 from sparlow.recipe.recipe import Recipe
-from sparlow.recipe.training_plan import micro_batch, plan_of
+from sparlow.recipe.run_options import RunOptions
+from sparlow.recipe.training_plan import Training, micro_batch, training_of
 from sparlow.text import expected_windows
 
 
@@ -62,11 +63,11 @@ class Layer:
         return self.budget.values(self.shape) + self.shape[0] * self.bias if self.budget else self.parameters
 
     def kept_bytes(self, size: int) -> int:
-        """Bytes as stored, numbers of ``size`` bytes each: what ``Storage.packed_bytes`` will find."""
+        """Bytes as stored, numbers of ``size`` bytes each: what ``StoredDtypes.packed_bytes`` will find."""
         if self.budget is None:
             return self.parameters * size
         rows, columns = self.shape
-        return self.trained * size + rows * ((columns + 7) // 8)
+        return self.trained * size + rows * mask_bytes(columns)
 
 
 @dataclass(frozen=True)
@@ -187,21 +188,22 @@ class Workload:
         return max(self.evaluation.values(), default=0) * self.evaluate_seqlen
 
     @property
-    def by_block(self) -> Matching | None:
+    def by_block(self) -> Training | None:
         """How every block is trained by itself, if it is."""
-        plan = plan_of(self.recipe)
-        return None if plan is None or plan.together else plan
+        training = training_of(self.recipe, self.processes)
+        return None if training is None or training.together else training
 
     @property
-    def together(self) -> Matching | None:
+    def together(self) -> Training | None:
         """How all blocks are trained together, if they are."""
-        plan = plan_of(self.recipe)
-        return plan if plan and plan.together else None
+        training = training_of(self.recipe, self.processes)
+        return training if training and training.together else None
 
     @property
     def batch(self) -> int:
-        """Tokens of the calibration text that pass through a block at a time."""
-        return min(micro_batch(self.recipe, self.recipe.seqlen), self.recipe.samples) * self.recipe.seqlen
+        """Tokens of the calibration text that pass through a block at a time, in one process."""
+        windows = min(micro_batch(self.recipe, self.recipe.seqlen, self.processes), self.recipe.samples)
+        return -(-windows // self.processes) * self.recipe.seqlen
 
     @cached_property
     def place(self) -> torch.device | str:
@@ -217,12 +219,8 @@ class Workload:
 def workload(
     model: PreTrainedModel,
     recipe: Recipe,
+    options: RunOptions,
     *,
-    device: str,
-    offload: str = "auto",
-    evaluate: Sequence[str] = (),
-    evaluate_seqlen: int | None = None,
-    limit: int | None = None,
     streamed: bool = True,
     processes: int = 1,
 ) -> Workload:
@@ -231,11 +229,7 @@ def workload(
     Args:
         model: A meta model, else the model itself, which stays where it is.
         recipe: What is done.
-        device: Where blocks run, as torch names it.
-        offload: Where hidden states wait: auto, cpu or disk.
-        evaluate: Corpora or files on which perplexity is measured.
-        evaluate_seqlen: Tokens in a window of these; the recipe's seqlen if left out.
-        limit: At most so many windows of each.
+        options: How it is done.
         streamed: The result is written block by block, and the weights of a meta model are read part by part.
         processes: Those that divide the calibration windows.
 
@@ -243,6 +237,7 @@ def workload(
         InputError: A layer does not fit the recipe, the blocks cannot be replayed or written one by one, a text does
             not exist, or the device cannot be used.
     """
+    device, evaluate = pick_device(options.device), options.evaluate
     check_device(device)
     there = not next(model.parameters()).is_meta
     where = model.device if there else torch.device(device)
@@ -252,9 +247,8 @@ def workload(
     if streamed:
         require_own_weights(model, decoder)
     stored = StoredDtypes.of(model).dtype
-    half = where.type == "cpu" and not there and stored in (torch.float16, torch.bfloat16)  # see source.upcast_for_cpu
     config = model.config.get_text_config()
-    seqlen = max(evaluate_seqlen or recipe.seqlen, 2)
+    seqlen = max(options.evaluate_seqlen or recipe.seqlen, 2)
     for tokens in (recipe.seqlen, seqlen if evaluate else recipe.seqlen):
         require_context(model, tokens)
     return Workload(
@@ -265,12 +259,12 @@ def workload(
         features=config.hidden_size,
         vocabulary=config.vocab_size,
         stored_in=stored,
-        computed_in=torch.float32 if half else stored,
+        computed_in=stored if there else computing_dtype(stored, where),
         recipe=recipe,
-        evaluation={e: expected_windows(e, config.vocab_size, seqlen=seqlen, limit=limit) for e in evaluate},
+        evaluation={e: expected_windows(e, config.vocab_size, seqlen=seqlen, limit=options.limit) for e in evaluate},
         evaluate_seqlen=seqlen,
         device=where,
-        offload=offload,
+        offload=options.offload,
         streamed=streamed and not there and not NO_STREAMING,
         there=there,
         processes=processes,

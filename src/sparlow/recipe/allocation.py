@@ -70,7 +70,7 @@ class Rule:
 
             parse_pattern(self.pattern)
         if self.rank is not None and not 0 <= self.rank < LARGEST:
-            raise InputError(f"The rule for {self.match} gives the rank {shown(self.rank)}: give 0 or more.")
+            raise InputError(f"The rule for {self.match} gives the rank {shown(self.rank)}. Give 0 or more.")
 
     @classmethod
     def from_dict(cls, data: object) -> "Rule":
@@ -79,7 +79,8 @@ class Rule:
         table: Mapping[str, Any] = data if isinstance(data, Mapping) else {}
         if "match" not in table or any(type(value) is not types.get(name) for name, value in table.items()):
             raise InputError(
-                f"A [[layers]] table holds match (text), and pattern (text) or rank (a number): {shown(data)}."
+                f"A [[layers]] table cannot be read: {shown(data)}. Give match (text), and pattern (text) or rank "
+                "(a number)."
             )
         return cls(**table)
 
@@ -112,7 +113,7 @@ def ratio_share(compression: float, pattern: "Pattern") -> float:
     if share <= 0:
         raise InputError(
             f"Pattern {pattern} alone keeps {pattern.density:g} of the values, so nothing is left for a low-rank part "
-            f"at a compression of {compression:g}: give a compression below {1 - pattern.density:g}."
+            f"at a compression of {compression:g}. Give a compression below {1 - pattern.density:g}."
         )
     return share
 
@@ -139,7 +140,7 @@ def owl_densities(outliers: Sequence[float], sparsity: float, spread: float) -> 
     if min(densities) <= 0 or max(densities) > 1:
         raise InputError(
             f"OWL with a spread of {spread:g} around a sparsity of {sparsity:g} asks for densities from "
-            f"{min(densities):.3f} to {max(densities):.3f}: lower --owl-spread."
+            f"{min(densities):.3f} to {max(densities):.3f}. Lower --owl-spread."
         )
     return densities
 

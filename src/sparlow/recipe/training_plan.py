@@ -1,35 +1,82 @@
-"""How a recipe trains what is kept, and how many windows pass through a block at a time."""
+"""How a recipe trains what is kept, how many windows pass through a block at a time, and which blocks are looked at."""
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
-from sparlow.distributed import ALONE, Processes
-from sparlow.model.training import block_matching, distillation
-from sparlow.model.training.loop import Plan
+from sparlow.model.training.block_matching import BlockOutputs
+from sparlow.model.training.distillation import Logits
+from sparlow.model.training.loop import TrainingPlan
 from sparlow.recipe.recipe import Recipe
 
-PRESETS = {**distillation.PRESETS, **block_matching.PRESETS}
 MICRO_BATCH_TOKENS = 2048  # that pass through a block at a time; twice as many take a tenth longer on a CPU
 HELD_OUT = 16  # one calibration window of so many judges the training
 
 
-def micro_batch(recipe: Recipe, seqlen: int, processes: Processes = ALONE) -> int:
-    """Windows that pass through a block at a time, in all processes; while training, no more than a step takes."""
-    windows = max(MICRO_BATCH_TOKENS // seqlen, 1) * processes.size
-    plan = plan_of(recipe, processes)
-    return min(windows, plan.batch) if plan else windows
+@dataclass(frozen=True)
+class Training:
+    """What compressed blocks are trained towards, and by which schedule."""
+
+    objective: BlockOutputs | Logits
+    plan: TrainingPlan
+
+    @property
+    def together(self) -> bool:
+        """Whether all blocks are trained together, when the last is compressed."""
+        return isinstance(self.objective, Logits)
+
+    @property
+    def dense_targets(self) -> bool:
+        """Whether each block is trained towards what the dense model has at its place."""
+        return isinstance(self.objective, BlockOutputs) and self.objective.from_dense
 
 
-def plan_of(recipe: Recipe, processes: Processes = ALONE) -> Plan | None:
-    """The preset of matching, with what the recipe says otherwise; None if nothing is trained.
+PRESETS = {  # of ``match_preset``; ``recipe.MATCH_PRESETS`` has their names
+    "logits": Training(Logits(), TrainingPlan(epochs=1, lr=2e-4, low_rank_lr=5e-5, batch=2, patience=1)),
+    "blocks": Training(
+        BlockOutputs(relative=True, from_dense=True),
+        TrainingPlan(epochs=3, lr=2e-4, low_rank_lr=2e-4, batch=2, patience=1),
+    ),
+    "paper": Training(  # as published: arXiv 2603.01376, section 4
+        BlockOutputs(relative=False, from_dense=False),
+        TrainingPlan(epochs=20, lr=2e-5, low_rank_lr=2e-5, batch=8, patience=0),
+    ),
+}
 
-    A step has a window for each process at least.
+
+def training_of(recipe: Recipe, processes: int = 1) -> Training | None:
+    """Return the preset of matching, with what the recipe says otherwise; None if nothing is trained.
+
+    A step has a window for each process at least. Another learning rate is that of S; U and V keep their share of it.
     """
     if not recipe.match:
         return None
     preset = PRESETS[recipe.match_preset]
-    return replace(
-        preset,
-        epochs=recipe.match_epochs or preset.epochs,  # none of these may be 0
-        lr=recipe.match_lr or preset.lr,
-        batch=max(recipe.match_batch or preset.batch, processes.size),
+    usual = preset.plan
+    lr = recipe.match_lr or usual.lr  # none of these may be 0
+    plan = replace(
+        usual,
+        epochs=recipe.match_epochs or usual.epochs,
+        lr=lr,
+        low_rank_lr=lr * (usual.low_rank_lr / usual.lr),
+        batch=max(recipe.match_batch or usual.batch, processes),
     )
+    return replace(preset, plan=plan)
+
+
+def micro_batch(recipe: Recipe, seqlen: int, processes: int = 1) -> int:
+    """Windows that pass through a block at a time, in all processes; while training, no more than a step takes."""
+    windows = max(MICRO_BATCH_TOKENS // seqlen, 1) * processes
+    training = training_of(recipe, processes)
+    return min(windows, training.plan.batch) if training else windows
+
+
+def last_read(compressed: Sequence[bool], training: Training | None) -> int:
+    """Return the last block whose inputs anyone looks at; nothing needs to pass through it or those behind it.
+
+    Args:
+        compressed: Of each block, whether any layer of it is compressed.
+        training: Of the recipe; where every block is trained by itself, every input is looked at.
+    """
+    if training and not training.together:
+        return len(compressed) - 1
+    return max(i for i, one in enumerate(compressed) if one)

@@ -15,7 +15,7 @@ STYLE: Any = {"svg.hashsalt": "sparlow", "svg.fonttype": "none", "font.size": 9}
 def require_matplotlib() -> None:
     """Say how to get matplotlib before a long run, not after it."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise InputError("Figures need matplotlib: pip install 'sparlow[plots]'.")
+        raise InputError("Figures need matplotlib. Run: pip install 'sparlow[plots]'")
 
 
 def draw(found: Comparison, folder: Path) -> list[Path]:

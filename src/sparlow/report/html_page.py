@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
-from sparlow.files import replacing
+from sparlow.files import human_bytes, replacing
 from sparlow.machine import described
 from sparlow.report.records import LayerRecord, Report
 
@@ -85,8 +85,8 @@ def summary_rows(report: Report) -> list[tuple[str, str, str]]:
     sizes = report.bytes
     values = report.values
     rows.append(("values kept", f"{values['linears_dense']:,}", f"{values['linears_compressed']:,}"))
-    rows.append(("linear layers", megabytes(sizes["linears_dense"]), megabytes(sizes["linears_compressed"])))
-    rows.append(("whole model", megabytes(sizes["dense"]), megabytes(sizes["compressed"])))
+    rows.append(("linear layers", human_bytes(sizes["linears_dense"]), human_bytes(sizes["linears_compressed"])))
+    rows.append(("whole model", human_bytes(sizes["dense"]), human_bytes(sizes["compressed"])))
     dense_bits = report.bits_per_weight * sizes["linears_dense"] / max(sizes["linears_compressed"], 1)
     rows.append(("bits a linear weight", f"{dense_bits:.2f}", f"{report.bits_per_weight:.2f}"))
     rows.append(("mean relative error", "0", f"{report.mean_relative_error:.5f}"))
@@ -103,11 +103,6 @@ def remarks(report: Report) -> str:
     }
     parts = [f"{report.counts[name]} {what}" for name, what in said.items() if report.counts.get(name)]
     return f"Of {len(report.layers)} layers {', '.join(parts) or 'none needs a remark'}."
-
-
-def megabytes(size: float) -> str:
-    """Bytes as text, in MB of 10⁶ bytes."""
-    return f"{size / 1e6:.1f} MB"
 
 
 def _perplexity(value: float | None) -> str:

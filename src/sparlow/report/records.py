@@ -75,6 +75,28 @@ _KINDS: dict[str, tuple[type, ...]] = {
 }
 
 
+@dataclass(frozen=True)
+class Perplexity:
+    """A perplexity, and how sure it is.
+
+    Attributes:
+        value: exp of the mean over windows of the mean negative log-likelihood.
+        stderr: Its standard error: that of the mean over windows, times the value (delta method). None where it is not
+            known: of a single window, of a value that is not finite, of what an older version measured.
+    """
+
+    value: float
+    stderr: float | None = None
+
+
+def perplexities(found: Mapping[str, Perplexity]) -> dict[str, dict[str, Any]]:
+    """Return what ``dense`` and ``compressed`` in report.json hold, from perplexities by corpus."""
+    return {
+        "perplexity": {name: one.value for name, one in found.items()},
+        "perplexity_stderr": {name: one.stderr for name, one in found.items()},
+    }
+
+
 @dataclass
 class Report:
     """A whole run; the fields are the keys of ``report.json``."""
@@ -83,8 +105,8 @@ class Report:
     versions: dict[str, str] = field(default_factory=versions)
     machine: dict[str, Any] = field(default_factory=machine)
     model: str = ""
-    dense: dict[str, dict[str, float]] = field(default_factory=lambda: {"perplexity": {}})
-    compressed: dict[str, dict[str, float]] = field(default_factory=lambda: {"perplexity": {}})
+    dense: dict[str, dict[str, Any]] = field(default_factory=lambda: perplexities({}))
+    compressed: dict[str, dict[str, Any]] = field(default_factory=lambda: perplexities({}))
     bytes: dict[str, int] = field(default_factory=dict)
     values: dict[str, int] = field(default_factory=dict)
     bits_per_weight: float = 0.0
@@ -132,12 +154,15 @@ class Report:
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
             if data["version"] != VERSION:
-                raise InputError(f"{path} has version {data['version']}; this sparlow reads version {VERSION}.")
+                raise InputError(
+                    f"{path} has version {data['version']}, and this sparlow reads version {VERSION}. Upgrade sparlow."
+                )
             for which in ("dense", "compressed"):
-                perplexities = data[which]["perplexity"]
-                data[which]["perplexity"] = {name: float(value) for name, value in perplexities.items()}
+                values, errors = data[which]["perplexity"], data[which].get("perplexity_stderr", {})
+                found = {name: Perplexity(float(value), errors.get(name)) for name, value in values.items()}
+                data[which] = perplexities(found)
             return cls(**{**data, "layers": [LayerRecord.from_dict(row) for row in data["layers"]]})
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, InputError):
                 raise
-            raise InputError(f"{path} is not a report of sparlow: {error}.") from None
+            raise InputError(f"{path} is not a report of sparlow: {error}. Choose another directory.") from None

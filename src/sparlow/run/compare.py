@@ -1,6 +1,5 @@
 """Many methods on one model: the same text, one dense evaluation, a directory a method, one table, two figures."""
 
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,13 +10,14 @@ from torch import Tensor
 from sparlow.algorithms import find
 from sparlow.errors import InputError, RunError
 from sparlow.linalg.patterns import NM
-from sparlow.planning.feasibility import require_resources
+from sparlow.planning.feasibility import require_feasible
 from sparlow.progress import Notify, labelled
 from sparlow.recipe.budgets import budgets
 from sparlow.recipe.recipe import Recipe
+from sparlow.recipe.run_options import DEFAULT, RunOptions
 from sparlow.report.comparison import Comparison, Row
 from sparlow.report.figures import draw, require_matplotlib
-from sparlow.run.compress import foreseen, known_ahead, open_dense, windows_to_calibrate, windows_to_evaluate
+from sparlow.run.compress import open_dense, windows_to_calibrate, windows_to_evaluate
 from sparlow.run.job import Job
 from sparlow.run.output_dir import check_folder, claimed
 
@@ -42,12 +42,16 @@ def recipes_for(
     """
     matched = {None: (base.match,), "no": (False,), "yes": (True,), "both": (False, True)}
     if match not in matched:
-        raise InputError(f"--match {match} is not understood: give no, yes or both.")
+        raise InputError(f"--match {match} is not understood. Give no, yes or both.")
     if len(set(names)) < len(names) or not names:
-        raise InputError(f"Name the algorithms to compare, each once, not: {', '.join(names) or 'none'}.")
+        raise InputError(
+            f"Algorithms are missing or named twice: {', '.join(names) or 'none'}. Name each one to compare once."
+        )
     unused = [name for name in options if name not in names]
     if unused:
-        raise InputError(f"An option is given for {unused[0]}, which is not compared: {', '.join(names)} are.")
+        raise InputError(
+            f"An option is given for {unused[0]}, which is not compared. Compared are: {', '.join(names)}."
+        )
     found = {}
     for name in names:
         changes: dict[str, Any] = {"algorithm": name, "options": options.get(name, {})}
@@ -65,30 +69,20 @@ def compare(
     recipes: Mapping[str, Recipe],
     *,
     out: str | Path,
-    evaluate: Sequence[str] = ("builtin",),
-    evaluate_seqlen: int | None = None,
-    limit: int | None = None,
-    device: str = "auto",
-    offload: str = "auto",
+    options: RunOptions = DEFAULT,
     overwrite: bool = False,
     force: bool = False,
-    trust_remote_code: bool = False,
     notify: Notify = lambda _: None,
 ) -> Comparison:
-    """Compress one model by every recipe, each into ``out``/name; what is finished there is not done again.
+    """Compress one model by every recipe, each into ``out``/name; finished methods are reused.
 
     Args:
         model: Hub id, directory or .gguf file.
         recipes: By the name of the method; all with the same calibration text.
         out: Directory for the results, ``compare.json`` (rewritten after every method) and the figures.
-        evaluate: Corpora or files for perplexity; the dense model is measured once.
-        evaluate_seqlen: Tokens in a window of these; the recipes' seqlen if left out.
-        limit: At most so many windows of each.
-        device: "auto", or torch's name of a device.
-        offload: As of ``sparlow.compress``.
+        options: How each method runs; the dense model is measured once.
         overwrite: Do everything again.
         force: As of ``sparlow.compress``.
-        trust_remote_code: Let the model bring Python code of its own.
         notify: Called after every step; stages begin with the method's name.
 
     Returns:
@@ -99,30 +93,23 @@ def compare(
     """
     require_matplotlib()
     out, first = Path(out), next(iter(recipes.values()))
-    seqlen = evaluate_seqlen or first.seqlen
+    seqlen = options.evaluate_seqlen or first.seqlen
     _check(recipes, out, overwrite=overwrite)
     if not force:
-        how: dict[str, Any] = {"evaluate": evaluate, "evaluate_seqlen": evaluate_seqlen, "limit": limit}
-        how |= {"device": device, "offload": offload, "trust_remote_code": trust_remote_code, "streamed": True}
-        shape = known_ahead(model, first.dtype, trust_remote_code=trust_remote_code) or model  # one for all recipes
-        works = {out / name: foreseen(shape, recipe, **how) for name, recipe in recipes.items()}
-        require_resources({folder: work for folder, work in works.items() if work})
-    opening = functools.partial(
-        open_dense, model, None, device=device, trust_remote_code=trust_remote_code, streamed=True
-    )
-    opened, storage = opening(first)
+        require_feasible(model, {out / name: recipe for name, recipe in recipes.items()}, options)
+    opened, storage = open_dense(model, None, first, options, streamed=True)
     for recipe in recipes.values():
         budgets(opened.decoder, recipe)
-    windows, texts = windows_to_calibrate(None, opened, first), windows_to_evaluate(evaluate, opened, seqlen, limit)
-    found = Comparison(
-        opened.name, first.to_dict(), {"seqlen": seqlen, "windows": {n: len(w) for n, w in texts.items()}}
-    )
-    known: dict[str, float] = {}
+    windows = windows_to_calibrate(None, opened, first)
+    texts = windows_to_evaluate(options.evaluate, opened, seqlen, options.limit)
+    evaluation = {"seqlen": seqlen, "windows": {name: len(text) for name, text in texts.items()}}
+    found = Comparison(opened.name, first.to_dict(), evaluation)
+    known: dict[str, Any] = {}  # perplexities of the dense model
     spoilt = False
     for name, recipe in recipes.items():
         if spoilt:
-            opened, storage = opening(recipe)
-        job = Job(opened, storage, recipe, windows, labelled(notify, before=f"{name}: "), offload=offload)
+            opened, storage = open_dense(model, None, recipe, options, streamed=True)
+        job = Job(opened, storage, recipe, windows, labelled(notify, before=f"{name}: "), offload=options.offload)
         with claimed(out / name, overwrite=overwrite, finished=True):
             job.write_to(out / name, overwrite=overwrite)
             job.known_dense |= known
@@ -141,7 +128,7 @@ def _check(recipes: Mapping[str, Recipe], out: Path, *, overwrite: bool) -> None
     """See before anything is opened that the recipes go together and every directory can be written."""
     first = next(iter(recipes.values()))
     if any(getattr(recipe, name) != getattr(first, name) for recipe in recipes.values() for name in TEXT):
-        raise InputError(f"The recipes of a comparison must agree in {', '.join(TEXT)}.")
+        raise InputError(f"The recipes of a comparison read different text. Give all the same {', '.join(TEXT)}.")
     for name in recipes:
         check_folder(out / name, overwrite=overwrite, finished=True)
 

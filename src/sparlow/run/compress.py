@@ -14,13 +14,12 @@ from sparlow.evaluation.perplexity import require_context, require_tokenizer
 from sparlow.machine import pick_device
 from sparlow.model.artefact.dtypes import StoredDtypes
 from sparlow.model.forward.generate import own_windows
-from sparlow.model.loading.meta import UnknownAheadError, meta_model
-from sparlow.model.loading.source import OpenedModel, open_model, resolve_model_path, upcast_for_cpu
+from sparlow.model.loading.source import OpenedModel, open_model, upcast_for_cpu
 from sparlow.model.loading.weights import all_loaded, scan
-from sparlow.planning.feasibility import require_resources
-from sparlow.planning.workload import Workload, workload
+from sparlow.planning.feasibility import require_feasible
 from sparlow.progress import Notify
 from sparlow.recipe.recipe import GIVEN_WINDOWS, OWN_TEXT, Recipe, with_calibration
+from sparlow.recipe.run_options import RunOptions, listed
 from sparlow.report.records import Report
 from sparlow.run.job import Job
 from sparlow.run.output_dir import claimed
@@ -57,9 +56,9 @@ def compress(
         evaluate_seqlen: Tokens in a window of these; the recipe's seqlen if left out.
         limit: At most so many windows of each of these; all if left out.
         device: "auto" (an accelerator if there is one), or torch's name of a device. A model object stays where it is.
-        offload: Where hidden states wait while other blocks are worked on: "cpu", "disk", or "auto" for what fits.
+        offload: Where to keep block inputs between blocks: "cpu", "disk", or "auto" for the fastest that fits.
         overwrite: Replace a result of sparlow in ``out``.
-        force: Begin even where memory or disk will not do by what ``sparlow.plan`` foresees.
+        force: Start even if the memory or disk that ``sparlow.plan`` estimates exceeds what is available.
         trust_remote_code: Let a model bring Python code of its own.
         notify: Called after every step.
 
@@ -67,99 +66,48 @@ def compress(
         The report, which is also written to ``out`` as ``report.json`` and ``report.html``.
 
     Raises:
-        InputError: Something given cannot be used, or memory or disk will not do; what it is.
+        InputError: Something given cannot be used, or memory or disk do not suffice.
         RunError: The run could not go on; with ``out``, the same call resumes it.
     """
     recipe = with_calibration(recipe or Recipe(), calibration)
-    # without a directory the result would have no place but memory
-    streamed = out is not None
-    with joined() as processes, claimed_by_first(processes, out, overwrite=overwrite):
+    options = RunOptions(device, offload, listed(evaluate), evaluate_seqlen, limit, trust_remote_code)
+    folder = None if out is None else Path(out)
+    with joined() as processes, claimed_by_first(processes, folder, overwrite=overwrite):
         if not force:
-            work = foreseen(
-                model,
-                recipe,
-                evaluate=evaluate,
-                evaluate_seqlen=evaluate_seqlen,
-                limit=limit,
-                device=device,
-                offload=offload,
-                trust_remote_code=trust_remote_code,
-                streamed=streamed,
-                processes=processes.size,
-            )
-            if work:
-                require_resources({Path(out) if out else None: work})
-        opened, storage = open_dense(
-            model, tokenizer, recipe, device, trust_remote_code=trust_remote_code, streamed=streamed
-        )
+            require_feasible(model, {folder: recipe}, options, processes.size)
+        # without a directory the result would have no place but memory
+        opened, storage = open_dense(model, tokenizer, recipe, options, streamed=folder is not None)
         windows = windows_to_calibrate(calibration, opened, recipe)
         # cut before the run, so that a missing file is noticed at once
-        evaluation = windows_to_evaluate(evaluate, opened, evaluate_seqlen or recipe.seqlen, limit)
+        evaluation = windows_to_evaluate(options.evaluate, opened, evaluate_seqlen or recipe.seqlen, limit)
         job = Job(opened, storage, recipe, windows, notify, offload=offload, processes=processes)
-        if out is not None:
-            job.write_to(Path(out), overwrite=overwrite)
+        if folder is not None:
+            job.write_to(folder, overwrite=overwrite)
         return job.go(evaluation)
 
 
-def claimed_by_first(processes: Processes, out: str | Path | None, *, overwrite: bool) -> AbstractContextManager[None]:
-    """See ``output.claimed``; the first of several processes claims the directory, if there is one, for all of them."""
-    if out is None or not processes.first:
+def claimed_by_first(processes: Processes, folder: Path | None, *, overwrite: bool) -> AbstractContextManager[None]:
+    """See ``output_dir.claimed``; the first process claims the directory, if there is one, for all of them."""
+    if folder is None or not processes.first:
         return nullcontext()
-    return claimed(Path(out), overwrite=overwrite)
-
-
-def known_ahead(model: str | Path | PreTrainedModel, dtype: str, *, trust_remote_code: bool) -> PreTrainedModel | None:
-    """Return the meta model of a model, an object as it is; None where only its weights say what it holds."""
-    if isinstance(model, PreTrainedModel):
-        return model
-    try:
-        return meta_model(resolve_model_path(str(model)), dtype=dtype, trust_remote_code=trust_remote_code)
-    except UnknownAheadError:
-        return None
-
-
-def foreseen(
-    model: str | Path | PreTrainedModel,
-    recipe: Recipe,
-    *,
-    evaluate: Sequence[str],
-    evaluate_seqlen: int | None,
-    limit: int | None,
-    device: str,
-    offload: str,
-    trust_remote_code: bool,
-    streamed: bool,
-    processes: int = 1,
-) -> Workload | None:
-    """Return what ``compress`` would have to do; None where that is only seen when the weights are opened."""
-    shape = known_ahead(model, recipe.dtype, trust_remote_code=trust_remote_code)
-    if shape is None:
-        return None
-    return workload(
-        shape,
-        recipe,
-        device=pick_device(device),
-        offload=offload,
-        evaluate=evaluate,
-        evaluate_seqlen=evaluate_seqlen,
-        limit=limit,
-        streamed=streamed,
-        processes=processes,
-    )
+    return claimed(folder, overwrite=overwrite)
 
 
 def open_dense(
     model: str | Path | PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
     recipe: Recipe,
-    device: str,
+    options: RunOptions,
     *,
-    trust_remote_code: bool,
     streamed: bool,
 ) -> tuple[OpenedModel, StoredDtypes]:
     """Return the model ready to compute, and the types it came in. An object is taken as it is.
 
     Args:
+        model: Hub id, directory, .gguf file, or a transformers model.
+        tokenizer: Goes before the one that comes with the model.
+        recipe: Says the type of the weights.
+        options: The device, and whether the model may bring code.
         streamed: The weights of a model that is named stay on disk.
     """
     if isinstance(model, PreTrainedModel):
@@ -169,8 +117,8 @@ def open_dense(
     opened = open_model(
         str(model),
         dtype=recipe.dtype,
-        device=pick_device(device),
-        trust_remote_code=trust_remote_code,
+        device=pick_device(options.device),
+        trust_remote_code=options.trust_remote_code,
         streamed=streamed,
     )
     storage = StoredDtypes.of(opened.model)
@@ -184,10 +132,13 @@ def windows_to_calibrate(calibration: str | Path | Tensor | None, opened: Opened
     if isinstance(calibration, Tensor):
         vocabulary = opened.model.config.get_text_config().vocab_size
         if calibration.min() < 0 or calibration.max() >= vocabulary:
-            raise InputError(f"Calibration windows hold token ids outside of the vocabulary of {vocabulary}.")
+            raise InputError(
+                f"Calibration windows hold token ids outside of the vocabulary of {vocabulary}. "
+                "Use the model's own tokenizer."
+            )
         return calibration.cpu()
     if recipe.calibration == GIVEN_WINDOWS:
-        raise InputError("The recipe was made for token windows given directly: give them, or name a corpus or a file.")
+        raise InputError("The recipe was made for token windows given directly. Give them, or name a corpus or a file.")
     samples, seqlen, seed = recipe.samples, recipe.seqlen, recipe.seed
     if recipe.calibration == OWN_TEXT:
         parts, count = opened.on_disk, len(opened.decoder)

@@ -1,9 +1,10 @@
 """One run: measure the dense model, walk its blocks, write, measure again, report."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +25,11 @@ from sparlow.model.loading.source import OpenedModel
 from sparlow.model.loading.weights import Weights, all_loaded, to_compute
 from sparlow.model.training.resume_state import TrainingCheckpoint
 from sparlow.progress import Clock, Notify, Progress, counting
-from sparlow.recipe.allocation import Budget
 from sparlow.recipe.budgets import budgets
 from sparlow.recipe.recipe import Recipe
+from sparlow.recipe.training_plan import last_read
 from sparlow.report.html_page import write_reports
-from sparlow.report.records import LayerRecord, Report
+from sparlow.report.records import LayerRecord, Perplexity, Report, perplexities
 from sparlow.run.journal import DISTILLED, Journal
 from sparlow.run.passes import BlockwiseRunner
 from sparlow.run.pipeline import compress_block
@@ -36,6 +37,9 @@ from sparlow.run.recovery import Recovery
 from sparlow.run.sensitivity import DenseWalk, allocated_by_data
 from sparlow.text import fingerprint as text_fingerprint
 from sparlow.version import own_version
+
+if TYPE_CHECKING:
+    from sparlow.recipe.allocation import Budget
 
 
 class Job:
@@ -82,7 +86,7 @@ class Job:
         self.report.bytes = {"dense": self.storage.bytes_of(self.model), "linears_dense": 0, "linears_compressed": 0}
         self.recovery = Recovery(recipe, storage, self.decoder.name, windows, processes)
         self.report.warnings += self.recovery.warnings
-        self.known_dense: dict[str, float] = {}  # perplexity by fingerprint of the windows
+        self.known_dense: dict[str, Perplexity] = {}  # by fingerprint of the windows
         self.allocated: dict[str, Budget] = {}  # those of the budgets that the data decided
         self.journal: Journal | None = None
         self.writer: CheckpointWriter | None = None  # only the first process has one
@@ -103,29 +107,28 @@ class Job:
         self.journal = Journal(folder, decides, self.decoder.name, overwrite=overwrite, device=device)
         if self.processes.first:
             self.journal.settle()
-        self.journal.state = self.processes.all_gather(self.journal.state)[0]  # what the first one found holds for all
-        self.known_dense |= self.journal.dense
+        self.journal.share(self.processes)
+        self.known_dense |= self.journal.record.dense
         self.report.warnings += self.journal.warnings
 
     def go(self, evaluation: Mapping[str, Tensor]) -> Report:
         """Do what is not done yet; ``evaluation`` names token windows (n, seqlen) to measure perplexity on."""
-        if self.journal and self.journal.finished:
+        if self.journal and self.journal.record.finished:
             return self.measured_again(self.journal, evaluation)
         reset_peak_memory()
         if self.journal:
-            self.clock.add(self.journal.seconds)
+            self.clock.add(self.journal.record.seconds)
         with self.clock("total"):
-            self.report.dense["perplexity"] = self.runner.dense(evaluation, self.known_dense, self.report.warnings)
+            self.report.dense = perplexities(self.runner.dense(evaluation, self.known_dense, self.report.warnings))
             self.distill(*self.walk())
             if not self.opened.on_disk:
                 attach(self.model)
             self.finish_files()
-            for name, windows in evaluation.items():
-                self.report.compressed["perplexity"][name] = self.perplexity_after(name, windows)
+            measured = {name: self.perplexity_after(name, windows) for name, windows in evaluation.items()}
+            self.report.compressed = perplexities(measured)
         self.complete_report()
         if self.journal and self.processes.first:
             write_reports(self.report, self.journal.folder)
-            measured = self.report.compressed["perplexity"]
             found = {text_fingerprint(windows): measured[name] for name, windows in evaluation.items()}
             self.journal.finish(self.known_dense, found)
         return self.report
@@ -133,19 +136,21 @@ class Job:
     def measured_again(self, journal: Journal, evaluation: Mapping[str, Tensor]) -> Report:
         """The report of a finished run, with perplexities on this text: as recorded, or measured now and recorded."""
         all_loaded = Report.from_file(journal.folder / "report.json")
-        self.report = replace(all_loaded, dense={"perplexity": {}}, compressed={"perplexity": {}})
-        self.report.dense["perplexity"] = self.runner.dense(evaluation, self.known_dense, self.report.warnings)
-        known = journal.compressed
+        dense = self.runner.dense(evaluation, self.known_dense, all_loaded.warnings)
+        known = dict(journal.record.compressed)
+        measured: dict[str, Perplexity] = {}
         new = False
         for name, windows in evaluation.items():
             text = text_fingerprint(windows)
             if text not in known:
                 new = True
                 known[text] = self.perplexity_after(name, windows)
-            self.report.compressed["perplexity"][name] = known[text]
+            measured[name] = known[text]
+        self.report = replace(all_loaded, dense=perplexities(dense), compressed=perplexities(measured))
         if new and self.processes.first:
             for part, more in ((all_loaded.dense, self.report.dense), (all_loaded.compressed, self.report.compressed)):
-                part["perplexity"] |= more["perplexity"]  # what was measured before stays on record
+                for key, values in more.items():
+                    part[key] |= values  # what was measured before stays on record
             write_reports(all_loaded, journal.folder)
             journal.finish(self.known_dense, known)
         return self.report
@@ -155,12 +160,12 @@ class Job:
         """The compressed model, as it was written if it was."""
         return Written(self.journal.folder, self.decoder, self.weights) if self.journal else self.weights
 
-    def perplexity_after(self, name: str, windows: Tensor) -> float:
+    def perplexity_after(self, name: str, windows: Tensor) -> Perplexity:
         """Measure the compressed model; RunError if that gives no number."""
-        value = self.runner.perplexity("compressed perplexity", windows, self.result)
-        if value != value:  # noqa: PLR0124 - NaN
-            raise RunError(f"The compressed model's perplexity on {name} is not a number: use --dtype float32.")
-        return value
+        found = self.runner.perplexity("compressed perplexity", windows, self.result)
+        if math.isnan(found.value):
+            raise RunError(f"The compressed model's perplexity on {name} is not a number. Use --dtype float32.")
+        return found
 
     @torch.no_grad()
     def walk(self) -> tuple[Recording, ActivationStore | None]:
@@ -205,10 +210,8 @@ class Job:
 
     @property
     def last_read(self) -> int:
-        """The last block whose inputs anyone looks at; nothing needs to pass through it or those behind it."""
-        if self.recovery.by_block:
-            return len(self.decoder) - 1
-        return max(i for i in range(len(self.decoder)) if self.compresses(i))
+        """The last block whose inputs anyone looks at."""
+        return last_read([self.compresses(i) for i in range(len(self.decoder))], self.recovery.training)
 
     def compresses(self, i: int) -> bool:
         """Whether any layer of block i is compressed."""
@@ -222,12 +225,12 @@ class Job:
     @property
     def distills(self) -> bool:
         """Whether all blocks together are still to be trained."""
-        return self.recovery.together and not (self.journal and self.journal.distillation)
+        return self.recovery.together and not (self.journal and self.journal.record.distillation)
 
     def distill(self, recording: Recording, truth: ActivationStore | None) -> None:
         """Train all blocks together, if the recipe says so, and write them again."""
         if self.journal:
-            self.report.distillation = self.journal.distillation
+            self.report.distillation = self.journal.record.distillation
         if truth is None or not self.distills:
             return
         self.processes.barrier()  # for the last shard
@@ -249,7 +252,7 @@ class Job:
     def begin_files(self) -> None:
         """Record what is known before the first block, if there is a directory."""
         if self.journal and self.processes.first:
-            self.journal.begin(self.known_dense, {n: b.to_dict() for n, b in self.allocated.items()})
+            self.journal.begin(self.known_dense, self.allocated)
             self.writer = self.new_writer(self.journal.folder)
 
     def new_writer(self, folder: Path) -> CheckpointWriter:
@@ -266,8 +269,8 @@ class Job:
         """Let the data decide on the budgets, where the recipe wants it, unless an earlier part of the run did."""
         if self.recipe.allocate == "uniform":
             return
-        if self.journal and self.journal.allocation:
-            self.allocated = {name: Budget.from_dict(data) for name, data in self.journal.allocation.items()}
+        if self.journal and self.journal.record.allocation:
+            self.allocated = self.journal.record.allocation
         else:
             advance = counting(self.notify, "allocation", len(self.decoder))
             walk = DenseWalk(self.decoder, self.runner.dense_blocks, recording, advance, self.processes)
@@ -280,7 +283,8 @@ class Job:
         journal = cast("Journal", self.journal)
         read_block(journal.folder, self.decoder, i, block)
         to_compute(block, self.weights)
-        return journal.layers(i), journal.matching(i)
+        done = journal.record.blocks[i]
+        return done.layers, done.matching
 
     def match_block(self, through: BlockPass, targets: ActivationStore | None) -> list[dict[str, Any]]:
         """Train a compressed block towards ``targets``, if there are any; return its records."""

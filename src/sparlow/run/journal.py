@@ -6,22 +6,23 @@ stands there; a shard without a record is written again. ``finished`` becomes tr
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from sparlow.distributed import Processes
 from sparlow.errors import InputError
-from sparlow.files import read_json, replacing, resolve_inside, sha256, shard_filename, sync_folder, write_json
+from sparlow.files import replacing, resolve_inside, sha256, sync_folder, write_json
 from sparlow.machine import differences, machine, versions
 from sparlow.model.artefact.checksums import small_sums
 from sparlow.model.artefact.shards import ShardRecord, write_shard
 from sparlow.recipe.allocation import Budget
-from sparlow.report.records import LayerRecord
+from sparlow.report.records import LayerRecord, Perplexity
 from sparlow.run.output_dir import LOCK, NAME
+from sparlow.run.record import BlockRecord, KeptTraining, RunRecord, read_record
 
-FORMAT = 1
 TRAINING = "training-"  # and a number: states of the last pass, until it is done
 DISTILLED = "distilled"  # folder of what the last pass over all blocks wrote, until it is moved
 
@@ -50,105 +51,60 @@ class Journal:
         device: str = "cpu",
     ) -> None:
         self.folder = folder
-        self.state: dict[str, Any] = {
-            "format": FORMAT,
-            "finished": False,
-            "fingerprint": dict(fingerprint),
-            "machines": [machine() | {"device": device, **versions()}],
-            "blocks_name": blocks_name,
-            "dense": {},
-            "compressed": {},
-            "allocation": {},
-            "shards": {},
-            "blocks": [],
-        }
+        here = machine() | {"device": device, **versions()}
+        self.record = RunRecord(dict(fingerprint), blocks_name, machines=[here])
         if (folder / NAME).exists():
-            found = read_state(folder)
-            if overwrite and not self._goes_on(found):
-                self.state["clearing"] = True
+            found = read_record(folder)
+            same = found.fingerprint == self.record.fingerprint
+            if overwrite and (found.finished or not same):
+                self.record.clearing = True
                 return
-            _refuse_another(folder, found.get("fingerprint", {}), self.state["fingerprint"])
-            self._go_on_here(found)
-
-    def _go_on_here(self, found: dict[str, Any]) -> None:
-        """Take a record as it is, and add this machine if no part of the run was computed on one of its kind."""
-        here = self.state["machines"][0]
-        self.state = found
-        known = found.get("machines", [])  # none of a run that began before there were such records
-        if known and not self.finished and all(differences(record, here) for record in known):
-            known.append(here)
+            _refuse_another(folder, found.fingerprint, self.record.fingerprint)
+            self.record = found
+            # a run that began before there were such records has none
+            if found.machines and not found.finished and all(differences(known, here) for known in found.machines):
+                found.machines.append(here)
 
     @property
     def warnings(self) -> list[str]:
         """What a careful reader should know of a run that was not all computed on machines of one kind."""
-        first, *others = self.state.get("machines") or [{}]
+        first, *others = self.record.machines or [{}]
         changed = (", ".join(differences(first, other)) for other in others)
         said = "this run went on elsewhere than it began, so its bits may differ from those of one that never stopped"
         return [f"{said}: {what}" for what in changed]
 
+    def share(self, processes: Processes) -> None:
+        """Let what the first process found on disk hold for all."""
+        if processes.size > 1:
+            self.record = RunRecord.from_dict(processes.all_gather(self.record.to_dict())[0])
+
     @property
     def blocks_done(self) -> int:
         """Blocks whose shard and records are on disk."""
-        return len(self.state["blocks"])
-
-    @property
-    def finished(self) -> bool:
-        """Whether the result is whole."""
-        return bool(self.state["finished"])
-
-    @property
-    def allocation(self) -> dict[str, dict[str, Any]]:
-        """Budgets that the data decided, by the layer's full name; empty if there is none."""
-        return dict(self.state.get("allocation", {}))
-
-    @property
-    def compressed(self) -> dict[str, float]:
-        """Perplexities of the finished result, by fingerprint of the text."""
-        return {text: float(value) for text, value in self.state.get("compressed", {}).items()}
-
-    @property
-    def dense(self) -> dict[str, float]:
-        """Perplexities of the dense model measured so far, by fingerprint of the text."""
-        return {text: float(value) for text, value in self.state["dense"].items()}
-
-    def layers(self, block: int) -> list[LayerRecord]:
-        """Records of a finished block."""
-        return [LayerRecord.from_dict(row) for row in self.state["blocks"][block]["layers"]]
-
-    def _goes_on(self, found: Mapping[str, Any]) -> bool:
-        """Whether a directory holds an unfinished part of this very run."""
-        return found.get("fingerprint") == self.state["fingerprint"] and not found.get("finished")
-
-    @property
-    def distillation(self) -> dict[str, Any]:
-        """What the last pass over all blocks did, once their shards are what it made of them; empty before."""
-        return dict(self.state.get("distillation", {}))
+        return len(self.record.blocks)
 
     def has(self, block: int) -> bool:
         """Whether the shard of a block was recorded, and is on disk as it was written."""
-        if block >= self.blocks_done:
-            return False
-        file = self.state["blocks"][block]["file"]
-        return self._is_there({"file": file, **self.state["shards"][file]})
+        return block < self.blocks_done and self._is_there(self.record.shards[self.record.blocks[block].file])
 
-    def _is_there(self, record: Mapping[str, Any]) -> bool:
+    def _is_there(self, shard: ShardRecord) -> bool:
         """Whether a file is on disk as it was written."""
-        path = resolve_inside(self.folder, shard_filename(record["file"]))
-        return path.exists() and path.stat().st_size == record["bytes"] and sha256(path) == record["sha256"]
+        path = resolve_inside(self.folder, shard.file)
+        return path.exists() and path.stat().st_size == shard.bytes and sha256(path) == shard.sha256
 
     def settle(self) -> None:
-        """Bring a last pass over all blocks that was killed to a state from which the run can go on.
+        """Recover from a kill during distillation.
 
-        Where it was recorded, what it made takes the place of the shards before it. Where a shard of it is damaged, all
-        blocks are forgotten: what they were made of is gone.
+        If its result was recorded, move its shards into place; if one of them is damaged, discard all blocks, since the
+        originals are gone.
         """
         place = self.folder / DISTILLED
-        if self.distillation:
+        if self.record.distillation:
             for path in sorted(place.glob("*.safetensors")):
                 path.replace(self.folder / path.name)
             if not all(self.has(block) for block in range(self.blocks_done)):
-                self.state |= {"blocks": [], "shards": {}, "distillation": {}}
-            self.state.pop("training", None)
+                self.record.blocks, self.record.shards, self.record.distillation = [], {}, {}
+            self.record.training = None
         if place.is_dir():
             sync_folder(self.folder)
             shutil.rmtree(place)
@@ -157,45 +113,36 @@ class Journal:
     @property
     def training(self) -> Path | None:
         """The last state of the last pass that was kept, if it is on disk as it was written."""
-        record = self.state.get("training")
-        return self.folder / record["file"] if record and self._is_there(record) else None
+        kept = self.record.training
+        return self.folder / kept.shard.file if kept and self._is_there(kept.shard) else None
 
     def keep_training(self, tensors: Mapping[str, Tensor]) -> None:
         """Write a state of the last pass over all blocks, and forget the one before it."""
-        number = int(self.state["training"]["number"]) + 1 if "training" in self.state else 1
+        number = self.record.training.number + 1 if self.record.training else 1
         shard = write_shard(self.folder / f"{TRAINING}{number}.safetensors", tensors)
-        self.state["training"] = {**asdict(shard), "number": number}
+        self.record.training = KeptTraining(shard, number)
         self._write()
         self._tidy_training()
 
     def _tidy_training(self) -> None:
-        """Remove states of a training that nobody goes on from."""
-        used = self.state.get("training", {}).get("file")
+        """Remove states of a training that nobody resumes from."""
+        used = self.record.training and self.record.training.shard.file
         for path in (*self.folder.glob(f"{TRAINING}*"), *self.folder.glob(f".{TRAINING}*")):
             if path.name != used:
                 path.unlink()
 
     def note_distilled(self, shards: Sequence[ShardRecord], found: Mapping[str, Any]) -> None:
         """Record what the last pass made of all blocks; the shards lie in ``DISTILLED``, and are moved from there."""
-        self.state["shards"] |= {s.file: {"bytes": s.bytes, "sha256": s.sha256} for s in shards}
-        self.state["distillation"] = dict(found)
+        self.record.shards |= {shard.file: shard for shard in shards}
+        self.record.distillation = dict(found)
         self._write()
         self.settle()
 
-    def begin(self, dense: Mapping[str, float], allocation: Mapping[str, Mapping[str, object]]) -> None:
+    def begin(self, dense: Mapping[str, Perplexity], allocation: Mapping[str, Budget]) -> None:
         """Make the directory and record the dense model's perplexities and what the data decided."""
-        self.state["dense"] |= dense
-        self.state["allocation"] = dict(allocation)
+        self.record.dense |= dense
+        self.record.allocation = dict(allocation)
         self._write()
-
-    @property
-    def seconds(self) -> dict[str, float]:
-        """What the blocks done so far have taken, by kind of work."""
-        return dict(self.state.get("seconds", {}))
-
-    def matching(self, block: int) -> list[dict[str, Any]]:
-        """What matching did to a finished block; empty if it was not matched."""
-        return list(self.state["blocks"][block].get("matching", []))
 
     def note_block(
         self,
@@ -205,90 +152,51 @@ class Journal:
         seconds: Mapping[str, float],
     ) -> None:
         """Record a finished block, whose shard is on disk already, and the seconds spent up to here."""
-        self.state["seconds"] = dict(seconds)
-        self._note(shard, {"matching": list(matching)}, layers)
+        self.record.seconds = dict(seconds)
+        self._note(shard, BlockRecord(shard.file, list(layers), [dict(row) for row in matching]))
 
-    def note_copied(self, shard: ShardRecord, block: Mapping[str, Any], layers: Sequence[LayerRecord]) -> None:
+    def note_copied(self, shard: ShardRecord, block: BlockRecord, layers: Sequence[LayerRecord]) -> None:
         """Record a block of another result that was written anew: its record there, with the layers as they are now."""
-        self._note(shard, block, layers)
+        self._note(shard, replace(block, file=shard.file, layers=list(layers)))
 
-    def _note(self, shard: ShardRecord, block: Mapping[str, Any], layers: Sequence[LayerRecord]) -> None:
+    def _note(self, shard: ShardRecord, row: BlockRecord) -> None:
         """Record a block, for the first time or again; those after it stay if it came out as it was."""
-        row = {**block, "file": shard.file, "layers": [asdict(layer) for layer in layers]}
-        sums, blocks = {"bytes": shard.bytes, "sha256": shard.sha256}, self.state["blocks"]
-        files = [known["file"] for known in blocks]
+        blocks, shards = self.record.blocks, self.record.shards
+        files = [known.file for known in blocks]
         i = files.index(shard.file) if shard.file in files else len(files)
-        kept = i + 1 if self.state["shards"].get(shard.file) == sums else len(files)
+        kept = i + 1 if shards.get(shard.file) == shard else len(files)
         if kept > i + 1:  # what comes after was made of another block
-            self.state.pop("training", None)
+            self.record.training = None
         blocks[i:kept] = [row]
-        self.state["shards"] = {known["file"]: self.state["shards"].get(known["file"]) for known in blocks}
-        self.state["shards"][shard.file] = sums
+        shards[shard.file] = shard
+        self.record.shards = {known.file: shards[known.file] for known in blocks}
         self._write()
 
     def note_rest(self, rest: ShardRecord, recipe: str) -> None:
         """Record the last shard, and the recipe (TOML) in a file of its own."""
         with replacing(self.folder / "recipe.toml") as partial:
             partial.write_text(recipe, encoding="utf-8")
-        self.state["shards"][rest.file] = {"bytes": rest.bytes, "sha256": rest.sha256}
+        self.record.shards[rest.file] = rest
         self._write()
 
-    def finish(self, dense: Mapping[str, float], compressed: Mapping[str, float]) -> None:
+    def finish(self, dense: Mapping[str, Perplexity], compressed: Mapping[str, Perplexity]) -> None:
         """Declare the result whole, with its perplexities by fingerprint of the text; the last write of a run."""
-        self.state.setdefault("opens_as", small_sums(self.folder))
-        self.state |= {"finished": True, "dense": dict(dense), "compressed": dict(compressed)}
+        self.record.opens_as = self.record.opens_as or small_sums(self.folder)
+        self.record.finished, self.record.dense, self.record.compressed = True, dict(dense), dict(compressed)
         self._write()
 
     def _write(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._put()
-        if self.state.pop("clearing", False):  # on disk until all is gone: whoever is killed on the way goes on with it
+        if self.record.clearing:  # on disk until all is gone: whoever is killed on the way goes on with it
+            self.record.clearing = False
             for path in self.folder.iterdir():
                 if path.name not in (NAME, LOCK):
                     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
             self._put()
 
     def _put(self) -> None:
-        write_json(self.folder / NAME, self.state)
-
-
-def read_records(folder: Path) -> dict[str, LayerRecord]:
-    """The records of a directory's layers by their full names; InputError if ``sparlow.json`` cannot be read."""
-    state = read_state(folder)
-    layers = [LayerRecord.from_dict(row) for block in state["blocks"] for row in block["layers"]]
-    return {f"{state['blocks_name']}.{layer.block}.{layer.name}": layer for layer in layers}
-
-
-def read_state(folder: Path) -> dict[str, Any]:
-    """The object in ``sparlow.json``, with records that can be read; InputError if it is anything else."""
-    state = read_json(folder / NAME)
-    if state.get("format", FORMAT) != FORMAT:
-        raise InputError(f"{folder / NAME} has format {state['format']}, this one reads {FORMAT}: upgrade sparlow.")
-    try:
-        _check_state(state)
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise InputError(f"{folder / NAME} is not a record of sparlow: {error!r} is wrong or missing.") from None
-    return state
-
-
-def _check_state(state: Mapping[str, Any]) -> None:
-    """Read every part once as it will be read later; whatever is raised says that it is damaged."""
-    dict(state["fingerprint"]), state["finished"], str(state["blocks_name"])
-    for file, record in state["shards"].items():
-        shard_filename(file), int(record["bytes"]), str(record["sha256"])
-    for block in state["blocks"]:
-        state["shards"][block["file"]], list(block.get("matching", []))
-        for row in block["layers"]:
-            LayerRecord.from_dict(row)
-    for numbers in (state["dense"], state.get("compressed", {}), state.get("seconds", {})):
-        [float(value) for value in numbers.values()]
-    if "training" in state:
-        record = state["training"]
-        shard_filename(record["file"]), int(record["bytes"]), str(record["sha256"]), int(record["number"])
-    for record in state.get("machines", []):
-        differences(record, record)
-    for budget in state.get("allocation", {}).values():
-        Budget.from_dict(budget)
+        write_json(self.folder / NAME, self.record.to_dict())
 
 
 def _refuse_another(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
@@ -304,6 +212,6 @@ def _refuse_another(folder: Path, found: Mapping[str, Any], wanted: Mapping[str,
             different = fields + [name for name in different if name == "version"]
             break
     raise InputError(
-        f"{folder} holds another run, which differs in {', '.join(different)}: "
-        "repeat its command to go on with it, give another --out, or --overwrite to start again."
+        f"{folder} holds another run, which differs in {', '.join(different)}. "
+        "Repeat its command to resume it, choose another --out, or add --overwrite to start again."
     )

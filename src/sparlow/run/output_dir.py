@@ -33,10 +33,10 @@ def claimed(folder: Path, *, overwrite: bool, finished: bool = False) -> Iterato
         lock.acquire()
     except Timeout:
         raise InputError(
-            f"Another process is writing to {folder}: wait until it ends, or give another --out."
+            f"Another process is writing to {folder}. Wait until it ends, or choose another --out."
         ) from None
     except (OSError, NotImplementedError) as error:
-        raise InputError(f"{folder} cannot be written to and locked ({error}): give another --out.") from error
+        raise InputError(f"{folder} cannot be written to and locked ({error}). Choose another --out.") from error
     try:
         yield
     finally:
@@ -62,14 +62,14 @@ def check_folder(folder: Path, *, overwrite: bool, finished: bool = False) -> No
     if not folder.exists():
         parent = next(parent for parent in folder.absolute().parents if parent.exists())
         if not parent.is_dir() or not os.access(parent, os.W_OK):
-            raise InputError(f"{folder} cannot be made, because of {parent}: give another --out.")
+            raise InputError(f"Cannot create {folder}: {parent} is not a writable directory. Choose another --out.")
         return
     if not folder.is_dir():
-        raise InputError(f"{folder} is a file: give a directory with --out.")
+        raise InputError(f"{folder} is a file. Give a directory with --out.")
     if {path.name for path in folder.iterdir()} <= _BEFORE_THE_FIRST_RECORD:
         return
     found = read_json(folder / NAME) if (folder / NAME).exists() else {}
     if not found.keys() >= _KEYS:
-        raise InputError(f"{folder} is not empty and holds no run of sparlow: give another --out.")
+        raise InputError(f"{folder} is not empty and holds no run of sparlow. Choose another --out.")
     if found["finished"] and not (overwrite or finished):
-        raise InputError(f"{folder} holds a finished result: give another --out, or --overwrite to replace it.")
+        raise InputError(f"{folder} holds a finished result. Choose another --out, or add --overwrite to replace it.")

@@ -1,5 +1,6 @@
 """What a run measures: perplexities of the dense and the compressed model, from parts that may lie on disk."""
 
+import math
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -13,6 +14,7 @@ from sparlow.model.forward.capture import Recording, capture_block_inputs
 from sparlow.model.loading.source import OpenedModel
 from sparlow.model.loading.weights import Weights, one_by_one
 from sparlow.progress import Clock, Notify, counting
+from sparlow.report.records import Perplexity
 from sparlow.run.pipeline import name_what_is_not_finite
 from sparlow.text import fingerprint as text_fingerprint
 
@@ -51,7 +53,7 @@ class BlockwiseRunner:
             )
 
     @torch.no_grad()
-    def perplexity(self, stage: str, windows: Tensor, parts: Weights) -> float:
+    def perplexity(self, stage: str, windows: Tensor, parts: Weights) -> Perplexity:
         """Perplexity of the model with these parts; ``stage`` is what the progress bar says."""
         advance = counting(self._notify, stage, len(self._decoder) + 1)
         with self._clock("evaluate"):
@@ -59,7 +61,9 @@ class BlockwiseRunner:
             recording = self.recorded(windows, at_once)
             return perplexity_by_blocks(self._model, recording, parts, advance, self._processes)
 
-    def dense(self, evaluation: Mapping[str, Tensor], known: dict[str, float], warnings: list[str]) -> dict[str, float]:
+    def dense(
+        self, evaluation: Mapping[str, Tensor], known: dict[str, Perplexity], warnings: list[str]
+    ) -> dict[str, Perplexity]:
         """The sanity gate: a number for the model as it came, before any number for what becomes of it.
 
         Args:
@@ -73,11 +77,17 @@ class BlockwiseRunner:
         found = {}
         for name, windows in evaluation.items():
             text = text_fingerprint(windows)
-            value = known.get(text) or self.perplexity("dense perplexity", windows, self._weights)
-            known[text] = found[name] = value
-            if value != value:  # noqa: PLR0124 - NaN
+            known[text] = found[name] = known.get(text) or self.perplexity("dense perplexity", windows, self._weights)
+            value = found[name].value
+            if math.isnan(value):
                 name_what_is_not_finite(self._decoder, self.dense_blocks, self.recorded(windows[:1], 1))
-                raise InputError("The dense model's perplexity is not a number: its head or embedding is damaged.")
+                raise InputError(
+                    "The dense model's perplexity is not a number: its head or embedding is damaged. "
+                    "Fetch the model anew."
+                )
             if value > self._model.config.get_text_config().vocab_size:
-                warnings.append(f"the dense model is no better than chance on {name}: perplexity {value:.0f}")
+                warnings.append(
+                    f"the dense model is no better than chance on {name}: perplexity {value:.0f}; "
+                    "check that tokenizer and weights belong together"
+                )
         return found

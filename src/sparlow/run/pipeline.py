@@ -1,12 +1,11 @@
 """The bridge: observe a decoder block, give each of its linear layers to an algorithm, put the answer in its place."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import nn
 
-from sparlow.algorithms import Decomposition, solve
+from sparlow.algorithms import Decomposition, SolveStats, solve
 from sparlow.errors import RunError
 from sparlow.linalg.gram import Gram, GramAccumulator, SquareAccumulator
 from sparlow.model.artefact.dtypes import StoredDtypes
@@ -149,23 +148,23 @@ def _record(block: int, weight: CompressibleWeight, budget: Budget, found: Decom
         pattern=str(budget.pattern),
         density=(found.S != 0).float().mean().item(),
         rank=budget.rank,
-        relative_error=float(found.stats["relative_error"]),
-        iterations=int(found.stats["iterations"]),
-        seconds=float(found.stats["seconds"]),
-        damping=float(found.stats["damping"]),
+        relative_error=found.stats.relative_error,
+        iterations=found.stats.iterations,
+        seconds=found.stats.seconds,
+        damping=found.stats.damping,
         warnings=tuple(_warnings(found.stats, tokens)),
         tokens=tokens,
-        dead_inputs=int(found.stats["dead_columns"]),
-        settled=bool(found.stats.get("converged", True)),
+        dead_inputs=found.stats.dead_columns,
+        settled=found.stats.converged,
     )
 
 
-def _warnings(stats: Mapping[str, Any], tokens: int) -> Iterator[str]:
+def _warnings(stats: SolveStats, tokens: int) -> Iterator[str]:
     if not tokens:
         yield "no calibration token reached this layer, so it was compressed without data"
-    if stats["damping"]:
-        yield f"a factorisation needed {stats['damping']:.1g} of extra damping"
-    if stats["dead_columns"]:
-        yield f"{stats['dead_columns']} input features were always zero; their weights were dropped"
-    if not stats.get("converged", True):
-        yield f"the solver had not settled after {stats['iterations']} iterations"
+    if stats.damping:
+        yield f"a factorisation needed {stats.damping:.1g} of extra damping"
+    if stats.dead_columns:
+        yield f"{stats.dead_columns} input features were always zero; their weights were dropped"
+    if not stats.converged:
+        yield f"the solver had not settled after {stats.iterations} iterations"

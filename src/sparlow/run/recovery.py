@@ -13,13 +13,13 @@ from sparlow.model.forward.activation_store import ActivationStore
 from sparlow.model.forward.block_pass import BlockPass
 from sparlow.model.forward.capture import Recording
 from sparlow.model.training.block_matching import match
-from sparlow.model.training.distillation import distill
-from sparlow.model.training.loop import Plan
+from sparlow.model.training.distillation import Logits, distill
+from sparlow.model.training.loop import MicroBatches
 from sparlow.model.training.packed_layer import round_through
 from sparlow.model.training.resume_state import TrainingCheckpoint
 from sparlow.progress import Notify, counting
 from sparlow.recipe.recipe import Recipe
-from sparlow.recipe.training_plan import HELD_OUT, micro_batch, plan_of
+from sparlow.recipe.training_plan import HELD_OUT, micro_batch, training_of
 
 
 class Recovery:
@@ -38,43 +38,42 @@ class Recovery:
     ) -> None:
         self._recipe, self._storage, self._blocks_name = recipe, storage, blocks_name
         self._processes = processes
-        self.plan = plan_of(recipe, processes)
+        self.training = training_of(recipe, processes.size)
         # a plan that never stops early trains on all windows
-        self.held_out = len(windows) // HELD_OUT if self.plan and self.plan.patience else 0
-        self.micro_batch = micro_batch(recipe, windows.shape[1], processes)
+        self.held_out = len(windows) // HELD_OUT if self.training and self.training.plan.patience else 0
+        self.micro_batch = micro_batch(recipe, windows.shape[1], processes.size)
 
     @property
     def by_block(self) -> bool:
         """Whether every block is trained by itself, as soon as its layers are compressed."""
-        return self.plan is not None and not self.plan.together
+        return self.training is not None and not self.training.together
 
     @property
     def together(self) -> bool:
         """Whether all blocks are trained together, when the last is compressed."""
-        return self.plan is not None and self.plan.together
+        return self.training is not None and self.training.together
 
     @property
     def dense_targets(self) -> bool:
         """Whether blocks are matched to what the dense model has, not to what the dense block makes of their inputs."""
-        return self.plan is not None and self.plan.dense_targets
+        return self.training is not None and self.training.dense_targets
 
     @property
     def warnings(self) -> list[str]:
-        """What the user should know of the plan."""
-        asked = plan_of(self._recipe)
-        if self.plan is None or asked is None or self.plan.batch == asked.batch:
+        """What the user should know of the training."""
+        asked = training_of(self._recipe)
+        if self.training is None or asked is None or self.training.plan.batch == asked.plan.batch:
             return []
-        return [f"{self.plan.batch} processes train on {self.plan.batch} windows a step, not on {asked.batch}"]
+        batch = self.training.plan.batch
+        return [f"{batch} processes train on {batch} windows a step, not on {asked.plan.batch}"]
 
     def match_block(self, through: BlockPass, targets: ActivationStore) -> dict[str, Any]:
         """Train a compressed block towards its targets, rounded as it will be stored; return the row for the report."""
-        found = match(
-            through,
-            targets,
-            _given(self.plan),
-            held_out=int(self.held_out > 0),
-            seed=self._recipe.seed + through.number,
-        )
+        training = self.training
+        if training is None or isinstance(training.objective, Logits):
+            raise ValueError("the recipe does not train blocks by themselves")
+        data, seed = self._data(through.hidden, targets), self._recipe.seed + through.number
+        found = match(through, data, training.objective, training.plan, seed=seed)
         self._round(through.number, through.block)
         return {"block": through.number, **asdict(found)}
 
@@ -85,25 +84,23 @@ class Recovery:
         recording: Recording,
         truth: ActivationStore,
         notify: Notify,
-        midway: TrainingCheckpoint | None = None,
+        checkpoint: TrainingCheckpoint | None = None,
     ) -> dict[str, Any]:
         """Train all blocks together towards ``truth``, rounded as they will be stored; return what the report says."""
-        plan = _given(self.plan)
+        if self.training is None:
+            raise ValueError("the recipe trains nothing")
+        plan, data = self.training.plan, self._data(recording.hidden, truth)
+        advance = counting(notify, "distillation", plan.epochs)
         found = distill(
-            model,
-            blocks,
-            recording,
-            truth,
-            plan,
-            held_out=int(self.held_out > 0),
-            seed=self._recipe.seed,
-            advance=counting(notify, "distillation", plan.epochs),
-            processes=self._processes,
-            midway=midway,
+            model, blocks, recording, data, plan, seed=self._recipe.seed, advance=advance, checkpoint=checkpoint
         )
         for i, block in enumerate(blocks):
             self._round(i, block)
         return asdict(found)
+
+    def _data(self, inputs: ActivationStore, targets: ActivationStore) -> MicroBatches:
+        """Put targets beside inputs; the windows held out are a micro-batch of their own, the last."""
+        return MicroBatches(inputs, targets, int(self.held_out > 0), self._processes)
 
     def _round(self, i: int, block: nn.Module) -> None:
         """Give a trained block the values it will have once it was stored."""
@@ -114,9 +111,3 @@ class Recovery:
     def _keeps(self, name: str) -> bool:
         """Whether a parameter is stored in a type of its own."""
         return self._storage.of_tensor(name) != self._storage.dtype
-
-
-def _given(plan: Plan | None) -> Plan:
-    if plan is None:
-        raise ValueError("the recipe trains nothing")
-    return plan

@@ -1,4 +1,4 @@
-"""Check a result on disk against its record: checksums by ``model.inspection``, patterns by ``linalg.patterns``."""
+"""Check a result on disk against its record: checksums by ``artefact.describe``, patterns by ``linalg.patterns``."""
 
 from pathlib import Path
 
@@ -8,15 +8,15 @@ from sparlow.errors import InputError
 from sparlow.linalg.patterns import parse_pattern
 from sparlow.model.artefact.checkpoint import read_layers
 from sparlow.model.artefact.describe import verify
-from sparlow.run.journal import read_records
 from sparlow.run.output_dir import NAME
+from sparlow.run.record import read_record
 
 
 def recorded_patterns(directory: Path) -> dict[str, str]:
     """The pattern of each layer by its full name, from ``sparlow.json``; empty if there is none."""
     if not (directory / NAME).exists():
         return {}
-    return {name: layer.pattern for name, layer in read_records(directory).items()}
+    return {name: layer.pattern for name, layer in read_record(directory).layers.items()}
 
 
 def verify_artefact(directory: Path) -> list[str]:
@@ -26,8 +26,8 @@ def verify_artefact(directory: Path) -> list[str]:
         InputError: It is no directory of sparlow.
     """
     if not (directory / NAME).exists():
-        raise InputError(f"{directory} has no {NAME}, so there is nothing to verify it against.")
-    records = read_records(directory)
+        raise InputError(f"{directory} has no {NAME} to verify it against. Give a directory that sparlow wrote.")
+    records = read_record(directory).layers
 
     def check(name: str, S: Tensor) -> str | None:
         record = records.get(name)

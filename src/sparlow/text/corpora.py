@@ -114,7 +114,7 @@ def find_corpus(name: str) -> Corpus:
             return corpus
     path = Path(name)
     if path.is_dir():
-        raise InputError(f"{name!r} is a directory: give one text file.")
+        raise InputError(f"{name!r} is a directory. Give one text file.")
     if path.exists():
         source = LocalFile(path)
         return Corpus(name, "a local file", calibration=source, evaluation=source, characters=path.stat().st_size)
@@ -123,7 +123,7 @@ def find_corpus(name: str) -> Corpus:
     if hub_id and ending not in _FILE_ENDINGS:
         return _hub_corpus(name, hub_id["path"], hub_id["config"])
     if "/" in name or "\\" in name or ending:
-        raise InputError(f"There is no file {name!r}.")
+        raise InputError(f"There is no file {name!r}. Check the path.")
     raise InputError(_unknown(name))
 
 

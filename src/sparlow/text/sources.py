@@ -52,7 +52,7 @@ class LocalFile:
         try:
             return in_order(self._bounded(read(self.path)), seed)
         except OSError as error:
-            raise InputError(f"{self.path} cannot be read: {error.strerror or error}.") from error
+            raise InputError(f"{self.path} cannot be read: {error.strerror or error}. Give another file.") from error
 
     def _bounded(self, documents: Iterator[str]) -> Iterator[str]:
         """Refuse a file that unpacks to far more than it takes on disk, while it does so."""
@@ -60,7 +60,7 @@ class LocalFile:
         for text in documents:
             characters += len(text)
             if characters > bound:
-                raise InputError(f"{self.path} unpacks to more than {bound:,} characters: give the text itself.")
+                raise InputError(f"{self.path} unpacks to more than {bound:,} characters. Give the text itself.")
             yield text
 
 
@@ -69,7 +69,7 @@ def _read_plain(path: Path) -> Iterator[str]:
         yield path.read_bytes().decode("utf-8")  # bytes: text mode would change the line ends
     except UnicodeDecodeError as error:
         raise InputError(
-            f"{path} is not UTF-8 text (byte {error.start:,}): give a UTF-8 text, .jsonl or .parquet file."
+            f"{path} is not UTF-8 text (byte {error.start:,}). Give a UTF-8 text, .jsonl or .parquet file."
         ) from error
 
 
@@ -82,9 +82,11 @@ def _read_jsonl(path: Path) -> Iterator[str]:
             try:
                 record = json.loads(line)
             except ValueError as error:  # not JSON, or not UTF-8
-                raise InputError(f"{where}: not JSON ({error}).") from error
+                raise InputError(
+                    f'{where}: not JSON ({error}). Every line must be an object, such as {{"text": "…"}}.'
+                ) from error
             if not isinstance(record, dict):
-                raise InputError(f'{where}: not an object; every line must be one, such as {{"text": "…"}}.')
+                raise InputError(f'{where}: not an object. Every line must be one, such as {{"text": "…"}}.')
             yield _text_of(record, "text", where)
 
 
@@ -100,7 +102,7 @@ def _read_parquet(path: Path) -> Iterator[str]:
         for number, record in enumerate(records, start=1):
             yield _text_of(record, "text", f"{path}, row {number:,}")
     except ArrowException as error:
-        raise InputError(f"{path} is not a parquet file: {error}.") from error
+        raise InputError(f"{path} is not a parquet file: {error}. Give another file, or another ending.") from error
 
 
 _READERS: dict[str, Callable[[Path], Iterator[str]]] = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
@@ -162,7 +164,7 @@ def _hub_failures(path: str) -> Iterator[None]:
         # Everything, because datasets, the hub's client, HTTP, fsspec and the file readers share no base class.
         reason = shorten(f"{type(error).__name__}: {error}", 200, placeholder=" …")
         raise InputError(
-            f"The data set {path!r} could not be read from the hub ({reason}): check its name and the connection, "
+            f"The data set {path!r} could not be read from the hub ({reason}). Check its name and the connection, "
             "or give a local .txt, .jsonl or .parquet file in its place."
         ) from error
 
@@ -171,13 +173,15 @@ def _text_of(record: dict[str, Any], column: str, where: str) -> str:
     _require_column(record, column, where)
     text = record[column]
     if not isinstance(text, str):
-        raise InputError(f"{where}: the field {column!r} holds {type(text).__name__}, not text.")
+        raise InputError(f"{where}: the field {column!r} holds {type(text).__name__}, not text. Make it text.")
     return text
 
 
 def _require_column(names: Iterable[str], column: str, where: str) -> None:
     if column not in names:
-        raise InputError(f"{where}: there is no field {column!r}, only: {_names(names)}.")
+        raise InputError(
+            f"{where}: there is no field {column!r}, only: {_names(names)}. Name the one with the text {column!r}."
+        )
 
 
 def _names(names: Iterable[str]) -> str:

@@ -42,8 +42,8 @@ def calibration_windows(
     chosen, tokens = _draw(corpus, tokenizer, samples, seqlen, seed)
     if len(chosen) < samples:
         raise InputError(
-            f"{corpus} holds {tokens:,} tokens; {samples} samples of {seqlen} need at least {samples * seqlen:,}: "
-            "lower --samples or --seqlen, or give more text."
+            f"{corpus} holds {tokens:,} tokens; {samples} samples of {seqlen} need at least {samples * seqlen:,}. "
+            "Lower --samples or --seqlen, or give more text."
         )
     return torch.stack(chosen)
 
@@ -62,7 +62,7 @@ def training_windows(
     chosen, tokens = _draw(corpus, tokenizer, samples, seqlen, seed)
     if not chosen:
         raise InputError(
-            f"{corpus} holds {tokens:,} tokens, one window needs {seqlen:,}: lower --block-size, or give more text."
+            f"{corpus} holds {tokens:,} tokens, one window needs {seqlen:,}. Lower --block-size, or give more text."
         )
     return torch.stack(chosen)
 
@@ -112,7 +112,7 @@ def evaluation_windows(
     ids = _token_ids(tokenizer, found.evaluation_text(), special=True)
     if len(ids) < seqlen:
         raise InputError(
-            f"{corpus} holds {len(ids):,} tokens, one window needs {seqlen:,}: lower --seqlen, or give more text."
+            f"{corpus} holds {len(ids):,} tokens, one window needs {seqlen:,}. Lower --seqlen, or give more text."
         )
     count = min(bound for bound in (len(ids) // seqlen, found.first_windows, limit) if bound is not None)
     return torch.tensor(ids[: count * seqlen], dtype=torch.int64).view(count, seqlen)

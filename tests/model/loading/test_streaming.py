@@ -7,6 +7,7 @@ from safetensors.torch import load_file, save_file
 
 import sparlow
 from families import EXTRAS, FAMILIES, save_tiny, tiny
+from sparlow import machine
 from sparlow.evaluation.perplexity import perplexity
 from sparlow.model.forward.activation_store import ActivationStore, place
 from sparlow.model.forward.decoder import Decoder
@@ -32,7 +33,7 @@ def same(found, expected):
 
 def by_blocks(opened, offload="auto", notify=lambda _: None):
     meter = BlockwiseRunner(opened, offload, Clock(), notify)
-    return meter.perplexity("dense perplexity", WINDOWS, opened.weights)
+    return meter.perplexity("dense perplexity", WINDOWS, opened.weights).value
 
 
 def checksums(folder):
@@ -82,7 +83,7 @@ def test_a_streamed_run_gives_the_bytes_of_one_in_memory(name, tmp_path, monkeyp
 @pytest.mark.parametrize("name", ["llama", "opt", "gemma2", "granite", "bloom", "mixtral"])
 def test_perplexity_by_blocks_is_that_of_the_model(name, tmp_path):
     model = save_tiny(name, tmp_path)
-    expected = perplexity(model, WINDOWS)
+    expected = perplexity(model, WINDOWS).value
     seen = []
     found = by_blocks(OpenedModel(model, None, name, ""), notify=seen.append)
     assert found == pytest.approx(expected, rel=1e-5)
@@ -164,5 +165,17 @@ def test_what_is_too_large_for_memory_goes_to_disk():
     assert place("auto", 1000, CPU) == "cpu"
     assert place("auto", 10**18, CPU) == "disk"
     assert place("disk", 1000, CPU) == "disk"
-    with pytest.raises(sparlow.errors.InputError, match="offload must be one of auto, cpu, disk"):
+
+
+def test_auto_asks_for_what_this_process_may_take_not_for_what_the_machine_has(monkeypatch):
+    assert place("auto", 1000, CPU) == "cpu"
+    monkeypatch.setattr(machine, "_limits", lambda: iter([8 * 1000]))  # of a control group, say
+    assert place("auto", 999, CPU) == "cpu"
+    assert place("auto", 1000, CPU) == "disk"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert place("auto", 999, CPU) == "disk"
+
+
+def test_there_is_no_other_place():
+    with pytest.raises(sparlow.errors.InputError, match=r"There is no place 'attic' .* Give --offload auto, cpu, disk"):
         place("attic", 1000, CPU)

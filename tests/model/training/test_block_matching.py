@@ -15,15 +15,18 @@ from sparlow.model.forward.block_pass import BlockPass
 from sparlow.model.forward.capture import capture_block_inputs
 from sparlow.model.forward.decoder import Decoder
 from sparlow.model.forward.input_statistics import collect_statistics
-from sparlow.model.training.block_matching import PRESETS, match
-from sparlow.model.training.loop import Plan
+from sparlow.model.training.block_matching import BlockOutputs, match
+from sparlow.model.training.loop import MicroBatches, TrainingPlan
 from sparlow.model.training.packed_layer import packed, round_through
-from sparlow.recipe.recipe import Recipe
+from sparlow.recipe.recipe import MATCH_PRESETS, Recipe
+from sparlow.recipe.training_plan import PRESETS, Training, training_of
 from sparlow.run.output_dir import NAME
 from sparlow.run.verify import verify_artefact
 
 WINDOWS = torch.randint(2, 97, (10, 16), generator=torch.Generator().manual_seed(1))
-PLAN = Plan(epochs=6, lr=2e-3, batch=4, relative=False, patience=0)
+PLAN = TrainingPlan(epochs=6, lr=2e-3, low_rank_lr=2e-3, batch=4, patience=0)
+HIGH = replace(PLAN, lr=3.0, low_rank_lr=3.0)
+PLAIN = BlockOutputs(relative=False, from_dense=True)
 
 
 class Nothing:
@@ -74,7 +77,7 @@ def loss_of(block, calls, inputs, targets, *, relative=False, first=0):
 def test_the_loss_falls_and_the_support_stays(family, rank):
     block, calls, inputs, targets = problem(family, rank)
     before, kept = loss_of(block, calls, inputs, targets), supports(block)
-    found = match(BlockPass(block, calls, inputs), targets, PLAN)
+    found = match(BlockPass(block, calls, inputs), MicroBatches(inputs, targets), PLAIN, PLAN)
     assert found.loss_before == pytest.approx(before, rel=1e-4)
     assert found.loss_after == pytest.approx(loss_of(block, calls, inputs, targets), rel=1e-4)
     assert found.loss_after < 0.9 * before
@@ -87,31 +90,34 @@ def test_the_loss_falls_and_the_support_stays(family, rank):
 def test_every_parameter_takes_part():
     block, calls, inputs, targets = problem("gpt_neox")
     before = {name: p.detach().clone() for name, p in block.named_parameters()}
-    match(BlockPass(block, calls, inputs), targets, PLAN)
+    match(BlockPass(block, calls, inputs), MicroBatches(inputs, targets), PLAIN, PLAN)
     assert [name for name, p in block.named_parameters() if torch.equal(p, before[name])] == []
 
 
 @pytest.mark.parametrize("relative", [False, True])
 def test_held_out_windows_judge_and_are_not_trained_on(relative):
     block, calls, inputs, targets = problem()
-    plan = replace(PLAN, relative=relative)
+    objective = replace(PLAIN, relative=relative)
     held = (calls, inputs[-1:], targets[-1:])
     before = loss_of(block, *held, relative=relative, first=len(inputs) - 1)
-    found = match(BlockPass(block, calls, inputs), targets, plan, held_out=1)
+    found = match(BlockPass(block, calls, inputs), MicroBatches(inputs, targets, held_out=1), objective, PLAN)
     assert found.loss_before == pytest.approx(before, rel=1e-4)
     assert found.loss_after == pytest.approx(loss_of(block, *held, relative=relative, first=len(inputs) - 1), rel=1e-4)
     other, *_ = problem()
     spoilt = [*targets[:-1], targets[-1] + 0.5]  # decides which epoch is best, nothing else
-    match(BlockPass(other, calls, inputs), spoilt, replace(plan, epochs=1), held_out=1)
+    data = MicroBatches(inputs, spoilt, held_out=1)
+    match(BlockPass(other, calls, inputs), data, objective, replace(PLAN, epochs=1))
     again, *_ = problem()
-    match(BlockPass(again, calls, inputs), targets, replace(plan, epochs=1), held_out=1)
+    match(
+        BlockPass(again, calls, inputs), MicroBatches(inputs, targets, held_out=1), objective, replace(PLAN, epochs=1)
+    )
     assert any(torch.equal(a, b) for a, b in zip(other.parameters(), again.parameters(), strict=True))
 
 
 def test_the_best_epoch_is_kept_if_training_only_harms():
     block, calls, inputs, targets = problem()
     before = copy.deepcopy(block.state_dict())
-    found = match(BlockPass(block, calls, inputs), targets, replace(PLAN, lr=3.0, epochs=3))
+    found = match(BlockPass(block, calls, inputs), MicroBatches(inputs, targets), PLAIN, replace(HIGH, epochs=3))
     assert found.loss_after == found.loss_before
     for name, value in block.state_dict().items():
         torch.testing.assert_close(value, before[name], rtol=0, atol=0)
@@ -119,7 +125,12 @@ def test_the_best_epoch_is_kept_if_training_only_harms():
 
 def test_training_stops_when_nothing_is_gained():
     block, calls, inputs, targets = problem()
-    found = match(BlockPass(block, calls, inputs), targets, replace(PLAN, lr=3.0, epochs=9, patience=2), held_out=1)
+    found = match(
+        BlockPass(block, calls, inputs),
+        MicroBatches(inputs, targets, held_out=1),
+        PLAIN,
+        replace(HIGH, epochs=9, patience=2),
+    )
     assert found.epochs == 2
 
 
@@ -127,7 +138,7 @@ def test_the_same_seed_gives_the_same_bits():
     results = []
     for seed in (5, 5, 6):
         block, calls, inputs, targets = problem()
-        match(BlockPass(block, calls, inputs), targets, PLAN, seed=seed)
+        match(BlockPass(block, calls, inputs), MicroBatches(inputs, targets), PLAIN, PLAN, seed=seed)
         results.append(torch.cat([p.detach().flatten() for p in block.parameters()]))
     assert torch.equal(results[0], results[1])
     assert not torch.equal(results[0], results[2])
@@ -143,8 +154,13 @@ def test_micro_batches_add_up_to_a_step():
         dense = Decoder.of(tiny("llama")).blocks[0]
         targets = ActivationStore("cpu")
         collect_statistics(BlockPass(dense, recording.calls[0], recording.hidden), Nothing, targets)
-        plan = replace(PLAN, batch=8, epochs=1, relative=True)
-        match(BlockPass(block, recording.calls[0], recording.hidden), targets, plan)
+        plan, relative = replace(PLAN, batch=8, epochs=1), replace(PLAIN, relative=True)
+        match(
+            BlockPass(block, recording.calls[0], recording.hidden),
+            MicroBatches(recording.hidden, targets),
+            relative,
+            plan,
+        )
         blocks.append(block)
     for a, b in zip(blocks[0].parameters(), blocks[1].parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-5)
@@ -154,7 +170,7 @@ def test_a_loss_that_is_not_finite_stops_the_run():
     block, calls, inputs, targets = problem()
     targets = [target * torch.inf for target in targets]
     with pytest.raises(RunError, match=r"model.layers.3: matching cannot begin: the loss is not finite at step 1"):
-        match(BlockPass(block, calls, inputs, "model.layers.3"), targets, PLAN)
+        match(BlockPass(block, calls, inputs, "model.layers.3"), MicroBatches(inputs, targets), PLAIN, PLAN)
     assert len(compressed_layers(block)) == 7  # the block is whole again
 
 
@@ -164,7 +180,7 @@ def test_the_block_is_as_it_was_but_for_its_numbers():
     for p in block.parameters():
         p.requires_grad_(requires_grad=False)
     names = [name for name, _ in block.named_parameters()]
-    match(BlockPass(block, calls, inputs), targets, replace(PLAN, epochs=1))
+    match(BlockPass(block, calls, inputs), MicroBatches(inputs, targets), PLAIN, replace(PLAN, epochs=1))
     assert [name for name, _ in block.named_parameters()] == names
     assert all(not p.requires_grad and p.grad is None for p in block.parameters())
     assert block.training
@@ -190,7 +206,7 @@ def test_how_long_the_columns_of_u_are_does_not_matter():
             for layer in compressed_layers(block).values():
                 layer.U.mul_(length)
                 layer.V.div_(length)
-        found = match(BlockPass(block, calls, inputs), targets, PLAN)
+        found = match(BlockPass(block, calls, inputs), MicroBatches(inputs, targets), PLAIN, PLAN)
         layers = compressed_layers(block).values()
         ends.append((found.loss_after, [(layer.U / length, layer.V * length) for layer in layers]))
     assert ends[0][0] == ends[1][0]
@@ -295,19 +311,30 @@ def test_a_matched_run_that_was_stopped_ends_in_the_same_bits(dtype, preset, tmp
 
 
 def test_the_paper_preset_is_the_published_one():
-    assert PRESETS["paper"] == Plan(epochs=20, lr=2e-5, batch=8, relative=False, patience=0)
+    schedule = TrainingPlan(epochs=20, lr=2e-5, low_rank_lr=2e-5, batch=8, patience=0)
+    assert PRESETS["paper"] == Training(BlockOutputs(relative=False, from_dense=False), schedule)
 
 
-def test_what_a_method_kept_and_its_low_rank_part_and_the_rest_have_rates_of_their_own():
+def test_every_preset_that_a_recipe_may_name_is_there():
+    assert tuple(PRESETS) == MATCH_PRESETS
+
+
+def test_another_learning_rate_leaves_the_low_rank_part_its_share_of_it():
+    for preset, share in {"logits": 0.25, "blocks": 1.0, "paper": 1.0}.items():
+        plan = training_of(Recipe(match=True, match_preset=preset, match_lr=3e-3)).plan
+        assert (plan.lr, plan.low_rank_lr) == (3e-3, share * 3e-3)
+    assert training_of(Recipe()) is None
+
+
+def test_the_low_rank_part_has_a_rate_of_its_own():
     whole = dict.fromkeys(("S", "U", "V", "norm"), True)
     for still, plan in {
-        ("U", "V"): replace(PLAN, low_rank=0.0),
-        ("norm",): replace(PLAN, rest=0.0),
-        ("S", "U", "V", "norm"): replace(PLAN, lr=0.0),
+        ("U", "V"): replace(PLAN, low_rank_lr=0.0),
+        ("S", "norm"): replace(PLAN, lr=0.0),
     }.items():
         block, calls, inputs, targets = problem()
         before = {name: p.detach().clone() for name, p in block.named_parameters()}
-        match(BlockPass(block, calls, inputs), targets, plan)
+        match(BlockPass(block, calls, inputs), MicroBatches(inputs, targets), PLAIN, plan)
         moved = dict.fromkeys(whole, False)
         for name, p in block.named_parameters():
             part = name.rpartition(".")[2] if name.rpartition(".")[2] in whole else "norm"

@@ -14,13 +14,16 @@ from sparlow.model.artefact.layers import SparseLowRankLinear, compressed_layers
 from sparlow.model.forward.block_pass import BlockPass, pass_through
 from sparlow.model.forward.capture import capture_block_inputs
 from sparlow.model.forward.decoder import Decoder
+from sparlow.model.loading.source import open_model
 from sparlow.model.training import distillation as distilling
-from sparlow.model.training.distillation import PRESETS, distill
+from sparlow.model.training.distillation import distill
+from sparlow.model.training.loop import MicroBatches
 from sparlow.recipe.recipe import Recipe
+from sparlow.recipe.training_plan import PRESETS
 from sparlow.run.journal import DISTILLED, Journal
 from sparlow.run.verify import verify_artefact
 
-PLAN = PRESETS["logits"]
+PLAN = PRESETS["logits"].plan
 WINDOWS = torch.randint(2, 97, (10, 16), generator=torch.Generator().manual_seed(1))
 
 
@@ -78,7 +81,8 @@ def test_the_answer_comes_nearer_and_the_support_stays():
     kept = {name: layer.S != 0 for name, layer in compressed_layers(model).items()}
     with torch.no_grad():
         before = divergence(model, dense, WINDOWS[8:])
-    found = distill(model, blocks, recording, wanted, replace(PLAN, epochs=4, lr=2e-3), held_out=1)
+    data = MicroBatches(recording.hidden, wanted, held_out=1)
+    found = distill(model, blocks, recording, data, replace(PLAN, epochs=4, lr=2e-3, low_rank_lr=5e-4))
     with torch.no_grad():
         after = divergence(model, dense, WINDOWS[8:])
     assert found.loss_before == pytest.approx(before.item(), rel=1e-4)
@@ -91,8 +95,9 @@ def test_the_answer_comes_nearer_and_the_support_stays():
 
 def test_a_loss_that_is_not_finite_stops():
     model, _, recording, wanted = problem("llama")
-    with pytest.raises(RunError, match="distillation diverged"):
-        distill(model, list(Decoder.of(model).blocks), recording, wanted, replace(PLAN, lr=1e30))
+    data = MicroBatches(recording.hidden, wanted)
+    with pytest.raises(RunError, match="Distillation diverged"):
+        distill(model, list(Decoder.of(model).blocks), recording, data, replace(PLAN, lr=1e30, low_rank_lr=1e30))
 
 
 # In a run
@@ -132,7 +137,7 @@ def test_a_run_writes_what_it_trained(whole, tmp_path):
 
 
 def test_a_model_in_memory_ends_alike(whole):
-    model = sparlow.model.loading.source.open_model(str(whole[0])).model.float()
+    model = open_model(str(whole[0])).model.float()
     report = run(model, None)
     assert report.distillation["loss_after"] == pytest.approx(whole[2].distillation["loss_after"], rel=0.02)
 

@@ -66,11 +66,16 @@ def unpack(values: Tensor, mask: Tensor, shape: Sequence[int]) -> Tensor:
 def packed_shapes(shape: Sequence[int], kept: int, rank: int) -> dict[str, tuple[int, ...]]:
     """Return the shapes of a compressed layer's tensors in a file, by the last part of their names."""
     out, features = shape
-    return {"values": (kept,), "mask": (out, -(-features // 8)), "U": (out, rank), "V": (rank, features)}
+    return {"values": (kept,), "mask": (out, mask_bytes(features)), "U": (out, rank), "V": (rank, features)}
+
+
+def mask_bytes(features: int) -> int:
+    """Return the bytes of one row of a mask: a bit an entry, filled up to whole bytes."""
+    return -(-features // 8)
 
 
 def _check(values: Tensor, mask: Tensor, out: int, features: int) -> None:
-    size = -(-features // 8)
+    size = mask_bytes(features)
     if values.ndim != 1:
         raise InputError(f"packed values must be a vector, these have shape {tuple(values.shape)}")
     if mask.dtype != torch.uint8 or mask.shape != (out, size):
@@ -100,7 +105,7 @@ def _positions(keep: Tensor) -> Tensor:
 def _bytes_of_bits(keep: Tensor) -> Tensor:
     """(rows, in) bool → (rows, ⌈in/8⌉) uint8."""
     rows, features = keep.shape
-    bits = functional.pad(keep.to(torch.uint8), (0, -features % 8)).reshape(rows, -(-features // 8), 8)
+    bits = functional.pad(keep.to(torch.uint8), (0, -features % 8)).reshape(rows, mask_bytes(features), 8)
     return reduce(or_, (bits[..., j] << j for j in range(8)))
 
 

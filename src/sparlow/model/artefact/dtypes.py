@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from sparlow.model.artefact.bitmask import mask_bytes
 from sparlow.model.artefact.layers import SparseLowRankLinear
 from sparlow.model.forward.compressible import CompressibleWeight
 
@@ -49,4 +50,4 @@ class StoredDtypes:
         """Bytes as stored: kept values, one bit a weight (whole bytes a row), U, V and the bias."""
         rows, columns = layer.S.shape
         pruned = layer.S.numel() - int((layer.S != 0).sum())
-        return self.bytes_of(layer) - pruned * self.dtype.itemsize + rows * ((columns + 7) // 8)
+        return self.bytes_of(layer) - pruned * self.dtype.itemsize + rows * mask_bytes(columns)

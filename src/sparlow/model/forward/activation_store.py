@@ -1,6 +1,5 @@
 """Where hidden states wait for their turn: on the accelerator, in main memory, or as files."""
 
-import os
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sparlow.errors import InputError
+from sparlow.machine import device_available, memory_available
 from sparlow.model.forward.arguments import rebuilt
 
 Shared = Mapping[int, Any]  # what blocks wrote into containers that they share, see ``calls.Call.written``
@@ -105,7 +105,7 @@ def place(offload: str, size: int, device: torch.device) -> torch.device | str:
 
     Args:
         offload: "cpu", "disk", or "auto": the accelerator if they fill less than a quarter of what is free there, else
-            main memory if less than half of it, else files.
+            main memory if less than half of what this process may still take there, else files.
         size: bytes of one copy.
         device: where blocks run.
 
@@ -113,14 +113,10 @@ def place(offload: str, size: int, device: torch.device) -> torch.device | str:
         InputError: there is no such place.
     """
     if offload not in PLACES:
-        raise InputError(f"offload must be one of {', '.join(PLACES)}, not {offload!r}")
+        raise InputError(f"There is no place {offload!r} for block inputs. Give --offload {', '.join(PLACES)}.")
     if offload != "auto":
         return offload
-    if device.type == "cuda" and 4 * AT_ONCE * size < torch.cuda.mem_get_info(device)[0]:
+    free = device_available(device)
+    if free is not None and 4 * AT_ONCE * size < free:
         return device
-    return "cpu" if 2 * AT_ONCE * size < _main_memory() else "disk"
-
-
-def _main_memory() -> float:
-    names = getattr(os, "sysconf_names", {})  # Windows has none
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if "SC_PHYS_PAGES" in names else float("inf")
+    return "cpu" if 2 * AT_ONCE * size < memory_available() else "disk"

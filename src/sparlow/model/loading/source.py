@@ -11,12 +11,11 @@ from typing import Any, cast
 
 import torch
 import transformers
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from sparlow.errors import InputError, as_input_error
 from sparlow.files import cache_folder, sync_folder
-from sparlow.machine import check_device
+from sparlow.machine import check_device, computing_dtype
 from sparlow.model.forward.decoder import Decoder
 from sparlow.model.loading.streaming import CannotStreamError, OnDisk, as_transformers_reads, stored_tensors
 from sparlow.model.loading.weights import InMemory, Weights, scan
@@ -114,14 +113,10 @@ def _streamed(
 
 
 def upcast_for_cpu(model: PreTrainedModel) -> PreTrainedModel:
-    """Return ``model`` in the type it should compute in: float32 on the CPU, elsewhere its own.
-
-    On the CPU half precision is two to eight times slower than float32. Every half-precision number is a float32 one,
-    so nothing is lost.
-    """
-    half = model.device.type == "cpu" and model.dtype in (torch.float16, torch.bfloat16)
+    """Return ``model`` in the type it should compute in, see ``computing_dtype``."""
+    dtype = computing_dtype(model.dtype, model.device)
     untyped: Any = model  # transformers wraps this method
-    return cast("PreTrainedModel", untyped.to(torch.float32)) if half else model
+    return model if dtype == model.dtype else cast("PreTrainedModel", untyped.to(dtype))
 
 
 def parse_dtype(dtype: str) -> Any:  # noqa: ANN401 - "auto" or a torch.dtype, as transformers takes it
@@ -218,8 +213,3 @@ def _convert(file: Path, folder: Path) -> None:
             delattr(owner, mark)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def fingerprint(model: nn.Module) -> str:
-    """Return the fingerprint of a model in memory, see ``weights.Scan``."""
-    return scan([model.state_dict(keep_vars=True)]).fingerprint

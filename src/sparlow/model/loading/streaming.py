@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from sparlow.files import INDEX, SINGLE
+from sparlow.machine import computing_dtype
 from sparlow.model import _transformers as private
 from sparlow.model.forward.decoder import Decoder, shared_weights
 from sparlow.model.loading.weights import to_compute
@@ -58,8 +59,8 @@ class OnDisk:
 
     def __init__(self, meta_model: PreTrainedModel, files: Mapping[str, Path], device: torch.device) -> None:
         self.device = device
-        half = device.type == "cpu" and meta_model.dtype in (torch.float16, torch.bfloat16)
-        self.computing = torch.float32 if half else meta_model.dtype  # see source.upcast_for_cpu
+        self.computing = computing_dtype(meta_model.dtype, device)
+        widened = self.computing != meta_model.dtype
         self._model = meta_model
         self._decoder = Decoder.of(meta_model)
         self._blocks = self._decoder.blocks
@@ -75,7 +76,7 @@ class OnDisk:
         self._stored = {name: tensor.dtype for name, tensor in meta_model.state_dict().items()}
         _fill_buffers(meta_model)
         for name, buffer in list(meta_model.named_non_persistent_buffers()):
-            wide = torch.float32 if half and buffer.is_floating_point() else None
+            wide = self.computing if widened and buffer.is_floating_point() else None
             setattr(meta_model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], buffer.to(device, wide))
 
     def states(self) -> Iterator[dict[str, Tensor]]:

@@ -16,15 +16,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from sparlow.distributed import ALONE, Processes
 from sparlow.model.forward.block_pass import run_block
 from sparlow.model.forward.calls import NOTHING, BlockCalls
 from sparlow.model.forward.capture import Recording, run_head, tokens_at_once
 from sparlow.model.forward.stand_ins import Form
-from sparlow.model.training.loop import Plan, TrainingResult, train
+from sparlow.model.training.loop import MicroBatches, TrainingPlan, TrainingResult, train
 from sparlow.model.training.resume_state import TrainingCheckpoint
 
-PRESETS = {"logits": Plan(epochs=1, lr=2e-4, low_rank=0.25, batch=2, relative=False, patience=1, together=True)}
+
+@dataclass(frozen=True)
+class Logits:
+    """The objective: the dense model's logits, all blocks together."""
 
 
 class _Chain(nn.Module):
@@ -109,28 +111,25 @@ def distill(
     model: PreTrainedModel,
     blocks: Sequence[nn.Module],
     recording: Recording,
-    wanted: Sequence[Tensor],
-    plan: Plan,
+    data: MicroBatches,
+    plan: TrainingPlan,
     *,
-    held_out: int = 0,
     seed: int = 0,
     advance: Callable[[int], None] = lambda _: None,
-    processes: Processes = ALONE,
-    midway: TrainingCheckpoint | None = None,
+    checkpoint: TrainingCheckpoint | None = None,
 ) -> TrainingResult:
     """Train all ``blocks`` in place and leave them with the parameters of the best epoch.
 
     Args:
         model: What is before and behind the blocks has its weights; it stays as it is.
         blocks: Of the model, compressed, all of them in memory.
-        recording: What enters the first for the calibration windows, and how each is called.
-        wanted: (b, seqlen, d) for each micro-batch, what leaves the last dense block.
-        plan: How; ``relative`` and ``dense_targets`` mean nothing here.
-        held_out: So many micro-batches at the end are not trained on, but decide which epoch was best.
-        seed: Of the order of the micro-batches.
+        recording: How each block is called.
+        data: What enters the first block for the calibration windows, and what leaves the last dense one; of several
+            processes each has all blocks.
+        plan: The schedule.
+        seed: Random seed for the order of the micro-batches.
         advance: Called with 1 after every epoch.
-        processes: Those that divide every micro-batch; each has all blocks.
-        midway: Keeps the state from time to time, and has the one to go on from.
+        checkpoint: Keeps the state from time to time, and has the one to resume from.
 
     Returns:
         Losses in nats a token.
@@ -144,20 +143,7 @@ def distill(
     for p in outside:
         p.requires_grad = False
     try:
-        return train(
-            chain,
-            loss,
-            recording.hidden,
-            wanted,
-            plan,
-            held_out=held_out,
-            seed=seed,
-            label="distillation",
-            advice="lower --match-lr",
-            advance=advance,
-            processes=processes,
-            midway=midway,
-        )
+        return train(chain, loss, data, plan, seed=seed, label="Distillation", advance=advance, checkpoint=checkpoint)
     finally:
         for p in outside:
             p.requires_grad = True

@@ -17,36 +17,27 @@ Loss = Callable[[int, Tensor, Tensor], Tensor]  # number, inputs, targets of a m
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How compressed layers are trained.
+class TrainingPlan:
+    """The schedule of a training, whatever its objective.
 
     Attributes:
-        epochs: At most.
-        lr: Of Adam for S; falls along a cosine to a fifth.
+        epochs: Passes over the text, at most.
+        lr: Learning rate of Adam for S, norms, biases and layers that stayed dense; falls along a cosine to a fifth.
+        low_rank_lr: Learning rate for U and V, which falls likewise.
         batch: Windows a step.
-        relative: Measure each token's error against its own size instead of all tokens' together.
         patience: Epochs without gain on the held-out windows after which training ends; 0 for never.
-        dense_targets: The targets come from the dense model throughout (x from its own blocks before), not from the
-            dense block fed by the compressed blocks before.
-        low_rank: So many times ``lr`` for U and V.
-        rest: So many times ``lr`` for norms, biases and layers that stayed dense.
-        together: All blocks are trained together towards the dense model's logits, not each towards its own outputs.
     """
 
     epochs: int
     lr: float
+    low_rank_lr: float
     batch: int
-    relative: bool
     patience: int
-    dense_targets: bool = False
-    low_rank: float = 1.0
-    rest: float = 1.0
-    together: bool = False
 
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What matching did; losses are relative to the size of the targets, on the held-out windows if there are any."""
+    """What a training did; the losses are means over the held-out windows or, without any, over all windows."""
 
     loss_before: float
     loss_after: float
@@ -57,69 +48,71 @@ class TrainingResult:
 def train(
     block: nn.Module,
     loss_of: Loss,
-    inputs: Sequence[Tensor],
-    targets: Sequence[Tensor],
-    plan: Plan,
+    data: "MicroBatches",
+    plan: TrainingPlan,
     *,
-    held_out: int,
     seed: int,
     label: str,
-    advice: str,
     advance: Callable[[int], None] = lambda _: None,
-    processes: Processes = ALONE,
-    midway: TrainingCheckpoint | None = None,
+    checkpoint: TrainingCheckpoint | None = None,
 ) -> TrainingResult:
-    """Train the parameters of ``block`` by any loss; see ``match``.
+    """Train the parameters of ``block`` by any loss, in place, and leave it with those of the best epoch.
 
     Args:
         block: What ``loss_of`` runs.
         loss_of: The loss of one micro-batch, from its input and target.
-        inputs: (b, seqlen, d) for each micro-batch.
-        targets: Likewise.
-        plan: How.
-        held_out: Micro-batches at the end that judge.
-        seed: Of their order.
+        data: What it is trained on, and judged by.
+        plan: The schedule.
+        seed: Random seed for the order of the micro-batches.
         label: How errors call the training.
-        advice: What errors tell the user to do.
         advance: Called with 1 after every epoch.
-        processes: As of ``match``.
-        midway: Keeps the state from time to time, and has the one to go on from.
+        checkpoint: Keeps the state from time to time, and has the one to resume from.
+
+    Raises:
+        RunError: The loss is not finite.
     """
-    midway = midway or TrainingCheckpoint()
-    parted = len(inputs) - held_out
-    data = MicroBatches(inputs, targets, processes)
-    judge = range(parted, len(inputs)) if held_out else range(parted)
     order = torch.Generator().manual_seed(seed)
     with packed(block) as values, torch.enable_grad():
-        training = _Training(block, _adam(block, values, plan), plan, data, loss_of, judge, midway)
-        stand = training.stand
-        _require_finite(block, [stand.before], f"{label} cannot begin", advice)
+        optimiser = _adam(block, values, plan)
+        training = _Training(block, optimiser, plan, data, loss_of, checkpoint or TrainingCheckpoint())
+        state = training.state
+        _require_finite(block, [state.before], f"{label} cannot begin")
         for epoch in range(1, plan.epochs + 1):
-            shuffled = torch.randperm(parted, generator=order).tolist()  # drawn also for epochs that are done already
-            if epoch > stand.epochs:
-                if plan.patience and stand.waited >= plan.patience:
+            # drawn also for epochs that are done already
+            shuffled = torch.randperm(len(data.training), generator=order).tolist()
+            if epoch > state.epochs:
+                if plan.patience and state.waited >= plan.patience:
                     break
                 losses = training.epoch(shuffled)
-                _require_finite(block, losses, f"{label} diverged in epoch {epoch}", advice)
+                _require_finite(block, losses, f"{label} diverged in epoch {epoch}")
             advance(1)
         block.load_state_dict(training.best)
     for p in block.parameters():
-        processes.broadcast(p.data)  # the same bits everywhere, whatever the machines
-    return TrainingResult(stand.before, stand.best, stand.epochs, training.seconds())
+        data.processes.broadcast(p.data)  # the same bits everywhere, whatever the machines
+    return TrainingResult(state.before, state.best, state.epochs, training.seconds())
 
 
 class MicroBatches:
     """Micro-batches with their targets, read when their turn comes; of several processes each has a part of every one.
 
     Args:
-        inputs: (b, seqlen, d) each, what this process has.
-        targets: Likewise.
-        processes: Those that share them.
+        inputs: (b, seqlen, d) each, what this process has, on any device.
+        targets: (b, seqlen, d) each, likewise.
+        held_out: So many micro-batches at the end are not trained on, but decide which epoch was best.
+        processes: Those that share them; their gradients are added up.
+
+    Attributes:
+        training: Numbers of the micro-batches that are trained on.
+        judging: Numbers of those that judge: the ones held out or, without any, all.
     """
 
-    def __init__(self, inputs: Sequence[Tensor], targets: Sequence[Tensor], processes: Processes) -> None:
-        self._inputs, self._targets, self._processes = inputs, targets, processes
+    def __init__(
+        self, inputs: Sequence[Tensor], targets: Sequence[Tensor], held_out: int = 0, processes: Processes = ALONE
+    ) -> None:
+        self._inputs, self._targets, self.processes = inputs, targets, processes
         self._windows = processes.totals([len(x) for x in inputs])  # of all processes together
+        self.training = range(len(inputs) - held_out)
+        self.judging = range(len(inputs) - held_out, len(inputs)) if held_out else self.training
 
     def steps(self, chosen: Iterable[int], batch: int) -> Iterator[list[int]]:
         """Group the chosen micro-batches, so that each group has the windows of a step."""
@@ -142,78 +135,77 @@ class MicroBatches:
         return ((i, x, target) for i, x, target in found if len(x))
 
     @torch.no_grad()
-    def judged(self, loss_of: Loss, chosen: Sequence[int]) -> float:
-        """Mean of the loss over all windows there."""
+    def judge(self, loss_of: Loss) -> float:
+        """Mean of the loss over all windows that judge."""
         total = torch.zeros(())
-        for i, x, target in self.own(chosen):
+        for i, x, target in self.own(self.judging):
             total = total + loss_of(i, x, target) * len(x)
-        return self._processes.totals([float(total)])[0] / self.windows(chosen)
+        return self.processes.totals([float(total)])[0] / self.windows(self.judging)
 
     def added_up(self, losses: Sequence[Tensor]) -> list[float]:
         """Of each of these sums the part that this process has → the whole."""
-        return self._processes.totals(torch.stack(list(losses)).tolist()) if losses else []
+        return self.processes.totals(torch.stack(list(losses)).tolist()) if losses else []
 
     def add_gradients(self, parameters: Sequence[Tensor]) -> None:
         """Give every process the sum of all gradients; a parameter that none has a gradient of stays without."""
-        if self._processes.size == 1:
+        if self.processes.size == 1:
             return
         having = [
             torch.zeros(1, device=p.device) if p.grad is None else torch.ones(1, device=p.device) for p in parameters
         ]
         parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        flat = self._processes.all_reduce(torch.cat([part.flatten().float() for part in (*parts, *having)]))
+        flat = self.processes.all_reduce(torch.cat([part.flatten().float() for part in (*parts, *having)]))
         *sums, counts = flat.split([*(p.numel() for p in parameters), len(parameters)])
         for p, summed, count in zip(parameters, sums, counts.tolist(), strict=True):
             p.grad = summed.view_as(p).to(p.dtype) if count else None
 
 
 class _Training:
-    """One block on its way; what it depends on can be kept and gone on from."""
+    """One training under way; its state can be kept, and resumed from."""
 
     def __init__(
         self,
         block: nn.Module,
         optimiser: torch.optim.Optimizer,
-        plan: Plan,
+        plan: TrainingPlan,
         data: MicroBatches,
         loss_of: Loss,
-        judge: Sequence[int],
-        midway: TrainingCheckpoint,
+        checkpoint: TrainingCheckpoint,
     ) -> None:
         self._start = time.perf_counter()
         self._block, self._optimiser, self._plan, self._data = block, optimiser, plan, data
-        self._loss_of, self._judge, self._midway = loss_of, judge, midway
+        self._loss_of, self._checkpoint = loss_of, checkpoint
         self._rates = [group["lr"] for group in optimiser.param_groups]
-        found = midway.resume(block, optimiser)
+        found = checkpoint.resume(block, optimiser)
         if found is None:
-            before = data.judged(loss_of, judge)
+            before = data.judge(loss_of)
             found = TrainingState(before, before), _copy(block)
-        self.stand, self.best = found
+        self.state, self.best = found
 
     def epoch(self, shuffled: Sequence[int]) -> list[float]:
         """The steps of an epoch that are left, and the judgement; return the loss at each, and that."""
-        stand, losses = self.stand, []
+        state, losses = self.state, []
         steps = list(self._data.steps(shuffled, self._plan.batch))
-        for step in steps[stand.steps :]:
-            losses.append(self._step(step, stand.updates / (self._plan.epochs * len(steps))))
-            stand.steps, stand.updates = stand.steps + 1, stand.updates + 1
+        for step in steps[state.steps :]:
+            losses.append(self._step(step, state.updates / (self._plan.epochs * len(steps))))
+            state.steps, state.updates = state.steps + 1, state.updates + 1
             self._keep()
-        loss = self._data.judged(self._loss_of, self._judge)
-        stand.epochs, stand.steps = stand.epochs + 1, 0
-        stand.waited = 0 if loss < stand.best else stand.waited + 1
-        if loss < stand.best:
-            stand.best, self.best = loss, _copy(self._block)
+        loss = self._data.judge(self._loss_of)
+        state.epochs, state.steps = state.epochs + 1, 0
+        state.waited = 0 if loss < state.best else state.waited + 1
+        if loss < state.best:
+            state.best, self.best = loss, _copy(self._block)
         return [*self._data.added_up(losses), loss]  # only now: an accelerator would be waited for at each
 
     def seconds(self) -> float:
-        """Taken so far, those before a state that was gone on from included."""
-        return self.stand.seconds + time.perf_counter() - self._start
+        """Taken so far, those before a state that was resumed from included."""
+        return self.state.seconds + time.perf_counter() - self._start
 
     def _keep(self) -> None:
-        self._midway.keep(replace(self.stand, seconds=self.seconds()), self._block, self._optimiser, self.best)
+        self._checkpoint.keep(replace(self.state, seconds=self.seconds()), self._block, self._optimiser, self.best)
 
     def _step(self, step: Sequence[int], done: float) -> Tensor:
-        """Add up gradients of micro-batches and go on by them, with such a part of all steps done; return the loss."""
+        """Take one step along the gradients of some micro-batches, ``done`` of all steps behind it; return the loss."""
         falling = 0.2 + 0.8 * (1 + math.cos(math.pi * min(done, 1))) / 2
         for group, rate in zip(self._optimiser.param_groups, self._rates, strict=True):
             group["lr"] = rate * falling
@@ -230,21 +222,21 @@ class _Training:
         return whole
 
 
-def _require_finite(block: nn.Module, losses: Sequence[float], what: str, advice: str) -> None:
+def _require_finite(block: nn.Module, losses: Sequence[float], what: str) -> None:
     """Raise RunError with the first step whose loss is not finite, and the first parameter that is not either."""
     step = next((i for i, loss in enumerate(losses, 1) if not math.isfinite(loss)), None)
     if step is None:
         return
     damaged = next((name for name, p in block.named_parameters() if not p.isfinite().all()), None)
     where = f", {damaged} is not finite by now" if damaged else ""
-    raise RunError(f"{what}: the loss is not finite at step {step}{where}: {advice}.")
+    raise RunError(f"{what}: the loss is not finite at step {step}{where}. Lower --match-lr.")
 
 
-def _adam(block: nn.Module, values: Sequence[nn.Parameter], plan: Plan) -> torch.optim.Optimizer:
+def _adam(block: nn.Module, values: Sequence[nn.Parameter], plan: TrainingPlan) -> torch.optim.Optimizer:
     low_rank = [p for layer in block.modules() if isinstance(layer, Packed) for p in (layer.U, layer.V) if p.numel()]
     compressed = {id(p) for p in (*values, *low_rank)}
     rest = [p for p in block.parameters() if id(p) not in compressed and p.numel()]
-    groups = ((list(values), plan.lr), (low_rank, plan.lr * plan.low_rank), (rest, plan.lr * plan.rest))
+    groups = ((list(values), plan.lr), (low_rank, plan.low_rank_lr), (rest, plan.lr))
     return torch.optim.Adam([{"params": some, "lr": lr} for some, lr in groups if some], fused=True)
 
 

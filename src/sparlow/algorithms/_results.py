@@ -1,0 +1,98 @@
+"""What an algorithm gives back: the parts of the weight, and a word on how it went."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+
+from torch import Tensor
+
+Number = float | int | str | bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SolveStats(Mapping[str, Number]):
+    """How a solve went; ``stats["rho"]`` reads a field or one of the algorithm's own numbers alike.
+
+    An algorithm reports the first two and its own numbers; the rest is measured by ``solve``, whatever it says.
+
+    Attributes:
+        iterations: Steps taken; 1 where there is only one.
+        converged: Whether the solver had settled when it ended; True where it takes a fixed number of steps.
+        relative_error: tr(R H Rᵀ) / tr(W H Wᵀ) with R = W − S − U V, H damped.
+        seconds: Taken.
+        damping: Added to H because a factorisation failed without it; 0 if none did.
+        dead_columns: Inputs that were always zero.
+        more: The algorithm's own numbers, by name.
+    """
+
+    iterations: int = 1
+    converged: bool = True
+    relative_error: float = math.nan
+    seconds: float = 0.0
+    damping: float = 0.0
+    dead_columns: int = 0
+    more: Mapping[str, Number] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, given: Mapping[str, Number]) -> "SolveStats":
+        """Return the record for a plain mapping, whose unknown names are the algorithm's own numbers."""
+        if isinstance(given, SolveStats):
+            return given
+        known = {name: value for name, value in given.items() if name in _FIELDS}
+        return cls(**known, more={name: value for name, value in given.items() if name not in _FIELDS})  # type: ignore[arg-type]
+
+    def __getitem__(self, name: str) -> Number:
+        return getattr(self, name) if name in _FIELDS else self.more[name]
+
+    def __iter__(self) -> Iterator[str]:
+        yield from _FIELDS
+        yield from self.more
+
+    def __len__(self) -> int:
+        return len(_FIELDS) + len(self.more)
+
+
+_FIELDS = tuple(f.name for f in fields(SolveStats) if f.name != "more")
+
+
+@dataclass(frozen=True, slots=True)
+class Pruned:
+    """The answer of a pruner that can say how it went.
+
+    Attributes:
+        S: What is left of the weight (out, in), on its pattern.
+        stats: How the solve went.
+    """
+
+    S: Tensor
+    stats: SolveStats = field(default_factory=SolveStats)
+
+    @classmethod
+    def of(cls, answer: "Tensor | Pruned") -> "Pruned":
+        """Return a pruner's answer, which may be S alone, as a record."""
+        return answer if isinstance(answer, Pruned) else cls(answer)
+
+
+@dataclass(frozen=True, slots=True)
+class Decomposition:
+    """W ≈ S + U V.
+
+    Attributes:
+        S: The sparse part (out, in), on its pattern.
+        U: Left factor of the low-rank part (out, rank).
+        V: Right factor of the low-rank part (rank, in).
+        stats: How the solve went; an algorithm may give a plain mapping.
+    """
+
+    S: Tensor
+    U: Tensor
+    V: Tensor
+    stats: SolveStats = field(default_factory=SolveStats)
+
+    def __post_init__(self) -> None:
+        """Make a record of a plain mapping."""
+        object.__setattr__(self, "stats", SolveStats.of(self.stats))
+
+    def dense(self) -> Tensor:
+        """S + U V (out, in)."""
+        return self.S + self.U @ self.V

@@ -1,0 +1,65 @@
+"""The memory that a plan foresees is what a run takes, seen from outside in a process of its own."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a peak that can be reset is known to Linux only"),
+]
+
+PLANNED = """
+import json, sys, sparlow
+recipe = sparlow.Recipe(**json.loads(sys.argv[2]))
+plan = sparlow.plan(sys.argv[1], recipe, evaluate=(), device="cpu", offload="cpu", timed=False)
+print(json.dumps({stage.name: stage.cpu for stage in plan.stages}))
+"""
+MEASURED = """
+import json, sys, psutil, torch, sparlow
+recipe = sparlow.Recipe(**json.loads(sys.argv[2]))
+ids = torch.randint(512, (recipe.samples, recipe.seqlen), generator=torch.Generator().manual_seed(0))
+before = psutil.Process().memory_info().rss
+report = sparlow.compress(
+    sys.argv[1], recipe, calibration=ids, out=sys.argv[3], evaluate=(), device="cpu", offload="cpu", force=True
+)
+print(report.peak_memory["rss"] - before)
+"""
+TEXT = {"samples": 16, "seqlen": 256}
+
+
+def said(script, *words):
+    done = subprocess.run([sys.executable, "-c", script, *map(str, words)], capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two wide blocks: their matrices are far larger than what libraries take on the way."""
+    place = tmp_path_factory.mktemp("wide")
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=1024,
+        intermediate_size=2816,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        max_position_embeddings=256,
+    )
+    LlamaForCausalLM(config).save_pretrained(place)
+    return place
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [{"algorithm": "wanda"}, {"algorithm": "3basil", "rank": 16, "options": {"effort": 0.1, "max_steps": 5}}],
+    ids=lambda recipe: recipe["algorithm"],
+)
+def test_the_peak_that_is_foreseen_is_the_peak_that_is_seen(recipe, folder, tmp_path):
+    words = (folder, json.dumps({**recipe, **TEXT}))
+    foreseen = said(PLANNED, *words)
+    seen = said(MEASURED, *words, tmp_path / "out")
+    assert seen == pytest.approx(max(foreseen.values()), rel=0.35)

@@ -1,0 +1,60 @@
+"""The public API, word for word: whoever changes it changes this file, and says so in CHANGELOG.md."""
+
+import inspect
+
+import pytest
+
+import sparlow
+
+RUN = "evaluate=('builtin',), evaluate_seqlen=None, limit=None, device='auto', offload='auto', "
+PUBLIC = {
+    "compress": f"model, recipe=None, *, calibration=None, tokenizer=None, out=None, {RUN}"
+    "overwrite=False, force=False, trust_remote_code=False, notify=…",
+    "decompose": "W, H, *, pattern, rank, algorithm='3basil', damping=0.005, relative_damping=0.005, **options",
+    "decomposer": "name, *, aliases={}",
+    "evaluate": "model, tokenizer, *, perplexity_on=('builtin',), seqlen=2048, limit=None, tasks=(), task_path=None, "
+    "fewshot=None, batch_size=8, notify=…",
+    "finetune": "folder, out, *, dataset='c4', steps=500, lr=0.0001, rank=None, block_size=1024, batch=4, "
+    "accumulate=4, bf16=False, gradient_checkpointing=False, report_to='none', peft=None, evaluate=('builtin',), "
+    "limit=None, device='auto', seed=0, overwrite=False, trust_remote_code=False, notify=…",
+    "load": "folder, **options",
+    "plan": f"model, recipe=None, *, calibration=None, out=None, {RUN}trust_remote_code=False, timed=True",
+    "pruner": "name, *, aliases={}",
+}
+CLASSES = {
+    "Decomposition",
+    "InputError",
+    "NM",
+    "Plan",
+    "Progress",
+    "Recipe",
+    "Report",
+    "RunError",
+    "SparseLowRankLinear",
+    "Unstructured",
+}
+
+
+def spoken(function):
+    """Names, kinds and defaults of the parameters; annotations are free to say more."""
+    words = []
+    starred = False
+    for p in inspect.signature(function).parameters.values():
+        if p.kind is p.KEYWORD_ONLY and not starred:
+            words.append("*")
+            starred = True
+        default = "…" if callable(p.default) else repr(dict(p.default)) if p.name == "aliases" else repr(p.default)
+        name = f"**{p.name}" if p.kind is p.VAR_KEYWORD else p.name
+        words.append(name if p.default is p.empty else f"{name}={default}")
+    return ", ".join(words)
+
+
+def test_what_the_package_offers():
+    assert set(sparlow.__all__) == {*PUBLIC, *CLASSES}
+    assert sorted(sparlow.__all__) == sorted(set(sparlow.__all__))
+    assert all(inspect.isclass(getattr(sparlow, name)) for name in CLASSES)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_the_parameters_and_defaults_of_each_function(name):
+    assert spoken(getattr(sparlow, name)) == PUBLIC[name]
