@@ -25,7 +25,8 @@ from sparlow.errors import InputError
 from sparlow.evaluation.perplexity import perplexity, require_tokenizer
 from sparlow.files import replacing
 from sparlow.finetuning.finetune import Parent
-from sparlow.finetuning.trainer import STAGE, Plan, train
+from sparlow.finetuning.options import FinetuneOptions
+from sparlow.finetuning.trainer import STAGE, train
 from sparlow.machine import pick_device, versions
 from sparlow.model.artefact.peft_adapter import take_apart, with_lora
 from sparlow.model.loading.source import open_model, upcast_for_cpu
@@ -57,7 +58,7 @@ class Task:
     device: str
 
 
-def run(start: Start, task: Task, plan: Plan) -> dict[str, Any]:
+def run(start: Start, task: Task, plan: FinetuneOptions) -> dict[str, Any]:
     """Train once; perplexity is measured at step 0 and ``points`` times after."""
     model = upcast_for_cpu(open_model(str(start.folder), device=task.device).model)
     parts = take_apart(model)
@@ -125,7 +126,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--points", type=int, default=10, help="measurements after the start")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args(arguments)
-    plan = Plan(args.dataset, args.steps, 1.0, args.block_size, args.batch, args.accumulate, seed=args.seed)
+    named = {name: getattr(args, name) for name in ("dataset", "steps", "block_size", "batch", "accumulate", "seed")}
+    plan = FinetuneOptions(**named, lr=1.0)
     try:
         task, starts = _prepare(args, plan)
     except InputError as error:
@@ -142,7 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             draw(runs, args.out / "finetuning.svg")
 
 
-def _prepare(args: argparse.Namespace, plan: Plan) -> tuple[Task, list[Start]]:
+def _prepare(args: argparse.Namespace, plan: FinetuneOptions) -> tuple[Task, list[Start]]:
     parent = Parent.read(args.folder)
     if not any(parent.ranks.values()):
         raise InputError(f"{args.folder} has no low-rank part to start from.")

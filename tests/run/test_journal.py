@@ -110,8 +110,8 @@ def test_the_machine_of_the_first_part_stays_on_record(tmp_path):
     forged(tmp_path, cpu="Another", threads=99)
     again = journal(tmp_path)
     again.begin({}, {})
-    assert [record["cpu"] for record in again.state["machines"]] == ["Another", machine()["cpu"]]
-    assert again.state["machines"] == json.loads((tmp_path / NAME).read_text())["machines"]
+    assert [record["cpu"] for record in again.record.machines] == ["Another", machine()["cpu"]]
+    assert again.record.machines == json.loads((tmp_path / NAME).read_text())["machines"]
 
 
 def test_a_run_that_went_on_elsewhere_says_so_even_when_it_is_back(tmp_path):
@@ -125,13 +125,13 @@ def test_a_run_that_went_on_elsewhere_says_so_even_when_it_is_back(tmp_path):
         again.begin({}, {})
         (warning,) = again.warnings
         assert f"threads (99, then {here['threads']})" in warning
-        assert len(again.state["machines"]) == 2
+        assert len(again.record.machines) == 2
 
 
 def test_a_finished_run_keeps_the_machines_it_was_made_on(tmp_path):
     finished(tmp_path)
     forged(tmp_path, threads=99)
-    assert len(journal(tmp_path).state["machines"]) == 1
+    assert len(journal(tmp_path).record.machines) == 1
     assert journal(tmp_path).warnings == []
 
 

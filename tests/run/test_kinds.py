@@ -55,7 +55,7 @@ def test_a_model_of_transposed_weights_is_compressed_written_and_opened(match, t
 def test_what_is_kept_of_a_transposed_weight_is_what_the_definition_says():
     """Magnitude pruning at 2:4 along the inputs, by hand."""
     dense, model = tiny("gpt2"), tiny("gpt2")
-    sparlow.compress(model, Recipe(algorithm="magnitude"), calibration=WINDOWS, evaluate=())
+    sparlow.compress(model, Recipe(algorithm="magnitude", pattern="2:4"), calibration=WINDOWS, evaluate=())
     for name, layer in compressed_layers(model).items():
         W = dense.get_submodule(name).weight.detach().T  # (out, in)
         groups = W.reshape(len(W), -1, 4)
