@@ -22,7 +22,6 @@ from sparlow.finetuning.options import FinetuneOptions
 from sparlow.recipe import training_plan
 from sparlow.recipe.recipe import MATCH_PRESETS, Recipe
 from sparlow.recipe.run_options import RunOptions
-from sparlow.run.compare import compare
 from sparlow.schema import (
     ABOVE_0,
     FRACTION,
@@ -129,7 +128,6 @@ def test_every_default_passes_its_own_check(record):
     [
         (sparlow.compress, RunOptions, {}),
         (sparlow.plan, RunOptions, {}),
-        (compare, RunOptions, {}),
         (sparlow.compress, WriteOptions, {}),
         (sparlow.finetune, FinetuneOptions, {}),
         (sparlow.evaluate, EvaluateOptions, {"perplexity": "perplexity_on", "baseline": None}),
