@@ -62,7 +62,7 @@ def match(
 
 
 def loss_on(through: BlockPass, targets: Sequence[Tensor], chosen: Sequence[int], *, relative: bool) -> float:
-    """Return what ``match`` would minimise, over the chosen micro-batches; the other arguments are those of ``match``."""
+    """Return what ``match`` would minimise, over the chosen micro-batches; see there for the other arguments."""
     return MicroBatches(through.hidden, targets, ALONE).judged(_loss(through, relative=relative), chosen)
 
 
