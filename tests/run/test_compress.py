@@ -218,6 +218,27 @@ def test_perplexities_are_those_of_the_two_models(whole, folder, text):
     assert report.dense["perplexity"][name] != report.compressed["perplexity"][name]
 
 
+def test_a_perplexity_has_its_standard_error_unless_an_older_version_measured_it(folder, text, tmp_path):
+    def run():
+        return compress(folder, PRUNE, evaluate=(str(text),), out=tmp_path / "out")
+
+    first, name = run(), str(text)
+    for part in (first.dense, first.compressed):
+        assert 0 < part["perplexity_stderr"][name] < part["perplexity"][name]
+    record = json.loads((tmp_path / "out" / NAME).read_text()) | {"finished": False}  # killed before the last write
+    del record["dense_stderr"]
+    (tmp_path / "out" / NAME).write_text(json.dumps(record))
+    later = run()
+    assert later.dense == {"perplexity": first.dense["perplexity"], "perplexity_stderr": {name: None}}
+    assert later.compressed == first.compressed
+
+
+def test_a_corpus_given_as_a_text_is_not_read_letter_by_letter(folder):
+    for call in (compress, sparlow.plan):
+        with pytest.raises(InputError, match="Give a list"):
+            call(folder, PRUNE, evaluate="builtin")
+
+
 def test_perplexity_can_be_limited_to_the_first_windows(folder, text):
     report = compress(folder, PRUNE, evaluate=(str(text),), limit=3)
     model = AutoModelForCausalLM.from_pretrained(folder)
