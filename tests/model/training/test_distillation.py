@@ -155,7 +155,7 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bits(when, whole, tmp_path, mo
             patch.setattr(Journal, "note_distilled", stop)
         elif when == "recorded":
             settle = Journal.settle
-            patch.setattr(Journal, "settle", lambda self: stop() if self.distillation else settle(self))
+            patch.setattr(Journal, "settle", lambda self: stop() if self.record.distillation else settle(self))
         else:
             patch.setattr("sparlow.run.job.Job.finish_files", stop)
         with pytest.raises(KeyboardInterrupt):
