@@ -1,6 +1,7 @@
 """The memory that a plan foresees is what a run takes, seen from outside in a process of its own."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -31,8 +32,14 @@ print(report.peak_memory["rss"] - before)
 TEXT = {"samples": 16, "seqlen": 256}
 
 
+# With its own rule glibc keeps freed matrices of up to 32 MiB for later, here a half on top of what the code holds; the
+# plan counts what is held. Larger models, whose matrices are above that, do not depend on it.
+GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
+
+
 def said(script, *words):
-    done = subprocess.run([sys.executable, "-c", script, *map(str, words)], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", script, *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | GIVE_BACK)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -55,8 +62,12 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "recipe",
-    [{"algorithm": "wanda"}, {"algorithm": "3basil", "rank": 16, "options": {"effort": 0.1, "max_steps": 5}}],
-    ids=lambda recipe: recipe["algorithm"],
+    [
+        {"algorithm": "wanda"},
+        {"algorithm": "3basil", "rank": 16, "options": {"effort": 0.1, "max_steps": 5}},
+        {"algorithm": "wanda", "match": True, "match_preset": "blocks", "match_epochs": 1},
+    ],
+    ids=["pruning", "solving", "matching"],
 )
 def test_the_peak_that_is_foreseen_is_the_peak_that_is_seen(recipe, folder, tmp_path):
     words = (folder, json.dumps({**recipe, **TEXT}))
