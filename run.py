@@ -47,7 +47,7 @@ class Argument:
 def flag(text: str) -> bool:
     """Read True or False, as the paper's commands write them."""
     if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"write True or False, not {text}")
+        raise argparse.ArgumentTypeError(f"Write True or False, not {text}.")
     return text.lower() == "true"
 
 
@@ -112,7 +112,7 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
     """The recipe that the arguments stand for."""
     algorithm, _ = find(args.compression_alg)
     if (args.prunen == 0) != (args.prunem == 0):
-        raise InputError("--prunen and --prunem are both 0 (unstructured) or both not.")
+        raise InputError("Only one of --prunen and --prunem is 0. Give both, or neither for an unstructured pattern.")
     fields: dict[str, Any] = {
         "algorithm": args.compression_alg,
         "options": {"rounds": args.n_iters_oats_hassle_free} if "rounds" in algorithm.options else {},
@@ -162,7 +162,7 @@ def _run(args: argparse.Namespace) -> None:
     # loaded now, so that a wrong name or missing data is known before a long run
     tasks = load_tasks(split(args.eval_tasks) if args.do_eval else (), path=args.task_path)
     if args.do_train and args.compression_alg == DENSE:
-        raise InputError("--do_train goes on from a compressed model: choose another --compression_alg than dense.")
+        raise InputError("--do_train starts from a compressed model. Choose another --compression_alg than dense.")
     result: str | Path = args.model_name_or_path
     if args.compression_alg != DENSE:
         recipe = recipe_of(args)
@@ -197,7 +197,7 @@ def _fine_tuned(args: argparse.Namespace, result: str | Path) -> Path:
 def _evaluate(args: argparse.Namespace, result: str | Path, out: Path, tasks: LoadedTasks) -> None:
     opened = open_model(str(result))
     if opened.tokenizer is None:
-        raise InputError(f"{result} has no tokenizer.")
+        raise InputError(f"{result} has no tokenizer. Add the tokenizer's files.")
     found = sparlow.evaluate(
         upcast_for_cpu(opened.model),
         opened.tokenizer,

@@ -103,8 +103,8 @@ class Processes:
             yield
         except RuntimeError as error:
             raise RunError(
-                f"Process {self.rank} of {self.size} waited for another one, which ended or cannot be reached: look at "
-                f"its message, and repeat the command; it goes on from the last finished block ({error})."
+                f"Process {self.rank} of {self.size} waited for another one, which ended or cannot be reached "
+                f"({error}). Look at its message, and repeat the command: it resumes from the last finished block."
             ) from error
 
 
@@ -122,7 +122,7 @@ def joined() -> Iterator[Processes]:
         yield Processes()
         return
     if not dist.is_available():
-        raise InputError("This torch has no torch.distributed: start one process, without torchrun.")
+        raise InputError("This torch has no torch.distributed. Start one process, without torchrun.")
     if not given:
         own = int(os.environ.get("LOCAL_RANK", "0"))
         if own < torch.cuda.device_count():
@@ -138,7 +138,7 @@ def joined() -> Iterator[Processes]:
 def require_one(command: str) -> None:
     """Raise InputError if torchrun started several processes for a command that is made for one."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError(f"{command} works in one process: start it without torchrun.")
+        raise InputError(f"{command} works in one process. Start it without torchrun.")
 
 
 def is_first() -> bool:

@@ -20,7 +20,12 @@ def as_input_error(what: str) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:  # foreign files make transformers, tokenizers and gguf raise anything, even Exception
-        raise InputError(f"{what}: {first_line(error)}") from error
+        raise InputError(f"{what}: {first_line(error).rstrip('.')}.") from error
+
+
+def reason(error: Exception) -> str:
+    """Return why a file cannot be used, without its path, which the sentence names already; no full stop."""
+    return (getattr(error, "strerror", None) or first_line(error)).rstrip(".")
 
 
 def first_line(error: Exception) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from sparlow.errors import InputError, RunError
+from sparlow.errors import InputError, RunError, reason
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"  # what save_pretrained writes when one file is enough
@@ -35,7 +35,7 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.replace(path)
         _sync(path.parent)
     except (OSError, SafetensorError) as problem:
-        raise RunError(f"cannot write {path}: {problem}") from problem
+        raise RunError(f"Cannot write {path}: {reason(problem)}.") from problem
     finally:
         partial.unlink(missing_ok=True)
 
@@ -95,11 +95,11 @@ def read_json(path: Path) -> dict[str, Any]:
     except InputError:
         raise
     except FileNotFoundError as problem:
-        raise InputError(f"{path} is missing: {path.parent} is no finished model of sparlow") from problem
+        raise InputError(f"{path} is missing, so {path.parent} is no finished model of sparlow.") from problem
     except (OSError, ValueError, RecursionError) as problem:
-        raise InputError(f"{path} cannot be read: {problem}") from problem
+        raise InputError(f"{path} cannot be read ({reason(problem)}). Restore it.") from problem
     if not isinstance(content, dict):
-        raise InputError(f"{path} must hold one JSON object")
+        raise InputError(f"{path} must hold one JSON object. Restore it.")
     return content
 
 
@@ -121,7 +121,7 @@ def shard_filename(file: Any) -> str:  # noqa: ANN401 - what a JSON file holds
     name = str(file)
     if PurePosixPath(name).name == name == PureWindowsPath(name).name and name.endswith(".safetensors"):
         return name
-    raise InputError(f"{file!r} is not the name of a safetensors file in the model's directory")
+    raise InputError(f"{file!r} is not the name of a safetensors file in the model's directory.")
 
 
 def resolve_inside(folder: Path, name: str) -> Path:
@@ -133,7 +133,7 @@ def resolve_inside(folder: Path, name: str) -> Path:
     path, home = folder / name, folder.resolve()
     store = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
     if path.is_symlink() and path.resolve().parent not in (home, store):
-        raise InputError(f"{path} is a link that leads out of the model's directory")
+        raise InputError(f"{path} is a link that leads out of the model's directory.")
     return path
 
 

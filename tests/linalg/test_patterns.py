@@ -221,7 +221,7 @@ def test_parse_pattern_reads_what_str_prints(pattern):
     ],
 )
 def test_parse_pattern_refuses_anything_else(text):
-    with pytest.raises(InputError, match=r"give"):
+    with pytest.raises(InputError, match=r"Give"):
         parse_pattern(text)
 
 

@@ -33,7 +33,7 @@ SOURCES = sorted(Path(sparlow.__file__).parent.rglob("*.py"))
 
 
 def held_whole(warnings):
-    return [warning for warning in warnings if "the whole model was held in memory" in warning]
+    return [warning for warning in warnings if "The whole model was held in memory" in warning]
 
 
 def logits(model):
@@ -175,8 +175,8 @@ def test_a_name_that_is_missing(name, without):
     assert found["decomposes"]  # what needs no model works
     if name in STREAMING:
         (warning,) = held_whole(found["warnings"])
-        assert warning.startswith(f"the whole model was held in memory, because transformers {private.VERSION} ")
-        assert re.search(rf"cannot import name '{name}' from '[\w.]+'$", warning)
+        assert warning.startswith(f"The whole model was held in memory, because transformers {private.VERSION} ")
+        assert re.search(rf"cannot import name '{name}' from '[\w.]+'\.$", warning)
         assert found["layers"] == 21
     else:
         assert f"cannot import name '{name}'" in found["problem"]
@@ -197,7 +197,7 @@ def test_a_name_that_takes_something_else(name, tmp_path, monkeypatch):
     monkeypatch.setattr(private, name, lambda *, other: other)
     opened = open_model(str(tmp_path), streamed=True)
     (warning,) = opened.warnings
-    assert warning.startswith(f"the whole model was held in memory, because transformers {private.VERSION} read them")
+    assert warning.startswith(f"The whole model was held in memory, because transformers {private.VERSION} read them")
     assert opened.on_disk is None
     assert torch.equal(logits(opened.model), logits(tiny("llama")))
 

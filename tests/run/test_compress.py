@@ -737,7 +737,7 @@ def test_a_damaged_shard_is_written_again_and_no_other(spoil, number, folder, un
     assert {layer.block for layer in solved if layer} == {number - 1, 2}
     assert checksums(tmp_path) == checksums(undisturbed[0])
     (warning,) = set(report.warnings) - set(undisturbed[1].warnings)
-    assert f"the shard of block {number - 1} was damaged" in warning
+    assert f"The shard of block {number - 1} was damaged" in warning
 
 
 @pytest.mark.parametrize(

@@ -118,7 +118,7 @@ def test_numbers_that_are_not_finite_are_found(folder):
 def test_another_density_in_the_record_is_found(density, folder):
     edit_record(folder, density=density)
     (problem,) = verify_artefact(folder)
-    assert problem == f"{LAYER} has density 0.500000, recorded is {density:.6f}"
+    assert problem == f"{LAYER} has density 0.500000, but {density:.6f} is recorded."
 
 
 def test_another_pattern_in_the_record_is_found(folder):

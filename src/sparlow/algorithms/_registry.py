@@ -107,7 +107,7 @@ def _registrar(
         taken = {n for a in _ALGORITHMS.values() for n in (a.name, *a.aliases)}
         for new in (name, *aliases):
             if new in taken:
-                raise ValueError(f"two algorithms are called {new!r}")
+                raise ValueError(f"Two algorithms are called {new!r}.")
         _ALGORITHMS[name] = Algorithm(name, kind, function, aliases)
         return function
 

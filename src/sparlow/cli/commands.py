@@ -175,7 +175,7 @@ def inspect(
 
     problems = show(directory, verify=verify, json=as_json)
     if problems:
-        raise RunError("; ".join(problems))
+        raise RunError(" ".join(problems))
 
 
 @command

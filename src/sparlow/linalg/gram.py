@@ -114,11 +114,11 @@ class Gram:
         if H.ndim != 2 or H.shape[0] != H.shape[1]:  # noqa: PLR2004 - a matrix has two dimensions
             raise InputError(f"H must be a square matrix (in, in), not of shape {tuple(H.shape)}.")
         if not (absolute >= 0 and relative >= 0):
-            raise InputError("Damping must not be negative.")
+            raise InputError("Damping must not be negative. Give 0 or more.")
         H = _in_range(H)
         diagonal = H.diagonal()
         if not all_finite(H) or (diagonal < 0).any():
-            raise InputError("H holds NaN, infinity or a negative diagonal: check the calibration activations.")
+            raise InputError("H holds NaN, infinity or a negative diagonal. Check the calibration activations.")
         dead = diagonal == 0
         added = absolute * diagonal.mean() + relative * diagonal
         H = H.clone()

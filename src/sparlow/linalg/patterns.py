@@ -32,7 +32,7 @@ class Unstructured:
 
     def __post_init__(self) -> None:
         if not 0 <= self.sparsity < 1:
-            raise InputError(f"A sparsity of {self.sparsity:g} is not possible: give a fraction from 0 up to below 1.")
+            raise InputError(f"A sparsity of {self.sparsity:g} is not possible. Give a fraction from 0 up to below 1.")
 
     def __str__(self) -> str:
         return str(self.sparsity)
@@ -78,7 +78,7 @@ class Unstructured:
     def violation(self, name: str, S: Tensor) -> str | None:
         """Say in one sentence how ``S`` (out, in) breaks the pattern, or return None."""
         kept, allowed = int((S != 0).sum()), self.kept((S.shape[0], S.shape[1]))
-        return f"{name} keeps {kept} values where {self} allows {allowed}" if kept > allowed else None
+        return f"{name} keeps {kept} values where {self} allows {allowed}." if kept > allowed else None
 
     def projector(self) -> Projector:
         """Return the projection of a solver's iterates X (out, in): cheaper than ``mask`` and a product.
@@ -100,7 +100,7 @@ class NM:
 
     def __post_init__(self) -> None:
         if not 0 < self.n <= self.m:
-            raise InputError(f"Pattern {self.n}:{self.m} keeps {self.n} of {self.m}: give N:M with 0 < N <= M.")
+            raise InputError(f"Pattern {self.n}:{self.m} keeps {self.n} of {self.m}. Give N:M with 0 < N <= M.")
 
     def __str__(self) -> str:
         return f"{self.n}:{self.m}"
@@ -119,8 +119,8 @@ class NM:
         """Raise InputError unless the input dimension of ``shape`` (out, in) is a multiple of m."""
         if shape[1] % self.m:
             raise InputError(
-                f"Pattern {self} needs a multiple of {self.m} input features, and this layer has {shape[1]}: "
-                "choose another pattern."
+                f"Pattern {self} needs a multiple of {self.m} input features, and this layer has {shape[1]}. "
+                "Choose another pattern."
             )
 
     def kept(self, shape: tuple[int, int]) -> int:
@@ -149,7 +149,7 @@ class NM:
     def violation(self, name: str, S: Tensor) -> str | None:
         """Say in one sentence how ``S`` (out, in) breaks the pattern, or return None."""
         groups = int(((S != 0).reshape(-1, self.m).sum(1) > self.n).sum())
-        return f"{name} keeps more than {self.n} of {self.m} in {groups} groups" if groups else None
+        return f"{name} keeps more than {self.n} of {self.m} in {groups} groups." if groups else None
 
     def projector(self) -> Projector:
         """Return the projection of a solver's iterates, their columns dealt (``linalg/coordinates.py``).
@@ -173,7 +173,7 @@ def parse_pattern(text: str) -> Pattern:
         raise
     except ValueError:
         raise InputError(
-            f"Pattern {shown(text)} is not understood: give N:M such as 2:4, or the fraction removed, such as 0.5."
+            f"Pattern {shown(text)} is not understood. Give N:M such as 2:4, or the fraction removed, such as 0.5."
         ) from None
 
 

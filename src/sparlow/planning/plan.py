@@ -222,11 +222,11 @@ def _notes(work: Workload) -> list[str]:
     notes = []
     if recipe.allocate != "uniform":
         moved = "densities" if recipe.allocate == "owl" else "ranks and densities"
-        notes.append(f"--allocate {recipe.allocate} moves {moved} between layers; values in all stay about these")
+        notes.append(f"--allocate {recipe.allocate} moves {moved} between layers, and the total stays about the same.")
     if not work.streamed and not work.there:
-        notes.append("a weight of a block is shared with another, so the whole model is held in memory")
+        notes.append("A weight of a block is shared with another, so the whole model is held in memory.")
     if work.recipe.match:
-        notes.append("training may stop early, so it may take less time")
+        notes.append("Training may stop early, so it may take less time.")
     if recipe.calibration != "windows":
-        notes.append("time to fetch the model and the text is not counted")
+        notes.append("The time to fetch the model and the text is not counted.")
     return notes

@@ -164,18 +164,18 @@ class Recipe:
             why = f"{self.algorithm} has no low-rank part" if prunes else "it is a share of what --compression leaves"
             raise InputError(f"--rank-share cannot be used here: {why}.")
         if self.compression is not None and self.rank is not None:
-            raise InputError("Give --pattern and --rank, or --compression; a rank follows from the compression.")
+            raise InputError("Give --pattern and --rank, or --compression. A rank follows from the compression.")
         if self.compression is not None and (self.pattern is None) == (self.rank_share is None) and not prunes:
-            raise InputError("Beside --compression give either --rank-share or --pattern: the rest follows.")
+            raise InputError("Beside --compression give either --rank-share or --pattern. The rest follows.")
         if self.compression is not None and self.pattern is not None and prunes:
-            raise InputError(f"{self.algorithm} only prunes: give --pattern or --compression, not both.")
+            raise InputError(f"{self.algorithm} only prunes. Give --pattern or --compression, not both.")
         uniform = self._uniform((1, 1))
         if isinstance(uniform.pattern, NM) and self.allocate == "owl":
-            raise InputError("OWL gives every block a density of its own: give an unstructured --pattern such as 0.5.")
+            raise InputError("OWL gives every block a density of its own. Give an unstructured --pattern such as 0.5.")
         if isinstance(uniform.pattern, NM) and self.allocate == "error" and not (uniform.rank or self.compression):
             raise InputError(
-                f"With {uniform.pattern} an allocation by error moves ranks, and there is no low-rank part here: "
-                "give a --rank, or an unstructured --pattern such as 0.5."
+                f"With {uniform.pattern} an allocation by error moves ranks, and there is no low-rank part here. "
+                "Give a --rank, or an unstructured --pattern such as 0.5."
             )
 
     def budget(self, name: str, shape: Shape) -> Budget | None:

@@ -133,7 +133,7 @@ def windows_to_calibrate(calibration: str | Path | Tensor | None, opened: Opened
         vocabulary = opened.model.config.get_text_config().vocab_size
         if calibration.min() < 0 or calibration.max() >= vocabulary:
             raise InputError(
-                f"Calibration windows hold token ids outside of the vocabulary of {vocabulary}. "
+                f"Calibration windows hold token ids outside the vocabulary of {vocabulary}. "
                 "Use the model's own tokenizer."
             )
         return calibration.cpu()

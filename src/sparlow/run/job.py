@@ -81,7 +81,7 @@ class Job:
         self.budgets = budgets(self.decoder, recipe)
         for name in (name for name, _ in self.model.named_parameters() if name in opened.damaged):
             layer, _, part = name.rpartition(".")
-            raise InputError(f"{layer}: the {part} holds NaN or infinity; the model is damaged.")
+            raise InputError(f"{layer}: the {part} holds NaN or infinity, so the model is damaged. Fetch it anew.")
         self.report = Report(recipe=recipe.to_dict(), model=opened.name, warnings=list(opened.warnings))
         self.report.bytes = {"dense": self.storage.bytes_of(self.model), "linears_dense": 0, "linears_compressed": 0}
         self.recovery = Recovery(recipe, storage, self.decoder.name, windows, processes)
@@ -300,7 +300,9 @@ class Job:
     def write_block(self, i: int, block: nn.Module, layers: list[LayerRecord], matching: list[dict[str, Any]]) -> None:
         """Write a finished block, if there is a directory."""
         if self.journal and i < self.journal.blocks_done:
-            self.report.warnings.append(f"the shard of block {i} was damaged after it was written; it was done again")
+            self.report.warnings.append(
+                f"The shard of block {i} was damaged after it was written. The block was compressed again."
+            )
         if self.journal and self.writer:
             with self.clock("save"):
                 shard = self.writer.write_block(i, block)

@@ -70,8 +70,8 @@ class Journal:
         """What a careful reader should know of a run that was not all computed on machines of one kind."""
         first, *others = self.record.machines or [{}]
         changed = (", ".join(differences(first, other)) for other in others)
-        said = "this run went on elsewhere than it began, so its bits may differ from those of one that never stopped"
-        return [f"{said}: {what}" for what in changed]
+        so = "so its bits may differ from those of a run that never stopped"
+        return [f"This run was resumed on a machine that differs ({what}), {so}." for what in changed]
 
     def share(self, processes: Processes) -> None:
         """Let what the first process found on disk hold for all."""

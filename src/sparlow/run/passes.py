@@ -82,12 +82,12 @@ class BlockwiseRunner:
             if math.isnan(value):
                 name_what_is_not_finite(self._decoder, self.dense_blocks, self.recorded(windows[:1], 1))
                 raise InputError(
-                    "The dense model's perplexity is not a number: its head or embedding is damaged. "
+                    "The dense model's perplexity is not a number, so its head or embedding is damaged. "
                     "Fetch the model anew."
                 )
             if value > self._model.config.get_text_config().vocab_size:
                 warnings.append(
-                    f"the dense model is no better than chance on {name}: perplexity {value:.0f}; "
-                    "check that tokenizer and weights belong together"
+                    f"The dense model is no better than chance on {name} (perplexity {value:.0f}). "
+                    "Check that tokenizer and weights belong together."
                 )
         return found

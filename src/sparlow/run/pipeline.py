@@ -161,10 +161,10 @@ def _record(block: int, weight: CompressibleWeight, budget: Budget, found: Decom
 
 def _warnings(stats: SolveStats, tokens: int) -> Iterator[str]:
     if not tokens:
-        yield "no calibration token reached this layer, so it was compressed without data"
+        yield "No calibration token reached this layer, so it was compressed without data."
     if stats.damping:
-        yield f"a factorisation needed {stats.damping:.1g} of extra damping"
+        yield f"A factorisation needed {stats.damping:.1g} of extra damping."
     if stats.dead_columns:
-        yield f"{stats.dead_columns} input features were always zero; their weights were dropped"
+        yield f"{stats.dead_columns} input features were always zero, so their weights were dropped."
     if not stats.converged:
-        yield f"the solver had not settled after {stats.iterations} iterations"
+        yield f"The solver had not settled after {stats.iterations} iterations."

@@ -65,13 +65,13 @@ class Recovery:
         if self.training is None or asked is None or self.training.plan.batch == asked.plan.batch:
             return []
         batch = self.training.plan.batch
-        return [f"{batch} processes train on {batch} windows a step, not on {asked.plan.batch}"]
+        return [f"{batch} processes train on {batch} windows in each step, not on {asked.plan.batch}."]
 
     def match_block(self, through: BlockPass, targets: ActivationStore) -> dict[str, Any]:
         """Train a compressed block towards its targets, rounded as it will be stored; return the row for the report."""
         training = self.training
         if training is None or isinstance(training.objective, Logits):
-            raise ValueError("the recipe does not train blocks by themselves")
+            raise ValueError("The recipe does not train blocks by themselves.")
         data, seed = self._data(through.hidden, targets), self._recipe.seed + through.number
         found = match(through, data, training.objective, training.plan, seed=seed)
         self._round(through.number, through.block)
@@ -88,7 +88,7 @@ class Recovery:
     ) -> dict[str, Any]:
         """Train all blocks together towards ``truth``, rounded as they will be stored; return what the report says."""
         if self.training is None:
-            raise ValueError("the recipe trains nothing")
+            raise ValueError("The recipe trains nothing.")
         plan, data = self.training.plan, self._data(recording.hidden, truth)
         advance = counting(notify, "distillation", plan.epochs)
         found = distill(

@@ -150,7 +150,7 @@ class HubSplit:
             if split in parts:
                 return parts[split]
         raise InputError(
-            f"The data set {self.path!r} has no split {' or '.join(self.splits)}; it has: {_names(parts)}."
+            f"The data set {self.path!r} has no split {' or '.join(self.splits)}. It has: {_names(parts)}."
         )
 
 

@@ -326,13 +326,13 @@ class TestDecoderBlocks:
     def test_refuses_a_model_without_such_a_list(self):
         model = tiny("llama")
         model.config.num_hidden_layers = 7
-        with pytest.raises(InputError, match="expected one list of 7 decoder blocks, found 0"):
+        with pytest.raises(InputError, match="must have one list of 7 decoder blocks, but has 0"):
             Decoder.of(model)
 
     def test_refuses_two_such_lists(self):
         model = tiny("llama")
         model.model.others = nn.ModuleList(nn.Identity() for _ in range(3))
-        with pytest.raises(InputError, match=r"list of 3 decoder blocks, found 2: model\.layers, model\.others"):
+        with pytest.raises(InputError, match=r"list of 3 decoder blocks, but has 2: model\.layers, model\.others"):
             Decoder.of(model)
 
     def test_ignores_lists_within_blocks_and_outside_the_decoder(self):

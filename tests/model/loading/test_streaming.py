@@ -136,7 +136,7 @@ def test_a_model_that_cannot_be_streamed_is_held_whole_and_that_is_said(tmp_path
     config = json.loads((tmp_path / "dense" / "config.json").read_text())
     (tmp_path / "dense" / "config.json").write_text(json.dumps(config | {"transformers_weights": "other.safetensors"}))
     report = sparlow.compress(tmp_path / "dense", QUICK, calibration=WINDOWS, evaluate=(), out=tmp_path / "out")
-    assert [w for w in report.warnings if "the whole model was held in memory, because" in w]
+    assert [w for w in report.warnings if "The whole model was held in memory, because" in w]
 
 
 def test_damaged_tensors_are_named():

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from sparlow.errors import InputError, RunError, as_input_error
+from sparlow.errors import InputError, RunError, as_input_error, reason
 from sparlow.files import CONFIG, INDEX, RECORD, read_json, replacing, sync_folder
 from sparlow.model import _transformers as private
 from sparlow.model.artefact.checksums import require_recorded, require_sane
@@ -69,7 +69,7 @@ class CheckpointWriter:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as problem:
-            raise InputError(f"{folder} cannot be a directory: {problem}") from problem
+            raise InputError(f"Cannot create {folder}: {reason(problem)}. Choose another --out.") from problem
 
     def write_block(self, i: int, block: nn.Module) -> ShardRecord:
         """Write block i with its compressed layers; the file is either whole or not there.
@@ -120,12 +120,12 @@ class CheckpointWriter:
                 path = self._folder / "generation_config.json"
                 model.generation_config.to_json_file(path, keys_to_pop=["compile_config"])
             if tokenizer is not None:
-                with as_input_error("the tokenizer cannot be written"):  # its library raises anything
+                with as_input_error("Cannot write the tokenizer"):  # its library raises anything
                     tokenizer.save_pretrained(self._folder)
             sync_folder(self._folder)  # what was not written by us
             self._write_config(model, None if plain else SparlowConfig(layer_records(headers)))
         except (InputError, OSError) as problem:
-            raise RunError(f"cannot finish {self._folder}: {problem}") from problem
+            raise RunError(f"Cannot finish {self._folder}: {reason(problem)}.") from problem
 
     def _write_index(self, headers: Mapping[str, Header]) -> None:
         size = sum(self._path(i).stat().st_size for i in range(len(self._decoder) + 1))
@@ -160,7 +160,7 @@ def read_block(folder: str | Path, decoder: Decoder, i: int, block: nn.Module) -
     """
     paths = sorted(Path(folder).glob(f"model-{i + 1:05d}-of-*.safetensors"))
     if len(paths) != 1:
-        raise InputError(f"expected one shard of block {i} in {folder}, found {len(paths)}")
+        raise InputError(f"{folder} must hold one shard of block {i}, but holds {len(paths)}.")
     headers = read_headers(paths)
     prefix = decoder.layer_name(i, "")
     device = next((p.device for p in block.parameters() if not p.is_meta), torch.device("cpu"))
@@ -172,7 +172,7 @@ def read_block(folder: str | Path, decoder: Decoder, i: int, block: nn.Module) -
     try:
         block.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as problem:
-        raise InputError(f"{paths[0].name} does not fit block {i}: {' '.join(str(problem).split())}") from problem
+        raise InputError(f"{paths[0].name} does not fit block {i} ({' '.join(str(problem).split())}).") from problem
 
 
 class Written:
@@ -215,17 +215,17 @@ def load(folder: str | Path, **options: Any) -> PreTrainedModel:  # noqa: ANN401
     private.require_format()
     if Path(folder).is_dir():
         _check_before_opening(Path(folder))
-    with as_input_error(f"cannot open {folder}"):
+    with as_input_error(f"Cannot open {folder}"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, output_loading_info=True, **{"trust_remote_code": False, "use_safetensors": True, **options}
         )
     model: PreTrainedModel = loaded[0]
     info: dict[str, set[str]] = loaded[1]
     if getattr(model, "quantization_method", None) != METHOD:
-        raise InputError(f"{folder} is not a model that sparlow compressed")
+        raise InputError(f"{folder} is not a model that sparlow compressed.")
     problems = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"])
     if problems:
-        raise InputError(f"the tensors in {folder} are not those of the model, for example {problems[0]}")
+        raise InputError(f"The tensors in {folder} are not those of the model, for example {problems[0]}.")
     return model
 
 
@@ -237,11 +237,11 @@ def _check_before_opening(folder: Path) -> None:
     """
     read_layers(folder)
     if (folder / "adapter_config.json").exists():
-        raise InputError(f"{folder} holds an adapter beside the model, which would be opened too: move it elsewhere")
+        raise InputError(f"{folder} holds an adapter beside the model, which would be opened too. Move it elsewhere.")
     if (folder / RECORD).exists():
         recorded = read_json(folder / RECORD).get("opens_as", {})
         if not isinstance(recorded, dict):
-            raise InputError(f"{folder / RECORD} is not a record of sparlow")
+            raise InputError(f"{folder / RECORD} is not a record of sparlow. Restore it.")
         require_recorded(folder, recorded)
     require_sane(read_json(folder / CONFIG), len(read_index(folder)))
 
@@ -254,5 +254,5 @@ def read_layers(folder: Path) -> dict[str, dict[str, int]]:
     """
     found = read_json(folder / "config.json").get("quantization_config")
     if not isinstance(found, dict) or found.get("quant_method") != METHOD:
-        raise InputError(f"{folder} is not a model that sparlow compressed")
+        raise InputError(f"{folder} is not a model that sparlow compressed.")
     return SparlowConfig(**found).layers

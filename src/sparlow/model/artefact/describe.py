@@ -52,7 +52,7 @@ def describe(folder: Path) -> list[LayerInfo]:
 def _layer_info(name: str, parts: dict[str, Header], record: dict[str, int]) -> LayerInfo:
     sizes = [parts[part].shape for part in ("U", "V") if part in parts]
     if [len(size) for size in sizes] != [2, 2]:
-        raise InputError(f"{name} has no matrices U and V")
+        raise InputError(f"{name} has no matrices U and V.")
     shape = (sizes[0][0], sizes[1][1])
     check_parts(name, parts, shape, record, bias="bias" in parts)
     size = sum(prod(h.shape) * h.dtype.itemsize for h in parts.values() if h.dtype is not None)
@@ -78,7 +78,7 @@ def verify(folder: Path, check_pattern: Callable[[str, Tensor], str | None] | No
         headers = read_headers(sorted(set(index.values())))
     except InputError as problem:
         return [*problems, str(problem)]
-    problems += [f"{name} is not in {file.name}" for name, file in index.items() if name not in headers]
+    problems += [f"{name} is not in {file.name}." for name, file in index.items() if name not in headers]
     found = (_layer_problem(layer, headers[f"{layer.name}.values"].file, check_pattern) for layer in layers)
     return problems + [problem for problem in found if problem]
 
@@ -112,13 +112,13 @@ def _checksum_problems(folder: Path) -> list[str]:
         return []
     recorded = read_json(folder / "sparlow.json").get("shards", {})
     present = {file.name for file in folder.glob("*.safetensors")}
-    problems = [f"the shard {name} is not recorded in sparlow.json" for name in sorted(present - recorded.keys())]
+    problems = [f"The shard {name} is not recorded in sparlow.json." for name in sorted(present - recorded.keys())]
     for name, record in recorded.items():
         file = folder / shard_filename(name)
         if not file.exists():
-            problems.append(f"the shard {name} is missing")
+            problems.append(f"The shard {name} is missing.")
         elif record != {"bytes": file.stat().st_size, "sha256": sha256(file)}:
-            problems.append(f"the shard {name} is not the one that was written: its checksum differs")
+            problems.append(f"The shard {name} is not the one that was written: its checksum differs.")
     return problems
 
 
@@ -132,5 +132,5 @@ def _layer_problem(
     except InputError as problem:
         return f"{layer.name}: {problem}"
     if not all(all_finite(part) for part in (values, U, V)):
-        return f"{layer.name} holds numbers that are not finite"
+        return f"{layer.name} holds numbers that are not finite."
     return check_pattern(layer.name, S) if check_pattern else None

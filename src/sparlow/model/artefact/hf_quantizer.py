@@ -48,10 +48,10 @@ class SparlowConfig(private.QuantizationConfigMixin):
         self.quant_method = METHOD  # type: ignore[assignment]  # the enumeration has only transformers' own methods
         self.layers, self.format = {} if layers is None else layers, format
         if format != FORMAT:
-            raise InputError(f"written by a newer sparlow (format {format}, this one reads {FORMAT}): upgrade sparlow")
+            raise InputError(f"The model has format {format}, and this sparlow reads {FORMAT}. Upgrade sparlow.")
         known = not other.keys() - {"quant_method"} and isinstance(self.layers, dict)
         if not known or not all(map(_is_record, self.layers.values())):
-            raise InputError("quantization_config of sparlow must have layers, each with the counts kept and rank")
+            raise InputError("A quantization_config of sparlow must have layers, each with the counts kept and rank.")
 
 
 def _is_record(record: object) -> bool:
@@ -182,7 +182,7 @@ def _check_rest(model: "PreTrainedModel", headers: Mapping[str, Header]) -> None
         header = headers.get(name) or headers.get(f"{model.base_model_prefix}.{name}")
         if header and name.rpartition(".")[0] not in compressed and header.shape != tuple(tensor.shape):
             shapes = f"{tuple(tensor.shape)}, but the file holds {header.shape}"
-            raise InputError(f"{name} should have the shape {shapes}: config.json belongs to another model")
+            raise InputError(f"{name} should have the shape {shapes}. Check that config.json belongs to this model.")
 
 
 def _check_places(files: Iterable[str], folder: str) -> None:
@@ -190,5 +190,5 @@ def _check_places(files: Iterable[str], folder: str) -> None:
     root = Path(os.path.abspath(folder))  # noqa: PTH100 - resolve would follow links, which are how caches store files
     for file in files:
         if root.is_dir() and root not in Path(os.path.abspath(file)).parents:  # noqa: PTH100 - the same
-            raise InputError(f"the index names {file}, which is not in the model's directory")
+            raise InputError(f"The index names {file}, which is not in the model's directory. Fetch the model anew.")
         resolve_inside(Path(file).parent, Path(file).name)

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sparlow.errors import InputError, RunError
+from sparlow.errors import InputError, RunError, reason
 from sparlow.files import INDEX, SINGLE, read_json, replacing, resolve_inside, sha256, shard_filename
 from sparlow.model.artefact.bitmask import pack, packed_shapes
 from sparlow.model.artefact.layers import SparseLowRankLinear, compressed_layers
@@ -58,7 +58,7 @@ def _apart(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     seen: set[int] = set()
     for name, tensor in state.items():
         if tensor.is_meta:
-            raise RunError(f"{name} cannot be saved, it was never loaded")
+            raise RunError(f"{name} cannot be saved, because it was never loaded.")
         t = tensor.detach().cpu().contiguous()
         tensors[name] = t.clone() if t.untyped_storage().data_ptr() in seen else t
         seen.add(t.untyped_storage().data_ptr())
@@ -79,7 +79,7 @@ def packed_state(root: nn.Module, *, without: str | None = None) -> dict[str, Te
         S = state.pop(f"{name}.S", None)
         if S is not None:
             if S.is_meta:
-                raise InputError(f"{name} is off-loaded: open the model without off-loading to save it")
+                raise InputError(f"{name} is off-loaded. Open the model without off-loading to save it.")
             values, mask = pack(S)
             state |= {f"{name}.values": values.cpu(), f"{name}.mask": mask.cpu()}
     return state
@@ -96,7 +96,7 @@ def read_index(folder: Path) -> dict[str, Path]:
         return dict.fromkeys(read_headers([file]), file)
     files = read_json(folder / INDEX).get("weight_map")
     if not isinstance(files, dict):
-        raise InputError(f"{folder / INDEX} has no weight_map")
+        raise InputError(f"{folder / INDEX} has no weight_map. Restore it.")
     inside = {file: resolve_inside(folder, shard_filename(file)) for file in set(map(str, files.values()))}
     return {name: inside[str(file)] for name, file in files.items()}
 
@@ -114,11 +114,11 @@ def read_headers(files: Iterable[Path]) -> dict[str, Header]:
                 parts = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118 - not a dict
                 found = {k: Header(file, _DTYPES.get(p.get_dtype()), tuple(p.get_shape())) for k, p in parts.items()}
         except FileNotFoundError as problem:
-            raise InputError(f"the shard {file} is missing") from problem
+            raise InputError(f"The shard {file} is missing. Restore it.") from problem
         except (SafetensorError, OSError) as problem:
-            raise InputError(f"the shard {file} is damaged: {problem}") from problem
+            raise InputError(f"The shard {file} is damaged ({reason(problem)}). Restore it.") from problem
         for name in found.keys() & headers.keys():
-            raise InputError(f"{name} is both in {headers[name].file.name} and in {file.name}")
+            raise InputError(f"{name} is both in {headers[name].file.name} and in {file.name}.")
         headers |= found
     return headers
 
@@ -160,8 +160,8 @@ def check_parts(
     """
     expected = packed_shapes(shape, record["kept"], record["rank"]) | ({"bias": shape[:1]} if bias else {})
     if parts.keys() != expected.keys():
-        raise InputError(f"{name} should have the tensors {', '.join(expected)}, but has {', '.join(parts) or 'none'}")
+        raise InputError(f"{name} should have the tensors {', '.join(expected)}, but has {', '.join(parts) or 'none'}.")
     for part, size in expected.items():
         _, dtype, found = parts[part]
         if found != size or dtype is None or (dtype == torch.uint8) != (part == "mask"):
-            raise InputError(f"{name}.{part} should have the shape {size}, but the file holds {found} of {dtype}")
+            raise InputError(f"{name}.{part} should have the shape {size}, but the file holds {found} of {dtype}.")

@@ -113,7 +113,7 @@ def place(offload: str, size: int, device: torch.device) -> torch.device | str:
         InputError: there is no such place.
     """
     if offload not in PLACES:
-        raise InputError(f"There is no place {offload!r} for block inputs. Give --offload {', '.join(PLACES)}.")
+        raise InputError(f"Block inputs cannot be kept in {offload!r}. Give --offload {', '.join(PLACES)}.")
     if offload != "auto":
         return offload
     free = device_available(device)

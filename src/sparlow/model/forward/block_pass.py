@@ -84,7 +84,7 @@ def pass_through(through: BlockPass, *, check: bool = False) -> ActivationStore:
         y = run_block(through.block, x, call)
         if check and not all_finite(y):
             raise RunError(
-                f"{through.label}: the block's output is not finite: raise the damping, or use --dtype float32."
+                f"{through.label}: the block's output is not finite. Raise --damping, or use --dtype float32."
             )
         outputs.append(y, call.written())
     return outputs

@@ -44,7 +44,7 @@ class Decoder:
                 found[name] = module
         if len(found) != 1:
             names = f": {', '.join(found)}" if found else ""
-            raise InputError(f"expected one list of {depth} decoder blocks, found {len(found)}{names}")
+            raise InputError(f"The model must have one list of {depth} decoder blocks, but has {len(found)}{names}.")
         return cls(*next(iter(found.items())))
 
     def __len__(self) -> int:
@@ -80,7 +80,7 @@ def shared_weights(model: PreTrainedModel, decoder: Decoder) -> list[str]:
 def require_own_weights(model: PreTrainedModel, decoder: Decoder) -> None:
     """Raise InputError if a block shares a weight with another layer: it could not be written block by block."""
     for name in shared_weights(model, decoder)[:1]:
-        raise InputError(f"{name} is shared with another layer, so it cannot be compressed block by block")
+        raise InputError(f"{name} is shared with another layer, so it cannot be compressed block by block.")
 
 
 @dataclass(frozen=True)

@@ -80,8 +80,8 @@ def collect_statistics(
             y = run_block(through.block, x, call)
         if not all(all_finite(z) for z in (_distinct(inputs) if y is None else (y,))):
             raise InputError(
-                f"{through.label}: {_not_finite(weights, inputs)} is not finite (NaN or inf); "
-                "use --dtype float32 or check the model's weights"
+                f"{through.label}: {_not_finite(weights, inputs)} is not finite (NaN or inf). "
+                "Use --dtype float32, or check the model's weights."
             )
         if outputs is None:
             enough = enough or (inputs.keys() == weights.keys() and all(len(called) == 1 for called in inputs.values()))
@@ -121,7 +121,7 @@ def _inputs_noted(
         yield inputs
     for name, x, version in versions:  # statistics are taken now, after the forward
         if x._version != version:  # noqa: SLF001 - see above
-            raise InputError(f"{through.label} changes the input of {name} in place, so it cannot be observed")
+            raise InputError(f"{through.label} changes the input of {name} in place, so it cannot be observed.")
 
 
 def _distinct(inputs: Mapping[str, list[Tensor]]) -> Iterable[Tensor]:

@@ -36,10 +36,10 @@ def meta_model(name: str, *, dtype: str = "auto", trust_remote_code: bool = Fals
     """
     config, stored = _config(name, trust_remote_code=trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
-        raise UnknownAheadError(f"the weights of {name} are packed, so its config alone does not say what it holds")
+        raise UnknownAheadError(f"The weights of {name} are packed, so its config alone does not say what it holds.")
     wanted = stored if dtype == "auto" else parse_dtype(dtype)
     untyped: Any = AutoModelForCausalLM
-    with as_input_error(f"cannot open the config of {name}"), torch.device("meta"):
+    with as_input_error(f"Cannot open the config of {name}"), torch.device("meta"):
         model: PreTrainedModel = untyped.from_config(config, dtype=wanted, trust_remote_code=trust_remote_code)
     model.eval()
     return model
@@ -49,12 +49,12 @@ def _config(name: str, *, trust_remote_code: bool) -> tuple[Any, torch.dtype]:
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise InputError(f"there is no file {path}")
-        with as_input_error(f"cannot read the header of {name}"):
+            raise InputError(f"There is no file {path}. Check the path.")
+        with as_input_error(f"Cannot read the header of {name}"):
             return AutoConfig.from_pretrained(
                 str(path.parent), gguf_file=path.name
             ), torch.float16  # see source._convert
-    with as_input_error(f"cannot open the model {name}"):
+    with as_input_error(f"Cannot open the model {name}"):
         config = AutoConfig.from_pretrained(resolve_model_path(name), trust_remote_code=trust_remote_code)
     stored = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None) or torch.float32
     return config, getattr(torch, stored) if isinstance(stored, str) else stored
