@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparlow.errors import InputError
 from sparlow.finite import all_finite
-from sparlow.linalg.coordinates import Coordinates, cholesky, deal
+from sparlow.linalg.coordinates import Coordinates, cholesky, interleave
 from sparlow.linalg.tf32 import unit
 
 OTHERS = 0.03  # damping of the other inputs, in units of the diagonal, when each input is explained by them
@@ -190,7 +190,7 @@ class Gram:
         return factor
 
     def coordinates(self, *, conditional: bool = False, group: int | None = None) -> Coordinates:
-        """Return where a solver works: scaled by ``scale`` or ``conditional_scale``, columns dealt for ``group``.
+        """Return where a solver works: scaled by ``scale`` or ``conditional_scale``, columns interleaved for ``group``.
 
         What was asked for last is kept for the layers that share this Gram, and nothing else: it is large.
 
@@ -204,7 +204,7 @@ class Gram:
             self._coordinates.clear()
             if conditional or group > 1:
                 scale = self.conditional_scale if conditional else self.scale
-                G = deal(deal(self._scaled_by(scale), group).T, group)
+                G = interleave(interleave(self._scaled_by(scale), group).T, group)
             else:
                 scale, G = self.scale, self.correlation
             self._coordinates[key] = Coordinates(scale, G, group, self.remember, self._added)

@@ -152,7 +152,7 @@ class NM:
         return f"{name} keeps more than {self.n} of {self.m} in {groups} groups." if groups else None
 
     def projector(self) -> Projector:
-        """Return the projection of a solver's iterates, their columns dealt (``linalg/coordinates.py``).
+        """Return the projection of a solver's iterates, their columns interleaved (``linalg/coordinates.py``).
 
         It keeps all of several entries that tie: end with ``mask``.
         """
@@ -212,7 +212,7 @@ def _kth_largest(scores: Tensor, k: int) -> Tensor:
 class _GroupProjector:
     """Keep of X what reaches the n-th largest of its m neighbours.
 
-    The columns of X are dealt (``linalg/coordinates.py``), so each member of all groups is one stretch of a row, and
+    The columns of X are interleaved (``linalg/coordinates.py``), so each member of all groups is one stretch of a row, and
     marks are numbers: torch takes several times as long for strided comparisons, and for those that give bools.
     """
 
