@@ -10,7 +10,7 @@ import pytest
 import sparlow
 from families import save_tiny
 from sparlow.algorithms import find
-from sparlow.cli import commands as cli
+from sparlow.cli import commands
 from sparlow.model.artefact.layers import compressed_layers
 from sparlow.recipe.recipe import Recipe
 from sparlow.run.output_dir import NAME
@@ -158,7 +158,7 @@ def test_the_printed_command_stands_for_the_same_recipe(script, name, monkeypatc
     monkeypatch.setattr("sparlow.run.compress.compress", noted)
     words = script.command_of("a model", "out", RECIPES[name])
     with pytest.raises(Enough):
-        cli.main(shlex.split(shlex.join(words))[1:])
+        commands.main(shlex.split(shlex.join(words))[1:])
     assert seen == [RECIPES[name]]
 
 

@@ -87,10 +87,10 @@ class Processes:
             return [value]
         data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         sizes = [int(n) for n in self.totals([len(data) if rank == self.rank else 0 for rank in range(self.size)])]
-        room = torch.zeros(self.size, max(sizes), dtype=torch.uint8)
-        room[self.rank, : len(data)] = data
-        self.all_reduce(room)
-        return [json.loads(bytes(row[:n].tolist())) for row, n in zip(room, sizes, strict=True)]
+        rows = torch.zeros(self.size, max(sizes), dtype=torch.uint8)
+        rows[self.rank, : len(data)] = data
+        self.all_reduce(rows)
+        return [json.loads(bytes(row[:n].tolist())) for row, n in zip(rows, sizes, strict=True)]
 
     def barrier(self) -> None:
         """Go on when all have come here."""

@@ -25,8 +25,7 @@ from command_line import run, run_and_fail
 from families import save_tiny, tiny_tokenizer
 from sparlow import machine
 from sparlow.algorithms import algorithms
-from sparlow.cli import commands as cli
-from sparlow.cli import demo, display
+from sparlow.cli import commands, demo, display
 from sparlow.cli.commands import main
 from sparlow.errors import InputError
 from sparlow.model.artefact.describe import describe
@@ -647,7 +646,7 @@ def test_help_tells_every_field_of_a_recipe(capsys):
         f.name.replace("_", "-") for f in fields(Recipe) if f.name not in ("options", "layers")
     ]  # layers: in files
     assert all(f"--{name}" in shown for name in [*names, "option"])
-    assert {command.name or command.callback.__name__ for command in cli.app.registered_commands} >= {
+    assert {command.name or command.callback.__name__ for command in commands.app.registered_commands} >= {
         "compress",
         "compare",
         "evaluate",
@@ -672,7 +671,7 @@ def test_sources_that_are_not_installed_have_no_version(monkeypatch):
     assert machine.versions()["sparlow"] == sparlow.version.own_version() == "unknown"
 
 
-COMMANDS = typer.main.get_command(cli.app).commands
+COMMANDS = typer.main.get_command(commands.app).commands
 
 
 @pytest.mark.parametrize("name", COMMANDS)

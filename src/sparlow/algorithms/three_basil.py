@@ -76,7 +76,7 @@ def three_basil(
     stats = SolveStats(steps, converged=change < SETTLED[schedule], more=own)
     mask = space.interleave(pattern.mask(space.deinterleave(loop.X).abs()))
     T, S, U, V = loop.T, loop.X * mask, loop.U, loop.V
-    del loop  # the rest makes room for the matrices of the refit
+    del loop  # frees memory for the matrices of the refit
     S, U, V = _refit(T, space, mask, S, U, V, *refits(effort))
     return Decomposition(space.from_scaled(S), U, space.from_scaled(V), stats)
 
@@ -141,7 +141,7 @@ class _Loop:
         self.X.lerp_(self.D, 1 - 1 / factor)
         self._follow()
         self.rho *= factor
-        del self.M  # so that there is room for the next
+        del self.M  # frees memory for the next
         self.M = self.space.ridge(self.rho)
 
 

@@ -113,14 +113,14 @@ def measure_tasks(
     training = model.training
     results: dict[str, TaskResult] = {}
     with _quiet():
-        meter = _Meter(tasks, limit, notify)
+        progress = _TaskProgress(tasks, limit, notify)
         untyped: Any = HFLM
         # a copy: lm-eval gives a padding token to a tokenizer without one
         lm = untyped(pretrained=model, tokenizer=copy.deepcopy(tokenizer), backend="causal", batch_size=batch_size)
         for item in tasks.items:
             metrics = {}
             for task in _leaves(item):
-                with meter.watching(model, task):
+                with progress.watching(model, task):
                     metrics[task.task_name] = _run(lm, task, limit)
             results |= _results(item, metrics)
     model.train(training)
@@ -199,7 +199,7 @@ def _keys(metrics: Mapping[str, Any]) -> list[str]:
     return [key for key in metrics if "," in key and "_stderr," not in key]
 
 
-class _Meter:
+class _TaskProgress:
     """Tells how many questions are answered, counting the rows that pass through the model."""
 
     def __init__(self, tasks: LoadedTasks, limit: int | None, notify: Notify) -> None:

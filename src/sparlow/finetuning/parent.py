@@ -71,7 +71,7 @@ class Parent:
 
 
 @dataclass(frozen=True)
-class Places:
+class Paths:
     """The directory that is read, the one that is written, and the folder for the adapter, if any."""
 
     folder: Path

@@ -79,7 +79,7 @@ class Coordinates:
 
 
 def interleave(X: Tensor, group: int) -> Tensor:
-    """Interleave the columns of X (rows, in): the first of every ``group`` consecutive columns, then the second, …"""
+    """Interleave the columns of X (rows, in), of which ``group`` consecutive ones form a group; see ``Coordinates``."""
     if group in (1, X.shape[1]):
         return X
     rows, columns = X.shape

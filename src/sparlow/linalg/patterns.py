@@ -210,10 +210,11 @@ def _kth_largest(scores: Tensor, k: int) -> Tensor:
 
 
 class _GroupProjector:
-    """Keep of X what reaches the n-th largest of its m neighbours.
+    """Keep the entries of X that reach the n-th largest magnitude of their group of m.
 
-    The columns of X are interleaved (``linalg/coordinates.py``), so each member of all groups is one stretch of a row, and
-    marks are numbers: torch takes several times as long for strided comparisons, and for those that give bools.
+    The columns of X are interleaved (``linalg/coordinates.py``), so member k of all groups is contiguous in a row. The
+    mask is made of floats. Both are for speed: torch takes several times as long for strided comparisons, and for
+    those that give bools.
     """
 
     def __init__(self, n: int, m: int) -> None:

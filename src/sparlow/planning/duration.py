@@ -102,8 +102,8 @@ class _Counted:
         for i, block in enumerate(work.blocks):
             seen = block.compressed or work.by_block
             grams = sum(HALF * 2 * tokens * features**2 for features in block.inputs.values()) if seen else 0
-            surveyed = work.recipe.allocate != "uniform"
-            total += (bool(seen) + surveyed) * self._pass(block, tokens, seqlen)
+            walked_before = work.recipe.allocate != "uniform"
+            total += (bool(seen) + walked_before) * self._pass(block, tokens, seqlen)
             total += (1 + (work.recipe.allocate == "error")) * grams / self.speed.products
             total += self._pass(block, tokens, seqlen, low_rank=True) if i < last else 0.0
         return total

@@ -182,7 +182,7 @@ def _with_changes(work: Workload, shared: Workload, changed: Workload) -> Worklo
 
 
 def _disk_shortage(works: Mapping[Path, Workload]) -> str | None:
-    """Say where there is too little room on disk, with the numbers; None if there is enough."""
+    """Say which disk has too little space, with the numbers; None if there is enough."""
     temporary = Path(tempfile.gettempdir())
     needs: dict[int, list[tuple[str, Path, int]]] = {}
     for folder, work in works.items():

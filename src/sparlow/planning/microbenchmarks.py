@@ -165,7 +165,7 @@ def workspace(recipe: Recipe, like: tuple[Shape, Budget], stored: torch.dtype) -
             whole = False
         peak = max(seen.peak, H.nbytes)  # the damped Gram matrix, if nothing else was seen
         if recipe.allocate == "error":
-            peak = max(peak, _survey_peak(W, H, budget))
+            peak = max(peak, _error_curve_peak(W, H, budget))
         rows.append([shape[1] ** 2, shape[0] * shape[1]])
         peaks.append(float(peak))
     # where that would take long, as many as fit
@@ -174,7 +174,7 @@ def workspace(recipe: Recipe, like: tuple[Shape, Budget], stored: torch.dtype) -
     return Workspace(square, matrix, levels)
 
 
-def _survey_peak(W: Tensor, H: Tensor, budget: Budget) -> int:
+def _error_curve_peak(W: Tensor, H: Tensor, budget: Budget) -> int:
     with _LiveBytes(W, H) as seen:
         gram = Gram.damped(H)
         shape = (W.shape[0], W.shape[1])

@@ -236,15 +236,15 @@ class Job:
         self.processes.barrier()  # for the last shard
         with self.clock("matching"), all_loaded(self.result, len(self.decoder)):
             blocks = list(self.decoder.blocks)
-            found = self.recovery.distill(self.model, blocks, recording, truth, self.notify, self.midway())
+            found = self.recovery.distill(self.model, blocks, recording, truth, self.notify, self.training_checkpoint())
             if self.journal and self.writer:
                 writer = self.new_writer(self.journal.folder / DISTILLED)
                 shards = [writer.write_block(i, block) for i, block in enumerate(blocks)]
                 self.journal.note_distilled(shards, found)
         self.report.distillation = found
 
-    def midway(self) -> TrainingCheckpoint | None:
-        """Where the state of the last pass is kept, so that a run that is killed goes on within it."""
+    def training_checkpoint(self) -> TrainingCheckpoint | None:
+        """Where the state of distillation is kept, so that a run that was killed resumes within it."""
         if self.journal is None:
             return None
         return TrainingCheckpoint(self.journal.training, self.journal.keep_training if self.processes.first else None)

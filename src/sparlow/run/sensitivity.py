@@ -1,4 +1,4 @@
-"""The survey: walk the dense blocks once, before any is compressed, so that the data decide what each layer keeps."""
+"""One pass over the dense blocks before any is compressed, to measure what the data-driven allocations need."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,7 +22,7 @@ from sparlow.run.pipeline import with_grams
 
 @dataclass(frozen=True)
 class DenseWalk:
-    """All that a walk along the dense blocks takes.
+    """What one pass over the dense blocks needs.
 
     Attributes:
         decoder: The chain of blocks.

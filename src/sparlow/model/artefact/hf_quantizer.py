@@ -94,7 +94,7 @@ class SparlowQuantizer(private.HfQuantizer):
         installed = {name: install(model, _name_in(model, name), layers[name]["rank"]) for name in layers}
         if checkpoint_files is None:
             return
-        _check_places(checkpoint_files, str(model.config.name_or_path))
+        _require_inside(checkpoint_files, str(model.config.name_or_path))
         headers = read_headers(map(Path, checkpoint_files))
         parts = by_layer(headers)
         for name, layer in installed.items():
@@ -185,7 +185,7 @@ def _check_rest(model: "PreTrainedModel", headers: Mapping[str, Header]) -> None
             raise InputError(f"{name} should have the shape {shapes}. Check that config.json belongs to this model.")
 
 
-def _check_places(files: Iterable[str], folder: str) -> None:
+def _require_inside(files: Iterable[str], folder: str) -> None:
     """Refuse an index that leads out of the model's directory (a download is kept in its place by the hub client)."""
     root = Path(os.path.abspath(folder))  # noqa: PTH100 - resolve would follow links, which are how caches store files
     for file in files:

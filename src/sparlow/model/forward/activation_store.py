@@ -14,7 +14,7 @@ from sparlow.machine import device_available, memory_available
 from sparlow.model.forward.arguments import rebuilt
 
 Shared = Mapping[int, Any]  # what blocks wrote into containers that they share, see ``calls.Call.written``
-PLACES = ("auto", "cpu", "disk")
+STORES = ("auto", "cpu", "disk")
 AT_ONCE = 4  # copies of the hidden states: inputs of a block, its outputs, targets, and the last of these before
 
 
@@ -112,8 +112,8 @@ def place(offload: str, size: int, device: torch.device) -> torch.device | str:
     Raises:
         InputError: there is no such place.
     """
-    if offload not in PLACES:
-        raise InputError(f"Block inputs cannot be kept in {offload!r}. Give --offload {', '.join(PLACES)}.")
+    if offload not in STORES:
+        raise InputError(f"Block inputs cannot be kept in {offload!r}. Give --offload {', '.join(STORES)}.")
     if offload != "auto":
         return offload
     free = device_available(device)
