@@ -25,7 +25,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """Give a path to write to, whose file takes the name ``path``, on disk for good, only if nothing is raised.
 
     Raises:
-        RunError: it cannot be written.
+        RunError: It cannot be written.
     """
     partial = partial_of(path)
     try:
@@ -88,7 +88,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file.
 
     Raises:
-        InputError: there is none.
+        InputError: There is none.
     """
     try:
         content = json.loads(resolve_inside(path.parent, path.name).read_text("utf-8"))
@@ -116,7 +116,7 @@ def shard_filename(file: Any) -> str:  # noqa: ANN401 - what a JSON file holds
     """Return the name of a safetensors file if it has no directory part.
 
     Raises:
-        InputError: it could be outside of the model's directory, or is no safetensors file.
+        InputError: It could be outside of the model's directory, or is no safetensors file.
     """
     name = str(file)
     if PurePosixPath(name).name == name == PureWindowsPath(name).name and name.endswith(".safetensors"):
@@ -128,7 +128,7 @@ def resolve_inside(folder: Path, name: str) -> Path:
     """Return the path of a file in a directory.
 
     Raises:
-        InputError: it is a link that leads elsewhere; a cache of the hub may lead to its own store of files.
+        InputError: It is a link that leads elsewhere; a cache of the hub may lead to its own store of files.
     """
     path, home = folder / name, folder.resolve()
     store = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home

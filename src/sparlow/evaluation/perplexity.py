@@ -156,7 +156,7 @@ def evaluate(
         their mean, None where a metric is no share of right answers.
 
     Raises:
-        InputError: something named here does not exist or cannot be used; lm-eval is missing.
+        InputError: Something named here does not exist or cannot be used; lm-eval is missing.
     """
     loaded = tasks if isinstance(tasks, LoadedTasks) else load_tasks(tasks, path=task_path, fewshot=fewshot)
     if perplexity_on:

@@ -20,7 +20,7 @@ class Catalogue:
         path: The user's directory of task files (.yaml); a name in it goes before the same name of lm-eval.
 
     Raises:
-        InputError: lm-eval is missing, or the directory or a file in it cannot be read.
+        InputError: The package lm-eval is missing, or the directory or a file in it cannot be read.
     """
 
     def __init__(self, path: str | Path | None) -> None:

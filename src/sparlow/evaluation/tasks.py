@@ -46,7 +46,7 @@ class LoadedTasks:
     """Tasks with their data, for any number of models.
 
     Attributes:
-        items: lm-eval's ``Task`` and ``Group`` objects, in the order asked for.
+        items: What lm-eval calls ``Task`` and ``Group`` objects, in the order asked for.
     """
 
     items: tuple[Any, ...]
@@ -62,7 +62,7 @@ def load_tasks(names: Sequence[str], *, path: str | Path | None = None, fewshot:
             rest. A task that says 0 stays there: its prompt holds examples of its own, or must not have any.
 
     Raises:
-        InputError: lm-eval is missing, a name is unknown, or a task's file or data cannot be read.
+        InputError: The package lm-eval is missing, a name is unknown, or a task's file or data cannot be read.
     """
     wanted = list(dict.fromkeys(one for name in names for one in (PAPER if name == "paper" else (name,))))
     if not wanted:

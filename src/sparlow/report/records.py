@@ -24,7 +24,7 @@ class LayerRecord:
         pattern: As typed, such as 2:4.
         density: Fraction of S that is not zero.
         rank: Of U V.
-        relative_error: tr(R H Rᵀ) / tr(W H Wᵀ) with R = W − S − U V, H damped.
+        relative_error: The ratio tr(R H Rᵀ) / tr(W H Wᵀ) with R = W − S − U V, H damped.
         iterations: Steps of the solver.
         seconds: Of the solver.
         damping: What a factorisation needed beyond the recipe's damping; 0 if nothing.
@@ -80,7 +80,7 @@ class Perplexity:
     """A perplexity, and how sure it is.
 
     Attributes:
-        value: exp of the mean over windows of the mean negative log-likelihood.
+        value: The exponential of the mean over windows of the mean negative log-likelihood.
         stderr: Its standard error: that of the mean over windows, times the value (delta method). None where it is not
             known: of a single window, of a value that is not finite, of what an older version measured.
     """

@@ -21,7 +21,7 @@ class LanguageReference:
     """One part of the reference; the two parts share no paragraph longer than 80 characters.
 
     Attributes:
-        part: which one; `evaluation` has a quarter of the characters.
+        part: Which one; `evaluation` has a quarter of the characters.
     """
 
     part: Literal["calibration", "evaluation"]

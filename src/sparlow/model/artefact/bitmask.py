@@ -47,7 +47,7 @@ def unpack(values: Tensor, mask: Tensor, shape: Sequence[int]) -> Tensor:
         shape: (out, in).
 
     Raises:
-        InputError: the parts do not fit each other or the shape.
+        InputError: The parts do not fit each other or the shape.
     """
     out, features = shape
     _check(values, mask, out, features)

@@ -43,14 +43,14 @@ class CheckpointWriter:
     """Writes a compressed model, one block at a time, in any order and over several runs.
 
     Args:
-        folder: made if need be.
-        model: the whole model; its blocks may be on the meta device.
-        decoder: its blocks.
-        storage: types of the stored weights, where the model computes in another; its own if left out.
-        computed: type it computes in; its own if left out.
+        folder: Made if need be.
+        model: The whole model; its blocks may be on the meta device.
+        decoder: Its blocks.
+        storage: Types of the stored weights, where the model computes in another; its own if left out.
+        computed: Type it computes in; its own if left out.
 
     Raises:
-        InputError: the model shares weights between blocks, or the folder cannot be made.
+        InputError: The model shares weights between blocks, or the folder cannot be made.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class CheckpointWriter:
         """Write block i with its compressed layers; the file is either whole or not there.
 
         Raises:
-            RunError: it cannot be written.
+            RunError: It cannot be written.
         """
         state = {self._decoder.layer_name(i, name): tensor for name, tensor in packed_state(block).items()}
         return write_shard(self._path(i), self._in_stored_type(state))
@@ -84,7 +84,7 @@ class CheckpointWriter:
         """Write every tensor outside of the blocks, tied ones once; the file is either whole or not there.
 
         Raises:
-            RunError: it cannot be written.
+            RunError: It cannot be written.
         """
         state = packed_state(model, without=self._decoder.name)
         for target, source in self._tied.items():
@@ -105,12 +105,12 @@ class CheckpointWriter:
         What is compressed is read from the shards, which may come from an earlier run.
 
         Args:
-            model: the model.
-            tokenizer: its tokenizer.
-            plain: no layer is compressed, and transformers is to open the directory without sparlow.
+            model: The model.
+            tokenizer: Its tokenizer.
+            plain: No layer is compressed, and transformers is to open the directory without sparlow.
 
         Raises:
-            RunError: a shard is missing or damaged, or something cannot be written.
+            RunError: A shard is missing or damaged, or something cannot be written.
         """
         try:
             headers = read_headers(self._path(i) for i in range(len(self._decoder) + 1))
@@ -156,7 +156,7 @@ def read_block(folder: str | Path, decoder: Decoder, i: int, block: nn.Module) -
     The tensors arrive on the block's device, or on the CPU if that is the meta device, in the dtype of the file.
 
     Raises:
-        InputError: there is no such shard, or it does not fit the block.
+        InputError: There is no such shard, or it does not fit the block.
     """
     paths = sorted(Path(folder).glob(f"model-{i + 1:05d}-of-*.safetensors"))
     if len(paths) != 1:
@@ -179,9 +179,9 @@ class Written:
     """The parts of a compressed model, see ``weights.Weights``: its blocks as they were written.
 
     Args:
-        folder: where they were written to.
-        decoder: its blocks.
-        dense: the parts of the model that was compressed.
+        folder: Where they were written to.
+        decoder: Its blocks.
+        dense: The parts of the model that was compressed.
     """
 
     def __init__(self, folder: Path, decoder: Decoder, dense: Weights) -> None:
@@ -206,11 +206,11 @@ def load(folder: str | Path, **options: Any) -> PreTrainedModel:  # noqa: ANN401
     """Open a compressed model; the same as ``AutoModelForCausalLM.from_pretrained``, but strict.
 
     Args:
-        folder: a directory, or the id of a model on the hub.
-        options: of ``from_pretrained``, such as dtype and device_map.
+        folder: A directory, or the id of a model on the hub.
+        options: Of ``from_pretrained``, such as dtype and device_map.
 
     Raises:
-        InputError: it is no model that sparlow wrote, or it is unfinished, damaged or from a newer sparlow.
+        InputError: It is no model that sparlow wrote, or it is unfinished, damaged or from a newer sparlow.
     """
     private.require_format()
     if Path(folder).is_dir():
@@ -233,7 +233,7 @@ def _check_before_opening(folder: Path) -> None:
     """Look into the small files; nothing large is made from what they say.
 
     Raises:
-        InputError: they cannot be trusted.
+        InputError: They cannot be trusted.
     """
     read_layers(folder)
     if (folder / "adapter_config.json").exists():
@@ -250,7 +250,7 @@ def read_layers(folder: Path) -> dict[str, dict[str, int]]:
     """Return the records (kept, rank) of a directory's compressed layers by name.
 
     Raises:
-        InputError: it is no finished directory of sparlow, or one of a newer sparlow.
+        InputError: It is no finished directory of sparlow, or one of a newer sparlow.
     """
     found = read_json(folder / "config.json").get("quantization_config")
     if not isinstance(found, dict) or found.get("quant_method") != METHOD:

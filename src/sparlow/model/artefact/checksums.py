@@ -27,7 +27,7 @@ def header_sum(file: Path) -> str:
     """Return the SHA-256 of a safetensors file's header, its length included.
 
     Raises:
-        InputError: the file ends within it.
+        InputError: The file ends within it.
     """
     with file.open("rb") as stream:
         length = stream.read(8)
@@ -41,11 +41,11 @@ def require_recorded(folder: Path, recorded: Mapping[str, Any]) -> None:
     """See that the small files and the headers are those on record.
 
     Args:
-        folder: the directory.
-        recorded: what ``small_sums`` said when it was finished; empty if nothing is on record.
+        folder: The directory.
+        recorded: What ``small_sums`` said when it was finished; empty if nothing is on record.
 
     Raises:
-        InputError: names the first that is not.
+        InputError: Names the first that is not.
     """
     for name, expected in recorded.items():
         file = resolve_inside(folder, Path(name).name)
@@ -62,7 +62,7 @@ def require_sane(config: Any, tensors: int) -> None:  # noqa: ANN401 - what a JS
     """See that a config promises no more layers than there are tensors: its meta model is built before they are read.
 
     Raises:
-        InputError: it does.
+        InputError: It does.
     """
     items = config.items() if isinstance(config, dict) else enumerate(config) if isinstance(config, list) else ()
     for name, value in items:

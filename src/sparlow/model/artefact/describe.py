@@ -23,10 +23,10 @@ class LayerInfo:
 
     Attributes:
         shape: (out, in).
-        kept: number of values in the sparse part.
-        density: kept / (out · in).
-        bytes: of all its tensors, the bias included.
-        dtype: of the values, as torch calls it.
+        kept: Number of values in the sparse part.
+        density: The ratio kept / (out · in).
+        bytes: Of all its tensors, the bias included.
+        dtype: Of the values, as torch calls it.
     """
 
     name: str
@@ -42,7 +42,7 @@ def describe(folder: Path) -> list[LayerInfo]:
     """List the compressed layers of a directory; only headers are read.
 
     Raises:
-        InputError: the directory is none of sparlow's, or is damaged.
+        InputError: The directory is none of sparlow's, or is damaged.
     """
     layers = read_layers(Path(folder))
     parts = by_layer(read_headers(sorted(set(read_index(Path(folder)).values()))))
@@ -64,11 +64,11 @@ def verify(folder: Path, check_pattern: Callable[[str, Tensor], str | None] | No
     """Read a whole directory and return what is wrong with it, one sentence each.
 
     Args:
-        folder: if it holds ``sparlow.json``, every file is compared to the size and checksum recorded there.
-        check_pattern: given each layer's name and S (out, in), says what is wrong or nothing.
+        folder: If it holds ``sparlow.json``, every file is compared to the size and checksum recorded there.
+        check_pattern: Given each layer's name and S (out, in), says what is wrong or nothing.
 
     Raises:
-        InputError: the directory is none of sparlow's.
+        InputError: The directory is none of sparlow's.
     """
     folder = Path(folder)
     read_layers(folder)
@@ -87,11 +87,11 @@ def changed_sparse_parts(before: Path, after: Path) -> list[str]:
     """Return the layers of which S differs, in support or in any bit of a value, between two directories.
 
     Args:
-        before: a finished directory.
-        after: one of the same model; its shards are enough.
+        before: A finished directory.
+        after: One of the same model; its shards are enough.
 
     Raises:
-        InputError: a shard is missing or damaged.
+        InputError: A shard is missing or damaged.
     """
     old = read_headers(sorted(set(read_index(Path(before)).values())))
     new = read_headers(sorted(Path(after).glob("*.safetensors")))

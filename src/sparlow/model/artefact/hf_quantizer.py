@@ -31,11 +31,11 @@ class SparlowConfig(private.QuantizationConfigMixin):
     """The ``quantization_config`` of a compressed model.
 
     Args:
-        layers: for each compressed linear, by its name in the model, the number of ``kept`` values and the ``rank``.
-        format: version of the directory's format.
+        layers: For each compressed linear, by its name in the model, the number of ``kept`` values and the ``rank``.
+        format: Version of the directory's format.
 
     Raises:
-        InputError: another version than this code can read, or records that are none.
+        InputError: Another version than this code can read, or records that are none.
     """
 
     def __init__(

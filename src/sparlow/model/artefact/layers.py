@@ -48,7 +48,7 @@ class SparseLowRankLinear(nn.Module):
         bias: (out,) or None.
 
     Raises:
-        InputError: the shapes do not fit together.
+        InputError: The shapes do not fit together.
     """
 
     def __init__(self, S: Tensor, U: Tensor, V: Tensor, bias: Tensor | None = None) -> None:
@@ -126,7 +126,7 @@ def install(root: nn.Module, name: str, rank: int) -> SparseLowRankLinear:
     """Replace what can be compressed under ``name`` in ``root`` by a compressed layer on the meta device.
 
     Raises:
-        InputError: there is nothing of this name that can be compressed.
+        InputError: There is nothing of this name that can be compressed.
     """
     try:
         weight = weight_of(root, name, root.get_submodule(name))

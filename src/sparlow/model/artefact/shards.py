@@ -45,7 +45,7 @@ def write_shard(path: Path, state: Mapping[str, Tensor]) -> ShardRecord:
     """Write tensors, from any device, as one safetensors file: the same tensors, the same bytes.
 
     Raises:
-        RunError: a tensor has no content (it is on the meta device), or the file cannot be written.
+        RunError: A tensor has no content (it is on the meta device), or the file cannot be written.
     """
     with replacing(path) as partial:
         save_file(_apart(state), partial, {"format": "pt"})  # two keys would come in a random order
@@ -69,10 +69,10 @@ def packed_state(root: nn.Module, *, without: str | None = None) -> dict[str, Te
     """Return the state dict of a module with values and mask in place of each S.
 
     Args:
-        without: name of a submodule whose tensors are left out.
+        without: Name of a submodule whose tensors are left out.
 
     Raises:
-        InputError: weights are off-loaded.
+        InputError: Weights are off-loaded.
     """
     state = {k: t for k, t in root.state_dict().items() if without is None or not k.startswith(f"{without}.")}
     for name in compressed_layers(root):
@@ -89,7 +89,7 @@ def read_index(folder: Path) -> dict[str, Path]:
     """Return the file of each tensor.
 
     Raises:
-        InputError: there is no index, or it leads out of the directory.
+        InputError: There is no index, or it leads out of the directory.
     """
     if not (folder / INDEX).exists() and (folder / SINGLE).exists():
         file = resolve_inside(folder, SINGLE)
@@ -105,7 +105,7 @@ def read_headers(files: Iterable[Path]) -> dict[str, Header]:
     """Return the header of each tensor in some safetensors files; contents are not read.
 
     Raises:
-        InputError: a file is missing or damaged, or two hold the same tensor.
+        InputError: A file is missing or damaged, or two hold the same tensor.
     """
     headers: dict[str, Header] = {}
     for file in files:
@@ -142,10 +142,10 @@ def check_layer(name: str, parts: Mapping[str, Header], layer: SparseLowRankLine
     """Check that the files hold exactly the tensors of a compressed layer, each with its shape.
 
     Args:
-        layer: what they are for; it may be on the meta device.
+        layer: What they are for; it may be on the meta device.
 
     Raises:
-        InputError: they do not.
+        InputError: They do not.
     """
     check_parts(name, parts, (layer.out_features, layer.in_features), record, bias=layer.bias is not None)
 
@@ -156,7 +156,7 @@ def check_parts(
     """Check the same where there is no layer, only its shape (out, in).
 
     Raises:
-        InputError: they do not.
+        InputError: They do not.
     """
     expected = packed_shapes(shape, record["kept"], record["rank"]) | ({"bias": shape[:1]} if bias else {})
     if parts.keys() != expected.keys():

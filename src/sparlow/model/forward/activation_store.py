@@ -22,8 +22,8 @@ class ActivationStore(Sequence[Tensor]):
     """Tensors in a row, to be read again and again, in any order; with each, what goes along with it.
 
     Args:
-        place: a device, or "disk" for files in the system's folder for temporary ones; they go with the store.
-        tensors: what it holds from the beginning.
+        place: A device, or "disk" for files in the system's folder for temporary ones; they go with the store.
+        tensors: What it holds from the beginning.
     """
 
     def __init__(self, place: torch.device | str, tensors: Iterable[Tensor] = ()) -> None:
@@ -106,11 +106,11 @@ def place(offload: str, size: int, device: torch.device) -> torch.device | str:
     Args:
         offload: "cpu", "disk", or "auto": the accelerator if they fill less than a quarter of what is free there, else
             main memory if less than half of what this process may still take there, else files.
-        size: bytes of one copy.
-        device: where blocks run.
+        size: Bytes of one copy.
+        device: Where blocks run.
 
     Raises:
-        InputError: there is no such place.
+        InputError: There is no such place.
     """
     if offload not in STORES:
         raise InputError(f"Block inputs cannot be kept in {offload!r}. Give --offload {', '.join(STORES)}.")

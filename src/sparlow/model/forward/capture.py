@@ -30,11 +30,11 @@ class Recording:
     """What enters the chain of blocks, and how each block is called.
 
     Attributes:
-        hidden: inputs of block 0, one (windows, seqlen, …) tensor a micro-batch; of several processes each has its
+        hidden: Inputs of block 0, one (windows, seqlen, …) tensor a micro-batch; of several processes each has its
             rows of every one, which may be none.
-        ids: the tokens they come from, (windows, seqlen) int64 each.
-        calls: of each block, by micro-batch.
-        output: the form of what a block returns, for ``run_head``.
+        ids: The tokens they come from, (windows, seqlen) int64 each.
+        calls: Of each block, by micro-batch.
+        output: The form of what a block returns, for ``run_head``.
     """
 
     hidden: ActivationStore
@@ -58,15 +58,15 @@ def capture_block_inputs(
     The other blocks only pass their hidden state on, so their weights may be on the meta device.
 
     Args:
-        model: in eval mode.
+        model: In eval mode.
         windows: (n, seqlen) int64 token ids.
-        micro_batch: windows at a time.
-        apart: so many windows at the end make a micro-batch of their own.
-        place: where hidden states are kept, see ``activation_store.ActivationStore``; where the model lies if left out.
-        processes: those that divide every micro-batch.
+        micro_batch: Windows at a time.
+        apart: So many windows at the end make a micro-batch of their own.
+        place: Where hidden states are kept, see ``activation_store.ActivationStore``; where the model lies if left out.
+        processes: Those that divide every micro-batch.
 
     Raises:
-        InputError: the blocks are no chain that can be replayed.
+        InputError: The blocks are no chain that can be replayed.
     """
     decoder = Decoder.of(model)
     device = next(model.get_input_embeddings().parameters()).device
@@ -99,8 +99,8 @@ def run_head(model: PreTrainedModel, output: Form, ids: Tensor, hidden: Tensor) 
     What is behind the blocks looks at each token by itself, so any n tokens will do, the context need not be there.
 
     Args:
-        model: in eval mode.
-        output: of a ``Recording``.
+        model: In eval mode.
+        output: Of a ``Recording``.
         ids: (b, n) int64 token ids.
         hidden: (b, n, …) what the last block gave for them, on any device.
     """

@@ -32,7 +32,7 @@ class Decoder:
         """Find the decoder's blocks.
 
         Raises:
-            InputError: no ModuleList of the decoder, or more than one, is ``num_hidden_layers`` long.
+            InputError: No ModuleList of the decoder, or more than one, is ``num_hidden_layers`` long.
         """
         depth = model.config.get_text_config().num_hidden_layers
         untyped: Any = model  # transformers does not annotate this method

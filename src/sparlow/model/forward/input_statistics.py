@@ -31,10 +31,10 @@ class Observation(Generic[Kind]):
     """What the weights of a block read in one pass.
 
     Attributes:
-        statistics: one for each distinct input, under the name of the first weight that reads it.
-        owner: for each weight the name its statistic has; one whose layer nothing calls as a module has none, even if
+        statistics: One for each distinct input, under the name of the first weight that reads it.
+        owner: For each weight the name its statistic has; one whose layer nothing calls as a module has none, even if
             other code reads it.
-        windows: how many passed, here.
+        windows: How many passed, here.
     """
 
     statistics: dict[str, Kind]
@@ -60,11 +60,11 @@ def collect_statistics(
     Args:
         through: The block and what enters it. Of several processes all have the same statistics afterwards, each with
             its part.
-        new_statistic: makes an empty statistic of inputs (..., in) from ``in`` and their device.
-        outputs: takes the outputs; they are not kept if left out.
+        new_statistic: Makes an empty statistic of inputs (..., in) from ``in`` and their device.
+        outputs: Takes the outputs; they are not kept if left out.
 
     Raises:
-        InputError: an output is not finite; the message names the first layer concerned.
+        InputError: An output is not finite; the message names the first layer concerned.
     """
     seen: Observation[Kind] = Observation({}, {})
     weights, windows, enough = through.weights, 0, False

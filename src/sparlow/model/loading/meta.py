@@ -26,13 +26,13 @@ def meta_model(name: str, *, dtype: str = "auto", trust_remote_code: bool = Fals
     """Return the model without weights, in eval mode, of the type its weights are stored in.
 
     Args:
-        name: directory, path of a .gguf file (of which the header is read), or hub id (of which the config is fetched).
-        dtype: as for ``source.open_model``; ``auto`` is what the config says, float32 where it says nothing.
-        trust_remote_code: run Python code that comes with the model.
+        name: Directory, path of a .gguf file (of which the header is read), or hub id (of which the config is fetched).
+        dtype: As for ``source.open_model``; ``auto`` is what the config says, float32 where it says nothing.
+        trust_remote_code: Run Python code that comes with the model.
 
     Raises:
-        InputError: there is no such model, or the dtype does not exist.
-        UnknownAheadError: the weights are packed.
+        InputError: There is no such model, or the dtype does not exist.
+        UnknownAheadError: The weights are packed.
     """
     config, stored = _config(name, trust_remote_code=trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:

@@ -29,13 +29,13 @@ class OpenedModel:
     """A causal LM ready to run.
 
     Attributes:
-        model: in eval mode, on the device asked for.
+        model: In eval mode, on the device asked for.
         tokenizer: ``None`` if the directory has none; token windows must then be given.
-        name: what the user called it.
-        fingerprint: of the model as opened, see ``weights.Scan``.
-        damaged: names of the tensors that hold NaN or infinity.
-        on_disk: its parts, where the model itself is on the meta device, without weights.
-        warnings: what the user should know.
+        name: What the user called it.
+        fingerprint: Of the model as opened, see ``weights.Scan``.
+        damaged: Names of the tensors that hold NaN or infinity.
+        on_disk: Its parts, where the model itself is on the meta device, without weights.
+        warnings: What the user should know.
     """
 
     model: PreTrainedModel
@@ -69,16 +69,16 @@ def open_model(
     """Open a model from a directory, the hub or a .gguf file; its weights are read from safetensors only.
 
     Args:
-        name: directory, path of a .gguf file (converted once into ``cache_folder()``), or hub id.
+        name: Directory, path of a .gguf file (converted once into ``cache_folder()``), or hub id.
         dtype: ``auto`` (as stored), ``float32``, ``bfloat16`` or ``float16``.
-        device: where the model is put, as torch names it.
-        trust_remote_code: run Python code that comes with the model.
-        revision: of the hub's repository.
-        streamed: leave the weights on disk, to be read part by part, see ``OpenedModel.on_disk``; where that cannot be,
+        device: Where the model is put, as torch names it.
+        trust_remote_code: Run Python code that comes with the model.
+        revision: Of the hub's repository.
+        streamed: Leave the weights on disk, to be read part by part, see ``OpenedModel.on_disk``; where that cannot be,
             the model is opened whole and ``warnings`` says so.
 
     Raises:
-        InputError: nothing usable is there, or the dtype or the device does not exist.
+        InputError: Nothing usable is there, or the dtype or the device does not exist.
     """
     wanted = parse_dtype(dtype)
     check_device(device)

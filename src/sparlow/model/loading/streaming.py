@@ -49,12 +49,12 @@ class OnDisk:
     """The parts of a model on disk, see ``weights.Weights``.
 
     Args:
-        meta_model: what ``from_pretrained`` opens on the meta device; its buffers that are not stored come to life.
-        files: the file of each stored tensor.
-        device: where parts are put.
+        meta_model: What ``from_pretrained`` opens on the meta device; its buffers that are not stored come to life.
+        files: The file of each stored tensor.
+        device: Where parts are put.
 
     Raises:
-        CannotStreamError: a tensor belongs to more than one block, or to none that can be told.
+        CannotStreamError: A tensor belongs to more than one block, or to none that can be told.
     """
 
     def __init__(self, meta_model: PreTrainedModel, files: Mapping[str, Path], device: torch.device) -> None:
@@ -205,7 +205,7 @@ def stored_tensors(where: str, revision: str | None) -> dict[str, Path]:
     """Return the file of each tensor of a directory or of a hub id, which is downloaded if need be.
 
     Raises:
-        CannotStreamError: there are no safetensors files under their usual names.
+        CannotStreamError: There are no safetensors files under their usual names.
     """
     options: dict[str, Any] = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
     single = private.cached_file(where, SINGLE, **options)

@@ -85,9 +85,9 @@ class Scan:
     """What one look at every stored tensor shows.
 
     Attributes:
-        fingerprint: sha256 over names, dtypes, shapes and bytes of all of them, tied ones once; the same on every
+        fingerprint: SHA-256 over names, dtypes, shapes and bytes of all of them, tied ones once; the same on every
             device, and after saving and loading.
-        damaged: names of those that hold NaN or infinity.
+        damaged: Names of those that hold NaN or infinity.
     """
 
     fingerprint: str
@@ -98,7 +98,7 @@ def scan(states: Iterable[Mapping[str, Tensor]]) -> Scan:
     """Look at a model as it is stored.
 
     Args:
-        states: tensors by name (``state_dict(keep_vars=True)``), all at once or part by part; tied ones in one part.
+        states: Tensors by name (``state_dict(keep_vars=True)``), all at once or part by part; tied ones in one part.
     """
     lines: dict[str, str] = {}
     damaged: set[str] = set()
