@@ -1,4 +1,4 @@
-"""Where hidden states wait for their turn: on the accelerator, in main memory, or as files."""
+"""Where hidden states are kept between blocks: on the accelerator, in main memory, or in files."""
 
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,10 +19,10 @@ AT_ONCE = 4  # copies of the hidden states: inputs of a block, its outputs, targ
 
 
 class ActivationStore(Sequence[Tensor]):
-    """Tensors in a row, to be read again and again, in any order; with each, what goes along with it.
+    """A sequence of tensors, each with the containers that blocks share (see ``calls``).
 
     Args:
-        place: A device, or "disk" for files in the system's folder for temporary ones; they go with the store.
+        place: A device, or "disk" for temporary files, which are deleted with the store.
         tensors: What it holds from the beginning.
     """
 
@@ -57,7 +57,7 @@ class ActivationStore(Sequence[Tensor]):
             self._held.append([t.to(self.place) for t in tensors])
 
     def shared(self, i: int) -> Shared:
-        """Return what goes along with one of them, in containers made for the caller."""
+        """Return the shared containers of tensor i, as copies."""
         content = self._shared[i]
         if not content:
             return {}
