@@ -245,7 +245,7 @@ def test_what_the_data_decided_is_not_measured_again(recipe, tmp_path, monkeypat
 
     with pytest.raises(KeyboardInterrupt):
         compress(tmp_path / "model", recipe, out=tmp_path / "out", notify=stop)
-    monkeypatch.setattr("sparlow.run.job.allocated_by_data", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr("sparlow.run.job.allocate_by_data", lambda *_: pytest.fail("measured again"))
     report = compress(tmp_path / "model", recipe, out=tmp_path / "out")
     assert [(layer.density, layer.rank) for layer in report.layers] == [
         (layer.density, layer.rank) for layer in whole.layers

@@ -1,4 +1,4 @@
-"""What processes that share a run send each other: the layers that each has compressed, as they will be stored."""
+"""Exchange compressed layers between the processes of a run, as they will be stored."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -23,11 +23,11 @@ def exchange_layers(
     who: Mapping[str, int],
     storage: StoredDtypes,
 ) -> dict[str, LayerRecord]:
-    """Put the layers that other processes have compressed in their places too; return all records.
+    """Replace the layers that other processes have compressed, too; return all records.
 
     Args:
-        through: The block; what this process has compressed is in its place already.
-        weights: All that are compressed, as they were dense.
+        through: The block, in which this process has replaced its own layers.
+        weights: All dense weights that are compressed, by name.
         found: The records of this process.
         who: The process that compressed each.
         storage: The types of the result.

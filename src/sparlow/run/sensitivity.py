@@ -39,7 +39,7 @@ class DenseWalk:
     processes: Processes = ALONE
 
     def observed(self, statistic: Callable[[int, torch.device], Kind]) -> Iterator[tuple[BlockPass, Observation[Kind]]]:
-        """Each block with what enters it, and what one pass of it shows."""
+        """Yield each block with its inputs, and the statistics of one pass."""
         hidden = self.recording.hidden
         for i, block in enumerate(self.blocks):
             outputs = hidden.fresh()
@@ -50,13 +50,13 @@ class DenseWalk:
 
 
 @torch.no_grad()
-def allocated_by_data(walk: DenseWalk, recipe: Recipe, budgets: Mapping[str, Budget]) -> dict[str, Budget]:
-    """Return the budgets that ``recipe.allocate`` takes from the data; layers that a rule decides are left alone.
+def allocate_by_data(walk: DenseWalk, recipe: Recipe, budgets: Mapping[str, Budget]) -> dict[str, Budget]:
+    """Return the budgets that ``recipe.allocate`` derives from the data. Layers that a rule decides are left alone.
 
     Args:
-        walk: Along the dense model.
-        recipe: What to do.
-        budgets: What each layer may keep otherwise, by its full name.
+        walk: The dense model and its inputs.
+        recipe: The recipe.
+        budgets: What each layer may keep without allocation, by its full name.
     """
     return {"owl": _outlier_weighed, "error": _error_driven}[recipe.allocate](walk, recipe, budgets)
 
@@ -81,7 +81,7 @@ def _outlier_weighed(walk: DenseWalk, recipe: Recipe, budgets: Mapping[str, Budg
 
 
 def _error_driven(walk: DenseWalk, recipe: Recipe, budgets: Mapping[str, Budget]) -> dict[str, Budget]:
-    """Ranks and densities where the layers' relative errors fall most for each value kept; as many values in all."""
+    """Assign ranks and densities where the layers' relative errors fall most per value kept, for the same total."""
     low_rank = recipe.found_algorithm.kind != "pruner"
     offers: dict[str, list[Offer]] = {}
     values = 0
