@@ -314,7 +314,7 @@ def test_a_damaged_shard_is_told_of(command, monkeypatch, capsys, tmp_path):
     flip(next((tmp_path / "out").glob("*.safetensors")))
     capsys.readouterr()
     assert run(*command) == 0
-    assert "the shard of block 0 was damaged" in capsys.readouterr().out
+    assert "The shard of block 0 was damaged" in capsys.readouterr().out
 
 
 def test_debug_shows_where_an_error_comes_from(command):

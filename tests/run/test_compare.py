@@ -274,7 +274,7 @@ def test_the_command_prints_the_table(place, tmp_path, capsys):
     ("more", "said"),
     [
         (["--algorithms", "wanda,nothing"], "There is no algorithm 'nothing'"),
-        (["--algorithms", "wanda", "--option", "effort=1"], "write ALGORITHM.key=value"),
+        (["--algorithms", "wanda", "--option", "effort=1"], "Write ALGORITHM.key=value"),
         (["--algorithms", "wanda", "--pattern", "2:5"], "Pattern 2:5"),
         (["--algorithms", "wanda", "--match", "maybe"], "--match maybe is not understood. Give no, yes or both."),
         (["--algorithms", "wanda", "--owl", "--allocate", "uniform"], "--owl and --allocate uniform contradict"),

@@ -861,7 +861,7 @@ def with_nan(folder, where):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model": "./nothing-here"}, "there is no directory"),
+        ({"model": "./nothing-here"}, "There is no directory"),
         ({"recipe": PRUNE.changed(dtype="float31")}, "dtype must be one of"),
         ({"recipe": PRUNE.changed(pattern="2:5")}, "2:5"),
         ({"recipe": QUICK.changed(rank=33)}, "Rank 33"),

@@ -95,7 +95,7 @@ def decompose(
         pattern: A pattern, or ``"2:4"``, ``"0.5"``.
         rank: Of U V, 0 to min(out, in).
         algorithm: A name printed by ``sparlow algorithms``.
-        damping: Times mean(diag H), added to the diagonal of H.
+        damping: Absolute damping: this × mean(diag H) is added to the diagonal of H.
         relative_damping: Times diag(H), added likewise.
         options: The algorithm's own.
 

@@ -218,7 +218,7 @@ class Job:
         return any(name.startswith(self.decoder.layer_name(i, "")) for name in self.budgets)
 
     def block_is_done(self, i: int) -> bool:
-        """Whether an earlier run finished block i, as the first process sees it. All processes must call it together."""
+        """Whether an earlier run finished block i, as the first process sees it. All processes must call it."""
         found = self.journal is not None and self.processes.first and self.journal.has(i)
         return bool(self.processes.all_gather(found)[0])
 
