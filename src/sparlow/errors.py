@@ -1,4 +1,4 @@
-"""The two ways sparlow fails on purpose; everything else is a bug."""
+"""The two kinds of errors that sparlow raises on purpose. Any other exception is a bug."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

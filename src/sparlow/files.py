@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, read without trust; the names of ours, and the cache's folder."""
+"""Files: written atomically, and read without trusting them; names of our files; the cache folder."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ GENERATION = "generation_config.json"
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a path to write to, whose file takes the name ``path``, on disk for good, only if nothing is raised.
+    """Give a path to write to. Its file is synced and renamed to ``path``, unless an exception is raised.
 
     Raises:
         RunError: It cannot be written.
@@ -41,12 +41,12 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def partial_of(path: Path) -> Path:
-    """Return where a file lies until it is whole."""
+    """Return the temporary path of a file that is being written."""
     return path.with_name(f".{path.name}.partial")
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring every file of a directory to the disk for good, before something else there says that they are whole."""
+    """Sync every file of a directory to disk, before another file there declares them complete."""
     for path in folder.iterdir():
         if path.is_file() and not path.is_symlink():
             _sync(path)
@@ -70,7 +70,7 @@ def sha256(path: Path) -> str:
 
 
 def write_json(path: Path, content: Any, *, indent: int = 1) -> None:  # noqa: ANN401 - anything JSON holds
-    """Write a JSON file whole or not at all; numbers that are not finite become text, which JSON can hold.
+    """Write a JSON file atomically. Numbers that are not finite become text, because JSON has none.
 
     Raises:
         RunError: It cannot be written.
@@ -144,5 +144,5 @@ def cache_folder() -> Path:
 
 
 def human_bytes(size: float) -> str:
-    """Bytes as text: in GB of 10⁹ bytes or, below one, in MB of 10⁶ bytes."""
+    """Return bytes as text: in GB of 10⁹ bytes or, below one, in MB of 10⁶ bytes."""
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"  # noqa: PLR2004 - a gigabyte

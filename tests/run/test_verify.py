@@ -93,7 +93,7 @@ def test_one_flipped_bit_is_found(shard, position, folder):
 
 def test_a_missing_shard_is_found(folder):
     (folder / SHARD).unlink()
-    assert f"the shard {SHARD} is missing" in verify_artefact(folder)
+    assert f"The shard {SHARD} is missing." in verify_artefact(folder)
 
 
 def test_a_broken_pattern_is_found_even_if_the_checksum_was_renewed(folder):

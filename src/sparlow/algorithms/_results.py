@@ -1,4 +1,4 @@
-"""What an algorithm gives back: the parts of the weight, and a word on how it went."""
+"""Results of algorithms: the parts of the weight, and statistics of the solve."""
 
 import math
 from collections.abc import Iterator, Mapping

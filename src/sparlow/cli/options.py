@@ -30,7 +30,7 @@ METAVARS = {int: "INTEGER", float: "NUMBER", str: "TEXT", Path: "DIRECTORY"}
 
 @dataclass(frozen=True)
 class WriteOptions:
-    """What may be written over, and when a run may start."""
+    """Whether to overwrite a result, and when a run may start."""
 
     overwrite: Annotated[bool, Doc("Replace a finished result in --out."), OUTPUT] = False
     force: Annotated[

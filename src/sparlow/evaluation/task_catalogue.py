@@ -106,7 +106,7 @@ class Catalogue:
 
 
 def _readable(path: Path) -> Path:
-    """Return the directory after a look at its files: lm-eval passes over those that it cannot read."""
+    """Return the directory after checking its files, because lm-eval skips those that it cannot read."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
     if not path.is_dir():

@@ -200,7 +200,7 @@ def _keys(metrics: Mapping[str, Any]) -> list[str]:
 
 
 class _TaskProgress:
-    """Tells how many questions are answered, counting the rows that pass through the model."""
+    """Notifies of how many questions are answered, by counting the rows that pass through the model."""
 
     def __init__(self, tasks: LoadedTasks, limit: int | None, notify: Notify) -> None:
         leaves = [task for item in tasks.items for task in _leaves(item)]

@@ -103,7 +103,7 @@ def finetune(
 
 
 def _require_packages() -> None:
-    """Say how to get what is missing before anything is loaded."""
+    """Raise InputError if a package is missing, before anything is loaded."""
     for package in ("peft", "accelerate"):
         if importlib.util.find_spec(package) is None:
             raise InputError(f"Fine-tuning needs the package {package}. Run: pip install 'sparlow[finetune]'")

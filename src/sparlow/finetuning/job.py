@@ -77,7 +77,7 @@ class FineTuning:
         self.journal: Journal
 
     def begin(self, windows: Tensor, *, overwrite: bool) -> None:
-        """Start or go on with the record of this run.
+        """Begin or resume the record of this run.
 
         Raises:
             InputError: The output directory or the adapter's folder holds another run.
@@ -102,7 +102,7 @@ class FineTuning:
         return {**self.plan.deciding(), "fresh_rank": fresh}
 
     def go(self, windows: Tensor, evaluation: Mapping[str, Tensor]) -> Report:
-        """Do what is not done yet; ``evaluation`` names token windows (n, seqlen) to measure perplexity on."""
+        """Run, or resume. ``evaluation`` maps names to token windows (n, seqlen) on which perplexity is measured."""
         start = time.perf_counter()
         known = self.parent.record.compressed
         before = {
@@ -187,7 +187,7 @@ class FineTuning:
         self.sign(peft, shards)
 
     def sign(self, peft: Path, shards: Sequence[ShardRecord]) -> None:
-        """Leave in the adapter's folder which run it comes from and which base it belongs to."""
+        """Record in the adapter's folder which run it comes from and which base it belongs to."""
         peft.mkdir(parents=True, exist_ok=True)
         base = {shard.file: {"bytes": shard.bytes, "sha256": shard.sha256} for shard in shards}
         write_json(peft / ORIGIN, {"run": self.journal.record.fingerprint, "base": base})
@@ -217,7 +217,7 @@ class FineTuning:
         return replace(row, rank=self.ranks.get(name, self.parent.ranks[name]))
 
     def remove_checkpoints(self) -> None:
-        """Leave what Trainer's integrations have written, but no checkpoints."""
+        """Remove Trainer's checkpoints; keep what its integrations have written."""
         folder = self.paths.out / CHECKPOINTS
         for path in folder.glob("checkpoint-*"):
             shutil.rmtree(path)

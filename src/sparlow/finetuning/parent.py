@@ -79,7 +79,7 @@ class Paths:
     peft: Path | None
 
     def check(self) -> None:
-        """See that nothing is lost by writing.
+        """Check that writing overwrites nothing of value.
 
         Raises:
             InputError: A directory is in use for something else.

@@ -1,4 +1,4 @@
-"""What each layer of a model may keep before the data have a say."""
+"""Budgets: what each layer of a model may keep, before any allocation by data."""
 
 from sparlow.algorithms import check_budget
 from sparlow.errors import InputError
@@ -8,7 +8,7 @@ from sparlow.recipe.recipe import Recipe
 
 
 def budgets(decoder: Decoder, recipe: Recipe) -> dict[str, Budget]:
-    """Return what each layer may keep by its full name, those that stay dense left out, before the data have a say.
+    """Return the budget of each layer by its full name, before any allocation by data. Dense layers have none.
 
     Raises:
         InputError: Names the first layer that does not fit the recipe, or says that there is nothing to compress.

@@ -156,7 +156,7 @@ class Recipe:
         self._check_budget()
 
     def _check_budget(self) -> None:
-        """Pattern and rank, or the compression they follow from: neither too little is given nor too much."""
+        """Check that pattern and rank, or the compression they follow from, are given without contradiction."""
         from sparlow.linalg.patterns import NM
 
         prunes = self.found_algorithm.kind == "pruner"
@@ -179,7 +179,7 @@ class Recipe:
             )
 
     def budget(self, name: str, shape: Shape) -> Budget | None:
-        """What a layer may keep before the data have a say; None if it stays dense.
+        """Return the budget of a layer before any allocation by data; None if it stays dense.
 
         Args:
             name: Its full name in the model.

@@ -1,4 +1,4 @@
-"""What a run has to say for itself: one record a layer, and ``report.json`` (version 1)."""
+"""The report of a run: one record for each layer, and ``report.json`` (version 1)."""
 
 import json
 from collections.abc import Mapping
@@ -77,7 +77,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
 
 @dataclass(frozen=True)
 class Perplexity:
-    """A perplexity, and how sure it is.
+    """A perplexity and its standard error.
 
     Attributes:
         value: The exponential of the mean over windows of the mean negative log-likelihood.

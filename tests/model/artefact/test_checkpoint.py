@@ -468,11 +468,11 @@ def test_verify_finds_what_is_wrong(model, tmp_path):
         tmp_path, lambda name, S: f"{name} is {len(S)} high" if name == "model.layers.2.mlp.up_proj" else None
     )
     assert found == [
-        f"the shard {records[0].file} is not the one that was written: its checksum differs",
-        f"the shard {SHARD} is not the one that was written: its checksum differs",
-        f"model.layers.0.input_layernorm.weight is not in {records[0].file}",
-        f"{LAYER} holds numbers that are not finite",
+        f"The shard {records[0].file} is not the one that was written: its checksum differs.",
+        f"The shard {SHARD} is not the one that was written: its checksum differs.",
+        f"model.layers.0.input_layernorm.weight is not in {records[0].file}.",
+        f"{LAYER} holds numbers that are not finite.",
         "model.layers.2.mlp.up_proj is 48 high",
     ]
     (tmp_path / records[0].file).unlink()
-    assert verify(tmp_path)[0] == f"the shard {records[0].file} is missing"
+    assert verify(tmp_path)[0] == f"The shard {records[0].file} is missing."

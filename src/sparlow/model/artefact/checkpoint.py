@@ -93,7 +93,7 @@ class CheckpointWriter:
         return write_shard(self._path(len(self._decoder)), self._in_stored_type(state))
 
     def _in_stored_type(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Cast what has the type of the computation to the one it came in; masks and other types stay."""
+        """Cast tensors in the type of the computation to their stored type; masks and other types stay."""
         cast = {name: self._storage.of_tensor(name) for name, t in state.items() if t.dtype == self._computed}
         return {name: t.to(cast[name]) if name in cast else t for name, t in state.items()}
 
@@ -230,7 +230,7 @@ def load(folder: str | Path, **options: Any) -> PreTrainedModel:  # noqa: ANN401
 
 
 def _check_before_opening(folder: Path) -> None:
-    """Look into the small files; nothing large is made from what they say.
+    """Check the small files, before anything large is allocated from what they say.
 
     Raises:
         InputError: They cannot be trusted.

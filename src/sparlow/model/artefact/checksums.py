@@ -38,7 +38,7 @@ def header_sum(file: Path) -> str:
 
 
 def require_recorded(folder: Path, recorded: Mapping[str, Any]) -> None:
-    """See that the small files and the headers are those on record.
+    """Check that the small files and the headers are those on record.
 
     Args:
         folder: The directory.
@@ -59,7 +59,7 @@ def require_recorded(folder: Path, recorded: Mapping[str, Any]) -> None:
 
 
 def require_sane(config: Any, tensors: int) -> None:  # noqa: ANN401 - what a JSON file holds
-    """See that a config promises no more layers than there are tensors: its meta model is built before they are read.
+    """Check that a config has no more layers than there are tensors: its meta model is built before they are read.
 
     Raises:
         InputError: It does.

@@ -176,7 +176,7 @@ def _name_in(model: "PreTrainedModel", name: str) -> str:
 
 
 def _check_rest(model: "PreTrainedModel", headers: Mapping[str, Header]) -> None:
-    """Refuse tensors of another shape than the meta model's, which would be made up at the config's size."""
+    """Refuse tensors whose shapes differ from the meta model's, which transformers would fill at random."""
     compressed = compressed_layers(model).keys()
     for name, tensor in model.state_dict().items():
         header = headers.get(name) or headers.get(f"{model.base_model_prefix}.{name}")

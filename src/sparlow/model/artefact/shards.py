@@ -1,4 +1,4 @@
-"""The files of a compressed model: written whole or not at all, and looked into before they are trusted."""
+"""The files of a compressed model: written atomically, and checked before they are trusted."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ class ShardRecord:
 
 
 class Header(NamedTuple):
-    """What a safetensors file says of a tensor; the dtype is None if no compressed layer may have it."""
+    """The header of a tensor in a safetensors file; the dtype is None if no compressed layer may have it."""
 
     file: Path
     dtype: torch.dtype | None

@@ -16,7 +16,7 @@ from sparlow.model.loading.source import parse_dtype, resolve_model_path
 
 
 class UnknownAheadError(InputError):
-    """What becomes of a model is only seen when its weights are opened."""
+    """The plan cannot be made before the weights are opened."""
 
 
 TOKENS = 8  # that pass through the meta model, to see who reads what
@@ -79,7 +79,7 @@ def shared_inputs(model: PreTrainedModel) -> list[dict[str, str]]:
 
 
 def _ways() -> Iterator[dict[str, Tensor]]:
-    """Yield what to give to a model beside the tokens so that it runs, the most likely first.
+    """Yield arguments, beside the tokens, with which a model may run, the most likely first.
 
     Most models look into a mask of their own making, and some into positions, neither of which has values here; what
     they are given instead they take as it is. Not all take a mask of this form, and which do changes between releases.

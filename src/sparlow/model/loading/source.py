@@ -53,7 +53,7 @@ class OpenedModel:
 
     @functools.cached_property
     def weights(self) -> Weights:
-        """Its weights on demand, wherever they lie."""
+        """Its weights on demand, in memory or on disk."""
         return self.on_disk or InMemory(self.decoder.blocks, self.model.dtype)
 
 
