@@ -26,6 +26,7 @@ from sparlow.model.loading.meta import meta_model
 from sparlow.model.loading.source import open_model
 from sparlow.planning.workload import workload
 from sparlow.recipe.recipe import Recipe
+from sparlow.recipe.run_options import RunOptions
 
 QUICK = Recipe(pattern="2:4", rank=2, options={"effort": 0.1, "max_steps": 5})
 WINDOWS = torch.randint(2, 97, (6, 12), generator=torch.Generator().manual_seed(1))
@@ -204,9 +205,10 @@ def test_a_name_that_takes_something_else(name, tmp_path, monkeypatch):
 
 def test_the_plan_knows_that_a_model_will_be_held_whole(tmp_path, monkeypatch):
     save_tiny("llama", tmp_path)
-    assert workload(meta_model(str(tmp_path)), QUICK.changed(seqlen=12), device="cpu").streamed
+    recipe, options = QUICK.changed(seqlen=12), RunOptions(device="cpu")
+    assert workload(meta_model(str(tmp_path)), recipe, options).streamed
     monkeypatch.setattr("sparlow.planning.workload.NO_STREAMING", "it is another release")
-    assert not workload(meta_model(str(tmp_path)), QUICK.changed(seqlen=12), device="cpu").streamed
+    assert not workload(meta_model(str(tmp_path)), recipe, options).streamed
 
 
 def test_nothing_is_opened_or_begun_where_the_format_is_not_known(tmp_path, monkeypatch):

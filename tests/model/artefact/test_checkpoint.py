@@ -408,7 +408,7 @@ def drop_bit(tensors):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (drop_bit, "the mask keeps 767 entries, but there are 768"),
+        (drop_bit, "The mask keeps 767 entries, but there are 768"),
         (lambda tensors: tensors.pop(f"{LAYER}.U"), "should have the tensors"),
         (lambda tensors: tensors.update({f"{LAYER}.bias": torch.zeros(48)}), "should have the tensors"),
         (lambda tensors: tensors.update({f"{LAYER}.mask": torch.zeros(48, 4)}), "should have the shape"),

@@ -299,14 +299,14 @@ class TestForeignModels:
     @pytest.mark.parametrize(
         ("kind", "message"),
         [
-            (Twice, "block 0 is called where block 3 was expected"),
-            (Reversed, "block 2 is called where block 0 was expected"),
-            (Short, "block 2 is never called"),
-            (Unused, "block 0 is never called"),
+            (Twice, "Block 0 is called where block 3 is due"),
+            (Reversed, "Block 2 is called where block 0 is due"),
+            (Short, "Block 2 is never called"),
+            (Unused, "Block 0 is never called"),
             (Scaled, "changes the hidden state between blocks 0 and 1"),
             (ByState, "shift of block 1 depends on what the blocks before it compute"),
-            (ByOther, "argument 2 of block 1 depends on what the blocks before it compute"),
-            (Flat, "block 0 is not called with a hidden state of shape"),
+            (ByOther, "Argument 2 of block 1 depends on what the blocks before it compute"),
+            (Flat, "Block 0 is not called with a hidden state of shape"),
         ],
     )
     def test_refuses_what_it_cannot_replay(self, kind, message, windows):

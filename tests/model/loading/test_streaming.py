@@ -177,5 +177,5 @@ def test_auto_asks_for_what_this_process_may_take_not_for_what_the_machine_has(m
 
 
 def test_there_is_no_other_place():
-    with pytest.raises(sparlow.errors.InputError, match=r"There is no place 'attic' .* Give --offload auto, cpu, disk"):
+    with pytest.raises(sparlow.errors.InputError, match=r"cannot be kept in 'attic'\. Give --offload auto, cpu, disk"):
         place("attic", 1000, CPU)
