@@ -61,7 +61,7 @@ ARGUMENTS = (
     Argument("rank_ratio", float, -1.0, "share of the kept values in the low-rank part; -1 for a fixed rank"),
     Argument("lora_num_ranks", int, 64, "fixed rank, where --rank_ratio is -1; also of a fine-tuned pruned model"),
     Argument("enable_transformer_matching", flag, "True", "train every block towards the dense one after compression"),
-    Argument("chunk_size", int, 8, "windows a step of transformer matching"),
+    Argument("chunk_size", int, 8, "windows in each step of transformer matching"),
     Argument("n_iters", int, 20, "epochs of transformer matching"),
     Argument("lr_init", float, 2e-5, "learning rate of transformer matching"),
     Argument(
@@ -72,23 +72,27 @@ ARGUMENTS = (
         "file of deltas had been computed beforehand)",
     ),
     Argument("nsamples", int, 128, "calibration windows"),
-    Argument("seqlen", int, 2048, "tokens a window"),
+    Argument("seqlen", int, 2048, "tokens in each calibration window"),
     Argument("calibration_dataset", str, "c4", "c4, wikitext2, ptb or any corpus of sparlow"),
-    Argument("percdamp", float, 0.01, "times mean(diag H), added to the diagonal of H"),
-    Argument("hess_diag", flag, "False", "add hess_percdamp times diag(H) too"),
-    Argument("hess_percdamp", float, 0.005, "see --hess_diag"),
-    Argument("seed", int, 42, "of the choice of windows"),
+    Argument("percdamp", float, 0.01, "absolute damping: adds this × mean(diag H) to the diagonal of H"),
+    Argument("hess_diag", flag, "False", "also use relative damping, see --hess_percdamp"),
+    Argument(
+        "hess_percdamp", float, 0.005, "relative damping: adds this × diag(H) to the diagonal of H, with --hess_diag"
+    ),
+    Argument("seed", int, 42, "random seed for selecting the calibration windows"),
     Argument("n_iters_oats_hassle_free", int, 80, "rounds of oats and hassle-free"),
-    Argument("per_device_eval_batch_size", int, 8, "examples of a zero-shot task at a time"),
+    Argument("per_device_eval_batch_size", int, 8, "sequences in each pass through the model in zero-shot tasks"),
     Argument("dataset_name", str, "c4", "text to fine-tune on"),
 )
 OWN = (  # not in the paper's command line: what is needed where its data sets cannot be reached
     Argument("eval_datasets", str, CORPORA, "corpora or files for perplexity with --do_eval"),
     Argument("eval_tasks", str, "paper", "zero-shot tasks with --do_eval; '' for none"),
-    Argument("task_path", str, None, "folder of task files that take precedence"),
-    Argument("limit", int, None, "at most so many windows, and examples of a task, with --do_eval"),
-    Argument("train_steps", int, 500, "steps of fine-tuning with --do_train"),
-    Argument("block_size", int, 1024, "tokens a window of fine-tuning"),
+    Argument("task_path", str, None, "directory of task files, which take precedence over lm-eval's"),
+    Argument(
+        "limit", int, None, "maximum number of windows of each text and of questions of each task, with --do_eval"
+    ),
+    Argument("train_steps", int, 500, "number of fine-tuning steps with --do_train"),
+    Argument("block_size", int, 1024, "tokens in each window of fine-tuning"),
 )
 SWITCHES = {
     "do_eval": "measure perplexity and the eight zero-shot tasks",

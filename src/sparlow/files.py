@@ -95,7 +95,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except InputError:
         raise
     except FileNotFoundError as problem:
-        raise InputError(f"{path} is missing, so {path.parent} is no finished model of sparlow.") from problem
+        raise InputError(f"{path} is missing, so {path.parent} is not a finished model of sparlow.") from problem
     except (OSError, ValueError, RecursionError) as problem:
         raise InputError(f"{path} cannot be read ({reason(problem)}). Restore it.") from problem
     if not isinstance(content, dict):

@@ -110,7 +110,7 @@ def _readable(path: Path) -> Path:
     from lm_eval.tasks._yaml_loader import load_yaml
 
     if not path.is_dir():
-        raise InputError(f"{path} is no directory. Give --task-path a directory with task files (.yaml).")
+        raise InputError(f"{path} is not a directory. Give --task-path a directory with task files (.yaml).")
     files = sorted(path.rglob("*.yaml"))
     if not files:
         raise InputError(f"{path} holds no task file (.yaml). Give --task-path another directory.")

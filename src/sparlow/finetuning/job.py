@@ -173,7 +173,7 @@ class FineTuning:
         rest = writer.write_rest(self.model)
         changed = changed_sparse_parts(self.parent.folder, self.paths.out)
         if changed:
-            raise RunError(f"The sparse part of {changed[0]} has changed, which must not be: this is a bug of sparlow.")
+            raise RunError(f"The sparse part of {changed[0]} has changed, which is a bug in sparlow. Report it.")
         writer.finish(self.model, self.opened.tokenizer)
         self.journal.note_rest(rest, (self.parent.folder / "recipe.toml").read_text("utf-8"))
 

@@ -59,7 +59,9 @@ class Parent:
         own = {name: rank for name, rank in self.ranks.items() if rank}
         if own:
             if fresh is not None:
-                raise InputError(f"{self.folder} has a low-rank part, whose ranks are kept. Leave out --rank.")
+                raise InputError(
+                    f"{self.folder} already has a low-rank part, whose ranks stay as they are. Leave out --rank."
+                )
             return own
         most = min(min(shape) for shape in self.shapes.values())
         rank = min(FRESH_RANK, most) if fresh is None else fresh

@@ -50,7 +50,7 @@ def recipes_for(
     unused = [name for name in options if name not in names]
     if unused:
         raise InputError(
-            f"An option is given for {unused[0]}, which is not compared. Compared are: {', '.join(names)}."
+            f"An option is given for {unused[0]}, which is not compared. Give options of: {', '.join(names)}."
         )
     found = {}
     for name in names:

@@ -200,7 +200,7 @@ def test_a_killed_writer_leaves_nothing_that_looks_finished(model, tmp_path, mon
     with pytest.raises(RunError, match=f"{SHARD} is missing"):
         writer.finish(model)
     assert not (tmp_path / "config.json").exists()
-    with pytest.raises(InputError, match="no finished model"):
+    with pytest.raises(InputError, match="not a finished model"):
         load(tmp_path)
 
 
@@ -438,7 +438,7 @@ def test_a_missing_norm_is_not_made_up(folder):
 
 
 def test_directories_of_others(tmp_path):
-    with pytest.raises(InputError, match="no finished model"):
+    with pytest.raises(InputError, match="not a finished model"):
         load(tmp_path)
     tiny("llama").save_pretrained(tmp_path)
     with pytest.raises(InputError, match="not a model that sparlow compressed"):

@@ -54,7 +54,7 @@ def require_recorded(folder: Path, recorded: Mapping[str, Any]) -> None:
         if (header_sum(file) if file.suffix == ".safetensors" else sha256(file)) != expected:
             raise InputError(
                 f"{file} is not the one that was written. Restore it, or open the directory with transformers alone, "
-                "which does not compare."
+                "which does not compare checksums."
             )
 
 

@@ -204,7 +204,7 @@ class _Chain:
     def stand_in(self, i: int) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - a foreign forward's arguments
             if i != self.turn:
-                raise InputError(f"Block {i} is called where block {self.turn} is due: the blocks are no chain.")
+                raise InputError(f"Block {i} is called where block {self.turn} is due, so the blocks are not a chain.")
             x = args[0] if args else kwargs.pop(self._name, None)
             if not isinstance(x, Tensor) or _axis(x, self._shape) < 0:
                 raise InputError(f"Block {i} is not called with a hidden state of shape (windows, seqlen, features).")

@@ -133,7 +133,7 @@ def resolve_model_path(name: str) -> str:
         return str(_converted(path))
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise InputError(f"{name} is no model directory: it has no config.json. Give another directory.")
+            raise InputError(f"{name} is not a model directory: it has no config.json. Give another directory.")
         if (path / "adapter_config.json").is_file():  # it may name a base on the hub, which the user did not
             raise InputError(
                 f"{name} holds an adapter, which would be opened with the model. Merge it, or move it away."
