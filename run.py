@@ -72,7 +72,7 @@ ARGUMENTS = (
         "file of deltas had been computed beforehand)",
     ),
     Argument("nsamples", int, 128, "calibration windows"),
-    Argument("seqlen", int, 2048, "tokens in each calibration window"),
+    Argument("seqlen", int, 2048, "tokens in each window"),
     Argument("calibration_dataset", str, "c4", "c4, wikitext2, ptb or any corpus of sparlow"),
     Argument("percdamp", float, 0.01, "absolute damping: adds this × mean(diag H) to the diagonal of H"),
     Argument("hess_diag", flag, "False", "also use relative damping, see --hess_percdamp"),
