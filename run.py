@@ -47,7 +47,7 @@ class Argument:
 def flag(text: str) -> bool:
     """Read True or False, as the paper's commands write them."""
     if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"write True or False, not {text}")
+        raise argparse.ArgumentTypeError(f"Write True or False, not {text}.")
     return text.lower() == "true"
 
 
@@ -61,7 +61,7 @@ ARGUMENTS = (
     Argument("rank_ratio", float, -1.0, "share of the kept values in the low-rank part; -1 for a fixed rank"),
     Argument("lora_num_ranks", int, 64, "fixed rank, where --rank_ratio is -1; also of a fine-tuned pruned model"),
     Argument("enable_transformer_matching", flag, "True", "train every block towards the dense one after compression"),
-    Argument("chunk_size", int, 8, "windows a step of transformer matching"),
+    Argument("chunk_size", int, 8, "windows in each step of transformer matching"),
     Argument("n_iters", int, 20, "epochs of transformer matching"),
     Argument("lr_init", float, 2e-5, "learning rate of transformer matching"),
     Argument(
@@ -72,23 +72,27 @@ ARGUMENTS = (
         "file of deltas had been computed beforehand)",
     ),
     Argument("nsamples", int, 128, "calibration windows"),
-    Argument("seqlen", int, 2048, "tokens a window"),
+    Argument("seqlen", int, 2048, "tokens in each window"),
     Argument("calibration_dataset", str, "c4", "c4, wikitext2, ptb or any corpus of sparlow"),
-    Argument("percdamp", float, 0.01, "times mean(diag H), added to the diagonal of H"),
-    Argument("hess_diag", flag, "False", "add hess_percdamp times diag(H) too"),
-    Argument("hess_percdamp", float, 0.005, "see --hess_diag"),
-    Argument("seed", int, 42, "of the choice of windows"),
+    Argument("percdamp", float, 0.01, "absolute damping: adds this × mean(diag H) to the diagonal of H"),
+    Argument("hess_diag", flag, "False", "also use relative damping, see --hess_percdamp"),
+    Argument(
+        "hess_percdamp", float, 0.005, "relative damping: adds this × diag(H) to the diagonal of H, with --hess_diag"
+    ),
+    Argument("seed", int, 42, "random seed for selecting the calibration windows"),
     Argument("n_iters_oats_hassle_free", int, 80, "rounds of oats and hassle-free"),
-    Argument("per_device_eval_batch_size", int, 8, "examples of a zero-shot task at a time"),
+    Argument("per_device_eval_batch_size", int, 8, "sequences in each pass through the model in zero-shot tasks"),
     Argument("dataset_name", str, "c4", "text to fine-tune on"),
 )
 OWN = (  # not in the paper's command line: what is needed where its data sets cannot be reached
     Argument("eval_datasets", str, CORPORA, "corpora or files for perplexity with --do_eval"),
     Argument("eval_tasks", str, "paper", "zero-shot tasks with --do_eval; '' for none"),
-    Argument("task_path", str, None, "folder of task files that take precedence"),
-    Argument("limit", int, None, "at most so many windows, and examples of a task, with --do_eval"),
-    Argument("train_steps", int, 500, "steps of fine-tuning with --do_train"),
-    Argument("block_size", int, 1024, "tokens a window of fine-tuning"),
+    Argument("task_path", str, None, "directory of task files, which take precedence over lm-eval's"),
+    Argument(
+        "limit", int, None, "maximum number of windows of each text and of questions of each task, with --do_eval"
+    ),
+    Argument("train_steps", int, 500, "number of fine-tuning steps with --do_train"),
+    Argument("block_size", int, 1024, "tokens in each window of fine-tuning"),
 )
 SWITCHES = {
     "do_eval": "measure perplexity and the eight zero-shot tasks",
@@ -112,7 +116,7 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
     """The recipe that the arguments stand for."""
     algorithm, _ = find(args.compression_alg)
     if (args.prunen == 0) != (args.prunem == 0):
-        raise InputError("--prunen and --prunem are both 0 (unstructured) or both not.")
+        raise InputError("Only one of --prunen and --prunem is 0. Give both, or neither for an unstructured pattern.")
     fields: dict[str, Any] = {
         "algorithm": args.compression_alg,
         "options": {"rounds": args.n_iters_oats_hassle_free} if "rounds" in algorithm.options else {},
@@ -162,7 +166,7 @@ def _run(args: argparse.Namespace) -> None:
     # loaded now, so that a wrong name or missing data is known before a long run
     tasks = load_tasks(split(args.eval_tasks) if args.do_eval else (), path=args.task_path)
     if args.do_train and args.compression_alg == DENSE:
-        raise InputError("--do_train goes on from a compressed model: choose another --compression_alg than dense.")
+        raise InputError("--do_train starts from a compressed model. Choose another --compression_alg than dense.")
     result: str | Path = args.model_name_or_path
     if args.compression_alg != DENSE:
         recipe = recipe_of(args)
@@ -197,7 +201,7 @@ def _fine_tuned(args: argparse.Namespace, result: str | Path) -> Path:
 def _evaluate(args: argparse.Namespace, result: str | Path, out: Path, tasks: LoadedTasks) -> None:
     opened = open_model(str(result))
     if opened.tokenizer is None:
-        raise InputError(f"{result} has no tokenizer.")
+        raise InputError(f"{result} has no tokenizer. Add the tokenizer's files.")
     found = sparlow.evaluate(
         upcast_for_cpu(opened.model),
         opened.tokenizer,

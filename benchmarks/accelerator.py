@@ -43,7 +43,7 @@ def parts(W: Tensor, H: Tensor, rank: int, device: str) -> dict[str, float]:
     """Seconds of what an iteration is made of."""
     pattern = parse_pattern("2:4")
     space = Gram.damped(H).coordinates(conditional=True, group=pattern.group)
-    loop = three_basil._Loop(space.enter(W), space, pattern, rank, rho=0.003)  # noqa: SLF001 - measured from inside
+    loop = three_basil._Loop(space.to_scaled(W), space, pattern, rank, rho=0.003)  # noqa: SLF001 - measured from inside
     project, out = pattern.projector(), torch.empty_like(W)
     scores = W.abs().view(1, -1)
     half = scores.shape[1] // 2

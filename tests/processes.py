@@ -77,8 +77,7 @@ def _run(arguments, log, prepare, argument):
     """Be the process."""
     import torch
 
-    from sparlow.cli import commands as cli
-    from sparlow.cli import display as console
+    from sparlow.cli import commands, display
 
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for descriptor in (1, 2):
@@ -96,7 +95,7 @@ def _run(arguments, log, prepare, argument):
 
         yield notify
 
-    console.progress = progress
+    display.progress = progress
     if prepare:
         prepare(argument)
-    cli.main(arguments)
+    commands.main(arguments)

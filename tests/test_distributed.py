@@ -155,7 +155,7 @@ def test_steps_that_more_processes_make_wider_are_told():
     storage = StoredDtypes.of(tiny("llama"))
     three, four = (Recovery(recipe, storage, "model.layers", ids, Processes(0, size)) for size in (3, 4))
     assert (three.training.plan.batch, three.warnings) == (3, [])
-    assert (four.training.plan.batch, four.warnings) == (4, ["4 processes train on 4 windows a step, not on 3"])
+    assert (four.training.plan.batch, four.warnings) == (4, ["4 processes train on 4 windows in each step, not on 3."])
 
 
 def test_costly_layers_are_divided_first():

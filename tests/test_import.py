@@ -101,7 +101,7 @@ def test_every_public_name_is_there():
     assert set(sparlow.__all__) <= set(dir(sparlow))
     for name in sparlow.__all__:
         assert getattr(sparlow, name).__module__.startswith("sparlow")
-    assert set(sparlow.__all__) == {name for names in sparlow._PLACES.values() for name in names}
+    assert set(sparlow.__all__) == {name for names in sparlow._MODULES.values() for name in names}
     assert run("from sparlow import *; print(Recipe, compress.__name__)").endswith("compress\n")
     with pytest.raises(AttributeError, match="has no attribute 'compres'"):
         _ = sparlow.compres

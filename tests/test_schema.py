@@ -13,9 +13,7 @@ from typer.testing import CliRunner
 
 import sparlow
 from sparlow.algorithms import decompose
-from sparlow.cli import commands as cli
-from sparlow.cli import options as cli_options
-from sparlow.cli import reference
+from sparlow.cli import commands, options, reference
 from sparlow.cli.options import EvaluateOptions, Given, WriteOptions, expanded
 from sparlow.errors import InputError
 from sparlow.finetuning.options import FinetuneOptions
@@ -112,7 +110,7 @@ def test_every_option_is_explained_in_whole_sentences_and_has_its_place(record):
         text = option.note(Doc).text
         assert text[0].isupper(), name
         assert text.endswith("."), name
-        assert option.note(Panel).title in cli_options.PANELS, name
+        assert option.note(Panel).title in options.PANELS, name
 
 
 @pytest.mark.parametrize("record", RECORDS)
@@ -158,7 +156,7 @@ def test_the_presets_of_matching_are_those_that_a_recipe_may_name():
     assert set(training_plan.PRESETS) == set(MATCH_PRESETS)
 
 
-COMMANDS = typer.main.get_command(cli.app).commands
+COMMANDS = typer.main.get_command(commands.app).commands
 TAKEN = {  # the dataclasses whose options a command has
     "compress": (Recipe, RunOptions, WriteOptions),
     "plan": (Recipe, RunOptions),
@@ -213,7 +211,7 @@ def test_a_new_field_is_checked_where_a_recipe_is_read():
 
 
 def test_a_new_field_is_on_the_command_line_and_in_the_docs(monkeypatch):
-    monkeypatch.setattr(cli_options, "Recipe", Longer)
+    monkeypatch.setattr(options, "Recipe", Longer)
     monkeypatch.setattr(reference, "SECTIONS", (("Recipe", "", Longer),))
     seen = []
     app = typer.Typer()

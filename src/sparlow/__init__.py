@@ -49,7 +49,7 @@ __all__ = [
     "pruner",
 ]
 
-_PLACES = {
+_MODULES = {
     "sparlow.algorithms": ("Decomposition", "decompose", "decomposer", "pruner"),
     "sparlow.errors": ("InputError", "RunError"),
     "sparlow.evaluation.perplexity": ("evaluate",),
@@ -72,12 +72,12 @@ def __getattr__(name: str) -> object:
 
         found: object = own_version()
     else:
-        place = next((place for place, names in _PLACES.items() if name in names), None)
-        if place is None:
+        module = next((module for module, names in _MODULES.items() if name in names), None)
+        if module is None:
             raise AttributeError(f"module 'sparlow' has no attribute {name!r}")
         from importlib import import_module
 
-        found = getattr(import_module(place), name)
+        found = getattr(import_module(module), name)
     globals()[name] = found
     return found
 

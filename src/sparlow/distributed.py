@@ -1,8 +1,8 @@
 """Several processes on one run: ``torchrun --nproc-per-node N -m sparlow compress …``.
 
-All of them do the same steps, each with its share of the calibration windows and of a block's layers. What one finds
-the others learn through torch.distributed (gloo on the CPU, NCCL on CUDA). Only the first writes; the model and the
-output directory must lie where all can read them.
+All of them take the same steps, each with its share of the calibration windows and of the layers of a block. They
+exchange results through torch.distributed (gloo on the CPU, NCCL on CUDA). Only the first process writes. The model and
+the output directory must be readable by all of them.
 """
 
 import datetime as dt
@@ -24,7 +24,7 @@ PATIENCE = dt.timedelta(days=2)  # a solve may take hours; a process that died i
 
 @dataclass(eq=False)
 class Processes:
-    """Those that share a run; alone, every method leaves things as they are.
+    """The process group of one run. With a single process every method is a no-op.
 
     Attributes:
         rank: Number of this one.
@@ -42,11 +42,11 @@ class Processes:
         return self.rank == 0
 
     def local_rows(self, rows: Tensor) -> Tensor:
-        """This process's share of ``rows`` (n, …): consecutive ones, as many as any other's, or one less or more."""
+        """Return this process's share of ``rows`` (n, …): consecutive rows, divided as evenly as possible."""
         return rows.tensor_split(self.size)[self.rank]
 
     def assign(self, costs: Mapping[str, float]) -> dict[str, int]:
-        """Give each piece of work to a process, by name: the costliest first, each to who has least to do."""
+        """Assign each piece of work, by name, to a process: the costliest first, each to the least loaded process."""
         load = [0.0] * self.size
         found = {}
         for name in sorted(costs, key=lambda name: -costs[name]):
@@ -55,14 +55,14 @@ class Processes:
         return found
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
-        """Add up what all processes have, in place; return it."""
+        """Sum a tensor over all processes, in place; return it."""
         if self.size > 1:
             with self._together(tensor.nbytes):
                 dist.all_reduce(tensor)
         return tensor
 
     def reduce_to(self, tensor: Tensor, wanting: set[int]) -> bool:
-        """Add up in place what all have, for those processes that want it; return whether this is one of them."""
+        """Sum a tensor in place for the processes that want the sum; return whether this is one of them."""
         if self.size > 1 and len(wanting) == 1:
             with self._together(tensor.nbytes):
                 dist.reduce(tensor, next(iter(wanting)))
@@ -71,29 +71,29 @@ class Processes:
         return self.rank in wanting
 
     def broadcast(self, tensor: Tensor, source: int = 0) -> Tensor:
-        """Give all processes what ``source`` has, in place; return it."""
+        """Copy a tensor from process ``source`` to all others, in place; return it."""
         if self.size > 1:
             with self._together(tensor.nbytes):
                 dist.broadcast(tensor, source)
         return tensor
 
     def totals(self, numbers: Sequence[float]) -> list[float]:
-        """Add up each of some numbers over all processes, in float64."""
+        """Sum each number over all processes, in float64."""
         return [float(x) for x in self.all_reduce(torch.tensor(numbers, dtype=torch.float64))]
 
     def all_gather(self, value: Any) -> list[Any]:  # noqa: ANN401 - whatever JSON holds
-        """What each process has, in order, as it comes through JSON (torch's own way would unpickle)."""
+        """Return the value of every process, in order. It is sent as JSON, because torch's own way unpickles."""
         if self.size == 1:
             return [value]
         data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         sizes = [int(n) for n in self.totals([len(data) if rank == self.rank else 0 for rank in range(self.size)])]
-        room = torch.zeros(self.size, max(sizes), dtype=torch.uint8)
-        room[self.rank, : len(data)] = data
-        self.all_reduce(room)
-        return [json.loads(bytes(row[:n].tolist())) for row, n in zip(room, sizes, strict=True)]
+        rows = torch.zeros(self.size, max(sizes), dtype=torch.uint8)
+        rows[self.rank, : len(data)] = data
+        self.all_reduce(rows)
+        return [json.loads(bytes(row[:n].tolist())) for row, n in zip(rows, sizes, strict=True)]
 
     def barrier(self) -> None:
-        """Go on when all have come here."""
+        """Wait until all processes have come here."""
         self.totals([0])
 
     @contextmanager
@@ -103,8 +103,8 @@ class Processes:
             yield
         except RuntimeError as error:
             raise RunError(
-                f"Process {self.rank} of {self.size} waited for another one, which ended or cannot be reached: look at "
-                f"its message, and repeat the command; it goes on from the last finished block ({error})."
+                f"Process {self.rank} of {self.size} waited for another one, which ended or cannot be reached "
+                f"({error}). Look at its message, and repeat the command: it resumes from the last finished block."
             ) from error
 
 
@@ -113,16 +113,16 @@ ALONE = Processes()
 
 @contextmanager
 def joined() -> Iterator[Processes]:
-    """The processes that torchrun started, this one among them; this one alone otherwise.
+    """Join the processes that torchrun started, if it did, for the time inside.
 
-    A group that the caller of the library has opened already is taken, and stays open.
+    A process group that the caller has opened already is used, and stays open.
     """
     given = dist.is_available() and dist.is_initialized()
     if not given and int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Processes()
         return
     if not dist.is_available():
-        raise InputError("This torch has no torch.distributed: start one process, without torchrun.")
+        raise InputError("This torch has no torch.distributed. Start one process, without torchrun.")
     if not given:
         own = int(os.environ.get("LOCAL_RANK", "0"))
         if own < torch.cuda.device_count():
@@ -138,7 +138,7 @@ def joined() -> Iterator[Processes]:
 def require_one(command: str) -> None:
     """Raise InputError if torchrun started several processes for a command that is made for one."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError(f"{command} works in one process: start it without torchrun.")
+        raise InputError(f"{command} works in one process. Start it without torchrun.")
 
 
 def is_first() -> bool:
@@ -152,6 +152,6 @@ def on_this_machine() -> int:
 
 
 def local_device(name: str) -> str:
-    """An accelerator of this process's own where several share a machine: cuda becomes cuda:1 in the second."""
+    """Return the accelerator of this process where several share a machine: cuda becomes cuda:1 in the second."""
     own = os.environ.get("LOCAL_RANK")
     return f"{name}:{own}" if own is not None and name not in ("cpu", "mps") and ":" not in name else name

@@ -1,4 +1,4 @@
-"""The two ways sparlow fails on purpose; everything else is a bug."""
+"""The two kinds of errors that sparlow raises on purpose. Any other exception is a bug."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +20,12 @@ def as_input_error(what: str) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:  # foreign files make transformers, tokenizers and gguf raise anything, even Exception
-        raise InputError(f"{what}: {first_line(error)}") from error
+        raise InputError(f"{what}: {first_line(error).rstrip('.')}.") from error
+
+
+def reason(error: Exception) -> str:
+    """Return why a file cannot be used, without its path, which the sentence names already; no full stop."""
+    return (getattr(error, "strerror", None) or first_line(error)).rstrip(".")
 
 
 def first_line(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, read without trust; the names of ours, and the cache's folder."""
+"""Files: written atomically, and read without trusting them; names of our files; the cache folder."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from sparlow.errors import InputError, RunError
+from sparlow.errors import InputError, RunError, reason
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"  # what save_pretrained writes when one file is enough
@@ -22,10 +22,10 @@ GENERATION = "generation_config.json"
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a path to write to, whose file takes the name ``path``, on disk for good, only if nothing is raised.
+    """Give a path to write to. Its file is synced and renamed to ``path``, unless an exception is raised.
 
     Raises:
-        RunError: it cannot be written.
+        RunError: It cannot be written.
     """
     partial = partial_of(path)
     try:
@@ -35,18 +35,18 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.replace(path)
         _sync(path.parent)
     except (OSError, SafetensorError) as problem:
-        raise RunError(f"cannot write {path}: {problem}") from problem
+        raise RunError(f"Cannot write {path}: {reason(problem)}.") from problem
     finally:
         partial.unlink(missing_ok=True)
 
 
 def partial_of(path: Path) -> Path:
-    """Return where a file lies until it is whole."""
+    """Return the temporary path of a file that is being written."""
     return path.with_name(f".{path.name}.partial")
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring every file of a directory to the disk for good, before something else there says that they are whole."""
+    """Sync every file of a directory to disk, before another file there declares them complete."""
     for path in folder.iterdir():
         if path.is_file() and not path.is_symlink():
             _sync(path)
@@ -70,7 +70,7 @@ def sha256(path: Path) -> str:
 
 
 def write_json(path: Path, content: Any, *, indent: int = 1) -> None:  # noqa: ANN401 - anything JSON holds
-    """Write a JSON file whole or not at all; numbers that are not finite become text, which JSON can hold.
+    """Write a JSON file atomically. Numbers that are not finite become text, because JSON has none.
 
     Raises:
         RunError: It cannot be written.
@@ -88,18 +88,18 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file.
 
     Raises:
-        InputError: there is none.
+        InputError: There is none.
     """
     try:
         content = json.loads(resolve_inside(path.parent, path.name).read_text("utf-8"))
     except InputError:
         raise
     except FileNotFoundError as problem:
-        raise InputError(f"{path} is missing: {path.parent} is no finished model of sparlow") from problem
+        raise InputError(f"{path} is missing, so {path.parent} is not a finished model of sparlow.") from problem
     except (OSError, ValueError, RecursionError) as problem:
-        raise InputError(f"{path} cannot be read: {problem}") from problem
+        raise InputError(f"{path} cannot be read ({reason(problem)}). Restore it.") from problem
     if not isinstance(content, dict):
-        raise InputError(f"{path} must hold one JSON object")
+        raise InputError(f"{path} must hold one JSON object. Restore it.")
     return content
 
 
@@ -116,24 +116,24 @@ def shard_filename(file: Any) -> str:  # noqa: ANN401 - what a JSON file holds
     """Return the name of a safetensors file if it has no directory part.
 
     Raises:
-        InputError: it could be outside of the model's directory, or is no safetensors file.
+        InputError: It could be outside of the model's directory, or is no safetensors file.
     """
     name = str(file)
     if PurePosixPath(name).name == name == PureWindowsPath(name).name and name.endswith(".safetensors"):
         return name
-    raise InputError(f"{file!r} is not the name of a safetensors file in the model's directory")
+    raise InputError(f"{file!r} is not the name of a safetensors file in the model's directory.")
 
 
 def resolve_inside(folder: Path, name: str) -> Path:
     """Return the path of a file in a directory.
 
     Raises:
-        InputError: it is a link that leads elsewhere; a cache of the hub may lead to its own store of files.
+        InputError: It is a link that leads elsewhere; a cache of the hub may lead to its own store of files.
     """
     path, home = folder / name, folder.resolve()
     store = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
     if path.is_symlink() and path.resolve().parent not in (home, store):
-        raise InputError(f"{path} is a link that leads out of the model's directory")
+        raise InputError(f"{path} is a link that leads out of the model's directory.")
     return path
 
 
@@ -144,5 +144,5 @@ def cache_folder() -> Path:
 
 
 def human_bytes(size: float) -> str:
-    """Bytes as text: in GB of 10⁹ bytes or, below one, in MB of 10⁶ bytes."""
+    """Return bytes as text: in GB of 10⁹ bytes or, below one, in MB of 10⁶ bytes."""
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"  # noqa: PLR2004 - a gigabyte

@@ -87,7 +87,7 @@ def described(record: Mapping[str, Any]) -> str:
 
 
 def differences(first: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """Name what differs between two records of which the bits of a result depend on: "threads (1, then 2)".
+    """Name the differences of two records that may change the bits of a result: "threads (1, then 2)".
 
     The accelerator counts only where one of the two computed on it, which ``device`` says if it is there.
     """
@@ -105,7 +105,7 @@ def _said(value: object) -> str:
 
 @cache
 def _processor() -> tuple[str, tuple[str, ...]]:
-    """Name and instruction sets, from whoever knows them here."""
+    """Return the processor's name and instruction sets, from the source that this system has."""
     name, found = "", tuple[str, ...]()
     with suppress(OSError, ValueError, subprocess.SubprocessError):
         if sys.platform == "linux":
@@ -211,7 +211,7 @@ def check_device(device: str) -> None:
 
 
 def memory_available() -> int:
-    """Bytes of main memory that this process may still take: what the system has, and what limits leave.
+    """Return the bytes of main memory that this process may still take, within the limits set for it.
 
     Where several processes of a run share a machine, each may take an equal part.
     """
@@ -220,7 +220,7 @@ def memory_available() -> int:
 
 
 def device_available(device: torch.device) -> int | None:
-    """Bytes of the accelerator that this process may still take; None where that cannot be known, as on the CPU."""
+    """Return the bytes of accelerator memory that are still available; None if unknown, as on the CPU."""
     if device.type != "cuda":
         return None
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -228,7 +228,7 @@ def device_available(device: torch.device) -> int | None:
 
 
 def disk_available(folder: Path) -> int:
-    """Bytes that may still be written to a folder, which need not exist yet."""
+    """Return the bytes that may still be written to a folder, which need not exist yet."""
     return shutil.disk_usage(existing_parent(folder)).free
 
 
@@ -238,7 +238,7 @@ def existing_parent(folder: Path) -> Path:
 
 
 def _limits() -> Iterator[int]:
-    """What is left of the limits of the process (``ulimit -v``) and of its control group, where there are any."""
+    """Yield what is left of the limits of the process (``ulimit -v``) and of its control group, if there are any."""
     if sys.platform != "linux":
         return
     import resource
@@ -285,7 +285,7 @@ def peak_memory() -> dict[str, int]:
 
 
 def reset_peak_memory() -> None:
-    """Forget the peak so far where the system lets a process do so, for a second run in one process."""
+    """Reset the peak, if the system allows it, for a second run in one process."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     with suppress(OSError):

@@ -1,4 +1,4 @@
-"""What a run tells while it goes on: steps for whoever shows them, and seconds by kind of work."""
+"""Progress of a run: steps for display, and seconds by kind of work."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -65,7 +65,7 @@ class Clock:
         return {"total": sum(parts.values()), **parts}
 
     def add(self, seconds: Mapping[str, float]) -> None:
-        """Count what an earlier part of the same run has taken."""
+        """Add the seconds of an earlier part of the same run."""
         for kind, spent in seconds.items():
             self.seconds[kind] += spent
 

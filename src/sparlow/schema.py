@@ -27,7 +27,7 @@ LARGEST = 2**63  # whole numbers stay below, as torch's do
 
 @dataclass(frozen=True, slots=True)
 class Doc:
-    """What an option means, in whole sentences: the help text and the line in the docs."""
+    """The meaning of an option in whole sentences, for help and docs."""
 
     text: str
 
@@ -48,7 +48,7 @@ class Unset:
 
 @dataclass(frozen=True, slots=True)
 class Choices:
-    """The only words that may be given; ``noun`` says in an error what they are."""
+    """The allowed words; ``noun`` names them in an error."""
 
     noun: str
     words: tuple[str, ...]
@@ -56,7 +56,7 @@ class Choices:
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """What must hold of a number; ``text`` ends the sentence "… must be"."""
+    """A condition on a number; ``text`` completes the sentence "… must be"."""
 
     text: str
     holds: Callable[[float], bool]
@@ -285,7 +285,7 @@ def documented(record: type[T]) -> type[T]:
 
 
 def unknown(what: str, word: str, known: Iterable[str]) -> str:
-    """A sentence about a name that there is none of, what to choose from, and the name that may have been meant."""
+    """Return an error about an unknown name, with the known names and the one that may have been meant."""
     names = list(known)
     near = difflib.get_close_matches(word[:LONGEST], names, n=1)
     meant = f"; did you mean {near[0]!r}?" if near else "."
@@ -315,7 +315,7 @@ def _default_of(field: dataclasses.Field[Any]) -> Any:  # noqa: ANN401 - options
 
 
 def shown(value: object) -> str:
-    """What was given, for an error: not more of it than helps, and never an error of its own."""
+    """Return a given value as text for an error, shortened. It never raises."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # a number of thousands of digits, tables within tables within tables

@@ -35,7 +35,7 @@ def test_ends_no_higher_than_it_used_to(pattern):
 def test_the_iterates_are_the_papers(pattern, max_steps):
     W, gram = in_float64(*layer())
     space = gram.coordinates(group=pattern.group)
-    X = space.gather(_admm(space.enter(W), space, pattern, max_steps)[0])
+    X = space.deinterleave(_admm(space.to_scaled(W), space, pattern, max_steps)[0])
     plain, mask, rho = oracles_methods.alps_admm(W, gram.H, pattern.mask, max_steps=max_steps)
     torch.testing.assert_close(X, plain, rtol=0, atol=1e-8 * plain.abs().max().item())
     assert torch.equal(pattern.mask(X.abs()), mask)

@@ -150,7 +150,7 @@ def test_a_sampled_threshold_costs_little(pattern, monkeypatch):
 def in_float64(W, gram, **where):
     """The target and the coordinates of a loop whose rounding does not blur a comparison."""
     space = Gram(gram.H.double(), gram.dead).coordinates(group=4, **where)
-    return space.enter(W.double()), space
+    return space.to_scaled(W.double()), space
 
 
 @pytest.mark.parametrize("steps", [10, 40, 90])
@@ -161,7 +161,7 @@ def test_without_low_rank_part_the_iterates_are_the_papers(steps):
     loop = _Loop(T, space, pattern, 0, rho=0.1)
     _paper(loop, 0.5, steps)
     D, _, _, rho = oracles.paper_admm(W, gram.H, pattern.mask, 0, max_steps=steps)
-    D = space.enter(D)
+    D = space.to_scaled(D)
     torch.testing.assert_close(loop.D, D, rtol=0, atol=1e-8 * D.abs().max().item())
     assert loop.rho == pytest.approx(rho)
 
@@ -170,7 +170,7 @@ def test_without_low_rank_part_the_iterates_are_the_papers(steps):
 def test_the_joint_step_is_the_minimum_over_both_blocks(rho):
     W, gram = layer(24, 40, 0)
     T, space = in_float64(W, gram, conditional=True)
-    G, Z = space.G, space.deal(space.gather(T) * NM(2, 4).mask(space.gather(T).abs()))
+    G, Z = space.G, space.interleave(space.deinterleave(T) * NM(2, 4).mask(space.deinterleave(T).abs()))
     eye = torch.eye(len(G), dtype=torch.float64)
 
     def augmented(S, L):
@@ -267,7 +267,7 @@ def test_the_loop_does_not_wait_for_an_accelerator(pattern):
     W, H = oracles.problem(600, 320, 3)  # large enough for a sampled threshold
     chosen = parse_pattern(pattern)
     space = Gram.damped(H.cuda()).coordinates(conditional=True, group=chosen.group)
-    loop = _Loop(space.enter(W.cuda()), space, chosen, RANK, rho=0.003)
+    loop = _Loop(space.to_scaled(W.cuda()), space, chosen, RANK, rho=0.003)
     loop.fit_jointly()
     loop.update()
     torch.cuda.set_sync_debug_mode("error")

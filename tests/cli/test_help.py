@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM
 import sparlow
 from command_line import run, run_and_fail
 from families import save_tiny, tiny_tokenizer
-from sparlow.cli import commands as cli
+from sparlow.cli import commands
 
-GROUP = typer.main.get_command(cli.app)
+GROUP = typer.main.get_command(commands.app)
 HEAVY = ("torch", "transformers", "datasets", "numpy", "pydantic")
 
 

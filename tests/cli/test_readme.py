@@ -9,7 +9,7 @@ import pytest
 from command_line import run_and_fail
 
 README = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
-MODEL_MISSING = r"cannot open the model \S+|there is no directory \S+|There is no directory \S+|\S+ has no sparlow.json"
+MODEL_MISSING = r"Cannot open the model \S+|There is no directory \S+|\S+ has no sparlow.json"
 
 
 def commands(text):

@@ -392,7 +392,7 @@ def closed(monkeypatch):
         (["--tasks", "python"], "runs code"),
         (["--tasks", ""], "No task is named"),
         (["--tasks", "small", "--fewshot", -1], "at least 0, not -1"),
-        (["--tasks", "small", "--task-path", "nowhere"], "nowhere is no directory"),
+        (["--tasks", "small", "--task-path", "nowhere"], "nowhere is not a directory"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else None,
 )

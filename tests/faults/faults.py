@@ -148,7 +148,7 @@ def _pair(bench, out):
 
 def _die_in_training(step):
     """Keep the state of the training at every step, and die while that of this step is written or recorded."""
-    from sparlow.model.training import resume_state as midway
+    from sparlow.model.training import resume_state
     from sparlow.run.journal import Journal
 
     keep, calls = Journal.keep_training, []
@@ -159,7 +159,7 @@ def _die_in_training(step):
             _die_at(1 + step % 4)
         keep(self, tensors)
 
-    midway.EVERY, Journal.keep_training = 0, kept
+    resume_state.EVERY, Journal.keep_training = 0, kept
 
 
 def training_killed(bench, tries=4):

@@ -32,7 +32,7 @@ pytest.importorskip("accelerate")
 
 from sparlow.finetuning.options import FinetuneOptions  # noqa: E402
 from sparlow.finetuning.trainer import STAGE  # noqa: E402
-from sparlow.model.artefact import peft_adapter as adapter  # noqa: E402 - after what they need is known to be there
+from sparlow.model.artefact import peft_adapter  # noqa: E402 - after what they need is known to be there
 
 SEQLEN = 16
 # Words that follow each other in a fixed order: there is something to learn.
@@ -79,9 +79,9 @@ def test_the_function_is_unchanged_at_step_0(family, ranks):
     own = {
         name: (layer.S.clone(), layer.U.clone(), layer.V.clone()) for name, layer in compressed_layers(model).items()
     }
-    parts = adapter.take_apart(model)
+    parts = peft_adapter.take_apart(model)
     trained = {name: len(part.V) for name, part in parts.items() if len(part.V)}
-    wrapped = adapter.with_lora(model, {name: parts[name] for name in trained}, trained, seed=0)
+    wrapped = peft_adapter.with_lora(model, {name: parts[name] for name in trained}, trained, seed=0)
     found = wrapped(ids).logits
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
     # the parts themselves are not rounded, and nothing else can be trained
@@ -95,8 +95,8 @@ def test_the_function_is_unchanged_at_step_0(family, ranks):
     assert len(trainable) == 2 * len(trained)
     assert all("lora_" in name for name in trainable)
     # and back
-    model, after = adapter.unwrap(wrapped, torch.float32)
-    adapter.put_together(model, parts | after)
+    model, after = peft_adapter.unwrap(wrapped, torch.float32)
+    peft_adapter.put_together(model, parts | after)
     assert torch.equal(model(ids).logits, expected)
     for name, layer in compressed_layers(model).items():
         assert all(map(torch.equal, (layer.S, layer.U, layer.V), own[name]))
@@ -109,10 +109,10 @@ def test_a_fresh_adapter_adds_nothing_and_depends_on_the_seed_alone():
         model = compressed("llama", (0,))
         with torch.no_grad():
             expected = model(ids).logits
-            ranks = dict.fromkeys(adapter.take_apart(model), 5)
-            wrapped = adapter.with_lora(model, {}, ranks, seed)
+            ranks = dict.fromkeys(peft_adapter.take_apart(model), 5)
+            wrapped = peft_adapter.with_lora(model, {}, ranks, seed)
             assert torch.allclose(wrapped(ids).logits, expected, atol=1e-5)
-        starts.append(adapter.unwrap(wrapped, torch.float32)[1])
+        starts.append(peft_adapter.unwrap(wrapped, torch.float32)[1])
         torch.rand(1)  # what was drawn before must not matter
     name = next(iter(ranks))
     assert torch.equal(starts[0][name].V, starts[1][name].V)
@@ -339,14 +339,14 @@ def shards(folder):
 
 
 def test_random_generators_come_back():
-    from sparlow.finetuning import safe_trainer as checkpoints
+    from sparlow.finetuning import safe_trainer
 
     def draw():
         return np.random.rand(3).tolist(), np.random.randn(1).tolist(), torch.rand(3).tolist()  # noqa: NPY002 - these
 
-    found = checkpoints._generators()
+    found = safe_trainer._generators()
     expected = draw()
-    checkpoints._set_generators(found)
+    safe_trainer._set_generators(found)
     assert draw() == expected
 
 
@@ -427,7 +427,7 @@ def test_a_sparse_part_that_changed_is_noticed(place, tmp_path):
                 layer.S.view(-1)[layer.S.view(-1).nonzero()[0]] += 1
 
     model = []
-    real = adapter.put_together
+    real = peft_adapter.put_together
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sparlow.finetuning.job.put_together", lambda m, parts: (real(m, parts), model.append(m)))
         with pytest.raises(RunError, match="has changed"):

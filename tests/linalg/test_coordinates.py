@@ -3,7 +3,7 @@ import torch
 
 import oracles
 from sparlow.errors import RunError
-from sparlow.linalg.coordinates import cholesky, deal
+from sparlow.linalg.coordinates import cholesky, interleave
 from sparlow.linalg.gram import Gram
 
 CONDITIONAL = pytest.mark.parametrize("conditional", [False, True], ids=["by the norm", "by what is unexplained"])
@@ -20,9 +20,9 @@ def layer():
 
 def test_members_of_a_place_lie_together_once_they_are_dealt():
     X = torch.arange(8.0).expand(3, 8)
-    assert deal(X, 4)[0].tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
-    assert deal(X, 1) is X
-    assert deal(X, 8) is X
+    assert interleave(X, 4)[0].tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
+    assert interleave(X, 1) is X
+    assert interleave(X, 8) is X
 
 
 @GROUP
@@ -30,9 +30,9 @@ def test_members_of_a_place_lie_together_once_they_are_dealt():
 def test_leaving_undoes_entering(conditional, group):
     W, gram = layer()
     space = gram.coordinates(conditional=conditional, group=group)
-    torch.testing.assert_close(space.leave(space.enter(W)), W)
-    assert torch.equal(space.gather(space.deal(W)), W)
-    assert space.leave(W[:0]).shape == (0, 40)
+    torch.testing.assert_close(space.from_scaled(space.to_scaled(W)), W)
+    assert torch.equal(space.deinterleave(space.interleave(W)), W)
+    assert space.from_scaled(W[:0]).shape == (0, 40)
 
 
 @GROUP
@@ -40,7 +40,7 @@ def test_leaving_undoes_entering(conditional, group):
 def test_the_objective_is_the_same_in_all_coordinates(conditional, group):
     W, gram = layer()
     space = gram.coordinates(conditional=conditional, group=group)
-    T = space.enter(W).double()
+    T = space.to_scaled(W).double()
     assert oracles.objective(T, space.G) == pytest.approx(oracles.objective(W, gram.H), rel=1e-4)
     assert space.G.diagonal().mean().item() == pytest.approx(1, rel=1e-4)
 

@@ -152,9 +152,9 @@ def test_the_best_fit_is_found_from_anywhere(rank, shape, few):
         M, gram = few_factors(*shape), Gram.damped(oracles.problem(*shape, 0, factors=3, noise=1e-2)[1])
     space = gram.coordinates()
     M = M / gram.scale
-    U, V = best_fit(space.enter(M), space.G, gaussian(rank, shape[1]), space.root)
+    U, V = best_fit(space.to_scaled(M), space.G, gaussian(rank, shape[1]), space.root)
     best = oracles.objective(M - oracles.weighted_low_rank(M, gram.H, rank), gram.H)
-    now = oracles.objective(M.double() - product(U, space.leave(V)), gram.H)
+    now = oracles.objective(M.double() - product(U, space.from_scaled(V)), gram.H)
     assert now <= 1.01 * best
     assert distance(U) <= 1e-5
 
@@ -168,9 +168,9 @@ def test_the_best_fit_takes_no_svd_where_the_start_is_near():
     def root():
         raise AssertionError("not needed")
 
-    U, V = best_fit(space.enter(M), space.G, space.enter(start), root)
+    U, V = best_fit(space.to_scaled(M), space.G, space.to_scaled(start), root)
     best = oracles.objective(M - oracles.weighted_low_rank(M, gram.H, 3), gram.H)
-    assert oracles.objective(M - product(U, space.leave(V)), gram.H) == pytest.approx(best, rel=1e-3)
+    assert oracles.objective(M - product(U, space.from_scaled(V)), gram.H) == pytest.approx(best, rel=1e-3)
 
 
 def layer_with_a_gap():

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import oracles
 from sparlow.errors import InputError
-from sparlow.linalg.coordinates import deal
+from sparlow.linalg.coordinates import interleave
 from sparlow.linalg.patterns import NM, Unstructured, parse_pattern, within_rows
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -221,7 +221,7 @@ def test_parse_pattern_reads_what_str_prints(pattern):
     ],
 )
 def test_parse_pattern_refuses_anything_else(text):
-    with pytest.raises(InputError, match=r"give"):
+    with pytest.raises(InputError, match=r"Give"):
         parse_pattern(text)
 
 
@@ -273,13 +273,13 @@ def test_the_projector_keeps_what_there_is_of_a_matrix_with_many_zeros():
     assert torch.equal(projected(Unstructured(0.5).projector(), start), start)
 
 
-def dealt(X, pattern):
+def interleaved(X, pattern):
     """X with its columns as a projector takes them."""
-    return deal(X, pattern.group or 1)
+    return interleave(X, pattern.group or 1)
 
 
-def gathered(X, pattern):
-    return deal(X, X.shape[1] // (pattern.group or 1))
+def deinterleaved(X, pattern):
+    return interleave(X, X.shape[1] // (pattern.group or 1))
 
 
 SMALL_GROUPS = [NM(2, 4), NM(1, 4), NM(4, 4), NM(2, 8), NM(4, 8), NM(7, 8), Unstructured(0.5, per_row=True)]
@@ -290,13 +290,13 @@ def test_projectors_of_small_groups_are_exact(pattern):
     project = pattern.projector()
     for rows in (12, 12, 5):  # the buffers follow the matrix
         for X in walk(gaussian(rows, 40), 0.3, 4):
-            found = gathered(projected(project, dealt(X, pattern)), pattern)
+            found = deinterleaved(projected(project, interleaved(X, pattern)), pattern)
             assert torch.equal(found, X * pattern.mask(X.abs()))
 
 
 def test_entries_that_tie_are_all_kept_by_the_projector():
     X = torch.tensor([[1.0, -1.0, 1.0, 0.5, 0.0, 0.0, 0.0, 0.0]])
-    found = gathered(projected(NM(2, 4).projector(), dealt(X, NM(2, 4))), NM(2, 4))
+    found = deinterleaved(projected(NM(2, 4).projector(), interleaved(X, NM(2, 4))), NM(2, 4))
     assert found.tolist() == [[1.0, -1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0]]
 
 

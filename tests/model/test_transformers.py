@@ -34,7 +34,7 @@ SOURCES = sorted(Path(sparlow.__file__).parent.rglob("*.py"))
 
 
 def held_whole(warnings):
-    return [warning for warning in warnings if "the whole model was held in memory" in warning]
+    return [warning for warning in warnings if "The whole model was held in memory" in warning]
 
 
 def logits(model):
@@ -176,8 +176,8 @@ def test_a_name_that_is_missing(name, without):
     assert found["decomposes"]  # what needs no model works
     if name in STREAMING:
         (warning,) = held_whole(found["warnings"])
-        assert warning.startswith(f"the whole model was held in memory, because transformers {private.VERSION} ")
-        assert re.search(rf"cannot import name '{name}' from '[\w.]+'$", warning)
+        assert warning.startswith(f"The whole model was held in memory, because transformers {private.VERSION} ")
+        assert re.search(rf"cannot import name '{name}' from '[\w.]+'\.$", warning)
         assert found["layers"] == 21
     else:
         assert f"cannot import name '{name}'" in found["problem"]
@@ -198,16 +198,17 @@ def test_a_name_that_takes_something_else(name, tmp_path, monkeypatch):
     monkeypatch.setattr(private, name, lambda *, other: other)
     opened = open_model(str(tmp_path), streamed=True)
     (warning,) = opened.warnings
-    assert warning.startswith(f"the whole model was held in memory, because transformers {private.VERSION} read them")
+    assert warning.startswith(f"The whole model was held in memory, because transformers {private.VERSION} read them")
     assert opened.on_disk is None
     assert torch.equal(logits(opened.model), logits(tiny("llama")))
 
 
 def test_the_plan_knows_that_a_model_will_be_held_whole(tmp_path, monkeypatch):
     save_tiny("llama", tmp_path)
-    assert workload(meta_model(str(tmp_path)), QUICK.changed(seqlen=12), RunOptions(device="cpu")).streamed
+    recipe, options = QUICK.changed(seqlen=12), RunOptions(device="cpu")
+    assert workload(meta_model(str(tmp_path)), recipe, options).streamed
     monkeypatch.setattr("sparlow.planning.workload.NO_STREAMING", "it is another release")
-    assert not workload(meta_model(str(tmp_path)), QUICK.changed(seqlen=12), RunOptions(device="cpu")).streamed
+    assert not workload(meta_model(str(tmp_path)), recipe, options).streamed
 
 
 def test_nothing_is_opened_or_begun_where_the_format_is_not_known(tmp_path, monkeypatch):

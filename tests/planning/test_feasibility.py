@@ -25,7 +25,7 @@ HIDDEN = 256 * 64 * 32 * 4
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A model's directory, for reading only."""
-    place = tmp_path_factory.mktemp("room")
+    place = tmp_path_factory.mktemp("feasibility")
     save_tiny("gpt_neox", place)
     return place
 

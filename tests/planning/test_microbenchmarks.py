@@ -4,7 +4,7 @@ import torch
 from sparlow.algorithms import find, variants
 from sparlow.linalg.gram import RIDGES_KEPT
 from sparlow.linalg.patterns import parse_pattern
-from sparlow.planning import microbenchmarks as probe
+from sparlow.planning import microbenchmarks
 from sparlow.planning.microbenchmarks import (
     BOUND,
     Workspace,
@@ -53,7 +53,7 @@ def test_small_layers_tell_what_larger_ones_take(name):
 
 
 def test_a_long_solve_is_not_followed_to_its_end(monkeypatch):
-    monkeypatch.setattr(probe, "WATCHED", 0.0)
+    monkeypatch.setattr(microbenchmarks, "WATCHED", 0.0)
     recipe = short("3basil")
     assert workspace(recipe, like(recipe), torch.float32).levels == BOUND.levels
 

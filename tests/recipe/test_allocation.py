@@ -245,7 +245,7 @@ def test_what_the_data_decided_is_not_measured_again(recipe, tmp_path, monkeypat
 
     with pytest.raises(KeyboardInterrupt):
         compress(tmp_path / "model", recipe, out=tmp_path / "out", notify=stop)
-    monkeypatch.setattr("sparlow.run.job.allocated_by_data", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr("sparlow.run.job.allocate_by_data", lambda *_: pytest.fail("measured again"))
     report = compress(tmp_path / "model", recipe, out=tmp_path / "out")
     assert [(layer.density, layer.rank) for layer in report.layers] == [
         (layer.density, layer.rank) for layer in whole.layers
@@ -330,7 +330,7 @@ def test_a_run_with_whole_blocks_ignored_is_resumed(ignored, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"ignore": ("kproj",)}, "No layer's name ends in 'kproj': the first is model.layers.0"),
+        ({"ignore": ("kproj",)}, "No layer's name ends in 'kproj'. The first layer is model.layers.0"),
         ({"layers": [Rule("mlp.gate", rank=1)]}, "No layer's name ends in 'mlp.gate'"),
         ({"ignore": ("*",)}, "ignores every layer"),
         ({"layers": [Rule("down_proj", rank=99)]}, "model.layers.0.mlp.down_proj: Rank 99 is not possible"),

@@ -175,7 +175,7 @@ def test_a_pruner_removes_what_the_compression_says():
     [
         ({"compression": 0.5}, "either --rank-share or --pattern"),
         ({"compression": 0.5, "rank_share": 0.2, "pattern": "2:4"}, "either --rank-share or --pattern"),
-        ({"compression": 0.5, "rank": 3, "rank_share": 0.1}, "a rank follows from the compression"),
+        ({"compression": 0.5, "rank": 3, "rank_share": 0.1}, "A rank follows from the compression"),
         ({"compression": 0.5, "pattern": "2:4"}, "Give a compression below 0.5"),
         ({"compression": 0.8, "pattern": "0.7"}, "Give a compression below 0.7"),
         ({"compression": 1.0, "rank_share": 0.2}, "compression must be a fraction from 0 up to below 1, not 1.0"),
@@ -183,7 +183,7 @@ def test_a_pruner_removes_what_the_compression_says():
         ({"rank_share": 0.2}, "a share of what --compression leaves"),
         ({"algorithm": "wanda", "compression": 0.5, "rank_share": 0.2}, "wanda has no low-rank part"),
         ({"algorithm": "wanda", "compression": 0.5, "pattern": "2:4"}, "--pattern or --compression, not both"),
-        ({"allocate": "owl"}, "give an unstructured --pattern"),
+        ({"allocate": "owl"}, "Give an unstructured --pattern"),
         ({"allocate": "owls"}, "no allocation 'owls'; did you mean 'owl'\\? Choose one of: uniform, owl"),
         ({"layers": [{"match": "q", "pattern": "4:2"}]}, "Pattern 4:2"),
         ({"layers": [{"match": "q", "rank": -1}]}, "Give 0 or more"),

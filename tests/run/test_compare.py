@@ -13,8 +13,7 @@ from sparlow.recipe.recipe import Recipe
 from sparlow.recipe.run_options import RunOptions
 from sparlow.report.comparison import NAME
 from sparlow.report.records import Report
-from sparlow.run import passes as measuring
-from sparlow.run import pipeline
+from sparlow.run import passes, pipeline
 from sparlow.run.compare import compare, recipes_for
 
 TEXT = "".join(chr(32 + (7 * i * i + i // 3) % 95) for i in range(600))
@@ -61,7 +60,7 @@ def counted(monkeypatch):
         monkeypatch.setattr(module, name, wrapper)
 
     counting(pipeline, "solve", "layers")
-    counting(measuring, "perplexity_by_blocks", "perplexities")
+    counting(passes, "perplexity_by_blocks", "perplexities")
     return counts
 
 
@@ -275,7 +274,7 @@ def test_the_command_prints_the_table(place, tmp_path, capsys):
     ("more", "said"),
     [
         (["--algorithms", "wanda,nothing"], "There is no algorithm 'nothing'"),
-        (["--algorithms", "wanda", "--option", "effort=1"], "write ALGORITHM.key=value"),
+        (["--algorithms", "wanda", "--option", "effort=1"], "Write ALGORITHM.key=value"),
         (["--algorithms", "wanda", "--pattern", "2:5"], "Pattern 2:5"),
         (["--algorithms", "wanda", "--match", "maybe"], "--match maybe is not understood. Give no, yes or both."),
         (["--algorithms", "wanda", "--owl", "--allocate", "uniform"], "--owl and --allocate uniform contradict"),

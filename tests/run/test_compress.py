@@ -737,7 +737,7 @@ def test_a_damaged_shard_is_written_again_and_no_other(spoil, number, folder, un
     assert {layer.block for layer in solved if layer} == {number - 1, 2}
     assert checksums(tmp_path) == checksums(undisturbed[0])
     (warning,) = set(report.warnings) - set(undisturbed[1].warnings)
-    assert f"the shard of block {number - 1} was damaged" in warning
+    assert f"The shard of block {number - 1} was damaged" in warning
 
 
 @pytest.mark.parametrize(
@@ -861,7 +861,7 @@ def with_nan(folder, where):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model": "./nothing-here"}, "there is no directory"),
+        ({"model": "./nothing-here"}, "There is no directory"),
         ({"recipe": PRUNE.changed(dtype="float31")}, "dtype must be one of"),
         ({"recipe": PRUNE.changed(pattern="2:5")}, "2:5"),
         ({"recipe": QUICK.changed(rank=33)}, "Rank 33"),

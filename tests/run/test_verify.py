@@ -93,12 +93,12 @@ def test_one_flipped_bit_is_found(shard, position, folder):
 
 def test_a_missing_shard_is_found(folder):
     (folder / SHARD).unlink()
-    assert f"the shard {SHARD} is missing" in verify_artefact(folder)
+    assert f"The shard {SHARD} is missing." in verify_artefact(folder)
 
 
 def test_a_broken_pattern_is_found_even_if_the_checksum_was_renewed(folder):
     rewrite(folder, shift_mask, honest=False)
-    assert verify_artefact(folder) == [f"{LAYER} keeps more than 2 of 4 in 1 groups"]
+    assert verify_artefact(folder) == [f"{LAYER} keeps more than 2 of 4 in 1 groups."]
 
 
 def test_a_broken_pattern_is_found_beside_the_checksum(folder):
@@ -111,14 +111,14 @@ def test_a_broken_pattern_is_found_beside_the_checksum(folder):
 
 def test_numbers_that_are_not_finite_are_found(folder):
     rewrite(folder, set_nan, honest=False)
-    assert verify_artefact(folder) == [f"{LAYER} holds numbers that are not finite"]
+    assert verify_artefact(folder) == [f"{LAYER} holds numbers that are not finite."]
 
 
 @pytest.mark.parametrize("density", [0.25, 0.499, 0.501, 0.0])
 def test_another_density_in_the_record_is_found(density, folder):
     edit_record(folder, density=density)
     (problem,) = verify_artefact(folder)
-    assert problem == f"{LAYER} has density 0.500000, recorded is {density:.6f}"
+    assert problem == f"{LAYER} has density 0.500000, but {density:.6f} is recorded."
 
 
 def test_another_pattern_in_the_record_is_found(folder):
@@ -130,8 +130,8 @@ def test_another_pattern_in_the_record_is_found(folder):
 def test_a_layer_without_record_is_found(folder):
     edit_record(folder, name="mlp.side_proj")
     assert set(verify_artefact(folder)) == {
-        f"{LAYER} is compressed, but not recorded in {NAME}",
-        f"model.layers.1.mlp.side_proj is recorded in {NAME}, but not in the shards",
+        f"{LAYER} is compressed, but not recorded in {NAME}.",
+        f"model.layers.1.mlp.side_proj is recorded in {NAME}, but not in the shards.",
     }
 
 

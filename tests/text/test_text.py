@@ -484,7 +484,7 @@ def test_a_large_evaluation_split_of_the_hub_is_not_read_whole(words, hub):
 
 def test_a_data_set_without_the_split_or_column_says_what_it_has(words, hub):
     hub(train=rows("1", column="content"), dev=rows("2"))
-    with pytest.raises(InputError, match="has no split test or validation; it has: train, dev"):
+    with pytest.raises(InputError, match=r"has no split test or validation\. It has: train, dev"):
         evaluation_windows("me/mine", words, seqlen=2)
     with pytest.raises(InputError, match="'me/mine': there is no field 'text', only: content"):
         calibration_windows("me/mine", words, samples=1, seqlen=2, seed=0)

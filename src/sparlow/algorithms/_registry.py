@@ -22,7 +22,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 @dataclass(frozen=True, slots=True)
 class Algorithm:
-    """A registered function with all that the command line, the docs and the tests need to know of it."""
+    """A registered function, with what the command line, the docs and the tests need to know about it."""
 
     name: str
     kind: Literal["pruner", "decomposer"]
@@ -80,7 +80,7 @@ def algorithms() -> tuple[Algorithm, ...]:
 
 
 def variants() -> tuple[str, ...]:
-    """Every algorithm once, for a comparison; one whose aliases imply options stands under each of these instead."""
+    """Return the algorithms to compare; one whose aliases imply options is listed by these aliases instead."""
     return tuple(
         name for a in algorithms() for name in ([n for n, implied in a.aliases.items() if implied] or [a.name])
     )
@@ -107,7 +107,7 @@ def _registrar(
         taken = {n for a in _ALGORITHMS.values() for n in (a.name, *a.aliases)}
         for new in (name, *aliases):
             if new in taken:
-                raise ValueError(f"two algorithms are called {new!r}")
+                raise ValueError(f"Two algorithms are called {new!r}.")
         _ALGORITHMS[name] = Algorithm(name, kind, function, aliases)
         return function
 

@@ -1,4 +1,4 @@
-"""What an algorithm gives back: the parts of the weight, and a word on how it went."""
+"""Results of algorithms: the parts of the weight, and statistics of the solve."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -18,7 +18,7 @@ class SolveStats(Mapping[str, Number]):
     Attributes:
         iterations: Steps taken; 1 where there is only one.
         converged: Whether the solver had settled when it ended; True where it takes a fixed number of steps.
-        relative_error: tr(R H Rᵀ) / tr(W H Wᵀ) with R = W − S − U V, H damped.
+        relative_error: The ratio tr(R H Rᵀ) / tr(W H Wᵀ) with R = W − S − U V, H damped.
         seconds: Taken.
         damping: Added to H because a factorisation failed without it; 0 if none did.
         dead_columns: Inputs that were always zero.

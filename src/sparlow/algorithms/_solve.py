@@ -93,14 +93,14 @@ def decompose(
         W: Weight (out, in), any float type.
         H: (2 / windows) Σ x xᵀ of the layer's inputs (in, in), undamped.
         pattern: A pattern, or ``"2:4"``, ``"0.5"``.
-        rank: Of U V, 0 to min(out, in).
+        rank: The rank of U V, 0 to min(out, in).
         algorithm: A name printed by ``sparlow algorithms``.
-        damping: Times mean(diag H), added to the diagonal of H.
-        relative_damping: Times diag(H), added likewise.
-        options: The algorithm's own.
+        damping: Absolute damping: this × mean(diag H) is added to the diagonal of H.
+        relative_damping: Relative damping: this × diag(H) is added to the diagonal of H.
+        options: Options of the algorithm.
 
     Returns:
-        S (out, in), U (out, rank), V (rank, in) in W's type; ``stats["relative_error"]`` and more, see ``solve``.
+        S (out, in), U (out, rank), V (rank, in) in W's type; ``stats.relative_error`` and more, see ``SolveStats``.
 
     Raises:
         InputError: The arguments do not fit together, or hold NaN or infinity.

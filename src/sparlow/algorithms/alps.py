@@ -38,10 +38,10 @@ def alps(W: Tensor, gram: Gram, pattern: Pattern, *, max_steps: Count = 300, ref
         refit: Conjugate-gradient steps at the end; 0 for none.
     """
     space = gram.coordinates(group=pattern.group)
-    T = space.enter(W)
+    T = space.to_scaled(W)
     X, stats = _admm(T, space, pattern, max_steps)
-    mask = space.deal(pattern.mask(space.gather(X).abs()))
-    return Pruned(space.leave(fit_on_support(T, space.G, X * mask, mask, refit)), stats)
+    mask = space.interleave(pattern.mask(space.deinterleave(X).abs()))
+    return Pruned(space.from_scaled(fit_on_support(T, space.G, X * mask, mask, refit)), stats)
 
 
 def _admm(T: Tensor, space: Coordinates, pattern: Pattern, max_steps: int) -> tuple[Tensor, SolveStats]:

@@ -69,16 +69,16 @@ def three_basil(
     """
     papers = schedule == "paper"
     space = gram.coordinates(conditional=not papers, group=pattern.group)
-    loop = _Loop(space.enter(W), space, pattern, rank, rho=0.1 if papers else 0.003)
+    loop = _Loop(space.to_scaled(W), space, pattern, rank, rho=0.1 if papers else 0.003)
     run = _paper if papers else _joint
     steps, change = run(loop, effort, max_steps)
     own = {"rho": loop.rho, "support_change": change}
     stats = SolveStats(steps, converged=change < SETTLED[schedule], more=own)
-    mask = space.deal(pattern.mask(space.gather(loop.X).abs()))
+    mask = space.interleave(pattern.mask(space.deinterleave(loop.X).abs()))
     T, S, U, V = loop.T, loop.X * mask, loop.U, loop.V
-    del loop  # the rest makes room for the matrices of the refit
+    del loop  # frees memory for the matrices of the refit
     S, U, V = _refit(T, space, mask, S, U, V, *refits(effort))
-    return Decomposition(space.leave(S), U, space.leave(V), stats)
+    return Decomposition(space.from_scaled(S), U, space.from_scaled(V), stats)
 
 
 def refits(effort: float) -> tuple[int, int]:
@@ -141,7 +141,7 @@ class _Loop:
         self.X.lerp_(self.D, 1 - 1 / factor)
         self._follow()
         self.rho *= factor
-        del self.M  # so that there is room for the next
+        del self.M  # frees memory for the next
         self.M = self.space.ridge(self.rho)
 
 

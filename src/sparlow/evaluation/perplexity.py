@@ -66,7 +66,7 @@ def perplexity_by_blocks(
     advance: Callable[[int], None] = lambda _: None,
     processes: Processes = ALONE,
 ) -> Perplexity:
-    """Perplexity of a chain of blocks, each of which passes over all windows when its turn comes.
+    """Return the perplexity of a chain of blocks, each of which runs on all windows before the next.
 
     Args:
         model: In eval mode; it may be on the meta device.
@@ -91,7 +91,7 @@ def perplexity_by_blocks(
 
 
 def _in_pieces(model: PreTrainedModel, ids: Tensor, hidden: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Cut positions, so that few logits are there at a time: ids (b, n), what follows (b, n), ``hidden`` (b, n, …)."""
+    """Yield ids (b, n), the next tokens (b, n) and ``hidden`` (b, n, …) by ranges of positions, to limit the logits."""
     n = tokens_at_once(model, len(ids))
     return zip(ids[:, :-1].split(n, 1), ids[:, 1:].split(n, 1), hidden[:, :-1].split(n, 1), strict=True)
 
@@ -156,7 +156,7 @@ def evaluate(
         their mean, None where a metric is no share of right answers.
 
     Raises:
-        InputError: something named here does not exist or cannot be used; lm-eval is missing.
+        InputError: Something named here does not exist or cannot be used; lm-eval is missing.
     """
     loaded = tasks if isinstance(tasks, LoadedTasks) else load_tasks(tasks, path=task_path, fewshot=fewshot)
     if perplexity_on:

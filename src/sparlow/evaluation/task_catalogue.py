@@ -20,7 +20,7 @@ class Catalogue:
         path: The user's directory of task files (.yaml); a name in it goes before the same name of lm-eval.
 
     Raises:
-        InputError: lm-eval is missing, or the directory or a file in it cannot be read.
+        InputError: The package lm-eval is missing, or the directory or a file in it cannot be read.
     """
 
     def __init__(self, path: str | Path | None) -> None:
@@ -106,11 +106,11 @@ class Catalogue:
 
 
 def _readable(path: Path) -> Path:
-    """Return the directory after a look at its files: lm-eval passes over those that it cannot read."""
+    """Return the directory after checking its files, because lm-eval skips those that it cannot read."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
     if not path.is_dir():
-        raise InputError(f"{path} is no directory. Give --task-path a directory with task files (.yaml).")
+        raise InputError(f"{path} is not a directory. Give --task-path a directory with task files (.yaml).")
     files = sorted(path.rglob("*.yaml"))
     if not files:
         raise InputError(f"{path} holds no task file (.yaml). Give --task-path another directory.")

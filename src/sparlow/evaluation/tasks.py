@@ -46,7 +46,7 @@ class LoadedTasks:
     """Tasks with their data, for any number of models.
 
     Attributes:
-        items: lm-eval's ``Task`` and ``Group`` objects, in the order asked for.
+        items: What lm-eval calls ``Task`` and ``Group`` objects, in the order asked for.
     """
 
     items: tuple[Any, ...]
@@ -62,7 +62,7 @@ def load_tasks(names: Sequence[str], *, path: str | Path | None = None, fewshot:
             rest. A task that says 0 stays there: its prompt holds examples of its own, or must not have any.
 
     Raises:
-        InputError: lm-eval is missing, a name is unknown, or a task's file or data cannot be read.
+        InputError: The package lm-eval is missing, a name is unknown, or a task's file or data cannot be read.
     """
     wanted = list(dict.fromkeys(one for name in names for one in (PAPER if name == "paper" else (name,))))
     if not wanted:
@@ -113,14 +113,14 @@ def measure_tasks(
     training = model.training
     results: dict[str, TaskResult] = {}
     with _quiet():
-        meter = _Meter(tasks, limit, notify)
+        progress = _TaskProgress(tasks, limit, notify)
         untyped: Any = HFLM
         # a copy: lm-eval gives a padding token to a tokenizer without one
         lm = untyped(pretrained=model, tokenizer=copy.deepcopy(tokenizer), backend="causal", batch_size=batch_size)
         for item in tasks.items:
             metrics = {}
             for task in _leaves(item):
-                with meter.watching(model, task):
+                with progress.watching(model, task):
                     metrics[task.task_name] = _run(lm, task, limit)
             results |= _results(item, metrics)
     model.train(training)
@@ -199,8 +199,8 @@ def _keys(metrics: Mapping[str, Any]) -> list[str]:
     return [key for key in metrics if "," in key and "_stderr," not in key]
 
 
-class _Meter:
-    """Tells how many questions are answered, counting the rows that pass through the model."""
+class _TaskProgress:
+    """Notifies of how many questions are answered, by counting the rows that pass through the model."""
 
     def __init__(self, tasks: LoadedTasks, limit: int | None, notify: Notify) -> None:
         leaves = [task for item in tasks.items for task in _leaves(item)]

@@ -13,7 +13,7 @@ from pathlib import Path
 from sparlow.errors import InputError
 from sparlow.evaluation.perplexity import require_context, require_tokenizer
 from sparlow.finetuning.options import FinetuneOptions
-from sparlow.finetuning.parent import Parent, Places
+from sparlow.finetuning.parent import Parent, Paths
 from sparlow.machine import pick_device
 from sparlow.model.loading.source import open_model
 from sparlow.progress import Notify
@@ -87,23 +87,23 @@ def finetune(
 
     device = pick_device(device)
     check_possible(plan, device)
-    places = Places(Path(folder), Path(out), None if peft is None else Path(peft))
-    places.check()
-    with claimed(places.out, overwrite=overwrite):
-        parent = Parent.read(places.folder)
+    paths = Paths(Path(folder), Path(out), None if peft is None else Path(peft))
+    paths.check()
+    with claimed(paths.out, overwrite=overwrite):
+        parent = Parent.read(paths.folder)
         ranks = parent.ranks_to_train(rank)
         opened = open_model(str(folder), device=device, trust_remote_code=trust_remote_code)
         require_context(opened.model, block_size, "block-size")
         tokenizer = require_tokenizer(opened.tokenizer, opened.name)
         windows = training_windows(dataset, tokenizer, samples=plan.windows, seqlen=block_size, seed=seed)
         evaluation = windows_to_evaluate(evaluate, opened, parent.report.recipe["seqlen"], limit)
-        run = FineTuning(parent, opened, places, plan, ranks, notify)
+        run = FineTuning(parent, opened, paths, plan, ranks, notify)
         run.begin(windows, overwrite=overwrite)
         return run.go(windows, evaluation)
 
 
 def _require_packages() -> None:
-    """Say how to get what is missing before anything is loaded."""
+    """Raise InputError if a package is missing, before anything is loaded."""
     for package in ("peft", "accelerate"):
         if importlib.util.find_spec(package) is None:
             raise InputError(f"Fine-tuning needs the package {package}. Run: pip install 'sparlow[finetune]'")

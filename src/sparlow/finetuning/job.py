@@ -17,7 +17,7 @@ from sparlow.errors import InputError, RunError
 from sparlow.evaluation.perplexity import perplexity
 from sparlow.files import read_json, write_json
 from sparlow.finetuning.options import FinetuneOptions
-from sparlow.finetuning.parent import ORIGIN, Parent, Places
+from sparlow.finetuning.parent import ORIGIN, Parent, Paths
 from sparlow.finetuning.trainer import train
 from sparlow.machine import machine, versions
 from sparlow.model.artefact.checkpoint import CheckpointWriter
@@ -52,7 +52,7 @@ class FineTuning:
     Args:
         parent: What is fine-tuned.
         opened: It, opened.
-        places: Checked.
+        paths: Checked.
         plan: How to train.
         ranks: Of the adapters, by the layer's full name.
         notify: Called after every step.
@@ -62,12 +62,12 @@ class FineTuning:
         self,
         parent: Parent,
         opened: OpenedModel,
-        places: Places,
+        paths: Paths,
         plan: FinetuneOptions,
         ranks: Mapping[str, int],
         notify: Notify,
     ) -> None:
-        self.parent, self.opened, self.places, self.plan = parent, opened, places, plan
+        self.parent, self.opened, self.paths, self.plan = parent, opened, paths, plan
         self.ranks, self.notify = ranks, notify
         self.storage = StoredDtypes.of(opened.model)
         self.model = upcast_for_cpu(opened.model)
@@ -77,7 +77,7 @@ class FineTuning:
         self.journal: Journal
 
     def begin(self, windows: Tensor, *, overwrite: bool) -> None:
-        """Start or go on with the record of this run.
+        """Begin or resume the record of this run.
 
         Raises:
             InputError: The output directory or the adapter's folder holds another run.
@@ -90,8 +90,8 @@ class FineTuning:
             "text": text_fingerprint(windows),
         }
         device = self.model.device.type
-        self.journal = Journal(self.places.out, decides, self.decoder.name, overwrite=overwrite, device=device)
-        peft = self.places.peft
+        self.journal = Journal(self.paths.out, decides, self.decoder.name, overwrite=overwrite, device=device)
+        peft = self.paths.peft
         if peft and (peft / ORIGIN).exists() and not overwrite and read_json(peft / ORIGIN).get("run") != decides:
             raise InputError(f"{peft} holds another adapter. Choose another --peft, or add --overwrite to replace it.")
         self.journal.begin(self.parent.record.dense, self.parent.record.allocation)
@@ -102,7 +102,7 @@ class FineTuning:
         return {**self.plan.deciding(), "fresh_rank": fresh}
 
     def go(self, windows: Tensor, evaluation: Mapping[str, Tensor]) -> Report:
-        """Do what is not done yet; ``evaluation`` names token windows (n, seqlen) to measure perplexity on."""
+        """Run, or resume. ``evaluation`` maps names to token windows (n, seqlen) on which perplexity is measured."""
         start = time.perf_counter()
         known = self.parent.record.compressed
         before = {
@@ -128,9 +128,9 @@ class FineTuning:
             "machine": machine(),
             "versions": versions() | {name: version(name) for name in ("peft", "accelerate")},
         }
-        if self.places.peft:
-            self.write_base(self.places.peft)
-        write_reports(report, self.places.out)
+        if self.paths.peft:
+            self.write_base(self.paths.peft)
+        write_reports(report, self.paths.out)
         found = {text_fingerprint(text): after[name] for name, text in evaluation.items()}
         self.journal.finish(self.journal.record.dense, found)
         self.remove_checkpoints()
@@ -151,10 +151,10 @@ class FineTuning:
         parts = take_apart(self.model)
         starts: dict[str, LowRank] = {name: part for name, part in parts.items() if len(part.V)}
         wrapped = with_lora(self.model, starts, self.ranks, self.plan.seed)
-        losses = train(wrapped, windows, self.plan, self.places.out / CHECKPOINTS, self.notify)
-        if self.places.peft:
-            self.sign(self.places.peft, [])  # first, so that a run that is killed from here on may write it again
-            save_adapter(wrapped, self.places.peft, self.places.peft.absolute() / "base", self.storage.dtype)
+        losses = train(wrapped, windows, self.plan, self.paths.out / CHECKPOINTS, self.notify)
+        if self.paths.peft:
+            self.sign(self.paths.peft, [])  # first, so that a run that is killed from here on may write it again
+            save_adapter(wrapped, self.paths.peft, self.paths.peft.absolute() / "base", self.storage.dtype)
         self.model, trained = unwrap(wrapped, self.storage.dtype)
         put_together(self.model, parts | trained)
         return losses
@@ -165,15 +165,15 @@ class FineTuning:
         Raises:
             RunError: It cannot be written, or S is not what it was.
         """
-        writer = self.writer(self.places.out, self.model)
+        writer = self.writer(self.paths.out, self.model)
         for i, (block, record) in enumerate(zip(self.decoder.blocks, self.parent.record.blocks, strict=True)):
             if not self.journal.has(i):
                 layers = [self.with_rank(row) for row in record.layers]
                 self.journal.note_copied(writer.write_block(i, block), record, layers)
         rest = writer.write_rest(self.model)
-        changed = changed_sparse_parts(self.parent.folder, self.places.out)
+        changed = changed_sparse_parts(self.parent.folder, self.paths.out)
         if changed:
-            raise RunError(f"The sparse part of {changed[0]} has changed, which must not be: this is a bug of sparlow.")
+            raise RunError(f"The sparse part of {changed[0]} has changed, which is a bug in sparlow. Report it.")
         writer.finish(self.model, self.opened.tokenizer)
         self.journal.note_rest(rest, (self.parent.folder / "recipe.toml").read_text("utf-8"))
 
@@ -187,7 +187,7 @@ class FineTuning:
         self.sign(peft, shards)
 
     def sign(self, peft: Path, shards: Sequence[ShardRecord]) -> None:
-        """Leave in the adapter's folder which run it comes from and which base it belongs to."""
+        """Record in the adapter's folder which run it comes from and which base it belongs to."""
         peft.mkdir(parents=True, exist_ok=True)
         base = {shard.file: {"bytes": shard.bytes, "sha256": shard.sha256} for shard in shards}
         write_json(peft / ORIGIN, {"run": self.journal.record.fingerprint, "base": base})
@@ -217,8 +217,8 @@ class FineTuning:
         return replace(row, rank=self.ranks.get(name, self.parent.ranks[name]))
 
     def remove_checkpoints(self) -> None:
-        """Leave what Trainer's integrations have written, but no checkpoints."""
-        folder = self.places.out / CHECKPOINTS
+        """Remove Trainer's checkpoints; keep what its integrations have written."""
+        folder = self.paths.out / CHECKPOINTS
         for path in folder.glob("checkpoint-*"):
             shutil.rmtree(path)
         if folder.is_dir() and not any(folder.iterdir()):

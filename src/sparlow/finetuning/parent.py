@@ -59,7 +59,9 @@ class Parent:
         own = {name: rank for name, rank in self.ranks.items() if rank}
         if own:
             if fresh is not None:
-                raise InputError(f"{self.folder} has a low-rank part, whose ranks are kept. Leave out --rank.")
+                raise InputError(
+                    f"{self.folder} already has a low-rank part, whose ranks stay as they are. Leave out --rank."
+                )
             return own
         most = min(min(shape) for shape in self.shapes.values())
         rank = min(FRESH_RANK, most) if fresh is None else fresh
@@ -71,7 +73,7 @@ class Parent:
 
 
 @dataclass(frozen=True)
-class Places:
+class Paths:
     """The directory that is read, the one that is written, and the folder for the adapter, if any."""
 
     folder: Path
@@ -79,7 +81,7 @@ class Places:
     peft: Path | None
 
     def check(self) -> None:
-        """See that nothing is lost by writing.
+        """Check that writing overwrites nothing of value.
 
         Raises:
             InputError: A directory is in use for something else.

@@ -39,7 +39,7 @@ class Windows(Dataset[dict[str, Tensor]]):
 
 
 def check_possible(plan: FinetuneOptions, device: str) -> None:
-    """See that this machine can do what the plan wants.
+    """Check that this machine can do what the options ask for.
 
     Raises:
         InputError: It cannot.
@@ -99,7 +99,7 @@ def train(
 
 @contextmanager
 def _unchanged(config: Any) -> Iterator[None]:  # noqa: ANN401 - PEFT declares no type
-    """Undo at the end what Trainer sets for good, such as use_cache, which would be written into the result."""
+    """Restore at the end what Trainer changes for good, such as use_cache, which would be written into the result."""
     before = dict(vars(config))
     try:
         yield
@@ -141,7 +141,7 @@ def _losses(state: TrainerState) -> list[float]:
 
 
 class _Watch(TrainerCallback):
-    """Tells of every step, and stops at one that would ruin the model, before its checkpoint is written."""
+    """Notifies of every step, and stops at one that would ruin the model, before its checkpoint is written."""
 
     def __init__(self, notify: Notify) -> None:
         self._notify = notify

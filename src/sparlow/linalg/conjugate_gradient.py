@@ -3,18 +3,18 @@
 import torch
 from torch import Tensor
 
-FLAT = 1e-6  # curvature, beside a diagonal of mean 1, below which rounding decides
+FLAT = 1e-6  # a curvature below this, where the diagonal has mean 1, is only rounding
 
 
 def fit_on_support(target: Tensor, G: Tensor, S: Tensor, mask: Tensor, steps: int) -> Tensor:
     """Lower tr((T − S) G (T − S)ᵀ) over the entries of S where ``mask`` is True; the rest stays zero.
 
-    The rows are independent problems that share G; each has its own step lengths, all advance together, one product
-    with G a step. Equivalent, after enough steps, to ``lstsq`` row by row.
+    The rows are independent problems that share G. Each has its own step lengths, and all advance together with one
+    product with G in each step. After enough steps this equals ``lstsq`` row by row.
 
     Args:
         target: T (out, in).
-        G: Metric (in, in), symmetric positive semi-definite, its diagonal near 1 (then no preconditioner is needed).
+        G: Metric (in, in), symmetric positive semi-definite. Its diagonal is near 1, so no preconditioner is needed.
         S: Where to start (out, in), zero outside the mask.
         mask: The support (out, in), bool.
         steps: Conjugate-gradient steps.

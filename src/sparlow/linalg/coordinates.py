@@ -1,6 +1,6 @@
-"""Where solvers work: the columns of a weight scaled, and in the order in which a pattern is cheap to project on.
+"""The coordinates in which a solver works: columns scaled, and in an order in which projecting on a pattern is cheap.
 
-Also the factorisation that everything here rests on, with the damping that it may need.
+Also the Cholesky factorisation, with the damping that it may need.
 """
 
 from dataclasses import dataclass, field
@@ -16,34 +16,34 @@ ESCALATIONS = 6  # how often, before the layer is given up
 
 @dataclass(frozen=True)
 class Coordinates:
-    """T = W E with its columns dealt, and the metric G = E⁻¹ H E⁻¹ (in, in) that belongs to it; of a Gram.
+    """The scaled weight T = W E with its columns interleaved, and its metric G = E⁻¹ H E⁻¹ (in, in).
 
-    Dealt means that of groups of m consecutive columns the first members come first, then the second ones: member k of
-    all groups lies in one stretch of memory, where a processor compares many at a time.
+    Interleaved means that the first column of every group of m consecutive columns comes first, then the second of
+    every group, and so on. So member k of all groups is contiguous in memory, and a processor compares many at a time.
     """
 
     scale: Tensor  # (in,) the diagonal of E, in the order of W
-    G: Tensor  # (in, in), dealt
+    G: Tensor  # (in, in), interleaved
     group: int  # m
-    remember: int  # bytes of ridge inverses that it keeps, at most
+    remember: int  # at most so many bytes of ridge inverses are kept
     added: list[float]  # damping that factorisations needed, for the Gram to report
     _ridges: dict[float, Tensor] = field(default_factory=dict, repr=False, compare=False)  # by ρ
 
-    def enter(self, W: Tensor) -> Tensor:
-        """Return W E, dealt; (out, in) or any other number of rows."""
-        return self.deal(W * self.scale)
+    def to_scaled(self, W: Tensor) -> Tensor:
+        """Return W E, interleaved. W may have any number of rows."""
+        return self.interleave(W * self.scale)
 
-    def leave(self, T: Tensor) -> Tensor:
-        """Undo ``enter``."""
-        return self.gather(T) / self.scale
+    def from_scaled(self, T: Tensor) -> Tensor:
+        """Undo ``to_scaled``."""
+        return self.deinterleave(T) / self.scale
 
-    def deal(self, X: Tensor) -> Tensor:
+    def interleave(self, X: Tensor) -> Tensor:
         """Put the columns of X (rows, in) in the order of these coordinates."""
-        return deal(X, self.group)
+        return interleave(X, self.group)
 
-    def gather(self, X: Tensor) -> Tensor:
-        """Undo ``deal``: put the members of each group beside each other again."""
-        return deal(X, X.shape[1] // self.group)
+    def deinterleave(self, X: Tensor) -> Tensor:
+        """Undo ``interleave``: put the members of each group beside each other again."""
+        return interleave(X, X.shape[1] // self.group)
 
     def root(self) -> Tensor:
         """Return R (in, in), lower, with R Rᵀ = G; damped further if it could not be factorised."""
@@ -51,14 +51,14 @@ class Coordinates:
 
     @property
     def remembered(self) -> int:
-        """Bytes of the ridge inverses it holds."""
+        """Bytes of the cached ridge inverses."""
         return sum(M.nbytes for M in self._ridges.values())
 
     def ridge(self, rho: float) -> Tensor:
-        """M_ρ = ρ (G + ρI)⁻¹ (in, in), symmetric; remembered, so not to be written into.
+        """Return M_ρ = ρ (G + ρI)⁻¹ (in, in), symmetric. It is cached: do not write into it.
 
-        The first that fit into ``remember`` bytes stay: a solve that is repeated begins with the same ρ every time, and
-        to forget the oldest instead would mean to have none when it starts again.
+        The first that fit into ``remember`` bytes stay. Every solve begins with the same ρ, so if the oldest were
+        dropped instead, the next solve would find none of its own.
         """
         if rho in self._ridges:
             return self._ridges[rho]
@@ -78,8 +78,8 @@ class Coordinates:
         return factor
 
 
-def deal(X: Tensor, group: int) -> Tensor:
-    """Order the columns of X (rows, in) by their place in the group of ``group`` consecutive ones that each is in."""
+def interleave(X: Tensor, group: int) -> Tensor:
+    """Interleave the columns of X (rows, in), of which ``group`` consecutive ones form a group; see ``Coordinates``."""
     if group in (1, X.shape[1]):
         return X
     rows, columns = X.shape
@@ -89,8 +89,8 @@ def deal(X: Tensor, group: int) -> Tensor:
 def cholesky(A: Tensor, what: str) -> tuple[Tensor, float]:
     """Factorise a symmetric ``A`` (n, n) of unit scale; return (lower factor, damping that had to be added).
 
-    If A is not numerically positive definite, 1e-6·I is added, then ten times more, up to 0.1; past that a RunError
-    names ``what`` could not be factorised. The damping is returned so that it is reported, never hidden.
+    If A is not numerically positive definite, 1e-6·I is added, then ten times more, up to 0.1. If that is not enough,
+    a RunError says that ``what`` could not be factorised. The damping is returned so that it can be reported.
     """
     factor, failed = torch.linalg.cholesky_ex(A)
     if not failed:

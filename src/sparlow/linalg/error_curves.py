@@ -1,4 +1,4 @@
-"""How a layer's error falls as its low-rank part grows: what an allocation by error compares layers by."""
+"""How a layer's error falls with the rank of its low-rank part, by which an allocation by error compares layers."""
 
 from collections.abc import Sequence
 
@@ -17,7 +17,8 @@ SPARE = 8  # directions followed beyond the largest rank, as randomised SVDs do
 def error_curve(W: Tensor, gram: Gram, pattern: Pattern, ranks: Sequence[int]) -> list[float]:
     """Relative errors that remain after pruning and the best low-rank part of each of the ``ranks``.
 
-    Pruned are the smallest |W_ij|·√H_jj, and no weight moves: solvers end lower, but they find the same layers hard.
+    The entries with the smallest |W_ij|·√H_jj are pruned, and the others are not updated. Solvers reach lower errors,
+    but find the same layers hard.
 
     Args:
         W: Weight (out, in), float32.

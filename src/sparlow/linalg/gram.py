@@ -10,13 +10,13 @@ from torch import Tensor
 
 from sparlow.errors import InputError
 from sparlow.finite import all_finite
-from sparlow.linalg.coordinates import Coordinates, cholesky, deal
+from sparlow.linalg.coordinates import Coordinates, cholesky, interleave
 from sparlow.linalg.tf32 import unit
 
-OTHERS = 0.03  # damping of the other inputs, in units of the diagonal, when each input is explained by them
+OTHERS = 0.03  # damping, in units of the diagonal, when each input is predicted from the others
 PANELS = 4  # of a sum of products: five eighths of the work, see docs/performance.md
-ORDINARY = 2.0**24  # largest diagonal, and inverse of the smallest, of an H that is taken as it comes
-RIDGES_KEPT = 2**28  # bytes of ridge inverses that a Gram remembers
+ORDINARY = 2.0**24  # an H whose largest diagonal entry lies within this factor of 1 is not rescaled
+RIDGES_KEPT = 2**28  # bytes of ridge inverses that a Gram caches
 
 
 def summing(device: torch.device) -> torch.dtype:
@@ -25,10 +25,10 @@ def summing(device: torch.device) -> torch.dtype:
 
 
 class GramAccumulator:
-    """Stream activations into Σ x xᵀ without ever holding them together.
+    """Accumulate Σ x xᵀ over micro-batches of activations, which are not kept.
 
-    The products of a micro-batch are taken in float32 (float64 if that is what it comes in) and added up in float64: so
-    H, rounded to float32 in the end, is the same whatever the order, and however many processes each had a part.
+    The products of a micro-batch are computed in float32 (in float64 if the activations are) and summed in float64. So
+    H, rounded to float32 at the end, depends neither on the order nor on how many processes share the text.
 
     Args:
         features: Width of the layer's input.
@@ -54,14 +54,14 @@ class GramAccumulator:
         return H
 
     def _panels(self) -> Iterator[tuple[int, int]]:
-        """Columns of the sum, which is symmetric: of each panel the part below its own rows is not computed."""
+        """Yield panels of columns. The sum is symmetric, so the part of a panel below its own rows is not computed."""
         features = len(self.sum)
         width = -(-features // PANELS)
         return ((start, min(start + width, features)) for start in range(0, features, width))
 
 
 class SquareAccumulator:
-    """Stream activations into Σ x², the diagonal of what ``GramAccumulator`` sums; the same constructor.
+    """Accumulate Σ x², the diagonal of what ``GramAccumulator`` sums. It has the same constructor.
 
     Args:
         features: Width of the layer's input.
@@ -92,9 +92,9 @@ class Gram:
     Build it with ``Gram.damped``. Layers that read the same input share one.
     """
 
-    H: Tensor  # (in, in); ``damped`` divides one that is far out of range by a power of four, which changes no answer
+    H: Tensor  # (in, in); ``damped`` may have divided it by a power of four, which changes no result
     dead: Tensor  # (in,) bool: inputs that were always zero
-    remember: int = RIDGES_KEPT  # bytes of ridge inverses, at most
+    remember: int = RIDGES_KEPT  # at most so many bytes of ridge inverses are cached
     _added: list[float] = field(default_factory=list, repr=False, compare=False)  # damping that factorisations needed
     _coordinates: dict[tuple[bool, int], Coordinates] = field(default_factory=dict, repr=False, compare=False)
 
@@ -104,21 +104,22 @@ class Gram:
     ) -> "Gram":
         """Return the Gram of ``H + absolute·mean(diag H)·I + relative·diag(H)``.
 
-        A dead column (H_jj = 0) gets H_jj = 1. Raises InputError if H (in, in) is not square, finite and of
-        non-negative diagonal, or a damping is negative. Of the inverses of ``Coordinates.ridge``, ``remember`` bytes
-        are kept.
+        A dead input (H_jj = 0) gets H_jj = 1. Raises InputError unless H (in, in) is square and finite, its diagonal is
+        not negative, and neither damping is negative. At most ``remember`` bytes of the inverses of
+        ``Coordinates.ridge`` are cached.
 
-        No answer depends on a factor of H. So one whose largest diagonal is beyond ``ORDINARY`` is divided by a power
-        of four (E by a power of two: no bit is lost), before sums over it or its squares can leave float32.
+        Multiplying H by a constant changes no result. So an H whose largest diagonal entry is beyond ``ORDINARY`` is
+        divided by a power of four, before sums over it or over its squares overflow or underflow in float32. That
+        divides E by a power of two, so no bit is lost.
         """
         if H.ndim != 2 or H.shape[0] != H.shape[1]:  # noqa: PLR2004 - a matrix has two dimensions
             raise InputError(f"H must be a square matrix (in, in), not of shape {tuple(H.shape)}.")
         if not (absolute >= 0 and relative >= 0):
-            raise InputError("Damping must not be negative.")
+            raise InputError("Damping must not be negative. Give 0 or more.")
         H = _in_range(H)
         diagonal = H.diagonal()
         if not all_finite(H) or (diagonal < 0).any():
-            raise InputError("H holds NaN, infinity or a negative diagonal: check the calibration activations.")
+            raise InputError("H holds NaN, infinity or a negative diagonal. Check the calibration activations.")
         dead = diagonal == 0
         added = absolute * diagonal.mean() + relative * diagonal
         H = H.clone()
@@ -137,10 +138,11 @@ class Gram:
 
     @cached_property
     def conditional_scale(self) -> Tensor:
-        """E (in,) with E_jj² ∝ H_jj / [(H̃ + 0.03 I)⁻¹]_jj: what of each input the others do not explain.
+        """E (in,) with E_jj² ∝ H_jj / [(H̃ + 0.03 I)⁻¹]_jj: the variance of each input that the others do not explain.
 
-        That is what an entry costs once the others of its row have made up for it (the saliency of Optimal Brain
-        Surgeon, Hassibi and Stork, 1992, for a damped H̃). Scaled so that E⁻¹ H E⁻¹ has a diagonal of mean 1.
+        Removing an entry costs its square times this, after the rest of its row was adjusted to compensate (the
+        saliency of Optimal Brain Surgeon, Hassibi and Stork, 1992, for a damped H̃). E is scaled so that the diagonal of
+        E⁻¹ H E⁻¹ has the mean 1.
         """
         shifted = self._scaled_by(self.scale)
         shifted.diagonal().add_(OTHERS)
@@ -149,11 +151,11 @@ class Gram:
 
     @cached_property
     def correlation(self) -> Tensor:
-        """H̃ = E⁻¹ H E⁻¹ (in, in), E = diag(H)^½: of unit diagonal, whatever the units of the inputs."""
+        """H̃ = E⁻¹ H E⁻¹ (in, in), E = diag(H)^½: its diagonal is 1, whatever the units of the inputs."""
         return self._scaled_by(self.scale)
 
     def _scaled_by(self, scale: Tensor) -> Tensor:
-        """E⁻¹ H E⁻¹ (in, in), new, for E of this diagonal (in,)."""
+        """Return a new tensor E⁻¹ H E⁻¹ (in, in), where ``scale`` (in,) is the diagonal of E."""
         return (self.H / scale).div_(scale[:, None])
 
     @cached_property
@@ -165,8 +167,8 @@ class Gram:
     def inverse_cholesky(self) -> Tensor:
         """A (in, in), upper, with Aᵀ A = H̃⁻¹; damped further if need be, see ``extra_damping``.
 
-        H̃ read from its last row and column to its first has the factor B; read back, B is the upper triangular root of
-        H̃, and A its inverse. H̃⁻¹ itself, whose rounding could break a factorisation, is never formed.
+        With rows and columns of H̃ reversed, its Cholesky factor is B. Reversed again, B is an upper triangular root of
+        H̃, and A is the inverse of that. H̃⁻¹ itself is never formed, since its rounding could break a factorisation.
         """
         B = self._factorised(self.correlation.flip(0, 1), "the correlation of the inputs, read backwards")
         eye = torch.eye(B.shape[0], device=B.device, dtype=B.dtype)
@@ -175,12 +177,12 @@ class Gram:
 
     @property
     def extra_damping(self) -> float:
-        """The most damping (in units of the diagonal) that a factorisation had to add so far; 0 if none had to."""
+        """The largest damping, in units of the diagonal, that a factorisation had to add so far; 0 if none had to."""
         return max(self._added, default=0.0)
 
     @property
     def remembered(self) -> int:
-        """Bytes of the ridge inverses it holds."""
+        """Bytes of the cached ridge inverses."""
         return sum(coordinates.remembered for coordinates in self._coordinates.values())
 
     def _factorised(self, A: Tensor, what: str) -> Tensor:
@@ -190,13 +192,13 @@ class Gram:
         return factor
 
     def coordinates(self, *, conditional: bool = False, group: int | None = None) -> Coordinates:
-        """Return where a solver works: scaled by ``scale`` or ``conditional_scale``, columns dealt for ``group``.
+        """Return the coordinates of a solver: scaled by ``scale`` or ``conditional_scale``, interleaved for ``group``.
 
-        What was asked for last is kept for the layers that share this Gram, and nothing else: it is large.
+        Only the last result is cached, for the layers that share this Gram, because it is large.
 
         Args:
-            conditional: Scale each input by what the others leave of it unexplained, not by its norm.
-            group: Consecutive columns that a pattern chooses among; None if it chooses among all.
+            conditional: Scale each input by ``conditional_scale`` instead of by its norm.
+            group: Number of consecutive columns among which a pattern chooses; None if it chooses among all.
         """
         group = group or 1
         key = (conditional, group)
@@ -204,17 +206,17 @@ class Gram:
             self._coordinates.clear()
             if conditional or group > 1:
                 scale = self.conditional_scale if conditional else self.scale
-                G = deal(deal(self._scaled_by(scale), group).T, group)
+                G = interleave(interleave(self._scaled_by(scale), group).T, group)
             else:
                 scale, G = self.scale, self.correlation
             self._coordinates[key] = Coordinates(scale, G, group, self.remember, self._added)
         return self._coordinates[key]
 
     def objective(self, residual: Tensor) -> Tensor:
-        """Return tr(R H Rᵀ) of a ``residual`` R (out, in), a scalar tensor: the layer-wise reconstruction error."""
+        """Return the layer-wise reconstruction error tr(R H Rᵀ) of a ``residual`` R (out, in), a scalar tensor."""
         return ((residual @ self.H) * residual).sum()
 
     def relative_error(self, W: Tensor, residual: Tensor) -> float:
-        """f(residual) / f(W), both (out, in); 0 where the layer's output was zero to begin with."""
+        """Return tr(R H Rᵀ) / tr(W H Wᵀ) for a ``residual`` R (out, in); 0 if the layer's output is always zero."""
         whole = self.objective(W).item()
         return self.objective(residual).item() / whole if whole > 0 else 0.0

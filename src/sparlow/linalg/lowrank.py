@@ -13,21 +13,21 @@ from torch import Tensor
 
 from sparlow.linalg.gram import Gram, summing
 
-SETTLED = 5e-4  # of the error: what a last subspace step may still bring
-STEPS = 6  # subspace steps before an SVD; two are usual
-COMFORTABLE = (-8, 14)  # powers of two between which float16 (2^-14 to 2^16) holds a row by its largest entry
+SETTLED = 5e-4  # stop when a subspace step lowers the error by less than this fraction of it
+STEPS = 6  # subspace steps before falling back to an SVD; two are usual
+COMFORTABLE = (-8, 14)  # exponents of 2: a row whose largest entry lies between fits float16 (2^-14 to 2^16)
 
 
 def truncated_svd(A: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """U (out, rank), V (rank, in) minimising ‖A − U V‖_F; Eckart and Young."""
+    """Return U (out, rank) and V (rank, in) that minimise ‖A − U V‖_F (Eckart and Young)."""
     P, sigma, Qt = torch.linalg.svd(A, full_matrices=False)
     return P[:, :rank] * sigma[:rank], Qt[:rank]
 
 
 def weighted_svd(M: Tensor, gram: Gram, rank: int) -> tuple[Tensor, Tensor]:
-    """U (out, rank) orthonormal and V (rank, in) minimising tr((M − UV) H (M − UV)ᵀ), exactly.
+    """Return U (out, rank), orthonormal, and V (rank, in) that minimise tr((M − UV) H (M − UV)ᵀ) exactly.
 
-    M (out, in) is in the layer's own coordinates. Costs one SVD of (out, in).
+    M (out, in) is not scaled. It costs one SVD of an (out, in) matrix.
     """
     P, _, _ = torch.linalg.svd((M * gram.scale) @ gram.cholesky, full_matrices=False)
     U = P[:, :rank].contiguous()
@@ -57,17 +57,17 @@ def subspace_iteration(M: Tensor, V: Tensor, steps: int, G: Tensor | None = None
 
 
 def best_fit(M: Tensor, G: Tensor, V: Tensor, root: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
-    """U (out, r) orthonormal and V (r, in) minimising tr((M − UV) G (M − UV)ᵀ): what a solver ends on.
+    """Return U (out, r), orthonormal, and V (r, in) that minimise tr((M − UV) G (M − UV)ᵀ), as solvers do at the end.
 
-    Subspace steps from V (r, in), until one brings the error down by no more than ``SETTLED`` of it. The sum that this
-    is read from is only as exact as its rounding beside M; where that hides what is left, or steps do not settle, an
-    SVD decides, and the lower of the two is returned.
+    Takes subspace steps from V (r, in) until one lowers the error by no more than ``SETTLED`` of it. The error is a
+    difference of large sums. If rounding hides it, or the steps do not settle, an SVD is computed too, and the
+    better of the two fits is returned.
 
     Args:
         M: What is to be approximated (out, in).
         G: The metric (in, in).
-        V: Where to start, near the best if that is known.
-        root: Gives R (in, in) with R Rᵀ = G; called for the SVD only.
+        V: Where to start.
+        root: Returns R (in, in) with R Rᵀ = G. It is called only for the SVD.
     """
     whole, explained = _inner(M @ G, M), 0.0
     for _ in range(STEPS):
@@ -86,24 +86,24 @@ def _error(R: Tensor, G: Tensor) -> float:
 
 
 def _inner(A: Tensor, B: Tensor) -> float:
-    """The sum of A ∘ B, added up in float64 where the device has it."""
+    """Return the sum of A ∘ B, accumulated in float64 if the device has it."""
     return float((A * B).sum(dtype=summing(A.device)))
 
 
 def random_factor(rank: int, like: Tensor) -> Tensor:
-    """V (rank, in) to start a subspace iteration from, for a matrix ``like`` (out, in).
+    """Return V (rank, in), from which to start a subspace iteration for a matrix ``like`` (out, in).
 
-    Drawn on the CPU from a seed of its own: the same on every device, and the global generator stays as it is.
+    It is drawn on the CPU with a fixed seed: the same on every device, without touching the global generator.
     """
     V = torch.randn(rank, like.shape[1], generator=torch.Generator().manual_seed(0))
     return V.to(like)
 
 
 def orthonormal(Y: Tensor) -> Tensor:
-    """Orthonormal columns (n, r) whose span holds that of Y (n, r), n ≥ r, however dependent the columns of Y are.
+    """Return orthonormal columns (n, r) whose span contains that of Y (n, r), n ≥ r, even if those are dependent.
 
-    By Householder reflections on the CPU, where they take less time than a single Cholesky QR. On accelerators they
-    take many times as long, and to look whether one Cholesky QR was enough would mean to wait: there it is done twice.
+    On the CPU by Householder reflections, which are faster there than a single Cholesky QR. On accelerators they are
+    many times slower, and checking whether one Cholesky QR was enough would need a synchronisation, so two are done.
     """
     if Y.device.type != "cpu":
         return cholesky_qr(cholesky_qr(Y))
@@ -112,11 +112,11 @@ def orthonormal(Y: Tensor) -> Tensor:
 
 
 def cholesky_qr(Y: Tensor) -> Tensor:
-    """Orthonormalise the columns of Y (n, r) as far as their condition allows: twice to 1e-4 unless it is beyond 1e5.
+    """Orthonormalise the columns of Y (n, r) approximately; a second call reaches 1e-4 for condition numbers up to 1e5.
 
     Columns are scaled to unit length first. Their Gram matrix gets a jitter above its rounding error, so that its
-    factorisation cannot fail; what it takes from the length of columns that are orthogonal already is given back.
-    Directions below its level come out short, and not orthogonal to the others, which a second time mends.
+    factorisation cannot fail. The jitter shortens columns that are orthogonal already, which the last line undoes.
+    Directions weaker than the jitter come out short and not orthogonal to the others. A second call mends that.
     """
     Y = Y / Y.norm(dim=0).clamp_min(torch.finfo(Y.dtype).tiny)
     C = Y.T @ Y
@@ -128,10 +128,10 @@ def cholesky_qr(Y: Tensor) -> Tensor:
 
 
 def balanced(U: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
-    """The same U V (out, in) of factors that half precision holds: powers of two move between U (out, r) and V (r, in).
+    """Return factors of the same U V that fit half precision, by moving powers of two between U (out, r) and V (r, in).
 
-    Only a column of U and its row of V are touched of which either lies outside of ``COMFORTABLE``; they then are of
-    one size. Nothing is rounded.
+    A column of U and its row of V are changed only if one of them lies outside ``COMFORTABLE``. Then both get about the
+    same size. Nothing is rounded.
     """
     u, v = U.abs().amax(0).log2(), V.abs().amax(1).log2()  # (r,) each
     low, high = COMFORTABLE

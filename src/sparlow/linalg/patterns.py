@@ -1,7 +1,7 @@
 """Which entries of a weight may survive. A pattern turns scores into a mask; True means kept.
 
-This file alone knows what 2:4 or 50 % mean. Every mask keeps exactly as many entries as the pattern allows; ties go to
-the entry that comes first.
+Only this file knows what 2:4 or 50 % mean. Every mask keeps exactly as many entries as the pattern allows. Of equal
+scores, the first wins.
 """
 
 import math
@@ -32,7 +32,7 @@ class Unstructured:
 
     def __post_init__(self) -> None:
         if not 0 <= self.sparsity < 1:
-            raise InputError(f"A sparsity of {self.sparsity:g} is not possible: give a fraction from 0 up to below 1.")
+            raise InputError(f"A sparsity of {self.sparsity:g} is not possible. Give a fraction from 0 up to below 1.")
 
     def __str__(self) -> str:
         return str(self.sparsity)
@@ -44,7 +44,7 @@ class Unstructured:
 
     @property
     def group(self) -> None:
-        """No group of columns is chosen among apart from the others."""
+        """None: the pattern does not choose within groups of columns."""
 
     def check(self, shape: tuple[int, int]) -> None:
         """Accept every shape: a fraction can be taken of any matrix."""
@@ -55,7 +55,7 @@ class Unstructured:
         return rows * self._kept_of(columns) if self.per_row else self._kept_of(rows * columns)
 
     def _kept_of(self, entries: int) -> int:
-        """Rounded down row by row, so that all rows together never keep more than the whole matrix would."""
+        """Round down for a single row, so that all rows together never keep more than the whole matrix may."""
         kept = self.density * entries
         return math.floor(kept + 1e-9) if self.per_row else round(kept)
 
@@ -67,7 +67,7 @@ class Unstructured:
     def mask_of_columns(self, scores: Tensor, first: int, columns: int) -> Tensor:
         """Mark the largest ``scores`` (out, width) of the columns from ``first`` on, in a matrix that has ``columns``.
 
-        Every stretch of columns has its share; together they keep exactly as many as ``mask`` keeps of the whole.
+        Every range of columns keeps its share. Together they keep exactly as many entries as ``mask`` does.
         """
         groups = scores if self.per_row else scores.reshape(1, -1)
         width = scores.shape[1]
@@ -78,12 +78,13 @@ class Unstructured:
     def violation(self, name: str, S: Tensor) -> str | None:
         """Say in one sentence how ``S`` (out, in) breaks the pattern, or return None."""
         kept, allowed = int((S != 0).sum()), self.kept((S.shape[0], S.shape[1]))
-        return f"{name} keeps {kept} values where {self} allows {allowed}" if kept > allowed else None
+        return f"{name} keeps {kept} values where {self} allows {allowed}." if kept > allowed else None
 
     def projector(self) -> Projector:
         """Return the projection of a solver's iterates X (out, in): cheaper than ``mask`` and a product.
 
-        A selection costs more than a matrix product, so the threshold is that of a sample: end with ``mask``.
+        Approximate: an exact top-k costs more than an iteration's product, so the threshold is estimated from a sample.
+        Finish with an exact ``mask``.
         """
         return self._project if self.per_row or self.sparsity == 0 else _SampleProjector(self.density)
 
@@ -100,7 +101,7 @@ class NM:
 
     def __post_init__(self) -> None:
         if not 0 < self.n <= self.m:
-            raise InputError(f"Pattern {self.n}:{self.m} keeps {self.n} of {self.m}: give N:M with 0 < N <= M.")
+            raise InputError(f"Pattern {self.n}:{self.m} keeps {self.n} of {self.m}. Give N:M with 0 < N <= M.")
 
     def __str__(self) -> str:
         return f"{self.n}:{self.m}"
@@ -112,15 +113,15 @@ class NM:
 
     @property
     def group(self) -> int:
-        """Consecutive columns that are chosen among, apart from all others."""
+        """Number of consecutive columns among which the pattern chooses."""
         return self.m
 
     def check(self, shape: tuple[int, int]) -> None:
         """Raise InputError unless the input dimension of ``shape`` (out, in) is a multiple of m."""
         if shape[1] % self.m:
             raise InputError(
-                f"Pattern {self} needs a multiple of {self.m} input features, and this layer has {shape[1]}: "
-                "choose another pattern."
+                f"Pattern {self} needs a multiple of {self.m} input features, and this layer has {shape[1]}. "
+                "Choose another pattern."
             )
 
     def kept(self, shape: tuple[int, int]) -> int:
@@ -130,7 +131,7 @@ class NM:
     def mask(self, scores: Tensor) -> Tensor:
         """Mark the n largest of every m ``scores`` (out, in); bool (out, in).
 
-        Every pair in a group is compared once, and an entry survives if fewer than n others beat it: no sort.
+        No sort: every pair in a group is compared once, and an entry is kept if fewer than n others beat it.
         """
         members = scores.reshape(-1, self.m).unbind(1)  # m tensors (groups,)
         counter = torch.uint8 if self.m < 256 else torch.int32  # noqa: PLR2004 - what a byte counts up to
@@ -142,19 +143,19 @@ class NM:
         return torch.stack([lost < self.n for lost in losses], dim=1).reshape(scores.shape)
 
     def mask_of_columns(self, scores: Tensor, first: int, columns: int) -> Tensor:
-        """Mark the largest of whole groups ``scores`` (out, width): ``mask``, for a group knows of no other columns."""
+        """Return ``mask`` of the ``scores`` (out, width) of whole groups: each group is chosen by itself."""
         del first, columns
         return self.mask(scores)
 
     def violation(self, name: str, S: Tensor) -> str | None:
         """Say in one sentence how ``S`` (out, in) breaks the pattern, or return None."""
         groups = int(((S != 0).reshape(-1, self.m).sum(1) > self.n).sum())
-        return f"{name} keeps more than {self.n} of {self.m} in {groups} groups" if groups else None
+        return f"{name} keeps more than {self.n} of {self.m} in {groups} groups." if groups else None
 
     def projector(self) -> Projector:
-        """Return the projection of a solver's iterates, their columns dealt (``linalg/coordinates.py``).
+        """Return the projection of a solver's iterates, their columns interleaved (``linalg/coordinates.py``).
 
-        It keeps all of several entries that tie: end with ``mask``.
+        It keeps every one of equal entries, so it may keep too many. Finish with an exact ``mask``.
         """
         return _GroupProjector(self.n, self.m)
 
@@ -173,12 +174,12 @@ def parse_pattern(text: str) -> Pattern:
         raise
     except ValueError:
         raise InputError(
-            f"Pattern {shown(text)} is not understood: give N:M such as 2:4, or the fraction removed, such as 0.5."
+            f"Pattern {shown(text)} is not understood. Give N:M such as 2:4, or the fraction removed, such as 0.5."
         ) from None
 
 
 def within_rows(pattern: Pattern) -> Pattern:
-    """Return the pattern with scores compared within each row: what some papers ask for; N:M does so anyway."""
+    """Return the pattern with scores compared within each row, as some papers do. N:M always does."""
     return replace(pattern, per_row=True) if isinstance(pattern, Unstructured) else pattern
 
 
@@ -210,10 +211,11 @@ def _kth_largest(scores: Tensor, k: int) -> Tensor:
 
 
 class _GroupProjector:
-    """Keep of X what reaches the n-th largest of its m neighbours.
+    """Keep the entries of X that reach the n-th largest magnitude of their group of m.
 
-    The columns of X are dealt (``linalg/coordinates.py``), so each member of all groups is one stretch of a row, and
-    marks are numbers: torch takes several times as long for strided comparisons, and for those that give bools.
+    The columns of X are interleaved (``linalg/coordinates.py``), so member k of all groups is contiguous in a row. The
+    mask is made of floats. Both are for speed: torch takes several times as long for strided comparisons, and for
+    those that give bools.
     """
 
     def __init__(self, n: int, m: int) -> None:
@@ -229,7 +231,7 @@ class _GroupProjector:
         return out.mul_(X)
 
     def _nth_largest(self, members: tuple[Tensor, ...]) -> Tensor:
-        """Of each group, (out, in / m): every member sinks through the n largest so far, which stay in order."""
+        """Return the n-th largest of each group (out, in / m): each member is inserted into a sorted list of n."""
         best: list[Tensor] = []
         free = list(self._buffers)
         for member in members:
@@ -248,10 +250,10 @@ class _GroupProjector:
 
 
 class _SampleProjector:
-    """Keep of X what reaches the k-th largest magnitude of an evenly spread sample of its entries.
+    """Keep the entries of X that reach a threshold, which is the k-th largest magnitude of an evenly spaced sample.
 
-    Of the entries a few in a thousand are kept too many or too few (a few in a hundred at 90 %), always by the same
-    sample, so that the support can come to rest; a matrix of fewer than 2 ``SAMPLE`` entries is its own sample.
+    The number of kept entries is off by a few in a thousand (a few in a hundred at 90 %). The sample is always the
+    same, so that the support can settle. A matrix of fewer than 2 ``SAMPLE`` entries is not sampled, but used whole.
     """
 
     SAMPLE = 2**16

@@ -1,4 +1,4 @@
-"""How exactly numbers are multiplied, and in what range."""
+"""TF32 matrix products on CUDA, scoped; and a power of two that brings a tensor near 1."""
 
 import math
 from collections.abc import Iterator
@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 def unit(A: Tensor) -> float:
-    """The power of two at or below the largest magnitude in ``A``, whatever its shape; 1 if all is zero.
+    """Return the power of two at or below the largest magnitude in ``A``, of any shape; 1 if all of it is zero.
 
-    What is divided by it lies near 1 and has lost no bit: sums of its fourth powers, such as the iterations here form,
-    neither over- nor underflow.
+    Dividing by it loses no bit and brings the entries near 1, so that sums of their fourth powers, which the iterations
+    here form, neither overflow nor underflow.
     """
     low, high = (bound.item() for bound in A.aminmax()) if A.numel() else (0.0, 0.0)
     largest = max(-low, high)
@@ -24,9 +24,9 @@ def unit(A: Tensor) -> float:
 
 @contextmanager
 def rounded_products(device: torch.device) -> Iterator[None]:
-    """Let CUDA round the factors of float32 products to TF32, where an iteration corrects what that costs.
+    """Use TF32 for float32 matrix products on CUDA, for iterations that correct the rounding.
 
-    On an H100 such products are six times as fast (benchmarks/accelerator.py). Elsewhere nothing changes.
+    On an H100 such products are six times as fast (benchmarks/accelerator.py). On other devices nothing changes.
     """
     if device.type != "cuda":
         yield

@@ -18,7 +18,7 @@ WRITTEN = 2  # times what is written goes through a hash or a file
 
 
 def seconds(work: Workload, speed: Speed, solver: Solver) -> dict[str, float]:
-    """Seconds by stage, as in ``report.json``; what takes none is 0.
+    """Seconds by stage, as in ``report.json``; 0 for a stage that is skipped.
 
     Args:
         work: The run.
@@ -63,24 +63,24 @@ class _Counted:
         return tokens * (products / self.speed.products + moved / self.speed.memory)
 
     def _loading(self) -> float:
-        """Every block once, from a file that the system has at hand."""
+        """Reading every block once, from files in the system's cache."""
         work = self.work
         return LOADED * work.parameters * self.size / self.speed.memory if work.streamed else 0.0
 
     def opening(self) -> float:
-        """The fingerprint of the model, and a look at every number."""
+        """Computing the fingerprint of the model, and checking every number."""
         size = self.work.parameters * self.work.stored
         return size / self.speed.hashing + CHECKED * size / self.speed.memory
 
     def writing_text(self) -> float:
-        """A token after the other, each with all weights."""
+        """Generating token by token, each of which reads all weights."""
         work, recipe = self.work, self.work.recipe
         rounds = -(-recipe.samples // AT_ONCE) * recipe.seqlen
         read = rounds * work.parameters * self.size / self.speed.memory
         return read + 2 * work.parameters * work.tokens / self.speed.products
 
     def evaluating(self) -> float:
-        """The dense model, then the compressed one."""
+        """Measuring the dense model, then the compressed one."""
         work, total = self.work, 0.0
         for windows in work.evaluation.values():
             tokens = windows * work.evaluate_seqlen
@@ -102,14 +102,14 @@ class _Counted:
         for i, block in enumerate(work.blocks):
             seen = block.compressed or work.by_block
             grams = sum(HALF * 2 * tokens * features**2 for features in block.inputs.values()) if seen else 0
-            surveyed = work.recipe.allocate != "uniform"
-            total += (bool(seen) + surveyed) * self._pass(block, tokens, seqlen)
+            walked_before = work.recipe.allocate != "uniform"
+            total += (bool(seen) + walked_before) * self._pass(block, tokens, seqlen)
             total += (1 + (work.recipe.allocate == "error")) * grams / self.speed.products
             total += self._pass(block, tokens, seqlen, low_rank=True) if i < last else 0.0
         return total
 
     def _trained(self, block: Block, plan: TrainingPlan) -> float:
-        """All epochs of one block, the judgement after each included; the head is not counted."""
+        """All epochs of one block, including the loss on held-out windows after each; the head is not counted."""
         work = self.work
         once = self._pass(block, work.tokens, work.recipe.seqlen)
         steps = -(-work.recipe.samples // plan.batch)
@@ -131,7 +131,7 @@ class _Counted:
         return goals * (training.dense_targets or training.together) + heads + trained
 
     def saving(self) -> float:
-        """Packing, writing, checksums."""
+        """Packing, writing, and checksums."""
         work = self.work
         written = WRITTEN * work.kept_bytes * (2 if work.together else 1)
         return written / self.speed.hashing + CHECKED * work.parameters * self.size / self.speed.memory

@@ -1,4 +1,4 @@
-"""Whether memory and disk suffice for a run, and which options would make it fit; asked before any weight is read."""
+"""Check before any weight is read that memory and disk suffice, and find options that would make a run fit."""
 
 import itertools
 import tempfile
@@ -28,7 +28,7 @@ def require_feasible(
     options: RunOptions,
     processes: int = 1,
 ) -> None:
-    """Raise InputError if memory or disk do not suffice for some runs on one model, one run after the other.
+    """Raise InputError if memory or disk do not suffice for runs on one model, one run after the other.
 
     Reads the model's config and no weights. Where only the weights say what a model holds, nothing is checked.
 
@@ -60,7 +60,7 @@ def known_ahead(model: str | Path | PreTrainedModel, dtype: str, *, trust_remote
 
 
 def require_resources(works: Mapping[Path | None, Workload]) -> None:
-    """Raise InputError if memory or disk do not suffice for some runs, one after the other.
+    """Raise InputError if memory or disk do not suffice for runs, one after the other.
 
     Args:
         works: By the directory that each writes; None writes nothing.
@@ -73,7 +73,7 @@ def require_resources(works: Mapping[Path | None, Workload]) -> None:
 
 
 def require_memory(work: Workload) -> None:
-    """Raise InputError if the memory available does not suffice; it names the options that would make the run fit.
+    """Raise InputError if memory does not suffice. The message names options that would make the run fit.
 
     A bound on what solving takes comes first. Only where that does not fit, it is measured on small layers.
     """
@@ -88,7 +88,7 @@ def require_memory(work: Workload) -> None:
 
 
 def shortage(work: Workload, space: Workspace) -> str | None:
-    """Say of which memory there is too little, with the numbers; None if there is enough."""
+    """Say which memory is too small, with the numbers; None if there is enough."""
     counted = stages(work, space)
     for part, available in (("cpu", memory_available()), ("device", device_available(work.device))):
         worst = max(counted, key=lambda stage: getattr(stage, part))
@@ -101,7 +101,7 @@ def shortage(work: Workload, space: Workspace) -> str | None:
 
 
 def options_that_fit(work: Workload, fits: Callable[[Workload], bool]) -> list[str]:
-    """Changes of options under which a run fits: one at a time or, where none is enough, as few together as will do."""
+    """Return options that make a run fit: single ones or, if none is enough, the smallest combinations."""
     changes = _changes(work)
     single = [words for words, change in changes if fits(change(work))]
     fewer = [_largest_that_fits(work, name, fits) for name in ("samples", "seqlen")]
@@ -122,7 +122,7 @@ Change = tuple[str, Callable[[Workload], Workload]]  # as it is typed, and what 
 
 
 def _changes(work: Workload) -> list[Change]:
-    """What can be asked for otherwise."""
+    """Return the options that can be changed, each with what it changes."""
     found: list[Change] = []
     if work.place != "disk":
         found.append(("--offload disk", lambda w: replace(w, offload="disk")))
@@ -146,7 +146,7 @@ def _joined(changes: Sequence[Change]) -> str:
 
 
 def _largest_that_fits(work: Workload, name: str, fits: Callable[[Workload], bool]) -> str | None:
-    """The first of half as many samples, or tokens in each, a quarter, … that fits."""
+    """Return the first value that fits among a half, a quarter, … of the samples or of the tokens in each."""
     count = getattr(work.recipe, name) // 2
     while count:
         if fits(replace(work, recipe=work.recipe.changed(**{name: count}))):
@@ -175,14 +175,14 @@ def require_disk(works: Mapping[Path, Workload]) -> None:
 
 
 def _with_changes(work: Workload, shared: Workload, changed: Workload) -> Workload:
-    """Change a run of a comparison in what was changed of the first."""
+    """Apply to another run of a comparison the change that was tried on the first."""
     names = ("match", "match_preset", "samples", "seqlen")
     same = {n: getattr(changed.recipe, n) for n in names if getattr(changed.recipe, n) != getattr(shared.recipe, n)}
     return replace(work, recipe=work.recipe.changed(**same), offload=changed.offload, evaluation=changed.evaluation)
 
 
 def _disk_shortage(works: Mapping[Path, Workload]) -> str | None:
-    """Say where there is too little room on disk, with the numbers; None if there is enough."""
+    """Say which disk has too little space, with the numbers; None if there is enough."""
     temporary = Path(tempfile.gettempdir())
     needs: dict[int, list[tuple[str, Path, int]]] = {}
     for folder, work in works.items():

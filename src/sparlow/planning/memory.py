@@ -1,4 +1,4 @@
-"""The memory and the disk a run needs, stage by stage: what the code holds at a time, counted from shapes.
+"""The memory and the disk that a run needs, stage by stage: what the code holds at once, counted from shapes.
 
 Where blocks run on the CPU, everything below is in main memory. Where they run on an accelerator, what computes is
 there, hidden states are where they wait, and main memory holds what is read from files (mapped, so it counts as
@@ -33,7 +33,7 @@ SAVED_LOGITS = 6  # of a piece at a time, while distilling: both models', in two
 
 @dataclass(frozen=True)
 class Stage:
-    """The most that a part of the run holds beyond the process as it is before.
+    """The peak memory of one stage, beyond what the process holds before the run.
 
     Attributes:
         name: What is done.
@@ -83,12 +83,12 @@ def stages(work: Workload, space: Workspace) -> list[Stage]:
 
 
 def _targets(work: Workload) -> int:
-    """Further copies of the hidden states: what the dense model has at this place."""
+    """Return how many further copies of the hidden states there are: those of the dense model at the same block."""
     return int(work.recipe.match)
 
 
 class _Counted:
-    """Counts what is held, in bytes."""
+    """Counts the bytes that are held."""
 
     def __init__(self, work: Workload, space: Workspace) -> None:
         self.work, self.space = work, space

@@ -1,4 +1,4 @@
-"""What this machine and an algorithm need, measured on small layers: seconds and bytes as laws in (out, in).
+"""Measure this machine and an algorithm on small layers: seconds and bytes as formulas in (out, in).
 
 No algorithm is known here by name. What each needs is a product with a Gram matrix for every step (out·in²), work on
 the Gram matrix alone (in³, which layers with the same input share), and passes over the weight (out·in); what it holds
@@ -35,7 +35,7 @@ BUFFER = 2**24  # bytes that are hashed and copied
 
 @dataclass(frozen=True)
 class Workspace:
-    """Bytes that solving a layer (out, in) takes beyond its weight, its damped Gram matrix included.
+    """Bytes that solving a layer (out, in) takes beyond its weight, including its damped Gram matrix.
 
     Attributes:
         square: Times in².
@@ -48,13 +48,13 @@ class Workspace:
     levels: int
 
     def remembered(self, features: int) -> int:
-        """Bytes of the inverses that a Gram of so many features does remember."""
+        """Bytes of the inverses that a Gram of this many features caches."""
         each = FLOAT * features**2
         kept: int = min(self.levels, RIDGES_KEPT // each) * each
         return kept
 
     def bytes(self, shape: Shape) -> int:
-        """Of one layer (out, in)."""
+        """Return the value for one layer (out, in)."""
         rows, columns = shape
         return round(self.square * columns**2 + self.matrix * rows * columns) + self.remembered(columns)
 
@@ -104,11 +104,11 @@ class Solver:
 
 
 class _Enough(Exception):  # noqa: N818 - control flow of our own; never leaves this module
-    """Ends what was followed for long enough."""
+    """Stops a solve that was followed for long enough."""
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Follows the bytes of tensors that come into being inside; what kernels take for themselves is not seen."""
+    """Tracks the bytes of tensors that are created inside. Memory that kernels allocate internally is not seen."""
 
     def __init__(self, *given: Tensor, seconds: float = float("inf")) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # untyped in torch
@@ -140,12 +140,12 @@ class _LiveBytes(TorchDispatchMode):
 
 
 def typical(budgets: Sequence[tuple[Shape, Budget]]) -> tuple[Shape, Budget]:
-    """The layer in the middle by the work it takes: what is tried are smaller ones of its kind."""
+    """Return the layer of median work. Smaller layers of its kind are tried."""
     return sorted(budgets, key=lambda pair: pair[0][0] * pair[0][1] ** 2)[len(budgets) // 2]
 
 
 def workspace(recipe: Recipe, like: tuple[Shape, Budget], stored: torch.dtype) -> Workspace:
-    """Measure what the recipe's algorithm holds while it solves; on three small layers.
+    """Measure the memory that the recipe's algorithm holds while it solves, on three small layers.
 
     Args:
         recipe: Its algorithm and options.
@@ -165,7 +165,7 @@ def workspace(recipe: Recipe, like: tuple[Shape, Budget], stored: torch.dtype) -
             whole = False
         peak = max(seen.peak, H.nbytes)  # the damped Gram matrix, if nothing else was seen
         if recipe.allocate == "error":
-            peak = max(peak, _survey_peak(W, H, budget))
+            peak = max(peak, _error_curve_peak(W, H, budget))
         rows.append([shape[1] ** 2, shape[0] * shape[1]])
         peaks.append(float(peak))
     # where that would take long, as many as fit
@@ -174,7 +174,7 @@ def workspace(recipe: Recipe, like: tuple[Shape, Budget], stored: torch.dtype) -
     return Workspace(square, matrix, levels)
 
 
-def _survey_peak(W: Tensor, H: Tensor, budget: Budget) -> int:
+def _error_curve_peak(W: Tensor, H: Tensor, budget: Budget) -> int:
     with _LiveBytes(W, H) as seen:
         gram = Gram.damped(H)
         shape = (W.shape[0], W.shape[1])
@@ -206,7 +206,7 @@ def solver(recipe: Recipe, like: tuple[Shape, Budget], device: torch.device) -> 
 
 
 def speed(device: torch.device, computing: torch.dtype) -> Speed:
-    """Measure products, copies and hashes; half a second or so."""
+    """Measure the speed of products, copies and hashes, in about half a second."""
     A = torch.randn(PRODUCT, PRODUCT, device=device).to(computing)
     out = torch.empty_like(A)
     x = torch.zeros(BUFFER // FLOAT, device=device)
@@ -219,12 +219,12 @@ def speed(device: torch.device, computing: torch.dtype) -> Speed:
 
 
 def _shapes(side: int) -> list[Shape]:
-    """Square, wide and tall: three unknowns need three."""
+    """Return a square, a wide and a tall shape, for three unknowns."""
     return [(side, side), (side // 2, side), (side, side // 2)]
 
 
 def _square(side: int) -> list[Shape]:
-    """For methods that take seconds for the smallest layer."""
+    """Return a square shape only, for methods that take seconds on the smallest layer."""
     return [(side, side)]
 
 
@@ -272,7 +272,7 @@ def _once(recipe: Recipe, like: tuple[Shape, Budget], shape: Shape, device: torc
 
 
 def _best(call: Callable[[], object], device: torch.device) -> float:
-    """The least time of several: what else runs on the machine only adds to it."""
+    """Return the shortest of several times, since other load on the machine only adds to it."""
     times = []
     for _ in range(5):
         _wait(device)

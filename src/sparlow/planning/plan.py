@@ -109,7 +109,7 @@ def plan(
     trust_remote_code: bool = False,
     timed: bool = True,
 ) -> Plan:
-    """Foresee what ``compress`` keeps and needs with the same arguments; reads the config of a model, and no weights.
+    """Predict what ``compress`` keeps and needs with the same arguments. Reads the config of a model and no weights.
 
     Args:
         model: Hub id (of which the config is fetched), directory, .gguf file (of which the header is read), or a
@@ -203,7 +203,7 @@ def _kinds(work: Workload) -> list[Kind]:
 
 
 def _skipped(model: PreTrainedModel, work: Workload) -> list[dict[str, Any]]:
-    """What stays as it is, modules of the same name in different blocks together."""
+    """Return rows of what stays as it is; modules of the same name in different blocks share a row."""
     prefix = f"{work.name}."
     compressed = [f"{prefix}{i}.{layer.name}" for i, block in enumerate(work.blocks) for layer in block.compressed]
     rows: dict[tuple[str, str], list[Skipped]] = {}
@@ -222,11 +222,11 @@ def _notes(work: Workload) -> list[str]:
     notes = []
     if recipe.allocate != "uniform":
         moved = "densities" if recipe.allocate == "owl" else "ranks and densities"
-        notes.append(f"--allocate {recipe.allocate} moves {moved} between layers; values in all stay about these")
+        notes.append(f"--allocate {recipe.allocate} moves {moved} between layers, and the total stays about the same.")
     if not work.streamed and not work.there:
-        notes.append("a weight of a block is shared with another, so the whole model is held in memory")
+        notes.append("A weight of a block is shared with another, so the whole model is held in memory.")
     if work.recipe.match:
-        notes.append("training may stop early, so it may take less time")
+        notes.append("Training may stop early, so it may take less time.")
     if recipe.calibration != "windows":
-        notes.append("time to fetch the model and the text is not counted")
+        notes.append("The time to fetch the model and the text is not counted.")
     return notes

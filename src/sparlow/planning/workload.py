@@ -1,4 +1,4 @@
-"""What a run has to do, in numbers: layers and their budgets, sizes of the model, tokens. From shapes alone."""
+"""The work of a run in numbers: layers and their budgets, sizes of the model, tokens. From shapes alone."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -54,12 +54,12 @@ class Layer:
 
     @property
     def low_rank(self) -> int:
-        """Numbers in U and V."""
+        """Number of values in U and V."""
         return self.budget.rank * sum(self.shape) if self.budget else 0
 
     @property
     def trained(self) -> int:
-        """Numbers that are kept and can be trained: of S, U, V and the bias."""
+        """Number of trainable values: kept entries of S, U, V and the bias."""
         return self.budget.values(self.shape) + self.shape[0] * self.bias if self.budget else self.parameters
 
     def kept_bytes(self, size: int) -> int:
@@ -84,12 +84,12 @@ class Block:
 
     @property
     def compressed(self) -> list[Layer]:
-        """Those that do not stay dense."""
+        """The layers that are compressed."""
         return [layer for layer in self.layers if layer.budget]
 
     @property
     def low_rank(self) -> int:
-        """Numbers in U and V of all layers."""
+        """Number of values in U and V of all layers."""
         return sum(layer.low_rank for layer in self.layers)
 
     @property
@@ -99,7 +99,7 @@ class Block:
 
     @property
     def trained(self) -> int:
-        """Numbers that matching trains."""
+        """Number of values that matching trains."""
         return self.parameters - sum(layer.parameters - layer.trained for layer in self.layers)
 
     def kept_bytes(self, size: int) -> int:
@@ -153,12 +153,12 @@ class Workload:
 
     @property
     def stored(self) -> int:
-        """Bytes of a number in files."""
+        """Bytes of one value in files."""
         return self.stored_in.itemsize
 
     @property
     def computing(self) -> int:
-        """Bytes of a number that is computed with."""
+        """Bytes of one value in the type of the computation."""
         return self.computed_in.itemsize
 
     @property
@@ -168,12 +168,12 @@ class Workload:
 
     @property
     def parameters(self) -> int:
-        """Of the whole model, tied ones once."""
+        """Number of parameters of the model, tied ones once."""
         return self.outside + sum(block.parameters for block in self.blocks)
 
     @property
     def tokens(self) -> int:
-        """Of the calibration text."""
+        """Number of tokens of the calibration text."""
         return self.recipe.samples * self.recipe.seqlen
 
     @property
@@ -207,7 +207,7 @@ class Workload:
 
     @cached_property
     def place(self) -> torch.device | str:
-        """Where hidden states of the calibration text wait."""
+        """Where the hidden states of the calibration text are kept."""
         return place(self.offload, self.hidden, self.device)
 
     @property

@@ -93,13 +93,13 @@ class Rule:
 
 
 def ratio_rank(compression: float, share: float, shape: Shape) -> int:
-    """The rank at which U V holds the ``share`` of the values that ``compression`` leaves of a weight (out, in)."""
+    """Return the rank at which U V holds ``share`` of the values that ``compression`` leaves of a weight (out, in)."""
     rows, columns = shape
     return math.floor(share * (1 - compression) * rows * columns / (rows + columns) + 1e-9)
 
 
 def ratio_sparsity(compression: float, share: float) -> float:
-    """The sparsity of S that leaves the low-rank part its ``share`` of the values kept."""
+    """Return the sparsity of S that leaves the low-rank part its ``share`` of the kept values."""
     return round(compression + share - compression * share, 12)
 
 
@@ -183,7 +183,7 @@ def offered(uniform: Budget, shape: Shape, *, low_rank: bool) -> "dict[Pattern, 
 
 
 def error_driven(offers: Mapping[str, Sequence[Offer]], values: int) -> dict[str, Budget]:
-    """Choose an offer for every layer, so that they keep ``values`` at most and the sum of errors is small.
+    """Choose an offer for every layer, so that together they keep at most ``values`` and the sum of errors is small.
 
     Of each layer only the offers on the lower convex hull of (values, error) count. All begin with their cheapest; the
     step that lowers an error most for each value is taken next, as long as it can be paid. But for the last steps,
@@ -213,7 +213,7 @@ def error_driven(offers: Mapping[str, Sequence[Offer]], values: int) -> dict[str
 
 
 def _lower_hull(offers: Sequence[Offer]) -> list[Offer]:
-    """The offers from which each further value buys less and less, cheapest first; errors fall along it."""
+    """Return the lower convex hull of the offers, cheapest first: each further value lowers the error less."""
     hull: list[Offer] = []
     for offer in sorted(offers, key=lambda o: (o.values, o.error)):
         if hull and offer.error >= hull[-1].error:
@@ -225,5 +225,5 @@ def _lower_hull(offers: Sequence[Offer]) -> list[Offer]:
 
 
 def _bends_up(a: Offer, b: Offer, c: Offer) -> bool:
-    """Whether b lies above the line from a to c."""
+    """Return whether b lies above the line from a to c."""
     return (b.error - a.error) * (c.values - a.values) > (c.error - a.error) * (b.values - a.values)

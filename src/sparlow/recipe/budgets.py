@@ -1,4 +1,4 @@
-"""What each layer of a model may keep before the data have a say."""
+"""Budgets: what each layer of a model may keep, before any allocation by data."""
 
 from sparlow.algorithms import check_budget
 from sparlow.errors import InputError
@@ -8,17 +8,17 @@ from sparlow.recipe.recipe import Recipe
 
 
 def budgets(decoder: Decoder, recipe: Recipe) -> dict[str, Budget]:
-    """Return what each layer may keep by its full name, those that stay dense left out, before the data have a say.
+    """Return the budget of each layer by its full name, before any allocation by data. Dense layers have none.
 
     Raises:
         InputError: Names the first layer that does not fit the recipe, or says that there is nothing to compress.
     """
     named = [(name, weight.shape) for name, weight in decoder.layers()]
     if not named:
-        raise InputError("There is no plain linear layer in the model's decoder blocks: nothing to compress.")
+        raise InputError("There is nothing to compress: the model's decoder blocks have no plain linear layer.")
     for pattern in (*recipe.ignore, *(rule.match for rule in recipe.layers)):
         if not any(matches(pattern, name) for name, _ in named):
-            raise InputError(f"No layer's name ends in {pattern!r}: the first is {named[0][0]}.")
+            raise InputError(f"No layer's name ends in {pattern!r}. The first layer is {named[0][0]}.")
     found = {}
     for name, shape in named:
         budget = recipe.budget(name, shape)
@@ -30,5 +30,5 @@ def budgets(decoder: Decoder, recipe: Recipe) -> dict[str, Budget]:
             raise InputError(f"{name}: {error}") from None
         found[name] = budget
     if not found:
-        raise InputError("The recipe ignores every layer: nothing to compress.")
+        raise InputError("There is nothing to compress: the recipe ignores every layer. Shorten --ignore.")
     return found

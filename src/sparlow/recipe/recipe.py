@@ -156,7 +156,7 @@ class Recipe:
         self._check_budget()
 
     def _check_budget(self) -> None:
-        """Pattern and rank, or the compression they follow from: neither too little is given nor too much."""
+        """Check that pattern and rank, or the compression they follow from, are given without contradiction."""
         from sparlow.linalg.patterns import NM
 
         prunes = self.found_algorithm.kind == "pruner"
@@ -164,22 +164,22 @@ class Recipe:
             why = f"{self.algorithm} has no low-rank part" if prunes else "it is a share of what --compression leaves"
             raise InputError(f"--rank-share cannot be used here: {why}.")
         if self.compression is not None and self.rank is not None:
-            raise InputError("Give --pattern and --rank, or --compression; a rank follows from the compression.")
+            raise InputError("Give --pattern and --rank, or --compression. A rank follows from the compression.")
         if self.compression is not None and (self.pattern is None) == (self.rank_share is None) and not prunes:
-            raise InputError("Beside --compression give either --rank-share or --pattern: the rest follows.")
+            raise InputError("Beside --compression give either --rank-share or --pattern. The rest follows.")
         if self.compression is not None and self.pattern is not None and prunes:
-            raise InputError(f"{self.algorithm} only prunes: give --pattern or --compression, not both.")
+            raise InputError(f"{self.algorithm} only prunes. Give --pattern or --compression, not both.")
         uniform = self._uniform((1, 1))
         if isinstance(uniform.pattern, NM) and self.allocate == "owl":
-            raise InputError("OWL gives every block a density of its own: give an unstructured --pattern such as 0.5.")
+            raise InputError("OWL gives every block a density of its own. Give an unstructured --pattern such as 0.5.")
         if isinstance(uniform.pattern, NM) and self.allocate == "error" and not (uniform.rank or self.compression):
             raise InputError(
-                f"With {uniform.pattern} an allocation by error moves ranks, and there is no low-rank part here: "
-                "give a --rank, or an unstructured --pattern such as 0.5."
+                f"With {uniform.pattern} an allocation by error moves ranks, and there is no low-rank part here. "
+                "Give a --rank, or an unstructured --pattern such as 0.5."
             )
 
     def budget(self, name: str, shape: Shape) -> Budget | None:
-        """What a layer may keep before the data have a say; None if it stays dense.
+        """Return the budget of a layer before any allocation by data; None if it stays dense.
 
         Args:
             name: Its full name in the model.

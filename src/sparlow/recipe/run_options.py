@@ -1,4 +1,4 @@
-"""How a run is done, beside what the recipe says is done: none of it decides what the result holds."""
+"""How a run is done. Unlike the recipe, none of these options changes the result."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,7 +47,7 @@ class RunOptions:
 
 
 def listed(names: Sequence[str]) -> tuple[str, ...]:
-    """Return the names of corpora; InputError for a text, which Python takes for a sequence of letters."""
+    """Return the names of corpora; InputError for a str, which would be read as a sequence of letters."""
     if isinstance(names, str):
         raise InputError(f"The corpora to evaluate on are given as the text {names!r}. Give a list: [{names!r}].")
     return tuple(names)

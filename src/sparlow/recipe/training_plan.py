@@ -1,4 +1,4 @@
-"""How a recipe trains what is kept, how many windows pass through a block at a time, and which blocks are looked at."""
+"""The training that a recipe asks for, the windows in a micro-batch, and the last block whose inputs are needed."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +14,7 @@ HELD_OUT = 16  # one calibration window of so many judges the training
 
 @dataclass(frozen=True)
 class Training:
-    """What compressed blocks are trained towards, and by which schedule."""
+    """The objective and the schedule of a training."""
 
     objective: BlockOutputs | Logits
     plan: TrainingPlan
@@ -26,7 +26,7 @@ class Training:
 
     @property
     def dense_targets(self) -> bool:
-        """Whether each block is trained towards what the dense model has at its place."""
+        """Whether each block is trained towards the hidden states of the dense model."""
         return isinstance(self.objective, BlockOutputs) and self.objective.from_dense
 
 
@@ -44,7 +44,7 @@ PRESETS = {  # of ``match_preset``; ``recipe.MATCH_PRESETS`` has their names
 
 
 def training_of(recipe: Recipe, processes: int = 1) -> Training | None:
-    """Return the preset of matching, with what the recipe says otherwise; None if nothing is trained.
+    """Return the preset of matching with the recipe's changes; None if nothing is trained.
 
     A step has a window for each process at least. Another learning rate is that of S; U and V keep their share of it.
     """
@@ -64,14 +64,14 @@ def training_of(recipe: Recipe, processes: int = 1) -> Training | None:
 
 
 def micro_batch(recipe: Recipe, seqlen: int, processes: int = 1) -> int:
-    """Windows that pass through a block at a time, in all processes; while training, no more than a step takes."""
+    """Return the windows in a micro-batch of all processes; while training, no more than a step has."""
     windows = max(MICRO_BATCH_TOKENS // seqlen, 1) * processes
     training = training_of(recipe, processes)
     return min(windows, training.plan.batch) if training else windows
 
 
 def last_read(compressed: Sequence[bool], training: Training | None) -> int:
-    """Return the last block whose inputs anyone looks at; nothing needs to pass through it or those behind it.
+    """Return the last block whose inputs are needed: nothing has to pass through it or the blocks behind it.
 
     Args:
         compressed: Of each block, whether any layer of it is compressed.

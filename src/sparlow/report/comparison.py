@@ -38,7 +38,7 @@ class Row:
 
     @classmethod
     def of(cls, name: str, report: Report) -> "Row":
-        """What a comparison wants to know of a run."""
+        """Return the row of a run in a comparison."""
         return cls(
             name=name,
             perplexity=report.compressed["perplexity"],

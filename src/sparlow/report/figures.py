@@ -13,7 +13,7 @@ STYLE: Any = {"svg.hashsalt": "sparlow", "svg.fonttype": "none", "font.size": 9}
 
 
 def require_matplotlib() -> None:
-    """Say how to get matplotlib before a long run, not after it."""
+    """Raise InputError if matplotlib is missing, before a long run rather than after it."""
     if importlib.util.find_spec("matplotlib") is None:
         raise InputError("Figures need matplotlib. Run: pip install 'sparlow[plots]'")
 

@@ -94,7 +94,7 @@ def summary_rows(report: Report) -> list[tuple[str, str, str]]:
 
 
 def remarks(report: Report) -> str:
-    """One sentence on what was not as it should be, in how many layers."""
+    """Return one sentence on how many layers need a remark, and which."""
     said = {
         "extra_damping": "needed extra damping",
         "dead_inputs": "had dead inputs",
@@ -126,7 +126,7 @@ def _by_kind(layers: Sequence[LayerRecord]) -> dict[str, list[LayerRecord]]:
 
 
 def _bars(name: str, layers: Sequence[LayerRecord]) -> str:
-    """One small bar chart: a bar a block, scaled to the largest."""
+    """Return a small bar chart with a bar for each block, scaled to the largest."""
     width, height, top = 16, 70, max(layer.relative_error for layer in layers) or 1.0
     bars = "".join(
         f'<rect class="bar" x="{i * width}" y="{height * (1 - layer.relative_error / top):.1f}" width="{width - 3}" '

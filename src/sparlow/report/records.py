@@ -1,4 +1,4 @@
-"""What a run has to say for itself: one record a layer, and ``report.json`` (version 1)."""
+"""The report of a run: one record for each layer, and ``report.json`` (version 1)."""
 
 import json
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ class LayerRecord:
         pattern: As typed, such as 2:4.
         density: Fraction of S that is not zero.
         rank: Of U V.
-        relative_error: tr(R H Rᵀ) / tr(W H Wᵀ) with R = W − S − U V, H damped.
+        relative_error: The ratio tr(R H Rᵀ) / tr(W H Wᵀ) with R = W − S − U V, H damped.
         iterations: Steps of the solver.
         seconds: Of the solver.
         damping: What a factorisation needed beyond the recipe's damping; 0 if nothing.
@@ -77,10 +77,10 @@ _KINDS: dict[str, tuple[type, ...]] = {
 
 @dataclass(frozen=True)
 class Perplexity:
-    """A perplexity, and how sure it is.
+    """A perplexity and its standard error.
 
     Attributes:
-        value: exp of the mean over windows of the mean negative log-likelihood.
+        value: The exponential of the mean over windows of the mean negative log-likelihood.
         stderr: Its standard error: that of the mean over windows, times the value (delta method). None where it is not
             known: of a single window, of a value that is not finite, of what an older version measured.
     """

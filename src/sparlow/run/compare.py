@@ -1,4 +1,4 @@
-"""Many methods on one model: the same text, one dense evaluation, a directory a method, one table, two figures."""
+"""Compare methods on one model and text: one dense evaluation, a directory for each method, a table, two figures."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -21,14 +21,14 @@ from sparlow.run.compress import open_dense, windows_to_calibrate, windows_to_ev
 from sparlow.run.job import Job
 from sparlow.run.output_dir import check_folder, claimed
 
-MATCHED = "+match"  # what a method's name ends in where it stands beside itself without matching
+MATCHED = "+match"  # the suffix of a method with matching, if it is compared without matching too
 TEXT = ("calibration", "samples", "seqlen", "seed")  # what the methods of one comparison must share
 
 
 def recipes_for(
     base: Recipe, names: Sequence[str], options: Mapping[str, Mapping[str, object]], match: str | None = None
 ) -> dict[str, Recipe]:
-    """The recipe of each method: ``base`` with its name and options, without a low-rank part if it only prunes.
+    """Return the recipe of each method: ``base`` with its name and options, without a low-rank part if it only prunes.
 
     Args:
         base: What they share.
@@ -50,7 +50,7 @@ def recipes_for(
     unused = [name for name in options if name not in names]
     if unused:
         raise InputError(
-            f"An option is given for {unused[0]}, which is not compared. Compared are: {', '.join(names)}."
+            f"An option is given for {unused[0]}, which is not compared. Give options of: {', '.join(names)}."
         )
     found = {}
     for name in names:
@@ -125,7 +125,7 @@ def compare(
 
 
 def _check(recipes: Mapping[str, Recipe], out: Path, *, overwrite: bool) -> None:
-    """See before anything is opened that the recipes go together and every directory can be written."""
+    """Check, before anything is opened, that the recipes go together and every directory can be written."""
     first = next(iter(recipes.values()))
     if any(getattr(recipe, name) != getattr(first, name) for recipe in recipes.values() for name in TEXT):
         raise InputError(f"The recipes of a comparison read different text. Give all the same {', '.join(TEXT)}.")

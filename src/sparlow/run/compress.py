@@ -1,4 +1,4 @@
-"""``sparlow.compress``: open the model, cut the text, run the job."""
+"""``sparlow.compress``: open the model, cut the text into windows, run the job."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -87,7 +87,7 @@ def compress(
 
 
 def claimed_by_first(processes: Processes, folder: Path | None, *, overwrite: bool) -> AbstractContextManager[None]:
-    """See ``output_dir.claimed``; the first process claims the directory, if there is one, for all of them."""
+    """Claim the output directory, if there is one, in the first process; see ``output_dir.claimed``."""
     if folder is None or not processes.first:
         return nullcontext()
     return claimed(folder, overwrite=overwrite)
@@ -101,14 +101,14 @@ def open_dense(
     *,
     streamed: bool,
 ) -> tuple[OpenedModel, StoredDtypes]:
-    """Return the model ready to compute, and the types it came in. An object is taken as it is.
+    """Return the model ready to compute, and its stored types. A model object is taken as it is.
 
     Args:
         model: Hub id, directory, .gguf file, or a transformers model.
-        tokenizer: Goes before the one that comes with the model.
+        tokenizer: Takes precedence over the one that comes with the model.
         recipe: Says the type of the weights.
         options: The device, and whether the model may bring code.
-        streamed: The weights of a model that is named stay on disk.
+        streamed: Leave the weights on disk, unless the model is an object.
     """
     if isinstance(model, PreTrainedModel):
         name = model.config.name_or_path or type(model).__name__
@@ -133,7 +133,7 @@ def windows_to_calibrate(calibration: str | Path | Tensor | None, opened: Opened
         vocabulary = opened.model.config.get_text_config().vocab_size
         if calibration.min() < 0 or calibration.max() >= vocabulary:
             raise InputError(
-                f"Calibration windows hold token ids outside of the vocabulary of {vocabulary}. "
+                f"Calibration windows hold token ids outside the vocabulary of {vocabulary}. "
                 "Use the model's own tokenizer."
             )
         return calibration.cpu()

@@ -1,4 +1,4 @@
-"""What processes that share a run send each other: the layers that each has compressed, as they will be stored."""
+"""Exchange compressed layers between the processes of a run, as they will be stored."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -13,7 +13,7 @@ from sparlow.model.forward.block_pass import BlockPass
 from sparlow.model.forward.compressible import CompressibleWeight
 from sparlow.report.records import LayerRecord
 
-Parts = tuple[Tensor, Tensor, Tensor, Tensor]  # values, mask, U and V, see ``bitmask``
+StoredTensors = tuple[Tensor, Tensor, Tensor, Tensor]  # values, mask, U and V, see ``bitmask``
 
 
 def exchange_layers(
@@ -23,11 +23,11 @@ def exchange_layers(
     who: Mapping[str, int],
     storage: StoredDtypes,
 ) -> dict[str, LayerRecord]:
-    """Put the layers that other processes have compressed in their places too; return all records.
+    """Replace the layers that other processes have compressed, too; return all records.
 
     Args:
-        through: The block; what this process has compressed is in its place already.
-        weights: All that are compressed, as they were dense.
+        through: The block, in which this process has replaced its own layers.
+        weights: All dense weights that are compressed, by name.
         found: The records of this process.
         who: The process that compressed each.
         storage: The types of the result.
@@ -40,7 +40,7 @@ def exchange_layers(
         data, kept = told[who[name]][name]
         record = records[name] = LayerRecord.from_dict(data)
         stored = storage.of_layer(through.layer_name(name))
-        parts = own.get(name) or _room(weight, kept, record.rank, stored)
+        parts = own.get(name) or _empty(weight, kept, record.rank, stored)
         for part in parts:
             if part.numel():
                 processes.broadcast(part.view(torch.uint8), who[name])
@@ -51,14 +51,14 @@ def exchange_layers(
     return records
 
 
-def _as_stored(layer: SparseLowRankLinear, stored: torch.dtype) -> Parts:
+def _as_stored(layer: SparseLowRankLinear, stored: torch.dtype) -> StoredTensors:
     """Return the parts of a compressed layer, as its shard will hold them."""
     values, mask = pack(layer.S.detach().to(stored))
     return values, mask, layer.U.detach().to(stored).contiguous(), layer.V.detach().to(stored).contiguous()
 
 
-def _room(weight: CompressibleWeight, kept: int, rank: int, stored: torch.dtype) -> Parts:
-    """Return room for what ``_as_stored`` gives of the layer in the place of ``weight``."""
+def _empty(weight: CompressibleWeight, kept: int, rank: int, stored: torch.dtype) -> StoredTensors:
+    """Return uninitialised tensors of the shapes that ``_as_stored`` gives for the layer of ``weight``."""
     rows, columns = weight.shape
     mask = torch.empty(rows, -(-columns // 8), dtype=torch.uint8, device=weight.device)
     shapes = ((kept,), (rows, rank), (rank, columns))

@@ -1,4 +1,4 @@
-"""One run: measure the dense model, walk its blocks, write, measure again, report."""
+"""One run: measure the dense model, compress it block by block, write it, measure it again, report."""
 
 import math
 from collections.abc import Mapping
@@ -34,7 +34,7 @@ from sparlow.run.journal import DISTILLED, Journal
 from sparlow.run.passes import BlockwiseRunner
 from sparlow.run.pipeline import compress_block
 from sparlow.run.recovery import Recovery
-from sparlow.run.sensitivity import DenseWalk, allocated_by_data
+from sparlow.run.sensitivity import DenseWalk, allocate_by_data
 from sparlow.text import fingerprint as text_fingerprint
 from sparlow.version import own_version
 
@@ -81,7 +81,7 @@ class Job:
         self.budgets = budgets(self.decoder, recipe)
         for name in (name for name, _ in self.model.named_parameters() if name in opened.damaged):
             layer, _, part = name.rpartition(".")
-            raise InputError(f"{layer}: the {part} holds NaN or infinity; the model is damaged.")
+            raise InputError(f"{layer}: the {part} holds NaN or infinity, so the model is damaged. Fetch it anew.")
         self.report = Report(recipe=recipe.to_dict(), model=opened.name, warnings=list(opened.warnings))
         self.report.bytes = {"dense": self.storage.bytes_of(self.model), "linears_dense": 0, "linears_compressed": 0}
         self.recovery = Recovery(recipe, storage, self.decoder.name, windows, processes)
@@ -92,7 +92,7 @@ class Job:
         self.writer: CheckpointWriter | None = None  # only the first process has one
 
     def write_to(self, folder: Path, *, overwrite: bool) -> None:
-        """Write shards and records to ``folder`` as the run proceeds, going on from what is there.
+        """Write shards and records to ``folder`` as the run proceeds; resume what is there.
 
         Raises:
             InputError: ``folder`` holds another run.
@@ -112,9 +112,9 @@ class Job:
         self.report.warnings += self.journal.warnings
 
     def go(self, evaluation: Mapping[str, Tensor]) -> Report:
-        """Do what is not done yet; ``evaluation`` names token windows (n, seqlen) to measure perplexity on."""
+        """Run, or resume. ``evaluation`` maps names to token windows (n, seqlen) on which perplexity is measured."""
         if self.journal and self.journal.record.finished:
-            return self.measured_again(self.journal, evaluation)
+            return self.remeasure(self.journal, evaluation)
         reset_peak_memory()
         if self.journal:
             self.clock.add(self.journal.record.seconds)
@@ -133,8 +133,8 @@ class Job:
             self.journal.finish(self.known_dense, found)
         return self.report
 
-    def measured_again(self, journal: Journal, evaluation: Mapping[str, Tensor]) -> Report:
-        """The report of a finished run, with perplexities on this text: as recorded, or measured now and recorded."""
+    def remeasure(self, journal: Journal, evaluation: Mapping[str, Tensor]) -> Report:
+        """Return the report of a finished run with perplexities on these texts; measure those not on record."""
         all_loaded = Report.from_file(journal.folder / "report.json")
         dense = self.runner.dense(evaluation, self.known_dense, all_loaded.warnings)
         known = dict(journal.record.compressed)
@@ -157,11 +157,11 @@ class Job:
 
     @property
     def result(self) -> Weights:
-        """The compressed model, as it was written if it was."""
+        """The compressed model: as it was written if there is a directory, else as it is in memory."""
         return Written(self.journal.folder, self.decoder, self.weights) if self.journal else self.weights
 
     def perplexity_after(self, name: str, windows: Tensor) -> Perplexity:
-        """Measure the compressed model; RunError if that gives no number."""
+        """Measure the compressed model's perplexity; RunError if it is NaN."""
         found = self.runner.perplexity("compressed perplexity", windows, self.result)
         if math.isnan(found.value):
             raise RunError(f"The compressed model's perplexity on {name} is not a number. Use --dtype float32.")
@@ -169,21 +169,21 @@ class Job:
 
     @torch.no_grad()
     def walk(self) -> tuple[Recording, ActivationStore | None]:
-        """Compress block after block, each fed by the compressed ones before it.
+        """Compress block after block, each on the outputs of the compressed blocks before it.
 
         Returns:
-            What enters the blocks, and what leaves the last of the dense ones if anyone wants it.
+            The inputs of the first block, and the outputs of the last dense block if training needs them.
         """
         with self.clock("walk"):
             recording = self.runner.recorded(self.windows, self.recovery.micro_batch, self.recovery.held_out)
         self.allocate(recording)
         self.begin_files()
         hidden = recording.hidden
-        # the same place in the dense model
+        # the inputs of the same block in the dense model
         truth = hidden if self.distills or self.recovery.dense_targets else None
         last_read = self.last_read
         for i, calls in enumerate(recording.calls):
-            done = self.has(i)
+            done = self.block_is_done(i)
             dense = {name: self.storage.bytes_of(weight) for name, weight in self.decoder.weights(i).items()}
             with self.weights.block(i, load=not done or truth is not None) as block:
                 through = BlockPass(block, calls, hidden, self.decoder.label(i), i, self.processes)
@@ -210,15 +210,15 @@ class Job:
 
     @property
     def last_read(self) -> int:
-        """The last block whose inputs anyone looks at."""
+        """The last block whose inputs are needed."""
         return last_read([self.compresses(i) for i in range(len(self.decoder))], self.recovery.training)
 
     def compresses(self, i: int) -> bool:
         """Whether any layer of block i is compressed."""
         return any(name.startswith(self.decoder.layer_name(i, "")) for name in self.budgets)
 
-    def has(self, i: int) -> bool:
-        """Whether an earlier run finished block i, as the first process sees it."""
+    def block_is_done(self, i: int) -> bool:
+        """Whether an earlier run finished block i, as the first process sees it. All processes must call it."""
         found = self.journal is not None and self.processes.first and self.journal.has(i)
         return bool(self.processes.all_gather(found)[0])
 
@@ -228,7 +228,7 @@ class Job:
         return self.recovery.together and not (self.journal and self.journal.record.distillation)
 
     def distill(self, recording: Recording, truth: ActivationStore | None) -> None:
-        """Train all blocks together, if the recipe says so, and write them again."""
+        """Train all blocks together, if the recipe asks for it, and write them again."""
         if self.journal:
             self.report.distillation = self.journal.record.distillation
         if truth is None or not self.distills:
@@ -236,15 +236,15 @@ class Job:
         self.processes.barrier()  # for the last shard
         with self.clock("matching"), all_loaded(self.result, len(self.decoder)):
             blocks = list(self.decoder.blocks)
-            found = self.recovery.distill(self.model, blocks, recording, truth, self.notify, self.midway())
+            found = self.recovery.distill(self.model, blocks, recording, truth, self.notify, self.training_checkpoint())
             if self.journal and self.writer:
                 writer = self.new_writer(self.journal.folder / DISTILLED)
                 shards = [writer.write_block(i, block) for i, block in enumerate(blocks)]
                 self.journal.note_distilled(shards, found)
         self.report.distillation = found
 
-    def midway(self) -> TrainingCheckpoint | None:
-        """Where the state of the last pass is kept, so that a run that is killed goes on within it."""
+    def training_checkpoint(self) -> TrainingCheckpoint | None:
+        """Where the state of distillation is kept, so that a run that was killed resumes within it."""
         if self.journal is None:
             return None
         return TrainingCheckpoint(self.journal.training, self.journal.keep_training if self.processes.first else None)
@@ -256,7 +256,7 @@ class Job:
             self.writer = self.new_writer(self.journal.folder)
 
     def new_writer(self, folder: Path) -> CheckpointWriter:
-        """A writer of shards, in the types of the result."""
+        """Return a writer of shards, in the data types of the result."""
         return CheckpointWriter(
             folder,
             self.model,
@@ -266,7 +266,7 @@ class Job:
         )
 
     def allocate(self, recording: Recording) -> None:
-        """Let the data decide on the budgets, where the recipe wants it, unless an earlier part of the run did."""
+        """Take the budgets from the data, if the recipe asks for it, unless an earlier part of the run has done so."""
         if self.recipe.allocate == "uniform":
             return
         if self.journal and self.journal.record.allocation:
@@ -275,11 +275,11 @@ class Job:
             advance = counting(self.notify, "allocation", len(self.decoder))
             walk = DenseWalk(self.decoder, self.runner.dense_blocks, recording, advance, self.processes)
             with self.clock("statistics"):
-                self.allocated = allocated_by_data(walk, self.recipe, self.budgets)
+                self.allocated = allocate_by_data(walk, self.recipe, self.budgets)
         self.budgets |= self.allocated
 
     def restore_block(self, i: int, block: nn.Module) -> tuple[list[LayerRecord], list[dict[str, Any]]]:
-        """Take a block that an earlier run finished from its shard; return its records."""
+        """Read a block that an earlier run finished from its shard; return its records."""
         journal = cast("Journal", self.journal)
         read_block(journal.folder, self.decoder, i, block)
         to_compute(block, self.weights)
@@ -294,13 +294,15 @@ class Job:
             return [self.recovery.match_block(through, targets)]
 
     def tell_layer(self, layer: LayerRecord) -> None:
-        """Tell of a layer that was compressed."""
+        """Notify of a layer that was compressed."""
         self.notify(Progress("blocks", layer.block, len(self.decoder), layer))
 
     def write_block(self, i: int, block: nn.Module, layers: list[LayerRecord], matching: list[dict[str, Any]]) -> None:
         """Write a finished block, if there is a directory."""
         if self.journal and i < self.journal.blocks_done:
-            self.report.warnings.append(f"the shard of block {i} was damaged after it was written; it was done again")
+            self.report.warnings.append(
+                f"The shard of block {i} was damaged after it was written. The block was compressed again."
+            )
         if self.journal and self.writer:
             with self.clock("save"):
                 shard = self.writer.write_block(i, block)
@@ -313,7 +315,7 @@ class Job:
         matching: list[dict[str, Any]],
         dense: Mapping[str, int],
     ) -> None:
-        """Count a finished block; ``dense`` are the bytes of its layers by name, as they were."""
+        """Add a finished block to the report; ``dense`` holds the bytes of its dense layers by name."""
         sparse = compressed_layers(block).values()
         self.report.bytes["linears_compressed"] += sum(map(self.storage.packed_bytes, sparse))
         self.report.bytes["linears_dense"] += sum(dense[layer.name] for layer in layers)
@@ -321,7 +323,7 @@ class Job:
         self.report.matching += matching
 
     def finish_files(self) -> None:
-        """Write what lies outside of the blocks and the files that make the directory a model."""
+        """Write the weights outside the blocks, and the files that make the directory a model."""
         if self.journal and self.writer:
             with self.clock("save"), self.weights.outside_blocks(stored=True):
                 rest = self.writer.write_rest(self.model)
@@ -330,7 +332,7 @@ class Job:
         self.processes.barrier()  # the others read what the first has written
 
     def complete_report(self) -> None:
-        """Add up what the layers and the clock say."""
+        """Fill in the totals over all layers, the seconds, and the peak memory."""
         report = self.report
         report.add_up()
         report.seconds, report.peak_memory = self.clock.seconds, peak_memory()

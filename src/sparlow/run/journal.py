@@ -1,7 +1,7 @@
-"""Progress on disk. The output directory is the journal: finished shards, and ``sparlow.json`` that vouches for them.
+"""The record of progress in the output directory: finished shards, and ``sparlow.json`` with their checksums.
 
-``sparlow.json`` is written anew (beside, then renamed) after every shard. A block counts as finished when its record
-stands there; a shard without a record is written again. ``finished`` becomes true last.
+``sparlow.json`` is rewritten atomically after every shard. A block is finished once its record is in there; a shard
+without a record is written again. ``finished`` becomes true last.
 """
 
 import shutil
@@ -23,19 +23,19 @@ from sparlow.report.records import LayerRecord, Perplexity
 from sparlow.run.output_dir import LOCK, NAME
 from sparlow.run.record import BlockRecord, KeptTraining, RunRecord, read_record
 
-TRAINING = "training-"  # and a number: states of the last pass, until it is done
-DISTILLED = "distilled"  # folder of what the last pass over all blocks wrote, until it is moved
+TRAINING = "training-"  # and a number: states of distillation, until it is done
+DISTILLED = "distilled"  # folder of the shards that distillation wrote, until they are moved
 
 
 class Journal:
     """The record of one run in one directory.
 
     Args:
-        folder: The output directory; it comes into being with the first record.
+        folder: The output directory. It is created with the first record.
         fingerprint: What decides the result: recipe, model, calibration windows, version.
         blocks_name: Name of the list of decoder blocks in the model.
-        overwrite: Forget a finished result or another run, and remove it when the first record is written.
-        device: Where it computes, such as cpu or cuda; on record with the machine.
+        overwrite: Ignore a finished result or another run, and remove it when the first record is written.
+        device: Type of the device that computes, such as cpu or cuda. It is recorded with the machine.
 
     Raises:
         InputError: The directory holds a run with another fingerprint.
@@ -67,24 +67,24 @@ class Journal:
 
     @property
     def warnings(self) -> list[str]:
-        """What a careful reader should know of a run that was not all computed on machines of one kind."""
+        """A sentence for each machine that differs from the one on which the run began."""
         first, *others = self.record.machines or [{}]
         changed = (", ".join(differences(first, other)) for other in others)
-        said = "this run went on elsewhere than it began, so its bits may differ from those of one that never stopped"
-        return [f"{said}: {what}" for what in changed]
+        so = "so its bits may differ from those of a run that never stopped"
+        return [f"This run was resumed on a machine that differs ({what}), {so}." for what in changed]
 
     def share(self, processes: Processes) -> None:
-        """Let what the first process found on disk hold for all."""
+        """Give all processes the record that the first process found on disk."""
         if processes.size > 1:
             self.record = RunRecord.from_dict(processes.all_gather(self.record.to_dict())[0])
 
     @property
     def blocks_done(self) -> int:
-        """Blocks whose shard and records are on disk."""
+        """Number of blocks whose shard and records are on disk."""
         return len(self.record.blocks)
 
     def has(self, block: int) -> bool:
-        """Whether the shard of a block was recorded, and is on disk as it was written."""
+        """Whether the shard of a block is recorded, and its checksum on disk is as recorded."""
         return block < self.blocks_done and self._is_there(self.record.shards[self.record.blocks[block].file])
 
     def _is_there(self, shard: ShardRecord) -> bool:
@@ -112,12 +112,12 @@ class Journal:
 
     @property
     def training(self) -> Path | None:
-        """The last state of the last pass that was kept, if it is on disk as it was written."""
+        """File of the last state of distillation, if its checksum is as recorded."""
         kept = self.record.training
         return self.folder / kept.shard.file if kept and self._is_there(kept.shard) else None
 
     def keep_training(self, tensors: Mapping[str, Tensor]) -> None:
-        """Write a state of the last pass over all blocks, and forget the one before it."""
+        """Write a state of distillation, and remove the one before it."""
         number = self.record.training.number + 1 if self.record.training else 1
         shard = write_shard(self.folder / f"{TRAINING}{number}.safetensors", tensors)
         self.record.training = KeptTraining(shard, number)
@@ -125,21 +125,21 @@ class Journal:
         self._tidy_training()
 
     def _tidy_training(self) -> None:
-        """Remove states of a training that nobody resumes from."""
+        """Remove the states of training that will not be resumed."""
         used = self.record.training and self.record.training.shard.file
         for path in (*self.folder.glob(f"{TRAINING}*"), *self.folder.glob(f".{TRAINING}*")):
             if path.name != used:
                 path.unlink()
 
     def note_distilled(self, shards: Sequence[ShardRecord], found: Mapping[str, Any]) -> None:
-        """Record what the last pass made of all blocks; the shards lie in ``DISTILLED``, and are moved from there."""
+        """Record the result of distillation, then move its shards from ``DISTILLED`` into place."""
         self.record.shards |= {shard.file: shard for shard in shards}
         self.record.distillation = dict(found)
         self._write()
         self.settle()
 
     def begin(self, dense: Mapping[str, Perplexity], allocation: Mapping[str, Budget]) -> None:
-        """Make the directory and record the dense model's perplexities and what the data decided."""
+        """Create the directory, and record the dense model's perplexities and the budgets that the data decided."""
         self.record.dense |= dense
         self.record.allocation = dict(allocation)
         self._write()
@@ -156,11 +156,11 @@ class Journal:
         self._note(shard, BlockRecord(shard.file, list(layers), [dict(row) for row in matching]))
 
     def note_copied(self, shard: ShardRecord, block: BlockRecord, layers: Sequence[LayerRecord]) -> None:
-        """Record a block of another result that was written anew: its record there, with the layers as they are now."""
+        """Record a block that was copied from another result: its record there, with the layers as they are now."""
         self._note(shard, replace(block, file=shard.file, layers=list(layers)))
 
     def _note(self, shard: ShardRecord, row: BlockRecord) -> None:
-        """Record a block, for the first time or again; those after it stay if it came out as it was."""
+        """Record a block, for the first time or again. Later blocks stay on record if its shard is as before."""
         blocks, shards = self.record.blocks, self.record.shards
         files = [known.file for known in blocks]
         i = files.index(shard.file) if shard.file in files else len(files)
@@ -180,7 +180,7 @@ class Journal:
         self._write()
 
     def finish(self, dense: Mapping[str, Perplexity], compressed: Mapping[str, Perplexity]) -> None:
-        """Declare the result whole, with its perplexities by fingerprint of the text; the last write of a run."""
+        """Record that the result is finished, with perplexities by fingerprint of the text: the last write of a run."""
         self.record.opens_as = self.record.opens_as or small_sums(self.folder)
         self.record.finished, self.record.dense, self.record.compressed = True, dict(dense), dict(compressed)
         self._write()
@@ -188,7 +188,7 @@ class Journal:
     def _write(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._put()
-        if self.record.clearing:  # on disk until all is gone: whoever is killed on the way goes on with it
+        if self.record.clearing:  # stays on disk until all is removed, in case the run is killed here
             self.record.clearing = False
             for path in self.folder.iterdir():
                 if path.name not in (NAME, LOCK):

@@ -1,4 +1,4 @@
-"""What a run measures: perplexities of the dense and the compressed model, from parts that may lie on disk."""
+"""Forward passes of a run, block by block: perplexities of the dense and of the compressed model."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -20,14 +20,14 @@ from sparlow.text import fingerprint as text_fingerprint
 
 
 class BlockwiseRunner:
-    """Lets text pass through the parts of one model.
+    """Runs text through a model block by block, with weights that may stay on disk.
 
     Args:
         opened: The dense model.
-        offload: Where hidden states wait: auto, cpu or disk.
+        offload: Where hidden states are kept between blocks: auto, cpu or disk.
         clock: Counts "evaluate".
         notify: Called after every step.
-        processes: Those that divide the text.
+        processes: The processes that divide the text.
     """
 
     def __init__(
@@ -39,11 +39,11 @@ class BlockwiseRunner:
 
     @property
     def dense_blocks(self) -> Iterator[nn.Module]:
-        """The blocks before anything is done to them, one at a time."""
+        """The dense blocks, one at a time."""
         return one_by_one(self._weights, len(self._decoder))
 
     def recorded(self, windows: Tensor, micro_batch: int, apart: int = 0) -> Recording:
-        """What enters the blocks for these windows, see ``capture_block_inputs``."""
+        """Return the inputs of the blocks for these windows, see ``capture_block_inputs``."""
         width = self._model.config.get_text_config().hidden_size
         size = windows.numel() * width * self._weights.computing.itemsize // self._processes.size
         where = place(self._offload, size, self._weights.device)
@@ -54,7 +54,7 @@ class BlockwiseRunner:
 
     @torch.no_grad()
     def perplexity(self, stage: str, windows: Tensor, parts: Weights) -> Perplexity:
-        """Perplexity of the model with these parts; ``stage`` is what the progress bar says."""
+        """Return the perplexity of the model with the weights ``parts``; the progress bar shows ``stage``."""
         advance = counting(self._notify, stage, len(self._decoder) + 1)
         with self._clock("evaluate"):
             at_once = max(TOKENS_AT_ONCE // windows.shape[1], 1) * self._processes.size
@@ -64,15 +64,15 @@ class BlockwiseRunner:
     def dense(
         self, evaluation: Mapping[str, Tensor], known: dict[str, Perplexity], warnings: list[str]
     ) -> dict[str, Perplexity]:
-        """The sanity gate: a number for the model as it came, before any number for what becomes of it.
+        """Measure the dense model before it is compressed, and check that it is sane.
 
         Args:
             evaluation: Token windows (n, seqlen) by name.
-            known: Perplexities by fingerprint of the windows; what is measured is added.
+            known: Perplexities on record, by fingerprint of the windows. New ones are added.
             warnings: Takes a sentence for each name on which the model is no better than chance.
 
         Raises:
-            InputError: A perplexity is not a number; what is damaged.
+            InputError: A perplexity is not a number. The message says what is damaged.
         """
         found = {}
         for name, windows in evaluation.items():
@@ -82,12 +82,12 @@ class BlockwiseRunner:
             if math.isnan(value):
                 name_what_is_not_finite(self._decoder, self.dense_blocks, self.recorded(windows[:1], 1))
                 raise InputError(
-                    "The dense model's perplexity is not a number: its head or embedding is damaged. "
+                    "The dense model's perplexity is not a number, so its head or embedding is damaged. "
                     "Fetch the model anew."
                 )
             if value > self._model.config.get_text_config().vocab_size:
                 warnings.append(
-                    f"the dense model is no better than chance on {name}: perplexity {value:.0f}; "
-                    "check that tokenizer and weights belong together"
+                    f"The dense model is no better than chance on {name} (perplexity {value:.0f}). "
+                    "Check that tokenizer and weights belong together."
                 )
         return found

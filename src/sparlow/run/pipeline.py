@@ -1,4 +1,4 @@
-"""The bridge: observe a decoder block, give each of its linear layers to an algorithm, put the answer in its place."""
+"""Compress one decoder block: collect statistics, run the algorithm on each linear layer, replace the layers."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
@@ -24,7 +24,7 @@ from sparlow.run.exchange import exchange_layers
 
 
 def name_what_is_not_finite(decoder: Decoder, blocks: Iterable[nn.Module], recording: Recording) -> None:
-    """Walk the dense blocks until one gives NaN or infinity, and raise InputError with its first layer that does."""
+    """Run the dense blocks until one gives NaN or infinity, and raise InputError that names the first such layer."""
     hidden = recording.hidden
     for i, block in enumerate(blocks):
         outputs = hidden.fresh()
@@ -44,19 +44,19 @@ def compress_block(
 ) -> list[LayerRecord]:
     """Replace the layers of one block by compressed ones.
 
-    Of several processes each sees its part of the text and solves its share of the layers; all end with the same block.
+    Each of several processes runs its part of the text and solves its share of the layers. All end with the same block.
 
     Args:
-        through: The dense block and what enters it.
-        recipe: What to do.
-        budgets: What each layer may keep, by its full name; a layer that is not there stays dense.
-        storage: Types that S, U, V are rounded to; the layers themselves compute in the block's.
+        through: The dense block and its inputs.
+        recipe: The recipe.
+        budgets: What each layer may keep, by its full name. A layer without a budget stays dense.
+        storage: The types that S, U, V are rounded to. The layers themselves compute in the block's type.
         clock: Counts "statistics" and "solve".
         on_layer: Called with every layer that this process has finished.
-        outputs: Takes the outputs of the dense block, (windows, seqlen, …) each, if they are wanted.
+        outputs: Where to put the outputs of the dense block, (windows, seqlen, …) each. If left out, they are not kept.
 
     Returns:
-        One record a layer.
+        One record for each layer.
 
     Raises:
         InputError: The block's numbers are not finite.
@@ -93,7 +93,7 @@ def compress_block(
 
 
 def _cost(weight: CompressibleWeight) -> float:
-    """Of a solve, up to a factor: each iteration takes a product with H, and there are factorisations of it."""
+    """Return the cost of a solve up to a constant: every iteration multiplies by H, which is also factorised."""
     out, features = weight.shape
     return float(features**2 * (out + features))
 
@@ -104,17 +104,17 @@ def with_grams(
     recipe: Recipe,
     who: Mapping[str, int],
 ) -> Iterator[tuple[str, Gram, int]]:
-    """Each layer given to this process, the damped Gram of its input, and the tokens in that.
+    """Yield each layer of this process, the damped Gram of its input, and the number of tokens in that.
 
-    Layers that share a Gram follow each other. Of a layer that no token reached it is the identity. A Gram is taken out
-    of ``seen`` and freed after its layers. The widest comes last, when the others are gone: its solve needs the most
-    memory.
+    Layers that share a Gram follow each other. If no token reached a layer, its Gram is the identity. A Gram is removed
+    from ``seen``, and freed after its layers. The widest comes last, when the others have been freed, because its solve
+    needs the most memory.
 
     Args:
-        through: The block, and the processes that add up what they have seen.
-        seen: By one pass of the block, in each process over its part of the text.
-        recipe: Whose damping.
-        who: Number of the process that a layer is given to; one that is not there is given to none.
+        through: The block, and the processes that sum their statistics.
+        seen: The statistics of one pass, in each process over its part of the text.
+        recipe: Says the damping.
+        who: The number of the process that solves each layer. A layer that is not here is not solved.
     """
     weights, processes = through.weights, through.processes
     names = sorted(seen.statistics, key=lambda name: weights[name].shape[1])
@@ -161,10 +161,10 @@ def _record(block: int, weight: CompressibleWeight, budget: Budget, found: Decom
 
 def _warnings(stats: SolveStats, tokens: int) -> Iterator[str]:
     if not tokens:
-        yield "no calibration token reached this layer, so it was compressed without data"
+        yield "No calibration token reached this layer, so it was compressed without data."
     if stats.damping:
-        yield f"a factorisation needed {stats.damping:.1g} of extra damping"
+        yield f"A factorisation needed {stats.damping:.1g} of extra damping."
     if stats.dead_columns:
-        yield f"{stats.dead_columns} input features were always zero; their weights were dropped"
+        yield f"{stats.dead_columns} input features were always zero, so their weights were dropped."
     if not stats.converged:
-        yield f"the solver had not settled after {stats.iterations} iterations"
+        yield f"The solver had not settled after {stats.iterations} iterations."

@@ -21,7 +21,7 @@ class BlockRecord:
 
     Attributes:
         file: Name of its shard.
-        layers: One record a compressed layer.
+        layers: One record for each compressed layer.
         matching: What matching did to it; empty if it was not matched.
     """
 
@@ -38,7 +38,7 @@ class BlockRecord:
 
 @dataclass(frozen=True)
 class KeptTraining:
-    """A state of the last pass over all blocks.
+    """A state of distillation.
 
     Attributes:
         shard: Its file.
@@ -63,11 +63,11 @@ class RunRecord:
         shards: By the name of the file.
         blocks: Those that are finished, in order.
         seconds: What the blocks done so far have taken, by kind of work.
-        training: The last state of the last pass over all blocks that was kept.
-        distillation: What that pass did, once the shards are what it made of them; empty before.
+        training: The last state of distillation that was kept.
+        distillation: What distillation did, once the shards are its result; empty before.
         opens_as: Checksums of the small files that decide how the model is opened.
         clearing: The directory still holds another run, which is being removed.
-        machines: The first that computed a part of it, and each that differs from those before.
+        machines: The first machine that computed a part of it, and each that differs from those before.
     """
 
     fingerprint: dict[str, Any]
@@ -139,7 +139,7 @@ class RunRecord:
             machines=[dict(machine) for machine in data.get("machines", [])],
         )
         for block in record.blocks:
-            shards[block.file]  # a KeyError: a block whose shard nobody vouches for
+            shards[block.file]  # a KeyError if the shard of a block is not on record
         for machine in record.machines:
             differences(machine, machine)  # as it will be compared
         return record

@@ -1,4 +1,4 @@
-"""What a run trains, if the recipe says so: each compressed block towards the dense one, or all blocks together."""
+"""Training after compression, if the recipe asks for it: each block towards the dense one, or all blocks together."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -27,10 +27,10 @@ class Recovery:
 
     Args:
         recipe: What to do.
-        storage: The types of the result, to which whatever was trained is rounded.
+        storage: The types of the result, to which trained weights are rounded.
         blocks_name: Name of the list of decoder blocks in the model.
         windows: Calibration token ids (samples, seqlen).
-        processes: Those that divide them; a step has a window for each at least.
+        processes: The processes that divide the windows. Each step has at least one window for each process.
     """
 
     def __init__(
@@ -45,33 +45,33 @@ class Recovery:
 
     @property
     def by_block(self) -> bool:
-        """Whether every block is trained by itself, as soon as its layers are compressed."""
+        """Whether each block is trained by itself, as soon as its layers are compressed."""
         return self.training is not None and not self.training.together
 
     @property
     def together(self) -> bool:
-        """Whether all blocks are trained together, when the last is compressed."""
+        """Whether all blocks are trained together, after the last is compressed."""
         return self.training is not None and self.training.together
 
     @property
     def dense_targets(self) -> bool:
-        """Whether blocks are matched to what the dense model has, not to what the dense block makes of their inputs."""
+        """Whether targets are the dense model's hidden states, not the dense block's outputs for compressed inputs."""
         return self.training is not None and self.training.dense_targets
 
     @property
     def warnings(self) -> list[str]:
-        """What the user should know of the training."""
+        """What the user should know about the training."""
         asked = training_of(self._recipe)
         if self.training is None or asked is None or self.training.plan.batch == asked.plan.batch:
             return []
         batch = self.training.plan.batch
-        return [f"{batch} processes train on {batch} windows a step, not on {asked.plan.batch}"]
+        return [f"{batch} processes train on {batch} windows in each step, not on {asked.plan.batch}."]
 
     def match_block(self, through: BlockPass, targets: ActivationStore) -> dict[str, Any]:
-        """Train a compressed block towards its targets, rounded as it will be stored; return the row for the report."""
+        """Train a compressed block towards its targets, and round it as it will be stored; return the report's row."""
         training = self.training
         if training is None or isinstance(training.objective, Logits):
-            raise ValueError("the recipe does not train blocks by themselves")
+            raise ValueError("The recipe does not train blocks by themselves.")
         data, seed = self._data(through.hidden, targets), self._recipe.seed + through.number
         found = match(through, data, training.objective, training.plan, seed=seed)
         self._round(through.number, through.block)
@@ -86,9 +86,9 @@ class Recovery:
         notify: Notify,
         checkpoint: TrainingCheckpoint | None = None,
     ) -> dict[str, Any]:
-        """Train all blocks together towards ``truth``, rounded as they will be stored; return what the report says."""
+        """Train all blocks together towards ``truth``, round them as they will be stored; return the report's entry."""
         if self.training is None:
-            raise ValueError("the recipe trains nothing")
+            raise ValueError("The recipe trains nothing.")
         plan, data = self.training.plan, self._data(recording.hidden, truth)
         advance = counting(notify, "distillation", plan.epochs)
         found = distill(
@@ -99,11 +99,11 @@ class Recovery:
         return asdict(found)
 
     def _data(self, inputs: ActivationStore, targets: ActivationStore) -> MicroBatches:
-        """Put targets beside inputs; the windows held out are a micro-batch of their own, the last."""
+        """Pair targets with inputs. The windows that are held out form the last micro-batch."""
         return MicroBatches(inputs, targets, int(self.held_out > 0), self._processes)
 
     def _round(self, i: int, block: nn.Module) -> None:
-        """Give a trained block the values it will have once it was stored."""
+        """Round a trained block as it will be stored."""
         label = f"{self._blocks_name}.{i}"
         kept = [name for name, _ in block.named_parameters() if self._keeps(f"{label}.{name}")]
         round_through(block, self._storage.dtype, kept)

@@ -1,4 +1,4 @@
-"""The survey: walk the dense blocks once, before any is compressed, so that the data decide what each layer keeps."""
+"""One pass over the dense blocks before any is compressed, to measure what the data-driven allocations need."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,7 +22,7 @@ from sparlow.run.pipeline import with_grams
 
 @dataclass(frozen=True)
 class DenseWalk:
-    """All that a walk along the dense blocks takes.
+    """What one pass over the dense blocks needs.
 
     Attributes:
         decoder: The chain of blocks.
@@ -39,7 +39,7 @@ class DenseWalk:
     processes: Processes = ALONE
 
     def observed(self, statistic: Callable[[int, torch.device], Kind]) -> Iterator[tuple[BlockPass, Observation[Kind]]]:
-        """Each block with what enters it, and what one pass of it shows."""
+        """Yield each block with its inputs, and the statistics of one pass."""
         hidden = self.recording.hidden
         for i, block in enumerate(self.blocks):
             outputs = hidden.fresh()
@@ -50,13 +50,13 @@ class DenseWalk:
 
 
 @torch.no_grad()
-def allocated_by_data(walk: DenseWalk, recipe: Recipe, budgets: Mapping[str, Budget]) -> dict[str, Budget]:
-    """Return the budgets that ``recipe.allocate`` takes from the data; layers that a rule decides are left alone.
+def allocate_by_data(walk: DenseWalk, recipe: Recipe, budgets: Mapping[str, Budget]) -> dict[str, Budget]:
+    """Return the budgets that ``recipe.allocate`` derives from the data. Layers that a rule decides are left alone.
 
     Args:
-        walk: Along the dense model.
-        recipe: What to do.
-        budgets: What each layer may keep otherwise, by its full name.
+        walk: The dense model and its inputs.
+        recipe: The recipe.
+        budgets: What each layer may keep without allocation, by its full name.
     """
     return {"owl": _outlier_weighed, "error": _error_driven}[recipe.allocate](walk, recipe, budgets)
 
@@ -81,7 +81,7 @@ def _outlier_weighed(walk: DenseWalk, recipe: Recipe, budgets: Mapping[str, Budg
 
 
 def _error_driven(walk: DenseWalk, recipe: Recipe, budgets: Mapping[str, Budget]) -> dict[str, Budget]:
-    """Ranks and densities where the layers' relative errors fall most for each value kept; as many values in all."""
+    """Assign ranks and densities where the layers' relative errors fall most per value kept, for the same total."""
     low_rank = recipe.found_algorithm.kind != "pruner"
     offers: dict[str, list[Offer]] = {}
     values = 0

@@ -32,10 +32,10 @@ def verify_artefact(directory: Path) -> list[str]:
     def check(name: str, S: Tensor) -> str | None:
         record = records.get(name)
         if record is None:
-            return f"{name} is compressed, but not recorded in {NAME}"
+            return f"{name} is compressed, but not recorded in {NAME}."
         density = (S != 0).float().mean().item()
         if abs(density - record.density) > 1e-6:  # noqa: PLR2004 - rounding of a mean in float32
-            return f"{name} has density {density:.6f}, recorded is {record.density:.6f}"
+            return f"{name} has density {density:.6f}, but {record.density:.6f} is recorded."
         try:
             return parse_pattern(record.pattern).violation(name, S)
         except InputError as error:
@@ -43,4 +43,6 @@ def verify_artefact(directory: Path) -> list[str]:
 
     problems = verify(directory, check)
     stored = read_layers(directory)
-    return problems + [f"{name} is recorded in {NAME}, but not in the shards" for name in records if name not in stored]
+    return problems + [
+        f"{name} is recorded in {NAME}, but not in the shards." for name in records if name not in stored
+    ]

@@ -20,15 +20,15 @@ class Corpus:
     """Where a corpus has its text and how published figures read it.
 
     Attributes:
-        name: what the user calls it.
-        summary: one line for the help.
-        calibration: the documents that calibration windows are cut from.
-        evaluation: the documents that perplexity is measured on.
-        separator: joins the documents for evaluation.
-        running_text: the documents are the lines of one text, so calibration joins them as well.
-        first_documents: evaluation reads no more than these.
-        first_windows: evaluation keeps no more than these.
-        characters: of the text for evaluation, about; None where that is not known before it is read.
+        name: What the user calls it.
+        summary: One line for the help.
+        calibration: The documents that calibration windows are cut from.
+        evaluation: The documents that perplexity is measured on.
+        separator: Joins the documents for evaluation.
+        running_text: The documents are the lines of one text, so calibration joins them as well.
+        first_documents: Evaluation reads no more than these.
+        first_windows: Evaluation keeps no more than these.
+        characters: Of the text for evaluation, about; None where that is not known before it is read.
     """
 
     name: str
@@ -107,7 +107,7 @@ def find_corpus(name: str) -> Corpus:
     """Find what `name` names: a corpus of `CORPORA`, a local file or a data set on the hub.
 
     Raises:
-        InputError: there is no such corpus, or no such file.
+        InputError: There is no such corpus, or no such file.
     """
     for corpus in _NAMED:
         if corpus.name == name:

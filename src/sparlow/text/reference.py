@@ -21,7 +21,7 @@ class LanguageReference:
     """One part of the reference; the two parts share no paragraph longer than 80 characters.
 
     Attributes:
-        part: which one; `evaluation` has a quarter of the characters.
+        part: Which one; `evaluation` has a quarter of the characters.
     """
 
     part: Literal["calibration", "evaluation"]
@@ -40,12 +40,12 @@ def split_topics(topics: Mapping[str, str]) -> dict[str, dict[str, str]]:
     Topics are taken in the order of their names' hashes, and those that still fit fill a quarter of all characters.
     """
     distinct = _without_repetition(topics)
-    room = _EVALUATION_SHARE * sum(map(len, distinct.values()))
+    left = _EVALUATION_SHARE * sum(map(len, distinct.values()))
     parts: dict[str, dict[str, str]] = {"calibration": {}, "evaluation": {}}
     for name in sorted(distinct, key=lambda name: hashlib.sha256(name.encode()).digest()):
         text = distinct[name]
-        fits = len(text) <= room
-        room -= len(text) if fits else 0
+        fits = len(text) <= left
+        left -= len(text) if fits else 0
         parts["evaluation" if fits else "calibration"][name] = text
     return parts
 

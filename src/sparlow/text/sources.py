@@ -37,7 +37,7 @@ class LocalFile:
     """A file: one document if it is plain text, else one a record.
 
     Attributes:
-        path: the file; its ending decides how it is read.
+        path: The file; its ending decides how it is read.
     """
 
     path: Path
@@ -46,7 +46,7 @@ class LocalFile:
         """See `Source.documents`; the whole file is read at once.
 
         Raises:
-            InputError: the file is not what its ending says, or cannot be read.
+            InputError: The file is not what its ending says, or cannot be read.
         """
         read = _READERS.get(self.path.suffix.lower(), _read_plain)
         try:
@@ -114,11 +114,11 @@ class HubSplit:
 
     Attributes:
         path: `owner/name`.
-        splits: the first of these that the data set has is read.
-        config: the configuration, where there are several.
-        file: read this file of the repository only, as the first of `splits`.
-        revision: branch or commit of the repository.
-        column: the column that holds the text.
+        splits: The first of these that the data set has is read.
+        config: The configuration, where there are several.
+        file: Read this file of the repository only, as the first of `splits`.
+        revision: Branch or commit of the repository.
+        column: The column that holds the text.
     """
 
     path: str
@@ -132,7 +132,7 @@ class HubSplit:
         """See `Source.documents`; with a seed, order comes from a buffer of 1,000 documents. Fetches as it is drawn.
 
         Raises:
-            InputError: the hub cannot be reached, or has no such data set, split or column.
+            InputError: The hub cannot be reached, or has no such data set, split or column.
         """
         with _hub_failures(self.path):
             rows = self._open()
@@ -150,7 +150,7 @@ class HubSplit:
             if split in parts:
                 return parts[split]
         raise InputError(
-            f"The data set {self.path!r} has no split {' or '.join(self.splits)}; it has: {_names(parts)}."
+            f"The data set {self.path!r} has no split {' or '.join(self.splits)}. It has: {_names(parts)}."
         )
 
 

@@ -27,17 +27,17 @@ def calibration_windows(
     """Draw `samples` windows of `seqlen` tokens for calibration, the same for the same seed.
 
     Args:
-        corpus: a name of `CORPORA`, the path of a file, or a hub data set.
-        tokenizer: the model's; special tokens are not added, but for its end-of-text token between packed pieces.
-        samples: how many windows, at least 1.
-        seqlen: tokens in a window, at least 1.
+        corpus: A name of `CORPORA`, the path of a file, or a hub data set.
+        tokenizer: The model's; special tokens are not added, but for its end-of-text token between packed pieces.
+        samples: How many windows, at least 1.
+        seqlen: Tokens in a window, at least 1.
         seed: 0 or more; decides the order of documents and the offsets of windows.
 
     Returns:
         Token ids (samples, seqlen), int64; no two windows overlap.
 
     Raises:
-        InputError: the corpus does not exist, cannot be read or has too little text, or a number is out of range.
+        InputError: The corpus does not exist, cannot be read or has too little text, or a number is out of range.
     """
     chosen, tokens = _draw(corpus, tokenizer, samples, seqlen, seed)
     if len(chosen) < samples:
@@ -57,7 +57,7 @@ def training_windows(
         Token ids (at least 1 and at most `samples`, seqlen), int64; no two windows overlap.
 
     Raises:
-        InputError: the corpus does not exist, cannot be read or fills no window, or a number is out of range.
+        InputError: The corpus does not exist, cannot be read or fills no window, or a number is out of range.
     """
     chosen, tokens = _draw(corpus, tokenizer, samples, seqlen, seed)
     if not chosen:
@@ -94,16 +94,16 @@ def evaluation_windows(
     """Cut the evaluation text of a corpus into windows of `seqlen` tokens, in order.
 
     Args:
-        corpus: a name of `CORPORA`, the path of a file, or a hub data set.
-        tokenizer: the model's, called with its default special tokens, once for the whole text.
-        seqlen: tokens in a window, at least 2: the first is predicted from nothing.
-        limit: keep the first so many windows.
+        corpus: A name of `CORPORA`, the path of a file, or a hub data set.
+        tokenizer: The model's, called with its default special tokens, once for the whole text.
+        seqlen: Tokens in a window, at least 2: the first is predicted from nothing.
+        limit: Keep the first so many windows.
 
     Returns:
         Token ids (windows, seqlen), int64.
 
     Raises:
-        InputError: the corpus does not exist, cannot be read or fills no window, or a number is out of range.
+        InputError: The corpus does not exist, cannot be read or fills no window, or a number is out of range.
     """
     _require_at_least("seqlen", seqlen, 2)
     if limit is not None:
@@ -122,13 +122,13 @@ def expected_windows(corpus: str, vocabulary: int, *, seqlen: int, limit: int | 
     """Return about how many windows `evaluation_windows` will cut, before any text is read.
 
     Args:
-        corpus: a name of `CORPORA`, the path of a file, or a hub data set.
-        vocabulary: tokens there are.
-        seqlen: tokens in a window.
-        limit: at most so many windows.
+        corpus: A name of `CORPORA`, the path of a file, or a hub data set.
+        vocabulary: Tokens there are.
+        seqlen: Tokens in a window.
+        limit: At most so many windows.
 
     Raises:
-        InputError: there is no such corpus, or no such file.
+        InputError: There is no such corpus, or no such file.
     """
     found = find_corpus(corpus)
     tokens = (found.characters or 0) // (_CHARACTERS if vocabulary > _SMALL_VOCABULARY else 1)

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparlow.errors import InputError
-from sparlow.model.artefact import bitmask as packing
+from sparlow.model.artefact import bitmask
 from sparlow.model.artefact.bitmask import pack, packed_shapes, unpack
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -52,7 +52,7 @@ def test_the_format_is_the_documented_one():
 def test_many_slices_give_the_same_as_one(monkeypatch):
     S = sparse(13, 21, 0.5, torch.bfloat16)
     values, mask = pack(S)
-    monkeypatch.setattr(packing, "_ENTRIES_AT_A_TIME", 50)  # two rows and a rest of one
+    monkeypatch.setattr(bitmask, "_ENTRIES_AT_A_TIME", 50)  # two rows and a rest of one
     sliced = pack(S)
     assert torch.equal(sliced[0], values)
     assert torch.equal(sliced[1], mask)

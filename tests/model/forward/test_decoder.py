@@ -299,14 +299,14 @@ class TestForeignModels:
     @pytest.mark.parametrize(
         ("kind", "message"),
         [
-            (Twice, "block 0 is called where block 3 was expected"),
-            (Reversed, "block 2 is called where block 0 was expected"),
-            (Short, "block 2 is never called"),
-            (Unused, "block 0 is never called"),
+            (Twice, "Block 0 is called where block 3 is due"),
+            (Reversed, "Block 2 is called where block 0 is due"),
+            (Short, "Block 2 is never called"),
+            (Unused, "Block 0 is never called"),
             (Scaled, "changes the hidden state between blocks 0 and 1"),
             (ByState, "shift of block 1 depends on what the blocks before it compute"),
-            (ByOther, "argument 2 of block 1 depends on what the blocks before it compute"),
-            (Flat, "block 0 is not called with a hidden state of shape"),
+            (ByOther, "Argument 2 of block 1 depends on what the blocks before it compute"),
+            (Flat, "Block 0 is not called with a hidden state of shape"),
         ],
     )
     def test_refuses_what_it_cannot_replay(self, kind, message, windows):
@@ -326,13 +326,13 @@ class TestDecoderBlocks:
     def test_refuses_a_model_without_such_a_list(self):
         model = tiny("llama")
         model.config.num_hidden_layers = 7
-        with pytest.raises(InputError, match="expected one list of 7 decoder blocks, found 0"):
+        with pytest.raises(InputError, match="must have one list of 7 decoder blocks, but has 0"):
             Decoder.of(model)
 
     def test_refuses_two_such_lists(self):
         model = tiny("llama")
         model.model.others = nn.ModuleList(nn.Identity() for _ in range(3))
-        with pytest.raises(InputError, match=r"list of 3 decoder blocks, found 2: model\.layers, model\.others"):
+        with pytest.raises(InputError, match=r"list of 3 decoder blocks, but has 2: model\.layers, model\.others"):
             Decoder.of(model)
 
     def test_ignores_lists_within_blocks_and_outside_the_decoder(self):

@@ -9,7 +9,7 @@ from torch.nn import functional
 import sparlow
 from families import save_tiny, tiny
 from sparlow.errors import InputError
-from sparlow.model.forward import generate as sampling
+from sparlow.model.forward import generate
 from sparlow.model.forward.generate import own_windows
 from sparlow.recipe.recipe import Recipe
 
@@ -45,20 +45,20 @@ def test_the_same_seed_writes_the_same_text():
 def test_windows_are_kept_for_the_run_that_is_resumed(monkeypatch):
     model = tiny("llama")
     first = draw(model)
-    monkeypatch.setattr(sampling, "_draw", lambda *_: pytest.fail("written again"))
+    monkeypatch.setattr(generate, "_draw", lambda *_: pytest.fail("written again"))
     assert torch.equal(draw(model), first)
 
 
 def test_batches_are_as_large_as_they_may_be(monkeypatch):
     sizes = []
-    real = sampling._draw
-    monkeypatch.setattr(sampling, "AT_ONCE", 4)
+    real = generate._draw
+    monkeypatch.setattr(generate, "AT_ONCE", 4)
 
     def counting(model, start, count, *rest):
         sizes.append(count)
         return real(model, start, count, *rest)
 
-    monkeypatch.setattr(sampling, "_draw", counting)
+    monkeypatch.setattr(generate, "_draw", counting)
     assert draw(tiny("llama"), samples=10).shape == (10, 12)
     assert sizes == [4, 4, 2]
 

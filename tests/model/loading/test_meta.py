@@ -12,7 +12,7 @@ from sparlow.model.loading.meta import meta_model, shared_inputs
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *EXTRAS])
-def test_the_outline_has_the_shapes_of_the_model(family, tmp_path):
+def test_the_meta_model_has_the_shapes_of_the_model(family, tmp_path):
     model = save_tiny(family, tmp_path, dtype=torch.bfloat16)
     found = meta_model(str(tmp_path))
     shapes = {name: (p.shape, p.dtype) for name, p in model.named_parameters()}

@@ -32,8 +32,8 @@ def same(found, expected):
 
 
 def by_blocks(opened, offload="auto", notify=lambda _: None):
-    meter = BlockwiseRunner(opened, offload, Clock(), notify)
-    return meter.perplexity("dense perplexity", WINDOWS, opened.weights).value
+    runner = BlockwiseRunner(opened, offload, Clock(), notify)
+    return runner.perplexity("dense perplexity", WINDOWS, opened.weights).value
 
 
 def checksums(folder):
@@ -136,7 +136,7 @@ def test_a_model_that_cannot_be_streamed_is_held_whole_and_that_is_said(tmp_path
     config = json.loads((tmp_path / "dense" / "config.json").read_text())
     (tmp_path / "dense" / "config.json").write_text(json.dumps(config | {"transformers_weights": "other.safetensors"}))
     report = sparlow.compress(tmp_path / "dense", QUICK, calibration=WINDOWS, evaluate=(), out=tmp_path / "out")
-    assert [w for w in report.warnings if "the whole model was held in memory, because" in w]
+    assert [w for w in report.warnings if "The whole model was held in memory, because" in w]
 
 
 def test_damaged_tensors_are_named():
@@ -149,16 +149,16 @@ def test_damaged_tensors_are_named():
 @pytest.mark.parametrize("where", ["cpu", "disk"])
 def test_a_shelf_gives_back_what_it_was_given(where):
     tensors = [torch.randn(2, 3), torch.randn(4, 3).bfloat16(), torch.randn(3, 1).T]
-    shelf = ActivationStore(where, tensors)
-    assert len(shelf) == 3
+    store = ActivationStore(where, tensors)
+    assert len(store) == 3
     for _ in range(2):
-        assert all(map(torch.equal, shelf, tensors))
-    assert torch.equal(shelf[-1], tensors[-1])
-    assert [len(x) for x in shelf[:2]] == [2, 4]
-    assert len(shelf.fresh()) == 0
-    assert shelf.fresh().place == where
+        assert all(map(torch.equal, store, tensors))
+    assert torch.equal(store[-1], tensors[-1])
+    assert [len(x) for x in store[:2]] == [2, 4]
+    assert len(store.fresh()) == 0
+    assert store.fresh().place == where
     with pytest.raises(IndexError):
-        shelf[3]
+        store[3]
 
 
 def test_what_is_too_large_for_memory_goes_to_disk():
@@ -177,5 +177,5 @@ def test_auto_asks_for_what_this_process_may_take_not_for_what_the_machine_has(m
 
 
 def test_there_is_no_other_place():
-    with pytest.raises(sparlow.errors.InputError, match=r"There is no place 'attic' .* Give --offload auto, cpu, disk"):
+    with pytest.raises(sparlow.errors.InputError, match=r"cannot be kept in 'attic'\. Give --offload auto, cpu, disk"):
         place("attic", 1000, CPU)

@@ -15,7 +15,7 @@ from sparlow.model.forward.block_pass import BlockPass, pass_through
 from sparlow.model.forward.capture import capture_block_inputs
 from sparlow.model.forward.decoder import Decoder
 from sparlow.model.loading.source import open_model
-from sparlow.model.training import distillation as distilling
+from sparlow.model.training import distillation
 from sparlow.model.training.distillation import distill
 from sparlow.model.training.loop import MicroBatches
 from sparlow.recipe.recipe import Recipe
@@ -63,8 +63,8 @@ def test_losses_and_gradients_are_those_of_the_definition(family, monkeypatch):
     monkeypatch.setattr("sparlow.model.forward.capture.LOGITS_AT_ONCE", 3 * 2 * 97)  # many pieces
     model, dense, recording, wanted = problem(family)
     by_hand = copy.deepcopy(model)
-    chain = distilling._Chain(list(Decoder.of(model).blocks), recording.calls)
-    loss = distilling._Divergence(chain, model, recording.output)(0, recording.hidden[0], wanted[0])
+    chain = distillation._Chain(list(Decoder.of(model).blocks), recording.calls)
+    loss = distillation._Divergence(chain, model, recording.output)(0, recording.hidden[0], wanted[0])
     loss.backward()
     expected = divergence(by_hand, dense, WINDOWS[:2])
     expected.backward()

@@ -29,7 +29,7 @@ def pack(S: Tensor) -> tuple[Tensor, Tensor]:
         InputError: S is no matrix.
     """
     if S.ndim != 2:  # noqa: PLR2004 - a matrix
-        raise InputError(f"only a matrix can be packed, this has shape {tuple(S.shape)}")
+        raise InputError(f"Only a matrix can be packed, not a tensor of shape {tuple(S.shape)}.")
     values, masks = [], []
     for rows in torch.split(S.detach(), _rows_at_a_time(S.shape[1])):
         keep = rows != 0
@@ -47,7 +47,7 @@ def unpack(values: Tensor, mask: Tensor, shape: Sequence[int]) -> Tensor:
         shape: (out, in).
 
     Raises:
-        InputError: the parts do not fit each other or the shape.
+        InputError: The parts do not fit each other or the shape.
     """
     out, features = shape
     _check(values, mask, out, features)
@@ -59,7 +59,7 @@ def unpack(values: Tensor, mask: Tensor, shape: Sequence[int]) -> Tensor:
             entries.index_copy_(0, positions, values[start:stop] + 0.0)  # a cast may have made a -0.0
         start = stop
     if start != len(values):
-        raise InputError(f"the mask keeps {start} entries, but there are {len(values)} values")
+        raise InputError(f"The mask keeps {start} entries, but there are {len(values)} values.")
     return S
 
 
@@ -77,12 +77,12 @@ def mask_bytes(features: int) -> int:
 def _check(values: Tensor, mask: Tensor, out: int, features: int) -> None:
     size = mask_bytes(features)
     if values.ndim != 1:
-        raise InputError(f"packed values must be a vector, these have shape {tuple(values.shape)}")
+        raise InputError(f"Packed values must be a vector, not of shape {tuple(values.shape)}.")
     if mask.dtype != torch.uint8 or mask.shape != (out, size):
         found = f"{tuple(mask.shape)} {mask.dtype}"
-        raise InputError(f"the mask of a ({out}, {features}) matrix must be ({out}, {size}) uint8, this is {found}")
+        raise InputError(f"The mask of a ({out}, {features}) matrix must be ({out}, {size}) uint8, not {found}.")
     if features % 8 and (mask[:, -1] >> (features % 8)).any():
-        raise InputError(f"the mask keeps entries past the last of {features} columns")
+        raise InputError(f"The mask keeps entries past the last of {features} columns.")
 
 
 def _positions_by_rows(S: Tensor, mask: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

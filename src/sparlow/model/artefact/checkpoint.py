@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from sparlow.errors import InputError, RunError, as_input_error
+from sparlow.errors import InputError, RunError, as_input_error, reason
 from sparlow.files import CONFIG, INDEX, RECORD, read_json, replacing, sync_folder
 from sparlow.model import _transformers as private
 from sparlow.model.artefact.checksums import require_recorded, require_sane
@@ -43,14 +43,14 @@ class CheckpointWriter:
     """Writes a compressed model, one block at a time, in any order and over several runs.
 
     Args:
-        folder: made if need be.
-        model: the whole model; its blocks may be on the meta device.
-        decoder: its blocks.
-        storage: types of the stored weights, where the model computes in another; its own if left out.
-        computed: type it computes in; its own if left out.
+        folder: Made if need be.
+        model: The whole model; its blocks may be on the meta device.
+        decoder: Its blocks.
+        storage: Types of the stored weights, where the model computes in another; its own if left out.
+        computed: Type it computes in; its own if left out.
 
     Raises:
-        InputError: the model shares weights between blocks, or the folder cannot be made.
+        InputError: The model shares weights between blocks, or the folder cannot be made.
     """
 
     def __init__(
@@ -69,13 +69,13 @@ class CheckpointWriter:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as problem:
-            raise InputError(f"{folder} cannot be a directory: {problem}") from problem
+            raise InputError(f"Cannot create {folder}: {reason(problem)}. Choose another --out.") from problem
 
     def write_block(self, i: int, block: nn.Module) -> ShardRecord:
         """Write block i with its compressed layers; the file is either whole or not there.
 
         Raises:
-            RunError: it cannot be written.
+            RunError: It cannot be written.
         """
         state = {self._decoder.layer_name(i, name): tensor for name, tensor in packed_state(block).items()}
         return write_shard(self._path(i), self._in_stored_type(state))
@@ -84,7 +84,7 @@ class CheckpointWriter:
         """Write every tensor outside of the blocks, tied ones once; the file is either whole or not there.
 
         Raises:
-            RunError: it cannot be written.
+            RunError: It cannot be written.
         """
         state = packed_state(model, without=self._decoder.name)
         for target, source in self._tied.items():
@@ -93,7 +93,7 @@ class CheckpointWriter:
         return write_shard(self._path(len(self._decoder)), self._in_stored_type(state))
 
     def _in_stored_type(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Cast what has the type of the computation to the one it came in; masks and other types stay."""
+        """Cast tensors in the type of the computation to their stored type; masks and other types stay."""
         cast = {name: self._storage.of_tensor(name) for name, t in state.items() if t.dtype == self._computed}
         return {name: t.to(cast[name]) if name in cast else t for name, t in state.items()}
 
@@ -105,12 +105,12 @@ class CheckpointWriter:
         What is compressed is read from the shards, which may come from an earlier run.
 
         Args:
-            model: the model.
-            tokenizer: its tokenizer.
-            plain: no layer is compressed, and transformers is to open the directory without sparlow.
+            model: The model.
+            tokenizer: Its tokenizer.
+            plain: No layer is compressed, and transformers is to open the directory without sparlow.
 
         Raises:
-            RunError: a shard is missing or damaged, or something cannot be written.
+            RunError: A shard is missing or damaged, or something cannot be written.
         """
         try:
             headers = read_headers(self._path(i) for i in range(len(self._decoder) + 1))
@@ -120,12 +120,12 @@ class CheckpointWriter:
                 path = self._folder / "generation_config.json"
                 model.generation_config.to_json_file(path, keys_to_pop=["compile_config"])
             if tokenizer is not None:
-                with as_input_error("the tokenizer cannot be written"):  # its library raises anything
+                with as_input_error("Cannot write the tokenizer"):  # its library raises anything
                     tokenizer.save_pretrained(self._folder)
             sync_folder(self._folder)  # what was not written by us
             self._write_config(model, None if plain else SparlowConfig(layer_records(headers)))
         except (InputError, OSError) as problem:
-            raise RunError(f"cannot finish {self._folder}: {problem}") from problem
+            raise RunError(f"Cannot finish {self._folder}: {reason(problem)}.") from problem
 
     def _write_index(self, headers: Mapping[str, Header]) -> None:
         size = sum(self._path(i).stat().st_size for i in range(len(self._decoder) + 1))
@@ -156,11 +156,11 @@ def read_block(folder: str | Path, decoder: Decoder, i: int, block: nn.Module) -
     The tensors arrive on the block's device, or on the CPU if that is the meta device, in the dtype of the file.
 
     Raises:
-        InputError: there is no such shard, or it does not fit the block.
+        InputError: There is no such shard, or it does not fit the block.
     """
     paths = sorted(Path(folder).glob(f"model-{i + 1:05d}-of-*.safetensors"))
     if len(paths) != 1:
-        raise InputError(f"expected one shard of block {i} in {folder}, found {len(paths)}")
+        raise InputError(f"{folder} must hold one shard of block {i}, but holds {len(paths)}.")
     headers = read_headers(paths)
     prefix = decoder.layer_name(i, "")
     device = next((p.device for p in block.parameters() if not p.is_meta), torch.device("cpu"))
@@ -172,16 +172,16 @@ def read_block(folder: str | Path, decoder: Decoder, i: int, block: nn.Module) -
     try:
         block.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as problem:
-        raise InputError(f"{paths[0].name} does not fit block {i}: {' '.join(str(problem).split())}") from problem
+        raise InputError(f"{paths[0].name} does not fit block {i} ({' '.join(str(problem).split())}).") from problem
 
 
 class Written:
     """The parts of a compressed model, see ``weights.Weights``: its blocks as they were written.
 
     Args:
-        folder: where they were written to.
-        decoder: its blocks.
-        dense: the parts of the model that was compressed.
+        folder: Where they were written to.
+        decoder: Its blocks.
+        dense: The parts of the model that was compressed.
     """
 
     def __init__(self, folder: Path, decoder: Decoder, dense: Weights) -> None:
@@ -206,42 +206,42 @@ def load(folder: str | Path, **options: Any) -> PreTrainedModel:  # noqa: ANN401
     """Open a compressed model; the same as ``AutoModelForCausalLM.from_pretrained``, but strict.
 
     Args:
-        folder: a directory, or the id of a model on the hub.
-        options: of ``from_pretrained``, such as dtype and device_map.
+        folder: A directory, or the id of a model on the hub.
+        options: Of ``from_pretrained``, such as dtype and device_map.
 
     Raises:
-        InputError: it is no model that sparlow wrote, or it is unfinished, damaged or from a newer sparlow.
+        InputError: It is no model that sparlow wrote, or it is unfinished, damaged or from a newer sparlow.
     """
     private.require_format()
     if Path(folder).is_dir():
         _check_before_opening(Path(folder))
-    with as_input_error(f"cannot open {folder}"):
+    with as_input_error(f"Cannot open {folder}"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, output_loading_info=True, **{"trust_remote_code": False, "use_safetensors": True, **options}
         )
     model: PreTrainedModel = loaded[0]
     info: dict[str, set[str]] = loaded[1]
     if getattr(model, "quantization_method", None) != METHOD:
-        raise InputError(f"{folder} is not a model that sparlow compressed")
+        raise InputError(f"{folder} is not a model that sparlow compressed.")
     problems = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"])
     if problems:
-        raise InputError(f"the tensors in {folder} are not those of the model, for example {problems[0]}")
+        raise InputError(f"The tensors in {folder} are not those of the model, for example {problems[0]}.")
     return model
 
 
 def _check_before_opening(folder: Path) -> None:
-    """Look into the small files; nothing large is made from what they say.
+    """Check the small files, before anything large is allocated from what they say.
 
     Raises:
-        InputError: they cannot be trusted.
+        InputError: They cannot be trusted.
     """
     read_layers(folder)
     if (folder / "adapter_config.json").exists():
-        raise InputError(f"{folder} holds an adapter beside the model, which would be opened too: move it elsewhere")
+        raise InputError(f"{folder} holds an adapter beside the model, which would be opened too. Move it elsewhere.")
     if (folder / RECORD).exists():
         recorded = read_json(folder / RECORD).get("opens_as", {})
         if not isinstance(recorded, dict):
-            raise InputError(f"{folder / RECORD} is not a record of sparlow")
+            raise InputError(f"{folder / RECORD} is not a record of sparlow. Restore it.")
         require_recorded(folder, recorded)
     require_sane(read_json(folder / CONFIG), len(read_index(folder)))
 
@@ -250,9 +250,9 @@ def read_layers(folder: Path) -> dict[str, dict[str, int]]:
     """Return the records (kept, rank) of a directory's compressed layers by name.
 
     Raises:
-        InputError: it is no finished directory of sparlow, or one of a newer sparlow.
+        InputError: It is no finished directory of sparlow, or one of a newer sparlow.
     """
     found = read_json(folder / "config.json").get("quantization_config")
     if not isinstance(found, dict) or found.get("quant_method") != METHOD:
-        raise InputError(f"{folder} is not a model that sparlow compressed")
+        raise InputError(f"{folder} is not a model that sparlow compressed.")
     return SparlowConfig(**found).layers

@@ -27,45 +27,45 @@ def header_sum(file: Path) -> str:
     """Return the SHA-256 of a safetensors file's header, its length included.
 
     Raises:
-        InputError: the file ends within it.
+        InputError: The file ends within it.
     """
     with file.open("rb") as stream:
         length = stream.read(8)
         size = int.from_bytes(length, "little")
         if len(length) < 8 or size > min(_LONGEST_HEADER, file.stat().st_size - 8):  # noqa: PLR2004 - of a length
-            raise InputError(f"the shard {file} is damaged: its header is longer than the file")
+            raise InputError(f"The shard {file} is damaged: its header is longer than the file.")
         return hashlib.sha256(length + stream.read(size)).hexdigest()
 
 
 def require_recorded(folder: Path, recorded: Mapping[str, Any]) -> None:
-    """See that the small files and the headers are those on record.
+    """Check that the small files and the headers are those on record.
 
     Args:
-        folder: the directory.
-        recorded: what ``small_sums`` said when it was finished; empty if nothing is on record.
+        folder: The directory.
+        recorded: What ``small_sums`` said when it was finished; empty if nothing is on record.
 
     Raises:
-        InputError: names the first that is not.
+        InputError: Names the first that is not.
     """
     for name, expected in recorded.items():
         file = resolve_inside(folder, Path(name).name)
         if not file.exists():
-            raise InputError(f"{file} is missing")
+            raise InputError(f"{file} is missing. Restore it.")
         if (header_sum(file) if file.suffix == ".safetensors" else sha256(file)) != expected:
             raise InputError(
-                f"{file} is not the one that was written: restore it, or open the directory with transformers alone, "
-                "which does not compare"
+                f"{file} is not the one that was written. Restore it, or open the directory with transformers alone, "
+                "which does not compare checksums."
             )
 
 
 def require_sane(config: Any, tensors: int) -> None:  # noqa: ANN401 - what a JSON file holds
-    """See that a config promises no more layers than there are tensors: its meta model is built before they are read.
+    """Check that a config has no more layers than there are tensors: its meta model is built before they are read.
 
     Raises:
-        InputError: it does.
+        InputError: It does.
     """
     items = config.items() if isinstance(config, dict) else enumerate(config) if isinstance(config, list) else ()
     for name, value in items:
         if _COUNTS_LAYERS.fullmatch(str(name)) and isinstance(value, int | float) and not value <= tensors:
-            raise InputError(f"{CONFIG} says {name} = {value}, and the shards hold {tensors} tensors")
+            raise InputError(f"{CONFIG} says {name} = {value}, but the shards hold {tensors} tensors. Restore it.")
         require_sane(value, tensors)

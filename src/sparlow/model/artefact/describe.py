@@ -23,10 +23,10 @@ class LayerInfo:
 
     Attributes:
         shape: (out, in).
-        kept: number of values in the sparse part.
-        density: kept / (out · in).
-        bytes: of all its tensors, the bias included.
-        dtype: of the values, as torch calls it.
+        kept: Number of values in the sparse part.
+        density: The ratio kept / (out · in).
+        bytes: Of all its tensors, the bias included.
+        dtype: Of the values, as torch calls it.
     """
 
     name: str
@@ -42,7 +42,7 @@ def describe(folder: Path) -> list[LayerInfo]:
     """List the compressed layers of a directory; only headers are read.
 
     Raises:
-        InputError: the directory is none of sparlow's, or is damaged.
+        InputError: The directory is none of sparlow's, or is damaged.
     """
     layers = read_layers(Path(folder))
     parts = by_layer(read_headers(sorted(set(read_index(Path(folder)).values()))))
@@ -52,7 +52,7 @@ def describe(folder: Path) -> list[LayerInfo]:
 def _layer_info(name: str, parts: dict[str, Header], record: dict[str, int]) -> LayerInfo:
     sizes = [parts[part].shape for part in ("U", "V") if part in parts]
     if [len(size) for size in sizes] != [2, 2]:
-        raise InputError(f"{name} has no matrices U and V")
+        raise InputError(f"{name} has no matrices U and V.")
     shape = (sizes[0][0], sizes[1][1])
     check_parts(name, parts, shape, record, bias="bias" in parts)
     size = sum(prod(h.shape) * h.dtype.itemsize for h in parts.values() if h.dtype is not None)
@@ -64,11 +64,11 @@ def verify(folder: Path, check_pattern: Callable[[str, Tensor], str | None] | No
     """Read a whole directory and return what is wrong with it, one sentence each.
 
     Args:
-        folder: if it holds ``sparlow.json``, every file is compared to the size and checksum recorded there.
-        check_pattern: given each layer's name and S (out, in), says what is wrong or nothing.
+        folder: If it holds ``sparlow.json``, every file is compared to the size and checksum recorded there.
+        check_pattern: Given each layer's name and S (out, in), says what is wrong or nothing.
 
     Raises:
-        InputError: the directory is none of sparlow's.
+        InputError: The directory is none of sparlow's.
     """
     folder = Path(folder)
     read_layers(folder)
@@ -78,7 +78,7 @@ def verify(folder: Path, check_pattern: Callable[[str, Tensor], str | None] | No
         headers = read_headers(sorted(set(index.values())))
     except InputError as problem:
         return [*problems, str(problem)]
-    problems += [f"{name} is not in {file.name}" for name, file in index.items() if name not in headers]
+    problems += [f"{name} is not in {file.name}." for name, file in index.items() if name not in headers]
     found = (_layer_problem(layer, headers[f"{layer.name}.values"].file, check_pattern) for layer in layers)
     return problems + [problem for problem in found if problem]
 
@@ -87,11 +87,11 @@ def changed_sparse_parts(before: Path, after: Path) -> list[str]:
     """Return the layers of which S differs, in support or in any bit of a value, between two directories.
 
     Args:
-        before: a finished directory.
-        after: one of the same model; its shards are enough.
+        before: A finished directory.
+        after: One of the same model; its shards are enough.
 
     Raises:
-        InputError: a shard is missing or damaged.
+        InputError: A shard is missing or damaged.
     """
     old = read_headers(sorted(set(read_index(Path(before)).values())))
     new = read_headers(sorted(Path(after).glob("*.safetensors")))
@@ -112,13 +112,13 @@ def _checksum_problems(folder: Path) -> list[str]:
         return []
     recorded = read_json(folder / "sparlow.json").get("shards", {})
     present = {file.name for file in folder.glob("*.safetensors")}
-    problems = [f"the shard {name} is not recorded in sparlow.json" for name in sorted(present - recorded.keys())]
+    problems = [f"The shard {name} is not recorded in sparlow.json." for name in sorted(present - recorded.keys())]
     for name, record in recorded.items():
         file = folder / shard_filename(name)
         if not file.exists():
-            problems.append(f"the shard {name} is missing")
+            problems.append(f"The shard {name} is missing.")
         elif record != {"bytes": file.stat().st_size, "sha256": sha256(file)}:
-            problems.append(f"the shard {name} is not the one that was written: its checksum differs")
+            problems.append(f"The shard {name} is not the one that was written: its checksum differs.")
     return problems
 
 
@@ -132,5 +132,5 @@ def _layer_problem(
     except InputError as problem:
         return f"{layer.name}: {problem}"
     if not all(all_finite(part) for part in (values, U, V)):
-        return f"{layer.name} holds numbers that are not finite"
+        return f"{layer.name} holds numbers that are not finite."
     return check_pattern(layer.name, S) if check_pattern else None

@@ -16,7 +16,7 @@ _PARTS = ("values", "S", "U", "V")  # of a compressed layer
 
 @dataclass(frozen=True)
 class StoredDtypes:
-    """The types of the result's weights, which are those of the model as it came; it may compute in another.
+    """The types of the result's weights: those of the original model, even if it computes in another.
 
     Attributes:
         dtype: Of nearly all.

@@ -31,11 +31,11 @@ class SparlowConfig(private.QuantizationConfigMixin):
     """The ``quantization_config`` of a compressed model.
 
     Args:
-        layers: for each compressed linear, by its name in the model, the number of ``kept`` values and the ``rank``.
-        format: version of the directory's format.
+        layers: For each compressed linear, by its name in the model, the number of ``kept`` values and the ``rank``.
+        format: Version of the directory's format.
 
     Raises:
-        InputError: another version than this code can read, or records that are none.
+        InputError: Another version than this code can read, or records that are none.
     """
 
     def __init__(
@@ -48,10 +48,10 @@ class SparlowConfig(private.QuantizationConfigMixin):
         self.quant_method = METHOD  # type: ignore[assignment]  # the enumeration has only transformers' own methods
         self.layers, self.format = {} if layers is None else layers, format
         if format != FORMAT:
-            raise InputError(f"written by a newer sparlow (format {format}, this one reads {FORMAT}): upgrade sparlow")
+            raise InputError(f"The model has format {format}, and this sparlow reads {FORMAT}. Upgrade sparlow.")
         known = not other.keys() - {"quant_method"} and isinstance(self.layers, dict)
         if not known or not all(map(_is_record, self.layers.values())):
-            raise InputError("quantization_config of sparlow must have layers, each with the counts kept and rank")
+            raise InputError("A quantization_config of sparlow must have layers, each with the counts kept and rank.")
 
 
 def _is_record(record: object) -> bool:
@@ -94,7 +94,7 @@ class SparlowQuantizer(private.HfQuantizer):
         installed = {name: install(model, _name_in(model, name), layers[name]["rank"]) for name in layers}
         if checkpoint_files is None:
             return
-        _check_places(checkpoint_files, str(model.config.name_or_path))
+        _require_inside(checkpoint_files, str(model.config.name_or_path))
         headers = read_headers(map(Path, checkpoint_files))
         parts = by_layer(headers)
         for name, layer in installed.items():
@@ -176,19 +176,19 @@ def _name_in(model: "PreTrainedModel", name: str) -> str:
 
 
 def _check_rest(model: "PreTrainedModel", headers: Mapping[str, Header]) -> None:
-    """Refuse tensors of another shape than the meta model's, which would be made up at the config's size."""
+    """Refuse tensors whose shapes differ from the meta model's, which transformers would fill at random."""
     compressed = compressed_layers(model).keys()
     for name, tensor in model.state_dict().items():
         header = headers.get(name) or headers.get(f"{model.base_model_prefix}.{name}")
         if header and name.rpartition(".")[0] not in compressed and header.shape != tuple(tensor.shape):
             shapes = f"{tuple(tensor.shape)}, but the file holds {header.shape}"
-            raise InputError(f"{name} should have the shape {shapes}: config.json belongs to another model")
+            raise InputError(f"{name} should have the shape {shapes}. Check that config.json belongs to this model.")
 
 
-def _check_places(files: Iterable[str], folder: str) -> None:
+def _require_inside(files: Iterable[str], folder: str) -> None:
     """Refuse an index that leads out of the model's directory (a download is kept in its place by the hub client)."""
     root = Path(os.path.abspath(folder))  # noqa: PTH100 - resolve would follow links, which are how caches store files
     for file in files:
         if root.is_dir() and root not in Path(os.path.abspath(file)).parents:  # noqa: PTH100 - the same
-            raise InputError(f"the index names {file}, which is not in the model's directory")
+            raise InputError(f"The index names {file}, which is not in the model's directory. Fetch the model anew.")
         resolve_inside(Path(file).parent, Path(file).name)

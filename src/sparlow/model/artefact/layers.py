@@ -48,16 +48,16 @@ class SparseLowRankLinear(nn.Module):
         bias: (out,) or None.
 
     Raises:
-        InputError: the shapes do not fit together.
+        InputError: The shapes do not fit together.
     """
 
     def __init__(self, S: Tensor, U: Tensor, V: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
         out, features, rank = len(S), S.shape[-1], len(V)
         if S.ndim != 2 or U.shape != (out, rank) or V.shape != (rank, features):  # noqa: PLR2004 - a matrix
-            raise InputError(f"S {tuple(S.shape)}, U {tuple(U.shape)} and V {tuple(V.shape)} do not fit S + U V")
+            raise InputError(f"S {tuple(S.shape)}, U {tuple(U.shape)} and V {tuple(V.shape)} do not fit S + U V.")
         if bias is not None and bias.shape != (out,):
-            raise InputError(f"the bias has shape {tuple(bias.shape)}, expected ({out},)")
+            raise InputError(f"The bias must have the shape ({out},), not {tuple(bias.shape)}.")
         self.in_features, self.out_features, self.rank = features, out, rank
         self.S = nn.Parameter((S.detach() + 0.0).contiguous())  # -0.0 + 0.0 = +0.0
         self.U = nn.Parameter(U.detach().clone(memory_format=torch.contiguous_format))
@@ -126,14 +126,14 @@ def install(root: nn.Module, name: str, rank: int) -> SparseLowRankLinear:
     """Replace what can be compressed under ``name`` in ``root`` by a compressed layer on the meta device.
 
     Raises:
-        InputError: there is nothing of this name that can be compressed.
+        InputError: There is nothing of this name that can be compressed.
     """
     try:
         weight = weight_of(root, name, root.get_submodule(name))
     except AttributeError:  # as torch says that there is no such module
         weight = None
     if weight is None:
-        raise InputError(f"{name} is compressed, but the model has no linear layer of this name")
+        raise InputError(f"{name} is compressed, but the model has no linear layer of this name.")
     out, features = weight.shape
     S, U, V = (
         torch.empty(shape, dtype=weight.dtype, device="meta")

@@ -100,7 +100,7 @@ def with_lora(model: PreTrainedModel, parts: Mapping[str, LowRank], ranks: Mappi
     layers = _lora_layers(wrapped)
     if {name: layer.r[_ADAPTER] for name, layer in layers.items()} != dict(ranks):
         raise RunError(
-            "PEFT did not take the layers or the ranks that it was given: the names of layers are ambiguous."
+            "PEFT did not take the layers or the ranks that it was given, because the names of layers are ambiguous."
         )
     for name, layer in layers.items():
         if layer.scaling[_ADAPTER] != 1:

@@ -25,7 +25,7 @@ def register() -> None:
 
 
 def _import_ours() -> None:
-    """A transformers that has changed must not keep anyone from what needs none of it, nor stay unnoticed."""
+    """Warn if a changed transformers cannot be taught the format; all that needs no transformers still works."""
     try:
         importlib.import_module(OURS)
     except ImportError as error:
@@ -38,7 +38,7 @@ def _import_ours() -> None:
 
 
 class _Waiting(MetaPathFinder):
-    """Finds nothing by itself; has the list run by a loader that imports ours afterwards."""
+    """Finds no module by itself, but makes a loader import our quantizer right after transformers' list."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None

@@ -1,4 +1,4 @@
-"""Where hidden states wait for their turn: on the accelerator, in main memory, or as files."""
+"""Where hidden states are kept between blocks: on the accelerator, in main memory, or in files."""
 
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,16 +14,16 @@ from sparlow.machine import device_available, memory_available
 from sparlow.model.forward.arguments import rebuilt
 
 Shared = Mapping[int, Any]  # what blocks wrote into containers that they share, see ``calls.Call.written``
-PLACES = ("auto", "cpu", "disk")
+STORES = ("auto", "cpu", "disk")
 AT_ONCE = 4  # copies of the hidden states: inputs of a block, its outputs, targets, and the last of these before
 
 
 class ActivationStore(Sequence[Tensor]):
-    """Tensors in a row, to be read again and again, in any order; with each, what goes along with it.
+    """A sequence of tensors, each with the containers that blocks share (see ``calls``).
 
     Args:
-        place: a device, or "disk" for files in the system's folder for temporary ones; they go with the store.
-        tensors: what it holds from the beginning.
+        place: A device, or "disk" for temporary files, which are deleted with the store.
+        tensors: What it holds from the beginning.
     """
 
     def __init__(self, place: torch.device | str, tensors: Iterable[Tensor] = ()) -> None:
@@ -57,7 +57,7 @@ class ActivationStore(Sequence[Tensor]):
             self._held.append([t.to(self.place) for t in tensors])
 
     def shared(self, i: int) -> Shared:
-        """Return what goes along with one of them, in containers made for the caller."""
+        """Return the shared containers of tensor i, as copies."""
         content = self._shared[i]
         if not content:
             return {}
@@ -106,14 +106,14 @@ def place(offload: str, size: int, device: torch.device) -> torch.device | str:
     Args:
         offload: "cpu", "disk", or "auto": the accelerator if they fill less than a quarter of what is free there, else
             main memory if less than half of what this process may still take there, else files.
-        size: bytes of one copy.
-        device: where blocks run.
+        size: Bytes of one copy.
+        device: Where blocks run.
 
     Raises:
-        InputError: there is no such place.
+        InputError: There is no such place.
     """
-    if offload not in PLACES:
-        raise InputError(f"There is no place {offload!r} for block inputs. Give --offload {', '.join(PLACES)}.")
+    if offload not in STORES:
+        raise InputError(f"Block inputs cannot be kept in {offload!r}. Give --offload {', '.join(STORES)}.")
     if offload != "auto":
         return offload
     free = device_available(device)

@@ -1,4 +1,4 @@
-"""One block at a time: let all that enters it pass through it."""
+"""Run one block on all of its inputs."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -16,15 +16,15 @@ from sparlow.model.forward.compressible import CompressibleWeight, compressible
 
 @dataclass(frozen=True)
 class BlockPass:
-    """A block with all that enters it.
+    """A block with everything that is needed to run it on the calibration text.
 
     Attributes:
-        block: Any of the chain, with its weights.
+        block: A decoder block, with its weights.
         calls: How it is called.
-        hidden: Its inputs (windows, seqlen, …), one a micro-batch; of several processes each has its windows of all.
-        label: How errors call the block: its name in the model.
-        number: Of the block.
-        processes: Those that each have a part of the text.
+        hidden: Its inputs, one (windows, seqlen, …) tensor for each micro-batch. Each process holds its own windows.
+        label: Its name in the model, for errors.
+        number: Its number in the decoder.
+        processes: The processes that share the text.
     """
 
     block: nn.Module
@@ -49,12 +49,12 @@ class BlockPass:
         return f"{self.label}.{name}"
 
     def call(self, i: int) -> Call:
-        """Return how the block is called for micro-batch i, for one run."""
+        """Return the arguments of the block for micro-batch i. Use them for one run only."""
         return self.calls.at(i, self.device, self.hidden.shared(i))
 
 
 def run_block(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
-    """Return the block's hidden state (windows, seqlen, …), on the block's device; gradients flow.
+    """Return the hidden state (windows, seqlen, …) that the block computes, on the block's device, with gradients.
 
     Args:
         block: With its weights.
@@ -66,7 +66,7 @@ def run_block(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
 
 
 def pass_through(through: BlockPass, *, check: bool = False) -> ActivationStore:
-    """Return what a block makes of all hidden states, kept where they were.
+    """Return the outputs of a block for all of its inputs, stored in the same place as these.
 
     Args:
         through: The block and what enters it.
@@ -84,7 +84,7 @@ def pass_through(through: BlockPass, *, check: bool = False) -> ActivationStore:
         y = run_block(through.block, x, call)
         if check and not all_finite(y):
             raise RunError(
-                f"{through.label}: the block's output is not finite: raise the damping, or use --dtype float32."
+                f"{through.label}: the block's output is not finite. Raise --damping, or use --dtype float32."
             )
         outputs.append(y, call.written())
     return outputs
@@ -97,7 +97,7 @@ def hidden_state(output: Any) -> Tensor:  # noqa: ANN401 - what a foreign forwar
 
 
 def to_block(hidden: Tensor, axis: int) -> Tensor:
-    """(windows, seqlen, …) → as a block has it, windows in dimension ``axis`` and tokens in the next."""
+    """Turn (windows, seqlen, …) into the layout of a block: windows in dimension ``axis``, tokens in the next."""
     return hidden.movedim((0, 1), (axis, axis + 1)) if axis else hidden
 
 

@@ -1,9 +1,9 @@
-"""How each block is called for each micro-batch, kept so that it can be called like that again.
+"""The arguments of each block for each micro-batch, kept so that the call can be repeated.
 
-What every micro-batch of a size brings alike (masks, rotary tables) is kept once; what depends on the text (per-layer
-embeddings, the embedded text beside the hidden state) is kept for each, where hidden states are. Containers that more
-than one block is given, such as a cache of keys and values, have a number: what one block writes into them goes along
-with the hidden state to the blocks behind it, see ``Call.written``.
+Arguments that are equal for all micro-batches of one size (masks, rotary tables) are kept once. Those that depend on
+the text (per-layer embeddings, embedded text beside the hidden state) are kept for each micro-batch, where hidden
+states are. Containers that several blocks are given, such as a cache of keys and values, get a number: what one block
+writes into them travels with the hidden state to the blocks behind it, see ``Call.written``.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,11 +23,11 @@ NOTHING: Shared = {}
 
 @dataclass
 class Call:
-    """What a block is called with beside its hidden state, ready for one run.
+    """The arguments of a block beside its hidden state, for one run.
 
     Attributes:
-        args: Behind the hidden state.
-        kwargs: By name.
+        args: Positional arguments behind the hidden state.
+        kwargs: Keyword arguments.
         axis: The dimension of the block's own hidden state that counts windows; the next one counts tokens.
         shared: Containers among the arguments that later blocks are given too, by number.
         passing: What earlier blocks wrote for the blocks behind this one.
@@ -43,7 +43,7 @@ class Call:
         self._before = {number: _state(content) for number, content in self.shared.items()}
 
     def written(self) -> Shared:
-        """Return, after the block ran, what is in the containers that blocks share, where any wrote into them.
+        """Return, after the block ran, those containers that blocks share and that one of them wrote into.
 
         Raises:
             InputError: The block changed a tensor in such a container in place.
@@ -75,7 +75,7 @@ def _state(content: Any) -> list[_Leaf]:  # noqa: ANN401 - any container
 
 
 def _same_leaves(before: Sequence[_Leaf], now: Sequence[_Leaf]) -> bool:
-    """Whether a container holds the same things as before, whatever became of the numbers in its tensors."""
+    """Whether a container holds the same objects as before, even if its tensors were changed in place."""
     if len(before) != len(now):
         return False
     return all(old.way == new.way and old.value is new.value for old, new in zip(before, now, strict=True))
@@ -87,14 +87,14 @@ def _version(value: object) -> int:
 
 @dataclass(frozen=True)
 class _Constant:
-    """In place of a tensor that all micro-batches of a size have alike."""
+    """Stands for a tensor that is equal for all micro-batches of one size."""
 
     value: Tensor
 
 
 @dataclass(frozen=True)
 class _OfText:
-    """In place of a tensor that one micro-batch has, by its number in a store."""
+    """Stands for a tensor of a single micro-batch, by its number in a store."""
 
     number: int
 
@@ -104,13 +104,13 @@ _KEPT = (_Constant, _OfText)
 
 @dataclass(frozen=True)
 class _Note:
-    """The arguments of one call, with something in the place of every tensor.
+    """The arguments of one call, with a stand-in for every tensor.
 
     Attributes:
         arguments: Positional ones and those by name.
-        containers: Those in it, by number.
-        altered: Numbers of containers that the model itself changed since an earlier block was given them.
-        later: Numbers of the containers that blocks behind this one are given; filled in when all have been called.
+        containers: The containers among them, by number.
+        altered: Numbers of the containers that the model itself changed after an earlier block was given them.
+        later: Numbers of the containers that later blocks are given too; filled in after all blocks have been called.
     """
 
     arguments: Given
@@ -122,7 +122,7 @@ class _Note:
         return list(leaves(self.arguments, _KEPT))
 
     def equals(self, other: "_Note") -> bool:
-        """Whether both say the same; tensors are the same where the same object is in their place."""
+        """Whether both are the same call; tensors are equal if the same stand-in object is in their place."""
         mine, others = self.leaves(), other.leaves()
         if self.containers.keys() != other.containers.keys() or len(mine) != len(others):
             return False
@@ -138,7 +138,7 @@ class BlockCalls:
     """The calls of one block, by number of the micro-batch.
 
     Args:
-        of_text: Holds what belongs to single micro-batches.
+        of_text: Holds the tensors of single micro-batches.
     """
 
     def __init__(self, of_text: ActivationStore) -> None:
@@ -150,7 +150,7 @@ class BlockCalls:
         return len(self.notes)
 
     def at(self, i: int, device: torch.device | str, shared: Shared = NOTHING) -> Call:
-        """Return the call of micro-batch i with its tensors on ``device``, to be used once.
+        """Return the arguments for micro-batch i with their tensors on ``device``. Use them for one run only.
 
         Args:
             i: Number of the micro-batch.
@@ -174,11 +174,11 @@ class BlockCalls:
 
 
 class CallRecorder:
-    """Notes how the blocks of a model are called, one micro-batch after the other.
+    """Records the arguments of the blocks of a model, one micro-batch after the other.
 
     Args:
         depth: How many blocks there are.
-        of_text: Takes what belongs to single micro-batches.
+        of_text: Takes the tensors of single micro-batches.
     """
 
     def __init__(self, depth: int, of_text: ActivationStore) -> None:
@@ -188,7 +188,7 @@ class CallRecorder:
         self.begin(0)
 
     def begin(self, size: int) -> None:
-        """Go on to another micro-batch, of so many windows."""
+        """Begin a micro-batch of ``size`` windows."""
         self._size = size
         self._current: list[_Note] = []
         self._held: list[Any] = []  # all arguments, so that ids stay what they are
@@ -197,7 +197,7 @@ class CallRecorder:
         self._last: dict[int, list[tuple[Way, Any]]] = {}  # what they held when a block was last given them
 
     def note(self, given: Given, axis: int) -> None:
-        """Note the call of the next block."""
+        """Record the call of the next block."""
         i = len(self._current)
         self.calls[i].axis = axis
         self._held.append(given)
@@ -218,7 +218,7 @@ class CallRecorder:
         self._current.append(_Note(arguments, containers, frozenset(altered)))
 
     def end(self) -> None:
-        """All blocks have been called: keep what was noted."""
+        """End a micro-batch, after all blocks have been called."""
         later: set[int] = set()
         for i, note in reversed(list(enumerate(self._current))):
             note.later.update(later)
@@ -228,7 +228,7 @@ class CallRecorder:
         self.begin(0)
 
     def _keep(self, tensor: Tensor, alike: object, first: bool) -> _Constant | _OfText:
-        """What stands for a tensor: it is a constant if the first micro-batch of the size had the same here."""
+        """Return the stand-in of a tensor: a constant if the first micro-batch of this size had an equal one here."""
         if id(tensor) not in self._kept:
             if first:
                 self._kept[id(tensor)] = _Constant(tensor)

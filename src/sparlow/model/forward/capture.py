@@ -1,10 +1,11 @@
-"""Learn what enters the chain of decoder blocks, and how each block is called for each micro-batch.
+"""Capture the inputs of the first decoder block, and the arguments of every block, for each micro-batch.
 
-``run_head`` goes the rest of the way: from what leaves the last block to the logits.
+``run_head`` computes the logits from the output of the last block.
 
-The model runs with its blocks replaced by stand-ins, so that only what is around them is computed. It is checked to be
-a chain: each block is called once, in order, with what the block before it gave, and with nothing else that depends on
-what blocks compute. What depends on the text alone is noted for each micro-batch, see ``calls``.
+The model runs with its blocks replaced by stand-ins, so that only the code around them is computed. This also checks
+that the blocks are a chain: each is called once, in order, with the output of the block before it, and with no other
+argument that depends on what blocks compute. Arguments that depend on the text alone are kept for each micro-batch, see
+``calls``.
 """
 
 from collections.abc import Iterator
@@ -22,19 +23,19 @@ from sparlow.model.forward.calls import BlockCalls, CallRecorder, Given
 from sparlow.model.forward.decoder import Decoder
 from sparlow.model.forward.stand_ins import FirstLook, Form, first_look, forward_replaced, run_around_blocks
 
-LOGITS_AT_ONCE = 2**24  # numbers: 64 MB in float32
+LOGITS_AT_ONCE = 2**24  # elements: 64 MB in float32
 
 
 @dataclass(frozen=True)
 class Recording:
-    """What enters the chain of blocks, and how each block is called.
+    """The inputs of the first block, and the arguments of every block.
 
     Attributes:
-        hidden: inputs of block 0, one (windows, seqlen, …) tensor a micro-batch; of several processes each has its
-            rows of every one, which may be none.
-        ids: the tokens they come from, (windows, seqlen) int64 each.
-        calls: of each block, by micro-batch.
-        output: the form of what a block returns, for ``run_head``.
+        hidden: Inputs of block 0, one (windows, seqlen, …) tensor for each micro-batch. Each process holds its own
+            rows of each, which may be none.
+        ids: The tokens they come from, (windows, seqlen) int64 each.
+        calls: The arguments of each block, by micro-batch.
+        output: The form of what a block returns, for ``run_head``.
     """
 
     hidden: ActivationStore
@@ -53,20 +54,20 @@ def capture_block_inputs(
     place: torch.device | str | None = None,
     processes: Processes = ALONE,
 ) -> Recording:
-    """Run everything in front of the blocks, and of the blocks only the first, once for each size of a micro-batch.
+    """Run the part of the model before the blocks on all windows, and the first block once for each micro-batch size.
 
-    The other blocks only pass their hidden state on, so their weights may be on the meta device.
+    The other blocks are not run, so their weights may be on the meta device.
 
     Args:
-        model: in eval mode.
+        model: In eval mode.
         windows: (n, seqlen) int64 token ids.
-        micro_batch: windows at a time.
-        apart: so many windows at the end make a micro-batch of their own.
-        place: where hidden states are kept, see ``activation_store.ActivationStore``; where the model lies if left out.
-        processes: those that divide every micro-batch.
+        micro_batch: Number of windows in each micro-batch.
+        apart: The last so many windows form a micro-batch of their own.
+        place: Where hidden states are kept, see ``activation_store.ActivationStore``; where the model lies if left out.
+        processes: The processes that divide every micro-batch.
 
     Raises:
-        InputError: the blocks are no chain that can be replayed.
+        InputError: The blocks are not a chain that can be replayed.
     """
     decoder = Decoder.of(model)
     device = next(model.get_input_embeddings().parameters()).device
@@ -76,7 +77,7 @@ def capture_block_inputs(
     for batch in _micro_batches(windows, micro_batch, apart):
         ids = processes.local_rows(batch)
         own.append(ids)
-        seen = (ids if len(ids) else batch[:1]).to(device)  # where there is nothing to keep, its form is still learnt
+        seen = (ids if len(ids) else batch[:1]).to(device)  # a process without windows still learns the form
         new = len(seen) not in looks
         look = looks[len(seen)] = first_look(model, decoder, seen) if new else looks[len(seen)]
         recorder.begin(len(seen))
@@ -94,15 +95,15 @@ def capture_block_inputs(
 
 
 def run_head(model: PreTrainedModel, output: Form, ids: Tensor, hidden: Tensor) -> Tensor:
-    """Return the logits (b, n, vocabulary); blocks are not run, and may be on the meta device; gradients flow.
+    """Return the logits (b, n, vocabulary), with gradients. Blocks are not run, and may be on the meta device.
 
-    What is behind the blocks looks at each token by itself, so any n tokens will do, the context need not be there.
+    The head treats each token independently, so the n tokens may be any subset of a context.
 
     Args:
-        model: in eval mode.
-        output: of a ``Recording``.
+        model: In eval mode.
+        output: ``Recording.output``.
         ids: (b, n) int64 token ids.
-        hidden: (b, n, …) what the last block gave for them, on any device.
+        hidden: (b, n, …) the output of the last block for them, on any device.
     """
     device = next(model.get_input_embeddings().parameters()).device
     state = output.around(hidden.to(device))
@@ -114,7 +115,7 @@ def run_head(model: PreTrainedModel, output: Form, ids: Tensor, hidden: Tensor) 
 
 
 def tokens_at_once(model: PreTrainedModel, windows: int) -> int:
-    """Return how many tokens of each of so many windows may have their logits in memory together."""
+    """Return how many tokens of each window may have their logits in memory at once, for this number of windows."""
     words: int = model.config.get_text_config().vocab_size
     return max(LOGITS_AT_ONCE // (words * windows), 1)
 

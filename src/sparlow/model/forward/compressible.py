@@ -1,9 +1,9 @@
-"""What can be compressed: a weight that multiplies an input, wherever a model keeps it.
+"""Compressible weights: matrices that multiply an input, wherever a model keeps them.
 
-All that is done to a layer is done through ``CompressibleWeight``: budgets and plans ask for its name and shape,
-statistics for the module whose input it reads, the solver for W (out, in), and ``put`` brings the answer back. Here two
-forms are found, by what they compute and not by what they are called: a linear layer (x Wᵀ + b) and one that stores Wᵀ,
-as GPT-2's Conv1D does (x W + b). Others need one class each, and their place in ``compressible``:
+Everything works on a layer through ``CompressibleWeight``: budgets and plans ask for its name and shape, statistics
+for the module whose input it reads, and the solver for W (out, in). ``put`` then replaces the layer by the result. Two
+forms are recognised, by what they compute and not by their class: a linear layer (x Wᵀ + b), and one that stores Wᵀ, as
+GPT-2's Conv1D does (x W + b). Any other form needs a class of its own, and a line in ``compressible``:
 
 * one expert's slice of a 3-D parameter: ``read`` gives the slice, ``reads`` names what the expert's tokens pass through
   (slices of one expert that read the same input then share its statistics), and ``put`` hands the layer to the module
@@ -24,11 +24,11 @@ _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class CompressibleWeight(Protocol):
-    """One weight that a block (or a model) multiplies an input by; see the module for what may stand behind it."""
+    """One weight matrix that a block (or a model) multiplies an input by; the module docstring lists possible forms."""
 
     @property
     def name(self) -> str:
-        """Of the layer, within the block; records, budgets and the files of a result know it by this."""
+        """Name of the layer within the block, as used in records, budgets and files."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -40,31 +40,31 @@ class CompressibleWeight(Protocol):
 
     @property
     def bias(self) -> Tensor | None:
-        """What is added to each output (out,), without gradient."""
+        """The bias (out,), without gradient; None if there is none."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of W where it is now, which is not always the one it is stored in."""
+        """Data type of W in memory, which may differ from the stored one."""
 
     @property
     def device(self) -> torch.device:
-        """Where W is; meta if it was not read."""
+        """Device of W; meta if it has not been read."""
 
     @property
     def nbytes(self) -> int:
         """Bytes of W and the bias."""
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """What ``put`` takes the place of."""
+        """The parameters that ``put`` replaces."""
 
     def read(self) -> Tensor:
-        """Return W (out, in), without gradient; it may share the layer's memory."""
+        """Return W (out, in), without gradient. It may share memory with the layer."""
 
     def as_stored(self, W: Tensor) -> Tensor:
-        """Return a weight (out, in) as the layer's own class stores it, which is what ``read`` undoes."""
+        """Return a weight (out, in) in the layout in which the layer's own class stores it: the inverse of ``read``."""
 
     def put(self, layer: nn.Module) -> None:
-        """Let ``layer`` compute from now on: it maps an input (…, in) to (…, out), the bias included."""
+        """Replace the layer by ``layer``, which maps an input (…, in) to (…, out) and includes the bias."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,8 @@ class LinearWeight:
 
     Args:
         root: The block (or model) that the module is in.
-        name: Of the module in it.
-        module: It.
+        name: The name of the module in it.
+        module: The module.
         transposed: The stored weight is (in, out).
     """
 
@@ -137,13 +137,13 @@ class LinearWeight:
 
 
 def compressible(block: nn.Module) -> dict[str, CompressibleWeight]:
-    """Return what can be compressed in a block, or in a model, by name, in module order."""
+    """Return the compressible weights of a block or a model by name, in module order."""
     found = {name: weight_of(block, name, module) for name, module in block.named_modules()}
     return {name: weight for name, weight in found.items() if weight is not None}
 
 
 def weight_of(root: nn.Module, name: str, module: nn.Module) -> CompressibleWeight | None:
-    """Return the weight of one module of ``root``; None if it is none that can be compressed."""
+    """Return the compressible weight of one module of ``root``; None if it has none."""
     W = module._parameters.get("weight")  # noqa: SLF001 - attributes of modules have no type
     if W is None or W.ndim != 2 or W.dtype not in _DTYPES:  # noqa: PLR2004 - a matrix
         return None  # a norm, a convolution, quantised or packed
@@ -157,10 +157,10 @@ def weight_of(root: nn.Module, name: str, module: nn.Module) -> CompressibleWeig
 
 
 def _computes(module: nn.Module, *, transposed: bool) -> bool:
-    """Whether a module's forward is x Wᵀ + b, or x W + b of a transposed one, and nothing else.
+    """Whether a module's forward computes exactly x Wᵀ + b, or x W + b if it is transposed.
 
-    It is asked with a small weight of its own, so that the answer does not need the module's, which may not be loaded.
-    A router that also selects, a grouped output, an embedding give something else or fail.
+    The forward is tried with a small weight made here, because the module's own weight may not be loaded. A router that
+    also selects, a layer with grouped outputs, or an embedding gives something else, or fails.
     """
     rows, columns = _own(module, "weight").shape
     here: Any = {"device": "cpu", "dtype": torch.float32}  # whatever the caller has set as default

@@ -1,7 +1,7 @@
 """The decoder blocks of a causal LM, found without knowing any architecture, and what is not compressed in it.
 
-A decoder is a chain: embedding → block 0 → block 1 → … → norm and head. ``capture.capture_block_inputs`` learns how
-each block is called; ``block_pass`` and ``input_statistics`` then need one block at a time.
+A decoder is a chain: embedding → block 0 → block 1 → … → norm and head. ``capture.capture_block_inputs`` finds out how
+each block is called. After that, ``block_pass`` and ``input_statistics`` need only one block at a time.
 """
 
 from collections.abc import Collection, Iterator
@@ -20,8 +20,8 @@ class Decoder:
     """The chain of blocks in a model.
 
     Attributes:
-        name: Of the list of blocks in the model.
-        blocks: In order; a model whose weights stay on disk puts each here while it has its weights.
+        name: The name of the list of blocks in the model.
+        blocks: The blocks in order. If the weights stay on disk, a block with weights stands here while it is used.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Decoder:
         """Find the decoder's blocks.
 
         Raises:
-            InputError: no ModuleList of the decoder, or more than one, is ``num_hidden_layers`` long.
+            InputError: No ModuleList of the decoder, or more than one, is ``num_hidden_layers`` long.
         """
         depth = model.config.get_text_config().num_hidden_layers
         untyped: Any = model  # transformers does not annotate this method
@@ -44,7 +44,7 @@ class Decoder:
                 found[name] = module
         if len(found) != 1:
             names = f": {', '.join(found)}" if found else ""
-            raise InputError(f"expected one list of {depth} decoder blocks, found {len(found)}{names}")
+            raise InputError(f"The model must have one list of {depth} decoder blocks, but has {len(found)}{names}.")
         return cls(*next(iter(found.items())))
 
     def __len__(self) -> int:
@@ -55,32 +55,32 @@ class Decoder:
         return f"{self.name}.{i}"
 
     def layer_name(self, i: int, name: str) -> str:
-        """Return the name in the model of what is called ``name`` within block i."""
+        """Return the full name of the layer that is called ``name`` within block i."""
         return f"{self.label(i)}.{name}"
 
     def weights(self, i: int) -> dict[str, CompressibleWeight]:
-        """Return what can be compressed in block i as it is now, by the name within it."""
+        """Return the weights of block i that can be compressed, by name within the block."""
         return compressible(self.blocks[i])
 
     def layers(self) -> Iterator[tuple[str, CompressibleWeight]]:
-        """Yield what can be compressed in all blocks, by the name in the model."""
+        """Yield the weights of all blocks that can be compressed, with their full names."""
         for i in range(len(self)):
             yield from ((self.layer_name(i, name), weight) for name, weight in self.weights(i).items())
 
     def holds(self, name: str) -> bool:
-        """Whether what has this name in the model is in one of the blocks."""
+        """Whether a module or tensor of this full name is inside one of the blocks."""
         return name.startswith(f"{self.name}.")
 
 
 def shared_weights(model: PreTrainedModel, decoder: Decoder) -> list[str]:
-    """Return the names of weights of blocks that are shared with another layer, sorted."""
+    """Return the sorted names of the weights in blocks that are tied to another layer."""
     return sorted(name for pair in model.all_tied_weights_keys.items() for name in pair if decoder.holds(name))
 
 
 def require_own_weights(model: PreTrainedModel, decoder: Decoder) -> None:
-    """Raise InputError if a block shares a weight with another layer: it could not be written block by block."""
+    """Raise InputError if a weight of a block is tied to another layer, so that blocks cannot be written one by one."""
     for name in shared_weights(model, decoder)[:1]:
-        raise InputError(f"{name} is shared with another layer, so it cannot be compressed block by block")
+        raise InputError(f"{name} is shared with another layer, so it cannot be compressed block by block.")
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Skipped:
 def not_compressed(model: PreTrainedModel, compressed: Collection[str]) -> list[Skipped]:
     """List every module with parameters of its own outside the layers named in ``compressed``.
 
-    Each parameter of the model, tied ones once, is in a compressed layer or in exactly one row.
+    Each parameter of the model is in a compressed layer or in exactly one row; tied parameters count once.
     """
     seen = {p for name in compressed for p in model.get_submodule(name).parameters()}
     rows = []

@@ -78,7 +78,10 @@ def _beginning(model: PreTrainedModel) -> int:
             token = token[0] if isinstance(token, list) and token else token
             if isinstance(token, int):
                 return token
-    raise InputError("The model has no beginning-of-text token, so it cannot write its own calibration text.")
+    raise InputError(
+        "The model has no beginning-of-text token, so it cannot write its own calibration text. "
+        "Give another --calibration."
+    )
 
 
 def _counts(samples: int) -> list[int]:

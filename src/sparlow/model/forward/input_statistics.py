@@ -1,4 +1,4 @@
-"""Run a dense block once for both its outputs and the statistics of what its weights read."""
+"""Run a dense block once, for both its outputs and the statistics of the inputs of its weights."""
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -28,13 +28,13 @@ Kind = TypeVar("Kind", bound=Statistic)
 
 @dataclass(frozen=True)
 class Observation(Generic[Kind]):
-    """What the weights of a block read in one pass.
+    """Statistics of the inputs of a block's weights, from one pass.
 
     Attributes:
-        statistics: one for each distinct input, under the name of the first weight that reads it.
-        owner: for each weight the name its statistic has; one whose layer nothing calls as a module has none, even if
-            other code reads it.
-        windows: how many passed, here.
+        statistics: One for each distinct input, under the name of the first weight that reads it.
+        owner: For each weight the key of its statistic. A weight has none if its layer is never called as a module,
+            even if other code reads it.
+        windows: How many windows this process ran.
     """
 
     statistics: dict[str, Kind]
@@ -43,7 +43,7 @@ class Observation(Generic[Kind]):
 
 
 class _AllSeen(Exception):  # noqa: N818 - no error, but the only way out of a foreign forward
-    """Every layer has been called: what the block computes from here on is not wanted."""
+    """Every layer has been called, so the rest of the block's forward is not needed."""
 
 
 @torch.no_grad()
@@ -52,19 +52,19 @@ def collect_statistics(
     new_statistic: Callable[[int, torch.device], Kind],
     outputs: ActivationStore | None = None,
 ) -> Observation[Kind]:
-    """Run a block once over all micro-batches for both its outputs and the statistics of what its weights read.
+    """Run a block once on all micro-batches, for both its outputs and the statistics of the inputs of its weights.
 
-    Weights that read the very same tensors (query, key and value; gate and up) share one statistic. If the outputs are
-    not wanted, and the first micro-batch called every layer once, the others end where the last layer would begin.
+    Weights that read the same tensors (query, key and value; gate and up) share one statistic. If the outputs are not
+    wanted, and the first micro-batch called every layer once, later forwards stop in front of the last layer.
 
     Args:
-        through: The block and what enters it. Of several processes all have the same statistics afterwards, each with
-            its part.
-        new_statistic: makes an empty statistic of inputs (..., in) from ``in`` and their device.
-        outputs: takes the outputs; they are not kept if left out.
+        through: The block and its inputs. With several processes, all end with the same set of statistics, each of
+            them summed over its own windows only.
+        new_statistic: Makes an empty statistic from the width ``in`` of inputs (..., in) and their device.
+        outputs: Where to put the outputs. If left out, they are not kept.
 
     Raises:
-        InputError: an output is not finite; the message names the first layer concerned.
+        InputError: An output is not finite; the message names the first layer concerned.
     """
     seen: Observation[Kind] = Observation({}, {})
     weights, windows, enough = through.weights, 0, False
@@ -80,8 +80,8 @@ def collect_statistics(
             y = run_block(through.block, x, call)
         if not all(all_finite(z) for z in (_distinct(inputs) if y is None else (y,))):
             raise InputError(
-                f"{through.label}: {_not_finite(weights, inputs)} is not finite (NaN or inf); "
-                "use --dtype float32 or check the model's weights"
+                f"{through.label}: {_not_finite(weights, inputs)} is not finite (NaN or inf). "
+                "Use --dtype float32, or check the model's weights."
             )
         if outputs is None:
             enough = enough or (inputs.keys() == weights.keys() and all(len(called) == 1 for called in inputs.values()))
@@ -97,9 +97,9 @@ def collect_statistics(
 def _inputs_noted(
     through: BlockPass, weights: Mapping[str, CompressibleWeight], *, enough: bool
 ) -> Iterator[dict[str, list[Tensor]]]:
-    """Collect what each weight reads, in the order of the calls; kept alive, so that identities stay distinct.
+    """Collect the inputs of each weight, in the order of the calls. They are kept alive, so that ids stay distinct.
 
-    If that is ``enough``, the forward is left by ``_AllSeen`` when every layer has been called.
+    If the inputs are ``enough``, ``_AllSeen`` leaves the forward once every layer has been called.
     """
     inputs: dict[str, list[Tensor]] = {}
     versions: list[tuple[str, Tensor, int]] = []
@@ -121,7 +121,7 @@ def _inputs_noted(
         yield inputs
     for name, x, version in versions:  # statistics are taken now, after the forward
         if x._version != version:  # noqa: SLF001 - see above
-            raise InputError(f"{through.label} changes the input of {name} in place, so it cannot be observed")
+            raise InputError(f"{through.label} changes the input of {name} in place, so it cannot be observed.")
 
 
 def _distinct(inputs: Mapping[str, list[Tensor]]) -> Iterable[Tensor]:
@@ -132,7 +132,7 @@ def _distinct(inputs: Mapping[str, list[Tensor]]) -> Iterable[Tensor]:
 def _add(
     seen: Observation[Kind], inputs: Mapping[str, list[Tensor]], new_statistic: Callable[[int, torch.device], Kind]
 ) -> None:
-    """Add one forward's inputs; who shared a statistic so far but now reads something else goes on with a copy."""
+    """Add the inputs of one forward. A weight that stops sharing the inputs of another continues on a copy."""
     groups: dict[tuple[Any, ...], list[str]] = {}
     for name in dict.fromkeys([*seen.owner, *inputs]):
         key = (seen.owner.get(name), *map(id, inputs.get(name, ())))
@@ -155,9 +155,9 @@ def _agreed(
     new_statistic: Callable[[int, torch.device], Kind],
     through: BlockPass,
 ) -> Observation[Kind]:
-    """Share statistics only between weights that share them in every process; what nobody reads here gets an empty one.
+    """Make all processes share statistics between the same weights; a weight that saw no input here gets an empty one.
 
-    An expert, for one, may see tokens in some processes only.
+    An expert, for example, may see tokens in some processes only.
     """
     owners = through.processes.all_gather(seen.owner)
     groups: dict[tuple[str | None, ...], list[str]] = {}

@@ -141,9 +141,10 @@ def _new_parts(old: Mapping[Any, Any], now: Mapping[Any, Any]) -> list[Any]:
 def depends_on_blocks(i: int, way: Way) -> str:
     """Return the sentence that refuses an argument of block i."""
     (_, part), (_, key), *_ = way
-    name = f"argument {key + 2}" if part == 0 else key  # the first is the hidden state
+    name = f"Argument {key + 2}" if part == 0 else f"The argument {key}"  # the first is the hidden state
     return (
-        f"{name} of block {i} depends on what the blocks before it compute, so the blocks cannot be replayed one by one"
+        f"{name} of block {i} depends on what the blocks before it compute, "
+        "so the blocks cannot be replayed one by one."
     )
 
 
@@ -188,7 +189,7 @@ def _run(model: PreTrainedModel, decoder: Decoder, ids: Tensor, answer: Answer, 
         with suppress(_Stop):
             model(ids, use_cache=False, **options)
     if chain.turn != len(decoder):
-        raise InputError(f"block {chain.turn} is never called: the model's blocks are no chain")
+        raise InputError(f"Block {chain.turn} is never called, but the blocks must be called one after the other.")
 
 
 class _Chain:
@@ -203,12 +204,12 @@ class _Chain:
     def stand_in(self, i: int) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - a foreign forward's arguments
             if i != self.turn:
-                raise InputError(f"block {i} is called where block {self.turn} was expected: no chain of blocks")
+                raise InputError(f"Block {i} is called where block {self.turn} is due, so the blocks are not a chain.")
             x = args[0] if args else kwargs.pop(self._name, None)
             if not isinstance(x, Tensor) or _axis(x, self._shape) < 0:
-                raise InputError(f"block {i} is not called with a hidden state of shape (windows, seqlen, features)")
+                raise InputError(f"Block {i} is not called with a hidden state of shape (windows, seqlen, features).")
             if self._state is not None and not _same(x, self._state):
-                raise InputError(f"the model changes the hidden state between blocks {i - 1} and {i}")
+                raise InputError(f"The model changes the hidden state between blocks {i - 1} and {i}.")
             output = self._answer(i, x, (args[1:], kwargs))
             self._state = hidden_state(output)
             self.turn += 1

