@@ -17,7 +17,7 @@ from sparlow.model.forward.decoder import Decoder
 from sparlow.model.forward.input_statistics import collect_statistics
 from sparlow.model.training.block_matching import BlockOutputs, match
 from sparlow.model.training.loop import MicroBatches, TrainingPlan
-from sparlow.model.training.packed_layer import packed, round_through
+from sparlow.model.training.packed_layer import Packed, packed, round_through
 from sparlow.recipe.recipe import MATCH_PRESETS, Recipe
 from sparlow.recipe.training_plan import PRESETS, Training, training_of
 from sparlow.run.output_dir import NAME
@@ -196,6 +196,24 @@ def test_rounding_keeps_the_support(dtype):
     round_through(block, dtype)
     assert torch.equal(layer.S != 0, kept)
     assert all(torch.equal(p, p.to(dtype).float()) for p in block.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("way", ["unpacked", "rounded"])
+def test_a_value_that_underflows_keeps_its_sign_and_becomes_no_larger_than_a_weight(dtype, way):
+    block, *_ = problem()
+    (layer, *_) = compressed_layers(block).values()
+    signs = layer.S.sign()
+    with torch.no_grad():
+        layer.S.copy_(signs * (1e-8 if dtype is torch.float16 else 1e-44))
+    if way == "unpacked":
+        whole = Packed(layer)
+        layer.S.data = layer.S.data.to(dtype)
+        whole.unpack_into(layer)
+    else:
+        round_through(block, dtype)
+    assert torch.equal(layer.S.float().sign(), signs)
+    assert layer.S.abs().max().item() <= 2.0**-24  # the smallest subnormal of float16; its smallest normal is 6e-5
 
 
 def test_how_long_the_columns_of_u_are_does_not_matter():

@@ -39,14 +39,23 @@ class Packed(nn.Module):
         return functional.linear(x, (S + self.U @ self.V).to(x.dtype), self.bias)
 
     def unpack_into(self, layer: SparseLowRankLinear) -> None:
-        """Write the result back; a value that rounds to zero takes the smallest number instead, to stay kept."""
-        dtype = layer.S.dtype
-        values = self.values.detach().to(dtype)
-        values = torch.where(values == 0, torch.finfo(dtype).tiny, values)
+        """Write the result back; what rounds to zero takes the smallest number of its sign instead, to stay kept."""
+        values, dtype = self.values.detach(), layer.S.dtype
+        rounded = values.to(dtype)
         with torch.no_grad():
-            layer.S.masked_scatter_(self.mask, values)
+            layer.S.masked_scatter_(self.mask, torch.where(rounded == 0, _smallest(values, dtype), rounded))
             layer.U.copy_(self.U * self.lengths)
             layer.V.copy_(self.V / self.lengths[:, None])
+
+
+def _smallest(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """The smallest number of ``dtype`` with the sign of each value.
+
+    In float16 that is a subnormal one, 2⁻²⁴: its smallest normal number, 6e-5, is a weight like others. In types with
+    the range of float32 it is a normal number, 1e-38: some devices take smaller ones for zero.
+    """
+    smallest = max(torch.finfo(dtype).tiny * torch.finfo(dtype).eps, torch.finfo(torch.float32).tiny)
+    return torch.full_like(values, smallest).copysign(values).to(dtype)
 
 
 def _powers(lengths: Tensor) -> Tensor:
@@ -100,4 +109,4 @@ def round_through(block: nn.Module, dtype: torch.dtype, exceptions: Sequence[str
                 continue
             rounded = p.to(dtype).to(p.dtype)
             lost = (rounded == 0) & (p != 0)  # of S, which must keep its support; of other tensors it does no harm
-            p.copy_(torch.where(lost, torch.finfo(dtype).tiny, rounded))
+            p.copy_(torch.where(lost, _smallest(p, dtype).to(p.dtype), rounded))
