@@ -265,7 +265,7 @@ def test_an_unknown_algorithm_is_answered_with_the_nearest():
         ("3basil", {"effort": "much"}, "effort='much' is not usable: expected float above 0"),
         ("3basil", {"effort": 0}, "effort=0 is not usable: expected float above 0"),
         ("3basil", {"max_steps": 0}, "max_steps=0 is not usable: expected int at least 1"),
-        ("3basil", {"schedule": "slow"}, r"schedule='slow' is not usable: expected joint \| paper"),
+        ("3basil", {"schedule": "slow"}, r"schedule='slow' is not usable: expected joint \| paper \| literal"),
         ("three-basil", {"efort": 1}, "no option 'efort'"),
         ("magnitude", {"effort": 1}, r"magnitude has no option 'effort' \(it takes none\)"),
     ],

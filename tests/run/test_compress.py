@@ -171,7 +171,7 @@ def test_report_json_has_the_keys_of_version_1(whole):
     assert found["dense"].keys() == found["compressed"].keys() == {"perplexity", "perplexity_stderr"}
     assert len(found["layers"]) == 12
     assert all(row.keys() == LAYER_KEYS for row in found["layers"])
-    assert all(row.keys() == {"name", "parameters", "why"} for row in found["not_compressed"])
+    assert all(row.keys() == {"name", "parameters", "why", "trained"} for row in found["not_compressed"])
     assert Report.from_file(out / "report.json") == report
 
 

@@ -50,7 +50,7 @@ def rounded_products(device: torch.device) -> Iterator[None]:
 @contextmanager
 def _products(precision: Literal["ieee", "tf32"]) -> Iterator[None]:
     """Set the precision of products of float32 numbers, and leave all settings as they were."""
-    backends: Any = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul) if _has_settings() else ()
+    backends = _settings()
     if not backends:  # before torch 2.9
         level = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest" if precision == "ieee" else "high")
@@ -72,6 +72,8 @@ def _products(precision: Literal["ieee", "tf32"]) -> Iterator[None]:
                 backend.fp32_precision = own
 
 
-def _has_settings() -> bool:
-    """Whether this torch has ``fp32_precision``, which replaces the older functions."""
-    return hasattr(torch.backends.cuda.matmul, "fp32_precision") and hasattr(torch.backends.mkldnn, "matmul")
+def _settings() -> list[Any]:
+    """What has a ``fp32_precision`` for products, which replaces the older functions; nothing before torch 2.9."""
+    backends: Any = torch.backends
+    found = [backends.cuda.matmul, getattr(backends.mkldnn, "matmul", None)]
+    return found if all(hasattr(backend, "fp32_precision") for backend in found) else []

@@ -15,6 +15,7 @@ from sparlow.model.forward.block_pass import BlockPass
 from sparlow.model.forward.capture import capture_block_inputs
 from sparlow.model.forward.decoder import Decoder
 from sparlow.model.forward.input_statistics import collect_statistics
+from sparlow.model.training import block_matching
 from sparlow.model.training.block_matching import BlockOutputs, match
 from sparlow.model.training.loop import MicroBatches, TrainingPlan
 from sparlow.model.training.packed_layer import Packed, packed, round_through
@@ -69,7 +70,7 @@ def loss_of(block, calls, inputs, targets, *, relative=False, first=0):
             sizes.append(target.square().sum(-1).flatten())
     if relative:
         return (torch.cat(errors) / torch.cat(sizes)).mean().item()
-    return sum(e.sum() / s.sum() * len(e) for e, s in zip(errors, sizes, strict=True)).item() / sum(map(len, errors))
+    return (torch.cat(errors).sum() / torch.cat(sizes).sum()).item()
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma2", "bloom"])
@@ -144,7 +145,59 @@ def test_the_same_seed_gives_the_same_bits():
     assert not torch.equal(results[0], results[2])
 
 
-def test_micro_batches_add_up_to_a_step():
+def test_the_plain_loss_counts_every_error_alike_however_large_the_targets_of_its_micro_batch_are():
+    """As the paper's sum over all tokens does; a micro-batch was divided by the size of its own targets."""
+    block, calls, inputs, targets = problem()
+    targets = [target * factor for target, factor in zip(targets, (1, 30, 1, 1), strict=False)]
+    through, data = BlockPass(block, calls, inputs), MicroBatches(inputs, targets)
+    loss, per_error = block_matching._loss(through, PLAIN, data), []
+    with torch.no_grad():
+        for i, (x, target) in enumerate(zip(inputs, targets, strict=True)):
+            call = calls.at(i, "cpu")
+            y = block(x, *call.args, **call.kwargs)
+            error = ((y[0] if isinstance(y, tuple) else y) - target).square().sum()
+            per_error.append(loss(i, x, target).item() * len(x) / error.item())
+    assert per_error == pytest.approx([per_error[0]] * len(per_error), rel=1e-4)
+
+
+def leaves(root):
+    return {name: value.clone() for name, value in root.state_dict().items()}
+
+
+@pytest.mark.parametrize("preset", ["blocks", "paper", "logits"])
+def test_training_leaves_routers_experts_and_ignored_layers_as_they_are(preset, tmp_path):
+    save_tiny("mixtral", tmp_path / "model")
+    recipe = Recipe(algorithm="wanda", ignore=("k_proj",), match=True, match_preset=preset, match_lr=1e-2)
+    report = sparlow.compress(tmp_path / "model", recipe, calibration=WINDOWS, evaluate=(), out=tmp_path / "out")
+    dense, trained = leaves(tiny("mixtral")), leaves(sparlow.load(tmp_path / "out"))
+    moved = {}
+    for row in report.not_compressed:
+        own = [name for name in dense if name.rpartition(".")[0] == row["name"]]
+        moved[row["name"]] = any(not torch.equal(dense[name], trained[name]) for name in own)
+    assert moved == {row["name"]: row["trained"] for row in report.not_compressed}
+    still = {name.rpartition(".")[2] for name, was in moved.items() if not was}
+    assert {"gate", "experts", "k_proj", "embed_tokens", "lm_head", "norm"} <= still
+    assert {name.rpartition(".")[2] for name, was in moved.items() if was} == {
+        "input_layernorm",
+        "post_attention_layernorm",
+    }
+
+
+def test_a_block_without_anything_to_train_is_measured_and_left_alone():
+    block, calls, inputs, targets = problem()
+    for name in compressed_layers(block):
+        block.set_submodule(name, linears(Decoder.of(tiny("llama")).blocks[0])[name])
+    for name in ("input_layernorm", "post_attention_layernorm"):
+        block.set_submodule(name, torch.nn.Identity())
+    before = leaves(block)
+    found = match(BlockPass(block, calls, inputs), MicroBatches(inputs, targets), PLAIN, PLAN)
+    assert (found.loss_before, found.epochs) == (found.loss_after, 0)
+    assert found.loss_before == pytest.approx(loss_of(block, calls, inputs, targets), rel=1e-4)
+    assert all(torch.equal(value, before[name]) for name, value in block.state_dict().items())
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_micro_batches_add_up_to_a_step(relative):
     """A batch of 8 in two micro-batches of 4 is the step of one of 8."""
     blocks = []
     for size in (4, 8):
@@ -154,11 +207,11 @@ def test_micro_batches_add_up_to_a_step():
         dense = Decoder.of(tiny("llama")).blocks[0]
         targets = ActivationStore("cpu")
         collect_statistics(BlockPass(dense, recording.calls[0], recording.hidden), Nothing, targets)
-        plan, relative = replace(PLAN, batch=8, epochs=1), replace(PLAIN, relative=True)
+        plan, objective = replace(PLAN, batch=8, epochs=1), replace(PLAIN, relative=relative)
         match(
             BlockPass(block, recording.calls[0], recording.hidden),
             MicroBatches(recording.hidden, targets),
-            relative,
+            objective,
             plan,
         )
         blocks.append(block)
