@@ -51,8 +51,6 @@ def recipes_for(
         raise InputError(
             f"An option is given for {unused[0]}, which is not compared. Compared are: {', '.join(names)}."
         )
-    if base.rank and all(find(name)[0].kind == "pruner" for name in names):
-        raise InputError(f"--rank has no effect: {', '.join(names)} only prune. Leave it out.")
     found = {}
     for name in names:
         changes: dict[str, Any] = {"algorithm": name, "options": options.get(name, {})}
