@@ -134,6 +134,36 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
     return Recipe(**fields, **_budget(args, prunes=algorithm.kind == "pruner"))
 
 
+def without_effect(args: argparse.Namespace) -> list[str]:
+    """The arguments that were given, are not what they are by default, and do nothing beside the others."""
+    dense = args.compression_alg == DENSE
+    algorithm = None if dense else find(args.compression_alg)[0]
+    prunes = algorithm is not None and algorithm.kind == "pruner"
+    matching = {"n_iters", "lr_init", "chunk_size"}
+    idle: dict[str, bool] = {
+        "compression_ratio": bool(args.prunem) and (args.rank_ratio < 0 or prunes),
+        "rank_ratio": prunes,
+        "lora_num_ranks": (args.rank_ratio >= 0 and not prunes) or (prunes and not args.do_train),
+        "enable_owl_deltas": bool(args.prunem),
+        "hess_percdamp": not args.hess_diag,
+        "n_iters_oats_hassle_free": algorithm is not None and "rounds" not in algorithm.options,
+        **dict.fromkeys(matching, not args.enable_transformer_matching),
+        **dict.fromkeys(("dataset_name", "train_steps", "block_size"), not args.do_train),
+        **dict.fromkeys(("eval_datasets", "eval_tasks", "task_path", "limit"), not args.do_eval),
+        "per_device_eval_batch_size": not args.do_eval or not args.eval_tasks,
+    }
+    if dense:
+        evaluating = {"seqlen", "eval_datasets", "eval_tasks", "task_path", "limit", "per_device_eval_batch_size"}
+        every = {argument.name for argument in ARGUMENTS} - evaluating
+        idle |= dict.fromkeys(every - {"model_name_or_path", "output_dir", "compression_alg"}, True)
+    usual = {
+        argument.name: argument.kind(argument.default)
+        for argument in (*ARGUMENTS, *OWN)
+        if argument.default is not None
+    }
+    return [name for name, so in idle.items() if so and getattr(args, name) not in (usual.get(name), None)]
+
+
 def _budget(args: argparse.Namespace, *, prunes: bool) -> dict[str, Any]:
     """Pattern and rank, or compression and share."""
     if not args.prunem and args.compression_ratio < 0:
@@ -168,6 +198,9 @@ def _run(args: argparse.Namespace) -> None:
     if args.do_train and args.compression_alg == DENSE:
         raise InputError("--do_train starts from a compressed model. Choose another --compression_alg than dense.")
     result: str | Path = args.model_name_or_path
+    useless = [f"--{name}" for name in without_effect(args)]
+    if useless:
+        display.err.print(f"without effect here: {', '.join(useless)}", markup=False, highlight=False)
     if args.compression_alg != DENSE:
         recipe = recipe_of(args)
         words = [*command_of(args.model_name_or_path, str(out), recipe), "--evaluate", ""]

@@ -40,7 +40,7 @@ def measure(
     rank = {"rank": 64} if algorithm == "3basil" else {}
     size = {"samples": samples, "seqlen": seqlen}
     recipe = Recipe(algorithm=algorithm, options=options, calibration=GIVEN_WINDOWS, **rank, **size)
-    opened, storage = open_dense(folder, None, recipe, RunOptions(device="cpu"), streamed=True)
+    opened, storage = open_dense(folder, None, recipe, RunOptions(device="cpu"))
     vocabulary = opened.model.config.vocab_size
     windows = random_windows(vocabulary, samples, seqlen)
     job = Job(opened, storage, recipe, windows, lambda _: None)

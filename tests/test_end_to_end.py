@@ -65,7 +65,7 @@ def compressed(first_blocks, tmp_path_factory):
     return out, sparlow.compress(first_blocks, RECIPE, out=out, evaluate=(TEXT,))
 
 
-def test_a_real_model_loses_little(compressed, first_blocks):
+def test_a_real_model_loses_little(compressed, first_blocks, tmp_path):
     out, report = compressed
     blocks = Decoder.of(AutoModelForCausalLM.from_pretrained(first_blocks)).blocks
     assert len(report.layers) == sum(len(linears(block)) for block in blocks) == 14
@@ -82,7 +82,8 @@ def test_a_real_model_loses_little(compressed, first_blocks):
         report.bytes["compressed"], rel=0.001
     )
     # better than magnitude pruning alone, by far
-    pruned = sparlow.compress(first_blocks, RECIPE.changed(algorithm="magnitude", options={}, rank=0), evaluate=())
+    recipe = RECIPE.changed(algorithm="magnitude", options={}, rank=0)
+    pruned = sparlow.compress(first_blocks, recipe, evaluate=(), out=tmp_path / "pruned")
     for ours, theirs in zip(
         sorted(report.layers, key=lambda r: (r.block, r.name)),
         sorted(pruned.layers, key=lambda r: (r.block, r.name)),

@@ -65,6 +65,31 @@ def recipe_of(script, words, *more):
     return script.recipe_of(script._parser().parse_args([*required, *shlex.split(words), *more]))
 
 
+PRUNED = "--compression_alg wanda --compression_ratio 0.5 --lora_num_ranks 9"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (COMMANDS["3basil 50 % + 128, matching"], ["n_iters_oats_hassle_free"]),
+        (COMMANDS["sparsegpt 2:4, matching"], []),
+        ("--prunen 2 --prunem 4 --compression_ratio 0.5", ["compression_ratio"]),
+        ("--prunen 2 --prunem 4 --compression_ratio 0.5 --rank_ratio 0.2", []),
+        ("--compression_ratio 0.5 --rank_ratio 0.2 --lora_num_ranks 9", ["lora_num_ranks"]),
+        (f"{PRUNED} --rank_ratio 0.2", ["rank_ratio", "lora_num_ranks"]),
+        (f"{PRUNED} --do_train", []),
+        ("--prunen 2 --prunem 4 --enable_owl_deltas True", ["enable_owl_deltas"]),
+        ("--compression_ratio 0.5 --hess_percdamp 0.1", ["hess_percdamp"]),
+        ("--compression_ratio 0.5 --enable_transformer_matching False --lr_init 1e-3", ["lr_init"]),
+        ("--compression_ratio 0.5 --limit 3 --train_steps 5", ["train_steps", "limit"]),
+        ("--compression_alg dense --do_eval --nsamples 5 --seqlen 64", ["nsamples"]),
+    ],
+)
+def test_arguments_without_effect_are_told_in_one_line(script, words, said):
+    args = script._parser().parse_args(["--model_name_or_path", "m", "--output_dir", "o", *shlex.split(words)])
+    assert sorted(script.without_effect(args)) == sorted(said)
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_the_commands_of_the_paper_word_for_word(script, name):
     assert recipe_of(script, COMMANDS[name]) == RECIPES[name]

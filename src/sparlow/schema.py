@@ -82,6 +82,15 @@ class FileOnly:
     """Marks what the command line cannot give, or gives in a way of its own."""
 
 
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """Marks an option that has no effect unless another one, ``field``, has this ``value``; ``said`` is how to ask."""
+
+    field: str
+    value: Any
+    said: str
+
+
 def at_least(least: int) -> Bound:
     """The smallest number that may be given."""
     return Bound(f"at least {least}", lambda value: value >= least)
@@ -264,6 +273,21 @@ def require_known(given: Iterable[str], owner: Callable[..., Any], what: str) ->
     for name in given:
         if name not in known:
             raise InputError(unknown(f"{what} has no field {shown(name)}", name, known))
+
+
+def idle(values: Mapping[str, Any], owner: type) -> dict[str, Needs]:
+    """Of the options that need another one: those that do nothing beside these values, and what each would need."""
+    notes = {name: option.note(Needs) for name, option in options_of(owner).items()}
+    return {name: needs for name, needs in notes.items() if needs and values[needs.field] != needs.value}
+
+
+def require_effect(given: Iterable[str], values: Mapping[str, Any], owner: type) -> None:
+    """Raise InputError for the first of the options that are ``given``, if it does nothing beside these values."""
+    without = idle(values, owner)
+    for name in given:
+        if name in without:
+            option, said = f"--{name.replace('_', '-')}", without[name].said
+            raise InputError(f"{option} has no effect without {said}. Add {said}, or leave {option} out.")
 
 
 def pick(record: type[T], values: Mapping[str, Any]) -> T:

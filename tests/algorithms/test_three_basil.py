@@ -7,6 +7,7 @@ from functools import cache
 import pytest
 import torch
 
+import layers
 import oracles
 from sparlow.algorithms import find, solve, three_basil
 from sparlow.algorithms.three_basil import _Loop, _paper
@@ -166,6 +167,19 @@ def test_without_low_rank_part_the_iterates_are_the_papers(steps):
     assert loop.rho == pytest.approx(rho)
 
 
+@pytest.mark.parametrize("pattern", ["2:4", "0.5"])
+@pytest.mark.parametrize("steps", [10, 70])
+def test_the_literal_schedule_is_the_papers_algorithm_step_by_step(pattern, steps):
+    W, gram = layer(24, 40, 0)
+    choose = parse_pattern(pattern).mask
+    D, L, _, rho = oracles.paper_admm(W, gram.H, choose, 4, max_steps=steps)
+    wide, exact = layers.in_float64(W, gram)
+    found = three_basil.three_basil(wide, exact, parse_pattern(pattern), 4, schedule="literal", max_steps=steps)
+    torch.testing.assert_close(found.S, D, rtol=0, atol=1e-8 * D.abs().max().item())
+    torch.testing.assert_close(found.U @ found.V, L, rtol=0, atol=1e-8 * L.abs().max().item())
+    assert found.stats["rho"] == pytest.approx(rho)
+
+
 @pytest.mark.parametrize("rho", [0.01, 0.3])
 def test_the_joint_step_is_the_minimum_over_both_blocks(rho):
     W, gram = layer(24, 40, 0)
@@ -207,7 +221,7 @@ def test_either_part_is_nearly_the_best_for_the_other(pattern, max_steps):
 # --- what it says of itself ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("schedule", "least"), [("joint", 10), ("paper", 100)])
+@pytest.mark.parametrize(("schedule", "least"), [("joint", 10), ("paper", 100), ("literal", 100)])
 def test_says_whether_it_has_converged(schedule, least):
     stats = run(*layer(48, 64, 1), "2:4", schedule=schedule).stats
     assert stats["converged"] is True
@@ -216,7 +230,7 @@ def test_says_whether_it_has_converged(schedule, least):
     assert stats["rho"] > 0.003
 
 
-@pytest.mark.parametrize("schedule", ["joint", "paper"])
+@pytest.mark.parametrize("schedule", ["joint", "paper", "literal"])
 def test_stops_at_the_bound_and_says_so(schedule):
     found = run(*layer(48, 64, 1), "2:4", schedule=schedule, max_steps=7)
     assert found.stats["iterations"] == 7

@@ -32,7 +32,7 @@ def tokens(windows, seqlen, seed=0):
 def compressed():
     model = tiny("llama")
     recipe = Recipe(rank=4, options={"effort": 0.1, "max_steps": 10})
-    sparlow.compress(model, recipe, calibration=tokens(8, 16), evaluate=())
+    sparlow.compress(model, recipe, calibration=tokens(8, 16), evaluate=(), inplace=True)
     return model
 
 

@@ -82,7 +82,7 @@ def model(request):
     if request.param == "compressed":
         windows = torch.randint(2, 97, (8, 16), generator=torch.Generator().manual_seed(0))
         recipe = Recipe(algorithm="wanda", rank=0)
-        sparlow.compress(model, recipe, calibration=windows, evaluate=())
+        sparlow.compress(model, recipe, calibration=windows, evaluate=(), inplace=True)
     return model
 
 
@@ -95,6 +95,28 @@ def place(tmp_path_factory):
     recipe = Recipe(algorithm="wanda", rank=0, samples=4, seqlen=16)
     sparlow.compress(place / "model", recipe, calibration=str(place / "text.txt"), out=place / "out", evaluate=())
     return place
+
+
+def test_a_head_of_its_own_is_not_tied_by_lm_eval(place, folder):
+    """Its config says that it is tied: lm-eval then ties it in place, for its passes and for good."""
+    model = tiny("llama")
+    model.config.tie_word_embeddings = True
+    model.train()
+    model.model.layers[0].eval()
+    before, modes = dict(model.named_parameters()), {name: m.training for name, m in model.named_modules()}
+    own, seen = model.lm_head.weight, []
+    hook = model.register_forward_hook(lambda module, *_: seen.append(module.lm_head.weight))
+    texts = {"perplexity_on": (str(place / "text.txt"),), "seqlen": 16}
+    first = evaluate(model, tiny_tokenizer(), **texts)
+    found = measured(model, ["both"], folder)
+    hook.remove()
+    assert found["tasks"]
+    assert seen
+    assert all(weight is own for weight in seen)
+    assert all(p is before[name] for name, p in model.named_parameters())
+    assert before.keys() == dict(model.named_parameters()).keys()
+    assert {name: m.training for name, m in model.named_modules()} == modes
+    assert evaluate(model, tiny_tokenizer(), **texts) == first
 
 
 def encode(text):

@@ -204,6 +204,21 @@ def test_the_result_is_an_artefact_like_any_other(place, tuned, capsys):
     assert perplexity(sparlow.load(out), windows).value == pytest.approx(report.finetuning["perplexity"]["after"][text])
 
 
+@pytest.mark.parametrize(
+    ("dtype", "lr", "undone"), [("bfloat16", 1e-9, 1), ("bfloat16", 1e-1, 0), ("float32", 1e-9, 0)]
+)
+def test_training_that_rounding_undid_is_told(dtype, lr, undone, place, tmp_path):
+    save_tiny("llama", tmp_path / "model", dtype=getattr(torch, dtype))
+    recipe = Recipe(rank=4, options=QUICK, samples=8, seqlen=SEQLEN, calibration=str(place / "text.txt"))
+    sparlow.compress(tmp_path / "model", recipe, out=tmp_path / "start", evaluate=())
+    text = str(place / "text.txt")
+    options = OPTIONS | {"lr": lr, "steps": 2}
+    report = sparlow.finetune(tmp_path / "start", tmp_path / "out", dataset=text, evaluate=(), **options)
+    found = [warning for warning in report.warnings if "undid the training" in warning]
+    assert len(found) == undone
+    assert all("rounding to bfloat16" in warning and "--lr" in warning for warning in found)
+
+
 def test_the_report_keeps_that_of_compression(place, tuned):
     old, new = Report.from_file(place / "mixed" / "report.json"), Report.from_file(tuned[0] / "report.json")
     for name in ("recipe", "dense", "compressed", "bytes", "values", "bits_per_weight", "layers", "not_compressed"):

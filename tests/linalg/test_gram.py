@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -168,6 +170,15 @@ def test_relative_error_runs_from_nothing_lost_to_everything():
     assert gram.relative_error(W, W) == 1
     assert gram.relative_error(W, W / 2) == pytest.approx(0.25)
     assert gram.relative_error(torch.zeros_like(W), torch.zeros_like(W)) == 0
+
+
+def test_a_relative_error_is_never_negative_though_its_rounded_sum_may_be():
+    """Of a few tokens H has rank far below its size, and residuals that it hardly sees."""
+    gram = Gram.damped(torch.eye(4), absolute=0, relative=0)
+    gram.objective = lambda R: (R * R).sum() if R.abs().max() > 0.1 else -1e-9 * (R * R).sum()
+    W = torch.ones(2, 4)
+    assert gram.relative_error(W, 1e-3 * W) == 0
+    assert math.isnan(gram.relative_error(W, W * math.nan))  # and what is no number is not hidden
 
 
 # --- accumulator -----------------------------------------------------------------------------------------------------

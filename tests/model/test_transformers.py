@@ -51,7 +51,7 @@ def logits(model):
 def test_what_is_compressed_opens_saves_and_opens_again(family, tmp_path):
     save_tiny(family, tmp_path / "dense")
     in_memory = open_model(str(tmp_path / "dense")).model
-    sparlow.compress(in_memory, QUICK, calibration=WINDOWS, evaluate=())
+    sparlow.compress(in_memory, QUICK, calibration=WINDOWS, evaluate=(), inplace=True)
     expected = logits(in_memory)
 
     report = sparlow.compress(tmp_path / "dense", QUICK, calibration=WINDOWS, evaluate=(), out=tmp_path / "out")
@@ -216,7 +216,7 @@ def test_nothing_is_opened_or_begun_where_the_format_is_not_known(tmp_path, monk
     monkeypatch.setattr(private, "NO_FORMAT", "it is another release")
     for attempt in (
         lambda: sparlow.load(tmp_path),
-        lambda: sparlow.compress(model, QUICK, calibration=WINDOWS, evaluate=()),
+        lambda: sparlow.compress(model, QUICK, calibration=WINDOWS, evaluate=(), inplace=True),
         SparlowConfig,
     ):
         with pytest.raises(InputError, match="Compressed models cannot be opened or written: it is another release"):

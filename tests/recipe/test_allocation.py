@@ -154,7 +154,8 @@ def test_names_match_at_their_end(pattern, name, right):
 
 
 def compress(model, recipe, **options):
-    return sparlow.compress(model, recipe, **{"calibration": WINDOWS, "evaluate": ()} | options)
+    usual = {"calibration": WINDOWS, "evaluate": (), "inplace": "out" not in options}
+    return sparlow.compress(model, recipe, **usual | options)
 
 
 def direct_densities(model, threshold, sparsity, spread):
@@ -306,7 +307,7 @@ def test_nothing_passes_through_blocks_that_nobody_looks_behind(ignored, passed,
         return plain(through, **options)
 
     monkeypatch.setattr(job, "pass_through", spied)
-    sparlow.compress(model, Recipe(algorithm="magnitude", ignore=ignored), calibration=WINDOWS, evaluate=())
+    compress(model, Recipe(algorithm="magnitude", ignore=ignored))
     assert seen == passed
 
 

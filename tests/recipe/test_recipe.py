@@ -1,4 +1,5 @@
 import dataclasses
+import re
 import time
 import tomllib
 from pathlib import Path
@@ -265,7 +266,7 @@ def test_an_unknown_algorithm_is_answered_with_the_nearest():
         ("3basil", {"effort": "much"}, "effort='much' is not usable: expected float above 0"),
         ("3basil", {"effort": 0}, "effort=0 is not usable: expected float above 0"),
         ("3basil", {"max_steps": 0}, "max_steps=0 is not usable: expected int at least 1"),
-        ("3basil", {"schedule": "slow"}, r"schedule='slow' is not usable: expected joint \| paper"),
+        ("3basil", {"schedule": "slow"}, r"schedule='slow' is not usable: expected joint \| paper \| literal"),
         ("three-basil", {"efort": 1}, "no option 'efort'"),
         ("magnitude", {"effort": 1}, r"magnitude has no option 'effort' \(it takes none\)"),
     ],
@@ -286,7 +287,7 @@ def test_patterns_that_are_none(pattern):
     [
         ({"samples": 0}, "samples must be at least 1, not 0"),
         ({"seqlen": -3}, "seqlen must be at least 1, not -3"),
-        ({"match_epochs": 0}, "match_epochs must be above 0, not 0"),
+        ({"match": True, "match_epochs": 0}, "match_epochs must be above 0, not 0"),
         ({"match_lr": -1e-5}, "match_lr must be above 0"),
         ({"match_batch": -1}, "match_batch must be above 0"),
         (
@@ -300,6 +301,36 @@ def test_patterns_that_are_none(pattern):
 def test_numbers_out_of_range(changes, message):
     with pytest.raises(InputError, match=message):
         Recipe(**changes)
+
+
+WITHOUT_EFFECT = {
+    "match_preset": ("'paper'", "--match"),
+    "match_epochs": ("3", "--match"),
+    "match_lr": ("0.001", "--match"),
+    "match_batch": ("4", "--match"),
+    "owl_spread": ("0.1", "--allocate owl"),
+    "owl_threshold": ("3.0", "--allocate owl"),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_EFFECT)
+def test_an_option_without_effect_is_refused_in_a_file_too(name):
+    value, needed = WITHOUT_EFFECT[name]
+    option = f"--{name.replace('_', '-')}"
+    said = f"{option} has no effect without {needed}. Add {needed}, or leave {option} out"
+    with pytest.raises(InputError, match=re.escape(said)):
+        Recipe.from_toml(f"{name} = {value}")
+    turned_on = "match = true" if needed == "--match" else "allocate = 'owl'\npattern = '0.5'"
+    assert Recipe.from_toml(f"{turned_on}\n{name} = {value}").to_dict()[name]
+
+
+def test_what_is_turned_off_takes_along_what_only_it_needs():
+    recipe = FULL.changed(match=False, allocate="uniform")
+    assert {name: getattr(recipe, name) for name in WITHOUT_EFFECT} == {
+        name: getattr(Recipe(), name) for name in WITHOUT_EFFECT
+    }
+    with pytest.raises(InputError, match="--match-lr has no effect"):
+        FULL.changed(match=False, match_lr=1e-3)
 
 
 @pytest.mark.parametrize("name", ["damping", "relative_damping"])

@@ -6,7 +6,7 @@ import pytest
 
 from sparlow.errors import InputError
 from sparlow.recipe.recipe import Recipe
-from sparlow.report.html_page import html, summary_rows, write_reports
+from sparlow.report.html_page import html, summary_head, summary_rows, write_reports
 from sparlow.report.records import LayerRecord, Report
 
 EVIL = "<script>alert(1)</script>"
@@ -155,6 +155,16 @@ def test_the_summary_sets_dense_beside_compressed():
     assert rows["whole model"] == ("4.0 MB", "2.5 MB")
     assert rows["bits a linear weight"] == ("16.00", "8.00")
     assert rows["mean relative error"] == ("0", "0.02000")
+
+
+def test_after_fine_tuning_the_numbers_of_now_are_on_top():
+    tuned = report(finetuning={"perplexity": {"before": {"builtin": 21.5}, "after": {"builtin": 20.7, "other": 9.5}}})
+    rows = {name: (dense, now) for name, dense, now in summary_rows(tuned)}
+    assert rows["perplexity, builtin"] == ("20.00", "20.70")
+    assert rows["perplexity, other"] == ("–", "9.50")
+    assert rows["mean relative error before fine-tuning"] == ("0", "0.02000")
+    assert summary_head(tuned) == ("", "dense", "fine-tuned")
+    assert summary_head(report()) == ("", "dense", "compressed")
 
 
 def test_a_perplexity_that_is_not_there_yet_is_a_dash():

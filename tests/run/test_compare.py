@@ -79,7 +79,7 @@ def test_every_method_has_a_row_with_the_figures_of_its_own_report(done):
 
 
 def test_every_method_without_and_with_matching(place, tmp_path):
-    recipes = recipes_for(base(place, match_epochs=2), ("wanda", "3basil"), OPTIONS, match="both")
+    recipes = recipes_for(base(place, match=True, match_epochs=2), ("wanda", "3basil"), OPTIONS, match="both")
     assert [(name, recipe.match) for name, recipe in recipes.items()] == [
         ("wanda", False),
         ("wanda+match", True),
@@ -208,6 +208,55 @@ def test_recipes_must_share_the_text(place, tmp_path):
         compare(place / "model", recipes, out=tmp_path / "out")
 
 
+def rows_in(out):
+    return [row["name"] for row in json.loads((out / NAME).read_text())["rows"]]
+
+
+def test_a_second_call_with_other_methods_keeps_the_earlier_rows(place, tmp_path):
+    out = tmp_path / "out"
+    first = run(place, out, ("magnitude", "wanda"))
+    second = run(place, out, ("3basil",))
+    assert rows_in(out) == [row.name for row in second.rows] == list(METHODS)
+    assert second.rows[:2] == first.rows
+    assert second.dense == first.dense
+    drawn = ET.parse(out / "relative_error.svg").getroot()  # noqa: S314 - our own file
+    assert set(METHODS) <= {element.text.strip() for element in drawn.iter() if element.text}
+    again = run(place, out, ("wanda",))
+    assert sorted(row.name for row in again.rows) == sorted(METHODS)
+    assert run(place, out, ("wanda",), overwrite=True).rows[0].name == "wanda"
+    assert rows_in(out) == ["wanda"]  # begun anew
+
+
+@pytest.mark.parametrize(
+    ("changes", "texts", "named"),
+    [
+        ({"samples": 3}, ("text.txt",), r"samples \(4 there, 3 now\)"),
+        ({"damping": 0.1}, ("text.txt",), r"damping \(0.005 there, 0.1 now\)"),
+        ({"match": True}, ("text.txt",), r"match \(False there, True now\)"),
+        ({"seed": 1}, ("text.txt",), r"seed \(0 there, 1 now\)"),
+        ({}, ("other.txt",), "evaluation"),
+    ],
+)
+def test_methods_that_were_made_otherwise_do_not_stand_in_one_table(changes, texts, named, place, tmp_path):
+    out = tmp_path / "out"
+    run(place, out, ("magnitude",))
+    before = (out / NAME).read_text()
+    recipes = recipes_for(base(place, **changes), ("wanda",), {})
+    how = RunOptions(evaluate=[str(place / text) for text in texts])
+    with pytest.raises(InputError, match=f"holds a comparison with magnitude, which differs in {named}"):
+        compare(place / "model", recipes, out=out, options=how)
+    assert (out / NAME).read_text() == before
+    compare(place / "model", recipes, out=out, options=how, overwrite=True)
+    assert rows_in(out) == ["wanda"]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"version": 7}', '{"version": 1, "rows": [{"name": "a"}]}'])
+def test_a_file_that_is_no_comparison_is_told(text, place, tmp_path):
+    (tmp_path / NAME).write_text(text)
+    with pytest.raises(InputError, match=r"compare\.json"):
+        run(place, tmp_path, ("magnitude",))
+
+
 # Which methods
 
 
@@ -278,6 +327,8 @@ def test_the_command_prints_the_table(place, tmp_path, capsys):
         (["--algorithms", "wanda", "--pattern", "2:5"], "Pattern 2:5"),
         (["--algorithms", "wanda", "--match", "maybe"], "--match maybe is not understood. Give no, yes or both."),
         (["--algorithms", "wanda", "--owl", "--allocate", "uniform"], "--owl and --allocate uniform contradict"),
+        (["--algorithms", "wanda", "--match-lr", "1e-3"], "--match-lr has no effect without --match"),
+        (["--algorithms", "wanda", "--match", "no", "--match-lr", "1e-3"], "--match-lr has no effect without --match"),
     ],
 )
 def test_bad_input_is_one_line(more, said, place, tmp_path, capsys):

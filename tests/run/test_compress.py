@@ -3,12 +3,13 @@ import hashlib
 import json
 import shutil
 import socket
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import oracles
 import sparlow
@@ -76,8 +77,11 @@ WINDOWS = tokens()
 
 
 def compress(model, recipe=QUICK, **options):
-    """Compress on token windows, without a tokenizer and without measuring."""
-    return sparlow.compress(model, recipe, **{"calibration": WINDOWS, "evaluate": ()} | options)
+    """Compress on token windows, without a tokenizer and without measuring; a model object in place."""
+    options = {"calibration": WINDOWS, "evaluate": (), "inplace": isinstance(model, PreTrainedModel)} | options
+    with tempfile.TemporaryDirectory() as scratch:
+        place = {} if options["inplace"] else {"out": Path(scratch) / "out"}
+        return sparlow.compress(model, recipe, **place | options)
 
 
 def logits(model, ids=WINDOWS):
@@ -171,7 +175,7 @@ def test_report_json_has_the_keys_of_version_1(whole):
     assert found["dense"].keys() == found["compressed"].keys() == {"perplexity", "perplexity_stderr"}
     assert len(found["layers"]) == 12
     assert all(row.keys() == LAYER_KEYS for row in found["layers"])
-    assert all(row.keys() == {"name", "parameters", "why"} for row in found["not_compressed"])
+    assert all(row.keys() == {"name", "parameters", "why", "trained"} for row in found["not_compressed"])
     assert Report.from_file(out / "report.json") == report
 
 
@@ -290,9 +294,10 @@ def test_counts_are_those_of_the_layers(whole):
     assert {row.tokens for row in report.layers} == {8 * 16}
 
 
-def test_without_out_nothing_is_written(folder, tmp_path, monkeypatch):
+def test_in_place_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert compress(folder, PRUNE).layers
+    model = tiny("gpt_neox")
+    assert len(compress(model, PRUNE).layers) == len(compressed_layers(model))
     assert not list(tmp_path.iterdir())
 
 
@@ -306,6 +311,7 @@ def test_steps_are_told_in_order(text):
         tokenizer=tiny_tokenizer(),
         evaluate=[str(text)],
         notify=steps.append,
+        inplace=True,
     )
     assert list(dict.fromkeys(step.stage for step in steps)) == ["dense perplexity", "blocks", "compressed perplexity"]
     for stage, total in (
@@ -943,7 +949,7 @@ def test_what_is_compressed_is_not_compressed_again(old, tmp_path):
 
 def test_windows_longer_than_the_context(tmp_path):
     with pytest.raises(InputError, match="64"):
-        compress(tiny("opt"), PRUNE, calibration=tokens(seqlen=80), out=tmp_path / "out")
+        compress(tiny("opt"), calibration=tokens(seqlen=80), out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -976,7 +982,7 @@ def ruined(text, tmp_path_factory):
     with torch.no_grad():
         model.lm_head.weight.mul_(1e6)
     options = {"calibration": WINDOWS, "tokenizer": tiny_tokenizer(), "evaluate": [str(text)]}
-    return out, sparlow.compress(model, PRUNE, out=out, **options)
+    return out, sparlow.compress(model, PRUNE, out=out, inplace=True, **options)
 
 
 def test_an_infinite_perplexity_is_reported(ruined, text):

@@ -40,7 +40,7 @@ def test_a_model_of_transposed_weights_is_compressed_written_and_opened(match, t
     loaded = sparlow.load(tmp_path / "out")
     assert compressed_layers(loaded).keys() == {name for name, _ in Decoder.of(dense).layers()}
     in_memory = tiny("gpt2")
-    again = sparlow.compress(in_memory, recipe, calibration=WINDOWS, evaluate=())
+    again = sparlow.compress(in_memory, recipe, calibration=WINDOWS, evaluate=(), inplace=True)
     assert [x.relative_error for x in again.layers] == pytest.approx([x.relative_error for x in report.layers])
     with torch.no_grad():
         torch.testing.assert_close(in_memory(WINDOWS).logits, loaded(WINDOWS).logits, rtol=1e-4, atol=1e-4)
@@ -55,7 +55,8 @@ def test_a_model_of_transposed_weights_is_compressed_written_and_opened(match, t
 def test_what_is_kept_of_a_transposed_weight_is_what_the_definition_says():
     """Magnitude pruning at 2:4 along the inputs, by hand."""
     dense, model = tiny("gpt2"), tiny("gpt2")
-    sparlow.compress(model, Recipe(algorithm="magnitude", pattern="2:4"), calibration=WINDOWS, evaluate=())
+    recipe = Recipe(algorithm="magnitude", pattern="2:4")
+    sparlow.compress(model, recipe, calibration=WINDOWS, evaluate=(), inplace=True)
     for name, layer in compressed_layers(model).items():
         W = dense.get_submodule(name).weight.detach().T  # (out, in)
         groups = W.reshape(len(W), -1, 4)
@@ -82,7 +83,7 @@ def test_blocks_that_depend_on_the_text_or_share_what_they_write(family, recipe,
 def test_what_later_blocks_are_calibrated_on_comes_from_the_compressed_blocks_before():
     """The last block of a Gemma-4 attends to keys of a block that was compressed: its statistics are seen by hand."""
     model, dense = tiny("gemma4_text"), tiny("gemma4_text")
-    report = sparlow.compress(model, WANDA, calibration=WINDOWS, evaluate=())
+    report = sparlow.compress(model, WANDA, calibration=WINDOWS, evaluate=(), inplace=True)
     half = tiny("gemma4_text")
     for i in range(3):
         Decoder.of(half).blocks[i] = Decoder.of(model).blocks[i]
@@ -173,7 +174,7 @@ def test_from_the_windows_to_the_pruner_there_are_six_functions(monkeypatch):
         seen.append(frames_of_ours())
         return W * pattern.mask(W.abs())
 
-    sparlow.compress(tiny("llama"), Recipe(algorithm="looks-around"), calibration=WINDOWS, evaluate=())
+    sparlow.compress(tiny("llama"), Recipe(algorithm="looks-around"), calibration=WINDOWS, evaluate=(), inplace=True)
     assert seen[0] == ["looks_around", "solve", "compress_block", "walk", "go", "compress"]
     assert max(map(len, seen)) == 6
 

@@ -16,9 +16,10 @@ from sparlow.finite import all_finite
 from sparlow.linalg.gram import Gram
 from sparlow.linalg.lowrank import balanced
 from sparlow.linalg.patterns import Pattern, parse_pattern
-from sparlow.linalg.tf32 import unit
+from sparlow.linalg.tf32 import exact_products, unit
 
 
+@exact_products()
 @torch.no_grad()
 def solve(
     algorithm: Algorithm, W: Tensor, gram: Gram, pattern: Pattern, rank: int, options: Mapping[str, Any]

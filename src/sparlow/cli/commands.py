@@ -3,6 +3,7 @@
 What is heavy is imported inside the commands, so that ``sparlow --help`` needs neither torch nor transformers.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -97,6 +98,8 @@ def compare(
 
     names = split(algorithms)
     names = list(variants()) if names == ["all"] else names
+    if match is not None:
+        given = replace(given, changes={**given.changes, "match": match != "no"})
     recipes = recipes_for(given.recipe(), names, parse_named_pairs(option or []), match)
     with resumable(), display.progress() as notify:
         found = run_comparison(model, recipes, out=out, options=run, **values_of(write), notify=notify)

@@ -72,8 +72,11 @@ def show_report(report: "Report") -> None:
         f"peak memory {human_bytes(report.peak_memory['rss'])}",
         highlight=False,
     )
-    kept = sum(row["parameters"] for row in report.not_compressed)
-    out.print(f"{kept:,} parameters in {len(report.not_compressed)} modules stay as they are", highlight=False)
+    still = [row["parameters"] for row in report.not_compressed if not row.get("trained")]
+    out.print(f"{sum(still):,} parameters in {len(still)} modules stay as they are", highlight=False)
+    trained = [row["parameters"] for row in report.not_compressed if row.get("trained")]
+    if trained:
+        out.print(f"{sum(trained):,} in {len(trained)} norms were trained with the compressed layers", highlight=False)
     out.print(remarks(report), highlight=False)
     for warning in report.warnings[:10]:
         out.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False)

@@ -18,7 +18,18 @@ from rich.markup import escape
 
 from sparlow.errors import InputError
 from sparlow.recipe.recipe import Recipe
-from sparlow.schema import Doc, FileOnly, Option, Panel, Unset, at_least, check_fields, options_of
+from sparlow.schema import (
+    Doc,
+    FileOnly,
+    Option,
+    Panel,
+    Unset,
+    at_least,
+    check_fields,
+    options_of,
+    require_effect,
+    values_of,
+)
 
 EVALUATION, MACHINE, OUTPUT = Panel("Evaluation"), Panel("Machine"), Panel("Output")
 PANELS = (  # as help shows them, after the arguments and what belongs to none
@@ -78,6 +89,12 @@ class EvaluateOptions:
     def __post_init__(self) -> None:
         """Check every field."""
         check_fields(self, "the options of evaluate")
+        if not (self.perplexity or self.tasks):
+            raise InputError("There is nothing to measure. Give --perplexity or --tasks.")
+        for name, beside in {"seqlen": "perplexity", "batch_size": "tasks", "fewshot": "tasks"}.items():
+            if getattr(self, name) != getattr(EvaluateOptions, name) and not getattr(self, beside):
+                option = f"--{name.replace('_', '-')}"
+                raise InputError(f"{option} has no effect without --{beside}. Add it, or leave {option} out.")
 
 
 @dataclass(frozen=True)
@@ -101,7 +118,9 @@ class Given:
         if self.pairs or algorithm != self.base.algorithm:
             kept = self.base.options if algorithm == self.base.algorithm else {}
             changes["options"] = {**kept, **parse_pairs(self.pairs)}
-        return self.base.changed(**changes)
+        found = self.base.changed(**changes)
+        require_effect(changes, values_of(found), Recipe)  # also for what was typed and is the default
+        return found
 
 
 @dataclass(frozen=True, slots=True)

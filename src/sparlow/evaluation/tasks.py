@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparlow.errors import InputError
 from sparlow.evaluation.task_catalogue import Catalogue
+from sparlow.model.loading.objects import in_eval_mode
 from sparlow.progress import Notify, Progress
 
 PAPER = ("piqa", "hellaswag", "arc_easy", "arc_challenge", "winogrande", "rte", "openbookqa", "boolq")
@@ -95,7 +96,7 @@ def measure_tasks(
     """Answer the questions of ``tasks`` with ``model``, on its device and in its type; nothing is copied.
 
     Args:
-        model: Any causal language model of transformers; put in eval mode for it.
+        model: Any causal language model of transformers; put in eval mode for it, and left as it was.
         tokenizer: Its tokenizer.
         tasks: See ``load_tasks``.
         limit: At most so many questions of each task, the first ones.
@@ -110,9 +111,8 @@ def measure_tasks(
     for name, value in (("limit", limit), ("batch_size", batch_size)):
         if value is not None and value < 1:
             raise InputError(f"{name} must be at least 1, not {value}.")
-    training = model.training
     results: dict[str, TaskResult] = {}
-    with _quiet():
+    with _quiet(), in_eval_mode(model), _own_head(model):
         progress = _TaskProgress(tasks, limit, notify)
         untyped: Any = HFLM
         # a copy: lm-eval gives a padding token to a tokenizer without one
@@ -123,8 +123,18 @@ def measure_tasks(
                 with progress.watching(model, task):
                     metrics[task.task_name] = _run(lm, task, limit)
             results |= _results(item, metrics)
-    model.train(training)
     return results
+
+
+@contextmanager
+def _own_head(model: PreTrainedModel) -> Iterator[None]:
+    """Keep lm-eval from tying an output head of the model's own to the embedding because its config says so."""
+    untyped: Any = model
+    untyped.tie_weights = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        del untyped.tie_weights  # the class's is there again
 
 
 def average(results: Mapping[str, TaskResult]) -> float | None:

@@ -36,6 +36,7 @@ from sparlow.model.artefact.peft_adapter import (
 from sparlow.model.artefact.shards import ShardRecord
 from sparlow.model.forward.decoder import Decoder
 from sparlow.model.loading.source import OpenedModel, upcast_for_cpu
+from sparlow.model.training.unmoved import undone
 from sparlow.progress import Notify, counting
 from sparlow.report.html_page import write_reports
 from sparlow.report.records import LayerRecord, Perplexity, Report
@@ -75,6 +76,7 @@ class FineTuning:
             self.model = self.model.float()  # gradients leave the range of float16
         self.decoder = Decoder.of(self.model)
         self.journal: Journal
+        self.undone: list[str] = []
 
     def begin(self, windows: Tensor, *, overwrite: bool) -> None:
         """Begin or resume the record of this run.
@@ -157,7 +159,16 @@ class FineTuning:
             save_adapter(wrapped, self.paths.peft, self.paths.peft.absolute() / "base", self.storage.dtype)
         self.model, trained = unwrap(wrapped, self.storage.dtype)
         put_together(self.model, parts | trained)
+        self.undone = self.rounded_away(starts, trained)
         return losses
+
+    def rounded_away(self, starts: Mapping[str, LowRank], trained: Mapping[str, LowRank]) -> list[str]:
+        """Warn if rounding to the type they are stored in left the numbers where they were."""
+        pairs = [(old.to(new), new) for name in starts for old, new in zip(starts[name], trained[name], strict=True)]
+        count = sum(new.numel() for _, new in pairs)
+        same = sum(int((old == new).sum()) for old, new in pairs)
+        said = undone(same / count, self.storage.dtype) if count else None
+        return [f"{said}: raise --lr or --steps, or compress with --dtype float32"] if said else []
 
     def write(self) -> None:
         """Write the shards and what makes the directory a model.
@@ -207,7 +218,7 @@ class FineTuning:
         report.layers = [self.with_rank(row) for row in report.layers]
         packed = (self.storage.packed_bytes(layer) for layer in compressed_layers(self.model).values())
         report.bytes = {**report.bytes, "linears_compressed": sum(packed)}
-        report.warnings = report.warnings + self.journal.warnings
+        report.warnings = report.warnings + self.journal.warnings + self.undone
         report.add_up()
         return report
 

@@ -217,6 +217,10 @@ class Gram:
         return ((residual @ self.H) * residual).sum()
 
     def relative_error(self, W: Tensor, residual: Tensor) -> float:
-        """Return tr(R H Rᵀ) / tr(W H Wᵀ) for a ``residual`` R (out, in); 0 if the layer's output is always zero."""
+        """Return tr(R H Rᵀ) / tr(W H Wᵀ) for a ``residual`` R (out, in); 0 if the layer's output is always zero.
+
+        Of a residual that is nearly zero the sum of what rounding left may come out below zero, by some 1e-9 of the
+        whole. An error is never negative, so that is 0.
+        """
         whole = self.objective(W).item()
-        return self.objective(residual).item() / whole if whole > 0 else 0.0
+        return max(self.objective(residual).item() / whole, 0.0) if whole > 0 else 0.0

@@ -34,6 +34,12 @@ def weighted_svd(M: Tensor, gram: Gram, rank: int) -> tuple[Tensor, Tensor]:
     return U, U.T @ M
 
 
+def svd_fit(M: Tensor, root: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """U (out, rank) orthonormal and V (rank, in) minimising tr((M − UV) R Rᵀ (M − UV)ᵀ) for a ``root`` R (in, in)."""
+    P = torch.linalg.svd(M @ root, full_matrices=False).U[:, :rank].contiguous()
+    return P, P.T @ M
+
+
 def subspace_step(M: Tensor, G: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
     """One alternating least-squares step towards the best L = U V in the norm of G.
 
@@ -76,8 +82,7 @@ def best_fit(M: Tensor, G: Tensor, V: Tensor, root: Callable[[], Tensor]) -> tup
         before, explained = explained, _inner(V @ G, V)
         if abs(explained - before) <= SETTLED * (whole - explained):
             return U, V
-    P = torch.linalg.svd(M @ root(), full_matrices=False).U[:, : len(V)]
-    fits = ((U, V), (P.contiguous(), P.T @ M))
+    fits = ((U, V), svd_fit(M, root(), len(V)))
     return min(fits, key=lambda fit: _error(M - fit[0] @ fit[1], G))
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,6 +24,17 @@ def unit(A: Tensor) -> float:
 
 
 @contextmanager
+def exact_products() -> Iterator[None]:
+    """Compute products of float32 numbers in float32, whatever the process was told before.
+
+    A caller may have asked torch for TF32 or bfloat16, by its older functions or by ``fp32_precision``, which holds for
+    every product of the process, on CUDA and with oneDNN on the CPU. A factorisation does not survive that.
+    """
+    with _products("ieee"):
+        yield
+
+
+@contextmanager
 def rounded_products(device: torch.device) -> Iterator[None]:
     """Use TF32 for float32 matrix products on CUDA, for iterations that correct the rounding.
 
@@ -31,9 +43,37 @@ def rounded_products(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
+    with _products("tf32"):
+        yield
+
+
+@contextmanager
+def _products(precision: Literal["ieee", "tf32"]) -> Iterator[None]:
+    """Set the precision of products of float32 numbers, and leave all settings as they were."""
+    backends = _settings()
+    if not backends:  # before torch 2.9
+        level = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest" if precision == "ieee" else "high")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(level)
+        return
+    # the older getter raises where a caller has used the newer settings, so it is not asked
+    before = [backend.fp32_precision for backend in backends]
+    for backend in backends:
+        backend.fp32_precision = precision
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        for backend, own in zip(backends, before, strict=True):
+            backend.fp32_precision = "none"  # which takes what is set for all backends
+            if backend.fp32_precision != own:
+                backend.fp32_precision = own
+
+
+def _settings() -> list[Any]:
+    """What has a ``fp32_precision`` for products, which replaces the older functions; nothing before torch 2.9."""
+    backends: Any = torch.backends
+    found = [backends.cuda.matmul, getattr(backends.mkldnn, "matmul", None)]
+    return found if all(hasattr(backend, "fp32_precision") for backend in found) else []

@@ -12,6 +12,7 @@ from sparlow.errors import InputError
 from sparlow.files import human_bytes
 from sparlow.machine import device_available, disk_available, existing_parent, memory_available
 from sparlow.model.loading.meta import UnknownAheadError, meta_model
+from sparlow.model.loading.objects import require_usable
 from sparlow.model.loading.source import resolve_model_path
 from sparlow.planning.memory import disk, stages
 from sparlow.planning.microbenchmarks import BOUND, Workspace, typical, workspace
@@ -51,6 +52,7 @@ def require_feasible(
 
 def known_ahead(model: str | Path | PreTrainedModel, dtype: str, *, trust_remote_code: bool) -> PreTrainedModel | None:
     """Return the model on the meta device, an object as it is; None where only its weights say what it holds."""
+    require_usable(model)
     if isinstance(model, PreTrainedModel):
         return model
     try:

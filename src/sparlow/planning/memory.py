@@ -100,6 +100,7 @@ class _Counted:
         # what is always there: blocks grow by U and V
         whole = 0 if work.streamed or work.there else work.parameters * work.computing
         self.allocator = LOADED_LATE + 2 * min(work.largest * work.computing, LARGEST_HELD)
+        whole += self.block if work.copied else 0
         self.always = whole + (0 if work.streamed else sum(b.low_rank for b in work.blocks) * work.computing)
 
     def all(self) -> Iterator[Stage]:
@@ -264,7 +265,7 @@ class _Counted:
 
     def _distilling(self) -> Stage:
         work = self.work
-        whole = work.parameters * self.size if work.streamed else 0
+        whole = work.parameters * self.size if work.streamed or work.copied else 0
         more = sum(self._trained(block, work.batch) for block in work.blocks) + self._widest(work.blocks)
         logits = SAVED_LOGITS * FLOAT * min(LOGITS_AT_ONCE, work.batch * work.vocabulary)
         return self._stage("distilling", whole + more + logits, hidden=WAITING * work.hidden, where=work.place)

@@ -128,6 +128,7 @@ class Workload:
         offload: Where hidden states wait, as asked for.
         streamed: The weights stay on disk, and one part at a time is read.
         there: The whole model is in memory already.
+        copied: It stays as it is, and copies of its blocks are compressed.
         processes: Those that divide the calibration windows.
         carried: Numbers of a token in a copy of the hidden states, if more than features. What else the text decides of
             the blocks' arguments is there once; it is counted here with half, as there are two copies at least.
@@ -148,6 +149,7 @@ class Workload:
     offload: str = "auto"
     streamed: bool = True
     there: bool = False
+    copied: bool = False
     processes: int = 1
     carried: int = 0
 
@@ -267,6 +269,7 @@ def workload(
         offload=options.offload,
         streamed=streamed and not there and not NO_STREAMING,
         there=there,
+        copied=there and streamed,
         processes=processes,
         carried=brought.hidden + -(-brought.beside // 2) if brought else 0,
     )

@@ -17,12 +17,17 @@ from sparlow.schema import (
     Choices,
     Doc,
     FileOnly,
+    Needs,
     Panel,
     Unset,
     at_least,
     check_fields,
     documented,
+    idle,
+    options_of,
+    require_effect,
     require_known,
+    values_of,
 )
 
 if TYPE_CHECKING:  # the command line reads the fields without torch, see the imports inside functions
@@ -42,6 +47,7 @@ LARGEST = 1_000_000  # bytes of a recipe file; the longest that were ever seen h
 TOO_LARGE = f"The recipe is larger than {LARGEST:,} bytes. Give a TOML file with the fields of a recipe."
 KEEP, CALIBRATION, SOLVER, MATCHING = map(Panel, ("What to keep", "Calibration", "Solver", "Matching"))
 PRESETS_OWN = Unset("the preset's")
+MATCH_ONLY, OWL_ONLY = Needs("match", value=True, said="--match"), Needs("allocate", "owl", "--allocate owl")
 
 _PART = r"""(?:[\w-]+|"[^"\n]*"|'[^'\n]*')"""
 _LONG_KEY = re.compile(rf"(?<![\w-]){_PART}(?:[ \t]*\.[ \t]*{_PART}){{100}}")  # tomllib takes quadratic time for such
@@ -91,9 +97,15 @@ class Recipe:
         Choices("allocation", ALLOCATIONS),
         KEEP,
     ] = "uniform"
-    owl_spread: Annotated[float, Doc("OWL λ: block densities vary over a range of 2λ."), NOT_NEGATIVE, KEEP] = 0.08
+    owl_spread: Annotated[
+        float, Doc("OWL λ: block densities vary over a range of 2λ."), NOT_NEGATIVE, OWL_ONLY, KEEP
+    ] = 0.08
     owl_threshold: Annotated[
-        float, Doc("OWL M: an outlier exceeds this many times the mean score of its block."), NOT_NEGATIVE, KEEP
+        float,
+        Doc("OWL M: an outlier exceeds this many times the mean score of its block."),
+        NOT_NEGATIVE,
+        OWL_ONLY,
+        KEEP,
     ] = 5.0
     match: Annotated[
         bool, Doc("Train what is kept towards the dense model after compression. Zeros stay zero."), MATCHING
@@ -106,18 +118,22 @@ class Recipe:
             "model's output at its place; paper does so in the published setting."
         ),
         Choices("matching preset", MATCH_PRESETS),
+        MATCH_ONLY,
         MATCHING,
     ] = "logits"
-    match_epochs: Annotated[int | None, Doc("Maximum number of epochs."), ABOVE_0, PRESETS_OWN, MATCHING] = None
+    match_epochs: Annotated[
+        int | None, Doc("Maximum number of epochs."), ABOVE_0, PRESETS_OWN, MATCH_ONLY, MATCHING
+    ] = None
     match_lr: Annotated[
         float | None,
         Doc("Learning rate of Adam. logits gives U and V a quarter of it."),
         ABOVE_0,
         PRESETS_OWN,
+        MATCH_ONLY,
         MATCHING,
     ] = None
     match_batch: Annotated[
-        int | None, Doc("Calibration windows in each training step."), ABOVE_0, PRESETS_OWN, MATCHING
+        int | None, Doc("Calibration windows in each training step."), ABOVE_0, PRESETS_OWN, MATCH_ONLY, MATCHING
     ] = None
     ignore: Annotated[
         Sequence[str], Doc("Layers to leave dense, by the end of their names. * and ? are wildcards."), KEEP
@@ -153,6 +169,10 @@ class Recipe:
         object.__setattr__(self, "options", algorithm.plain_options(self.options))
         rules = (rule if isinstance(rule, Rule) else Rule.from_dict(rule) for rule in self.layers)
         object.__setattr__(self, "layers", tuple(rules))
+        values = values_of(self)
+        require_effect(
+            [name for name, option in options_of(Recipe).items() if values[name] != option.default], values, Recipe
+        )
         self._check_budget()
 
     def _check_budget(self) -> None:
@@ -291,8 +311,10 @@ class Recipe:
             raise InputError(f"The recipe {path} cannot be read: {error}.") from None
 
     def changed(self, **changes: Any) -> "Recipe":  # noqa: ANN401 - fields have many types
-        """Return a copy with some fields replaced."""
-        return dataclasses.replace(self, **changes)
+        """Return a copy with some fields replaced; those that thereby have no effect go back to their defaults."""
+        without = idle(values_of(self) | changes, Recipe).keys() - changes.keys()
+        defaults = {name: options_of(Recipe)[name].default for name in without}
+        return dataclasses.replace(self, **{**defaults, **changes})
 
 
 def default_pattern(columns: int) -> "NM":
@@ -313,6 +335,12 @@ def with_calibration(recipe: Recipe, calibration: "str | Path | Tensor | None") 
 
     if calibration.ndim != 2 or calibration.dtype != torch.int64 or calibration.numel() == 0:  # noqa: PLR2004 - a matrix
         raise InputError("Calibration windows must be a tensor (windows, seqlen) of int64 token ids.")
+    for name, count in zip(("samples", "seqlen"), calibration.shape, strict=True):
+        asked = getattr(recipe, name)
+        if asked not in (count, options_of(Recipe)[name].default):
+            raise InputError(
+                f"The recipe says {name} = {asked}, and the windows given have {count}. Leave it out of the recipe."
+            )
     return recipe.changed(calibration=GIVEN_WINDOWS, samples=calibration.shape[0], seqlen=calibration.shape[1])
 
 

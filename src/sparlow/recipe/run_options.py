@@ -44,6 +44,10 @@ class RunOptions:
         """Check every field, and take any sequence of names."""
         object.__setattr__(self, "evaluate", listed(self.evaluate))
         check_fields(self, "the run options")
+        for name in ("limit", "evaluate_seqlen"):
+            if getattr(self, name) is not None and not self.evaluate:
+                option = f"--{name.replace('_', '-')}"
+                raise InputError(f"{option} has no effect without --evaluate. Name a text to measure, or leave it out.")
 
 
 def listed(names: Sequence[str]) -> tuple[str, ...]:

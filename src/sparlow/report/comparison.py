@@ -4,7 +4,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sparlow.files import write_json
+from sparlow.errors import InputError
+from sparlow.files import read_json, write_json
 from sparlow.machine import machine, versions
 from sparlow.report.records import Report
 
@@ -53,17 +54,77 @@ class Row:
 
 @dataclass
 class Comparison:
-    """All methods so far; the fields are the keys of ``compare.json``."""
+    """All methods so far; the fields are the keys of ``compare.json``.
+
+    Attributes:
+        model: As the user called it.
+        recipe: Of the first method of the last call.
+        evaluation: The texts that perplexities were measured on.
+        settings: Of each method, what it shares with the others.
+        dense: Of the dense model.
+        rows: A method each.
+        failed: Why a method has no row.
+        versions: Of the packages.
+        machine: What it ran on.
+        version: Of these keys.
+    """
 
     model: str
     recipe: dict[str, Any]
     evaluation: dict[str, Any]
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     dense: dict[str, Any] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=versions)
     machine: dict[str, Any] = field(default_factory=machine)
     version: int = VERSION
+
+    @classmethod
+    def found_in(cls, folder: Path) -> "Comparison | None":
+        """Read ``compare.json``, if there is one; InputError if it is none, or of another version."""
+        path = folder / NAME
+        if not path.exists():
+            return None
+        data = read_json(path)
+        if data.get("version") != VERSION:
+            raise InputError(f"{path} is no comparison of this version. Choose another --out, or add --overwrite.")
+        try:
+            rows = [Row(**{**row, "layers": [(i, n, e) for i, n, e in row["layers"]]}) for row in data["rows"]]
+            return cls(**{**data, "rows": rows})
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{path} cannot be read ({error}). Choose another --out, or add --overwrite.") from None
+
+    def take_over(self, earlier: "Comparison", folder: Path) -> None:
+        """Keep the rows of methods that an earlier call has compared, and this one does not.
+
+        Raises:
+            InputError: They were made or measured otherwise, so that they cannot stand in one table with these.
+        """
+        kept = [name for name in earlier.settings if name not in self.settings]
+        for name in kept:
+            why = self._difference(earlier, name)
+            if why:
+                raise InputError(
+                    f"{folder} holds a comparison with {name}, which differs in {why}. Compare {name} again too, "
+                    "choose another --out, or add --overwrite to drop it."
+                )
+        self.settings = {name: earlier.settings[name] for name in kept} | self.settings
+        self.rows = [row for row in earlier.rows if row.name in kept]
+        self.failed = {name: reason for name, reason in earlier.failed.items() if name in kept}
+        self.dense = earlier.dense if kept else {}
+
+    def _difference(self, earlier: "Comparison", name: str) -> str | None:
+        """Say in what an earlier method differs from those of this call."""
+        for key in ("model", "evaluation"):
+            if getattr(earlier, key) != getattr(self, key):
+                return f"{key} ({getattr(earlier, key)} there, {getattr(self, key)} now)"
+        was = earlier.settings[name]
+        for now in self.settings.values():
+            for key in was.keys() & now.keys():
+                if was[key] != now[key]:
+                    return f"{key} ({was[key]} there, {now[key]} now)"
+        return None
 
     def write(self, folder: Path) -> None:
         """Write ``compare.json`` whole or not at all."""

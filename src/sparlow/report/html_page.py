@@ -1,8 +1,9 @@
 """One self-contained HTML page for a report: no script, no file beside it, everything shown is escaped."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from sparlow.files import human_bytes, replacing
 from sparlow.machine import described
@@ -32,7 +33,7 @@ def html(report: Report) -> str:
     title = f"{report.model}: {recipe['algorithm']}, {next(iter(patterns)) if len(patterns) == 1 else 'mixed patterns'}"
     parts = [
         f"<h1>{escape(title)}</h1>",
-        _table(("", "dense", "compressed"), summary_rows(report)),
+        _table(summary_head(report), summary_rows(report)),
         f"<p>{escape(remarks(report))}</p>",
         *(f'<p class="warning">{escape(warning)}</p>' for warning in report.warnings),
         *_finetuning(report),
@@ -41,7 +42,7 @@ def html(report: Report) -> str:
         "<h2>Layers</h2>",
         _table(_LAYER_HEAD, (_layer_row(layer) for layer in report.layers)),
         "<h2>Not compressed</h2>",
-        _table(("module", "parameters", "why"), (tuple(map(_text, row.values())) for row in report.not_compressed)),
+        _table(("module", "parameters", "why", "trained"), map(_skipped_row, report.not_compressed)),
         "<h2>Recipe</h2>",
         _table(("field", "value"), ((name, _text(value)) for name, value in recipe.items())),
         "<h2>Seconds</h2>",
@@ -76,11 +77,17 @@ def perplexities_of_finetuning(report: Report) -> list[tuple[str, str, str]]:
     return [(f"perplexity, {name}", _perplexity(before[name]), _perplexity(value)) for name, value in after.items()]
 
 
+def summary_head(report: Report) -> tuple[str, str, str]:
+    """The titles of ``summary_rows``."""
+    return "", "dense", "fine-tuned" if report.finetuning else "compressed"
+
+
 def summary_rows(report: Report) -> list[tuple[str, str, str]]:
-    """What the terminal and the page both show first: name, dense, compressed."""
+    """What the terminal and the page both show first: name, dense, and what the result is now."""
+    dense = report.dense["perplexity"]
+    now = report.finetuning["perplexity"]["after"] if report.finetuning else report.compressed["perplexity"]
     rows = [
-        (f"perplexity, {name}", f"{dense:.2f}", _perplexity(report.compressed["perplexity"].get(name)))
-        for name, dense in report.dense["perplexity"].items()
+        (f"perplexity, {name}", _perplexity(dense.get(name)), _perplexity(now.get(name))) for name in {**dense, **now}
     ]
     sizes = report.bytes
     values = report.values
@@ -89,7 +96,8 @@ def summary_rows(report: Report) -> list[tuple[str, str, str]]:
     rows.append(("whole model", human_bytes(sizes["dense"]), human_bytes(sizes["compressed"])))
     dense_bits = report.bits_per_weight * sizes["linears_dense"] / max(sizes["linears_compressed"], 1)
     rows.append(("bits a linear weight", f"{dense_bits:.2f}", f"{report.bits_per_weight:.2f}"))
-    rows.append(("mean relative error", "0", f"{report.mean_relative_error:.5f}"))
+    when = " before fine-tuning" if report.finetuning else ""
+    rows.append((f"mean relative error{when}", "0", f"{report.mean_relative_error:.5f}"))
     return rows
 
 
@@ -116,6 +124,11 @@ def _layer_row(layer: LayerRecord) -> tuple[str, ...]:
     shape = f"{layer.shape[0]} × {layer.shape[1]}"
     numbers = (f"{layer.relative_error:.5f}", str(layer.iterations), f"{layer.seconds:.1f}")
     return (str(layer.block), layer.name, shape, layer.pattern, f"{layer.density:.4f}", str(layer.rank), *numbers)
+
+
+def _skipped_row(row: Mapping[str, Any]) -> tuple[str, ...]:
+    cells = (_text(row[name]) for name in ("name", "parameters", "why"))
+    return (*cells, "yes" if row.get("trained") else "no")
 
 
 def _by_kind(layers: Sequence[LayerRecord]) -> dict[str, list[LayerRecord]]:

@@ -1,7 +1,6 @@
 """Compare methods on one model and text: one dense evaluation, a directory for each method, a table, two figures."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +59,7 @@ def recipes_for(
             if base.allocate == "error" and isinstance(base.pattern_of_all, NM):
                 changes["allocate"] = "uniform"  # without ranks there is nothing to move
         for matching in matched[match]:
-            found[f"{name}{MATCHED if match == 'both' and matching else ''}"] = replace(base, match=matching, **changes)
+            found[f"{name}{MATCHED if match == 'both' and matching else ''}"] = base.changed(match=matching, **changes)
     return found
 
 
@@ -95,20 +94,23 @@ def compare(
     out, first = Path(out), next(iter(recipes.values()))
     seqlen = options.evaluate_seqlen or first.seqlen
     _check(recipes, out, overwrite=overwrite)
+    earlier = None if overwrite else Comparison.found_in(out)
     if not force:
         require_feasible(model, {out / name: recipe for name, recipe in recipes.items()}, options)
-    opened, storage = open_dense(model, None, first, options, streamed=True)
+    opened, storage = open_dense(model, None, first, options)
     for recipe in recipes.values():
         budgets(opened.decoder, recipe)
     windows = windows_to_calibrate(None, opened, first)
     texts = windows_to_evaluate(options.evaluate, opened, seqlen, options.limit)
     evaluation = {"seqlen": seqlen, "windows": {name: len(text) for name, text in texts.items()}}
-    found = Comparison(opened.name, first.to_dict(), evaluation)
+    found = Comparison(opened.name, first.to_dict(), evaluation, _settings(recipes))
+    if earlier:
+        found.take_over(earlier, out)
     known: dict[str, Any] = {}  # perplexities of the dense model
     spoilt = False
     for name, recipe in recipes.items():
         if spoilt:
-            opened, storage = open_dense(model, None, recipe, options, streamed=True)
+            opened, storage = open_dense(model, None, recipe, options)
         job = Job(opened, storage, recipe, windows, labelled(notify, before=f"{name}: "), offload=options.offload)
         with claimed(out / name, overwrite=overwrite, finished=True):
             job.write_to(out / name, overwrite=overwrite)
@@ -116,7 +118,7 @@ def compare(
             _run(name, job, texts, found)
         known |= job.known_dense
         found.write(out)
-        spoilt = not opened.on_disk
+        spoilt = opened.changes
         del job
         if spoilt:  # compressed in place; freed before the next is opened
             del opened
@@ -131,6 +133,19 @@ def _check(recipes: Mapping[str, Recipe], out: Path, *, overwrite: bool) -> None
         raise InputError(f"The recipes of a comparison read different text. Give all the same {', '.join(TEXT)}.")
     for name in recipes:
         check_folder(out / name, overwrite=overwrite, finished=True)
+
+
+def _settings(recipes: Mapping[str, Recipe]) -> dict[str, dict[str, Any]]:
+    """What must agree between methods that stand in one table, by their names: all that is not a method's own."""
+    found = {}
+    for name, recipe in recipes.items():
+        own = {"algorithm", "options"}
+        if recipe.found_algorithm.kind == "pruner":
+            own |= {"rank", "rank_share", "compression", "allocate"}
+        if name.endswith(MATCHED):
+            own |= {key for key in recipe.to_dict() if key.startswith("match")}
+        found[name] = {key: value for key, value in recipe.to_dict().items() if key not in own}
+    return found
 
 
 def _run(name: str, job: Job, texts: Mapping[str, Tensor], found: Comparison) -> None:

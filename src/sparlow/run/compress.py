@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -14,7 +15,8 @@ from sparlow.evaluation.perplexity import require_context, require_tokenizer
 from sparlow.machine import pick_device
 from sparlow.model.artefact.dtypes import StoredDtypes
 from sparlow.model.forward.generate import own_windows
-from sparlow.model.loading.source import OpenedModel, open_model, upcast_for_cpu
+from sparlow.model.loading.objects import in_eval_mode, require_usable
+from sparlow.model.loading.source import OpenedModel, open_model, parse_dtype, upcast_for_cpu
 from sparlow.model.loading.weights import all_loaded, scan
 from sparlow.planning.feasibility import require_feasible
 from sparlow.progress import Notify
@@ -38,6 +40,7 @@ def compress(
     limit: int | None = None,
     device: str = "auto",
     offload: str = "auto",
+    inplace: bool = False,
     overwrite: bool = False,
     force: bool = False,
     trust_remote_code: bool = False,
@@ -45,18 +48,21 @@ def compress(
 ) -> Report:
     """Compress every linear layer of every decoder block of a causal language model.
 
+    The result goes to ``out``, into the model object that is given (``inplace=True``), or both.
+
     Args:
-        model: Hub id, directory, .gguf file, or a transformers model, which is then compressed in place.
+        model: Hub id, directory, .gguf file, or a transformers model, which stays as it is unless ``inplace``.
         recipe: What to do; the defaults of ``Recipe`` if left out.
         calibration: Corpus, file, or token windows (n, seqlen) int64; instead of the recipe's.
         tokenizer: Needed with a transformers model if text is used.
         out: Directory to write as the run proceeds; an unfinished one is resumed. A model that is named is then read
-            block by block and never in memory as a whole. Without it nothing is written.
+            block by block and never in memory as a whole.
         evaluate: Corpora or files on which perplexity is measured, dense first and compressed at the end.
         evaluate_seqlen: Tokens in a window of these; the recipe's seqlen if left out.
         limit: At most so many windows of each of these; all if left out.
         device: "auto" (an accelerator if there is one), or torch's name of a device. A model object stays where it is.
         offload: Where to keep block inputs between blocks: "cpu", "disk", or "auto" for the fastest that fits.
+        inplace: Put the compressed layers into the model object that is given. Needs no ``out``.
         overwrite: Replace a result of sparlow in ``out``.
         force: Start even if the memory or disk that ``sparlow.plan`` estimates exceeds what is available.
         trust_remote_code: Let a model bring Python code of its own.
@@ -69,14 +75,17 @@ def compress(
         InputError: Something given cannot be used, or memory or disk do not suffice.
         RunError: The run could not go on; with ``out``, the same call resumes it.
     """
+    _require_place(model, out, inplace=inplace)
     recipe = with_calibration(recipe or Recipe(), calibration)
+    if isinstance(model, PreTrainedModel):
+        _require_as_it_is(model, recipe.dtype, device)
     options = RunOptions(device, offload, listed(evaluate), evaluate_seqlen, limit, trust_remote_code)
     folder = None if out is None else Path(out)
-    with joined() as processes, claimed_by_first(processes, folder, overwrite=overwrite):
+    kept = in_eval_mode(model) if isinstance(model, PreTrainedModel) else nullcontext()
+    with kept, joined() as processes, claimed_by_first(processes, folder, overwrite=overwrite):
         if not force:
             require_feasible(model, {folder: recipe}, options, processes.size)
-        # without a directory the result would have no place but memory
-        opened, storage = open_dense(model, tokenizer, recipe, options, streamed=folder is not None)
+        opened, storage = open_dense(model, tokenizer, recipe, options, inplace=inplace)
         windows = windows_to_calibrate(calibration, opened, recipe)
         # cut before the run, so that a missing file is noticed at once
         evaluation = windows_to_evaluate(options.evaluate, opened, evaluate_seqlen or recipe.seqlen, limit)
@@ -84,6 +93,27 @@ def compress(
         if folder is not None:
             job.write_to(folder, overwrite=overwrite)
         return job.go(evaluation)
+
+
+def _require_place(model: object, out: str | Path | None, *, inplace: bool) -> None:
+    """Raise InputError if the model cannot be taken, or its result would be lost."""
+    require_usable(model)
+    named = isinstance(model, str | Path)
+    if named and inplace:
+        raise InputError("inplace=True is for a model object. Give out= with the directory for the result.")
+    if out is None and not inplace:
+        instead = "" if named else ", or inplace=True to put the compressed layers into this model"
+        raise InputError(f"The result would be lost. Give out= with a directory for it{instead}.")
+
+
+def _require_as_it_is(model: PreTrainedModel, dtype: str, device: str) -> None:
+    """Raise InputError if a model object is asked to be of another type, or elsewhere, than it is."""
+    asked, here = parse_dtype(dtype), str(model.dtype).removeprefix("torch.")
+    if asked not in ("auto", model.dtype):
+        raise InputError(f"dtype {dtype} has no effect on a model object, which is {here}. Convert it first.")
+    where = model.device
+    if device != "auto" and torch.device(device) not in (where, torch.device(where.type)):
+        raise InputError(f"device {device} has no effect on a model object, which is on {where}. Move it first.")
 
 
 def claimed_by_first(processes: Processes, folder: Path | None, *, overwrite: bool) -> AbstractContextManager[None]:
@@ -99,7 +129,8 @@ def open_dense(
     recipe: Recipe,
     options: RunOptions,
     *,
-    streamed: bool,
+    inplace: bool = False,
+    streamed: bool = True,
 ) -> tuple[OpenedModel, StoredDtypes]:
     """Return the model ready to compute, and its stored types. A model object is taken as it is.
 
@@ -108,12 +139,14 @@ def open_dense(
         tokenizer: Takes precedence over the one that comes with the model.
         recipe: Says the type of the weights.
         options: The device, and whether the model may bring code.
+        inplace: A model object is changed; otherwise it stays as it is.
         streamed: Leave the weights on disk, unless the model is an object.
     """
     if isinstance(model, PreTrainedModel):
         name = model.config.name_or_path or type(model).__name__
         seen = scan([model.state_dict(keep_vars=True)])
-        return OpenedModel(model.eval(), tokenizer, name, seen.fingerprint, seen.damaged), StoredDtypes.of(model)
+        found = OpenedModel(model, tokenizer, name, seen.fingerprint, seen.damaged, untouched=not inplace)
+        return found, StoredDtypes.of(model)
     opened = open_model(
         str(model),
         dtype=recipe.dtype,

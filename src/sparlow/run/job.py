@@ -46,7 +46,7 @@ class Job:
     """One compression from the checks to the report; writes only after ``write_to``.
 
     Args:
-        opened: The dense model, which is compressed in place unless its weights stay on disk.
+        opened: The dense model, which is compressed in place if it says that it ``changes``.
         storage: The types of the result's weights.
         recipe: What to do.
         windows: Calibration token ids (samples, seqlen) int64.
@@ -121,7 +121,7 @@ class Job:
         with self.clock("total"):
             self.report.dense = perplexities(self.runner.dense(evaluation, self.known_dense, self.report.warnings))
             self.distill(*self.walk())
-            if not self.opened.on_disk:
+            if self.opened.changes:
                 attach(self.model)
             self.finish_files()
             measured = {name: self.perplexity_after(name, windows) for name, windows in evaluation.items()}
@@ -341,4 +341,6 @@ class Job:
             report.processes = {"count": self.processes.size, "bytes_per_block": sent}
         names = {layer: self.decoder.layer_name(layer.block, layer.name) for layer in report.layers}
         report.warnings += [f"{names[layer]}: {warning}" for layer in report.layers for warning in layer.warnings]
-        report.not_compressed = [asdict(row) for row in not_compressed(self.model, names.values())]
+        report.warnings += self.recovery.undone([*report.matching, report.distillation])
+        trained_in = self.decoder if self.recovery.training else None
+        report.not_compressed = [asdict(row) for row in not_compressed(self.model, names.values(), trained_in)]

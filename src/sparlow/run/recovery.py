@@ -1,6 +1,6 @@
 """Training after compression, if the recipe asks for it: each block towards the dense one, or all blocks together."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -17,6 +17,7 @@ from sparlow.model.training.distillation import Logits, distill
 from sparlow.model.training.loop import MicroBatches
 from sparlow.model.training.packed_layer import round_through
 from sparlow.model.training.resume_state import TrainingCheckpoint
+from sparlow.model.training.unmoved import Unmoved, undone
 from sparlow.progress import Notify, counting
 from sparlow.recipe.recipe import Recipe
 from sparlow.recipe.training_plan import HELD_OUT, micro_batch, training_of
@@ -73,9 +74,10 @@ class Recovery:
         if training is None or isinstance(training.objective, Logits):
             raise ValueError("The recipe does not train blocks by themselves.")
         data, seed = self._data(through.hidden, targets), self._recipe.seed + through.number
+        before = Unmoved(through.block)
         found = match(through, data, training.objective, training.plan, seed=seed)
         self._round(through.number, through.block)
-        return {"block": through.number, **asdict(found)}
+        return {"block": through.number, **asdict(found), "unmoved": before.share()}
 
     def distill(
         self,
@@ -90,13 +92,20 @@ class Recovery:
         if self.training is None:
             raise ValueError("The recipe trains nothing.")
         plan, data = self.training.plan, self._data(recording.hidden, truth)
-        advance = counting(notify, "distillation", plan.epochs)
+        advance, before = counting(notify, "distillation", plan.epochs), Unmoved(nn.ModuleList(blocks))
         found = distill(
             model, blocks, recording, data, plan, seed=self._recipe.seed, advance=advance, checkpoint=checkpoint
         )
         for i, block in enumerate(blocks):
             self._round(i, block)
-        return asdict(found)
+        return {**asdict(found), "unmoved": before.share()}
+
+    def undone(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+        """Warn of trainings that gained, but were lost in rounding; ``rows`` are what the other methods returned."""
+        gained = [row for row in rows if row and row["loss_after"] < row["loss_before"] and "unmoved" in row]
+        share = min((row["unmoved"] for row in gained), default=0.0)
+        said = undone(share, self._storage.dtype)
+        return [f"{said}: raise --match-lr, or give --dtype float32"] if said else []
 
     def _data(self, inputs: ActivationStore, targets: ActivationStore) -> MicroBatches:
         """Pair targets with inputs. The windows that are held out form the last micro-batch."""

@@ -15,9 +15,10 @@ from sparlow.model.forward.block_pass import BlockPass
 from sparlow.model.forward.capture import capture_block_inputs
 from sparlow.model.forward.decoder import Decoder
 from sparlow.model.forward.input_statistics import collect_statistics
+from sparlow.model.training import block_matching
 from sparlow.model.training.block_matching import BlockOutputs, match
 from sparlow.model.training.loop import MicroBatches, TrainingPlan
-from sparlow.model.training.packed_layer import packed, round_through
+from sparlow.model.training.packed_layer import Packed, packed, round_through
 from sparlow.recipe.recipe import MATCH_PRESETS, Recipe
 from sparlow.recipe.training_plan import PRESETS, Training, training_of
 from sparlow.run.output_dir import NAME
@@ -69,7 +70,7 @@ def loss_of(block, calls, inputs, targets, *, relative=False, first=0):
             sizes.append(target.square().sum(-1).flatten())
     if relative:
         return (torch.cat(errors) / torch.cat(sizes)).mean().item()
-    return sum(e.sum() / s.sum() * len(e) for e, s in zip(errors, sizes, strict=True)).item() / sum(map(len, errors))
+    return (torch.cat(errors).sum() / torch.cat(sizes).sum()).item()
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma2", "bloom"])
@@ -144,7 +145,59 @@ def test_the_same_seed_gives_the_same_bits():
     assert not torch.equal(results[0], results[2])
 
 
-def test_micro_batches_add_up_to_a_step():
+def test_the_plain_loss_counts_every_error_alike_however_large_the_targets_of_its_micro_batch_are():
+    """As the paper's sum over all tokens does; a micro-batch was divided by the size of its own targets."""
+    block, calls, inputs, targets = problem()
+    targets = [target * factor for target, factor in zip(targets, (1, 30, 1, 1), strict=False)]
+    through, data = BlockPass(block, calls, inputs), MicroBatches(inputs, targets)
+    loss, per_error = block_matching._loss(through, PLAIN, data), []
+    with torch.no_grad():
+        for i, (x, target) in enumerate(zip(inputs, targets, strict=True)):
+            call = calls.at(i, "cpu")
+            y = block(x, *call.args, **call.kwargs)
+            error = ((y[0] if isinstance(y, tuple) else y) - target).square().sum()
+            per_error.append(loss(i, x, target).item() * len(x) / error.item())
+    assert per_error == pytest.approx([per_error[0]] * len(per_error), rel=1e-4)
+
+
+def leaves(root):
+    return {name: value.clone() for name, value in root.state_dict().items()}
+
+
+@pytest.mark.parametrize("preset", ["blocks", "paper", "logits"])
+def test_training_leaves_routers_experts_and_ignored_layers_as_they_are(preset, tmp_path):
+    save_tiny("mixtral", tmp_path / "model")
+    recipe = Recipe(algorithm="wanda", ignore=("k_proj",), match=True, match_preset=preset, match_lr=1e-2)
+    report = sparlow.compress(tmp_path / "model", recipe, calibration=WINDOWS, evaluate=(), out=tmp_path / "out")
+    dense, trained = leaves(tiny("mixtral")), leaves(sparlow.load(tmp_path / "out"))
+    moved = {}
+    for row in report.not_compressed:
+        own = [name for name in dense if name.rpartition(".")[0] == row["name"]]
+        moved[row["name"]] = any(not torch.equal(dense[name], trained[name]) for name in own)
+    assert moved == {row["name"]: row["trained"] for row in report.not_compressed}
+    still = {name.rpartition(".")[2] for name, was in moved.items() if not was}
+    assert {"gate", "experts", "k_proj", "embed_tokens", "lm_head", "norm"} <= still
+    assert {name.rpartition(".")[2] for name, was in moved.items() if was} == {
+        "input_layernorm",
+        "post_attention_layernorm",
+    }
+
+
+def test_a_block_without_anything_to_train_is_measured_and_left_alone():
+    block, calls, inputs, targets = problem()
+    for name in compressed_layers(block):
+        block.set_submodule(name, linears(Decoder.of(tiny("llama")).blocks[0])[name])
+    for name in ("input_layernorm", "post_attention_layernorm"):
+        block.set_submodule(name, torch.nn.Identity())
+    before = leaves(block)
+    found = match(BlockPass(block, calls, inputs), MicroBatches(inputs, targets), PLAIN, PLAN)
+    assert (found.loss_before, found.epochs) == (found.loss_after, 0)
+    assert found.loss_before == pytest.approx(loss_of(block, calls, inputs, targets), rel=1e-4)
+    assert all(torch.equal(value, before[name]) for name, value in block.state_dict().items())
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_micro_batches_add_up_to_a_step(relative):
     """A batch of 8 in two micro-batches of 4 is the step of one of 8."""
     blocks = []
     for size in (4, 8):
@@ -154,11 +207,11 @@ def test_micro_batches_add_up_to_a_step():
         dense = Decoder.of(tiny("llama")).blocks[0]
         targets = ActivationStore("cpu")
         collect_statistics(BlockPass(dense, recording.calls[0], recording.hidden), Nothing, targets)
-        plan, relative = replace(PLAN, batch=8, epochs=1), replace(PLAIN, relative=True)
+        plan, objective = replace(PLAN, batch=8, epochs=1), replace(PLAIN, relative=relative)
         match(
             BlockPass(block, recording.calls[0], recording.hidden),
             MicroBatches(recording.hidden, targets),
-            relative,
+            objective,
             plan,
         )
         blocks.append(block)
@@ -196,6 +249,24 @@ def test_rounding_keeps_the_support(dtype):
     round_through(block, dtype)
     assert torch.equal(layer.S != 0, kept)
     assert all(torch.equal(p, p.to(dtype).float()) for p in block.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("way", ["unpacked", "rounded"])
+def test_a_value_that_underflows_keeps_its_sign_and_becomes_no_larger_than_a_weight(dtype, way):
+    block, *_ = problem()
+    (layer, *_) = compressed_layers(block).values()
+    signs = layer.S.sign()
+    with torch.no_grad():
+        layer.S.copy_(signs * (1e-8 if dtype is torch.float16 else 1e-44))
+    if way == "unpacked":
+        whole = Packed(layer)
+        layer.S.data = layer.S.data.to(dtype)
+        whole.unpack_into(layer)
+    else:
+        round_through(block, dtype)
+    assert torch.equal(layer.S.float().sign(), signs)
+    assert layer.S.abs().max().item() <= 2.0**-24  # the smallest subnormal of float16; its smallest normal is 6e-5
 
 
 def test_how_long_the_columns_of_u_are_does_not_matter():

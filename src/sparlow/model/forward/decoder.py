@@ -4,7 +4,7 @@ A decoder is a chain: embedding → block 0 → block 1 → … → norm and hea
 each block is called. After that, ``block_pass`` and ``input_statistics`` need only one block at a time.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,17 +85,21 @@ def require_own_weights(model: PreTrainedModel, decoder: Decoder) -> None:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A module whose own parameters stay as they are."""
+    """A module whose own parameters are not compressed: they stay as they are, unless ``trained``."""
 
     name: str
     parameters: int
     why: str
+    trained: bool = False
 
 
-def not_compressed(model: PreTrainedModel, compressed: Collection[str]) -> list[Skipped]:
+def not_compressed(
+    model: PreTrainedModel, compressed: Collection[str], trained_in: Decoder | None = None
+) -> list[Skipped]:
     """List every module with parameters of its own outside the layers named in ``compressed``.
 
-    Each parameter of the model is in a compressed layer or in exactly one row; tied parameters count once.
+    Each parameter of the model is in a compressed layer or in exactly one row; tied parameters count once. Where the
+    blocks of ``trained_in`` were trained, their norms are marked.
     """
     seen = {p for name in compressed for p in model.get_submodule(name).parameters()}
     rows = []
@@ -103,8 +107,15 @@ def not_compressed(model: PreTrainedModel, compressed: Collection[str]) -> list[
         own = set(module.parameters(recurse=False)) - seen
         if own:
             seen |= own
-            rows.append(Skipped(name or "(the model itself)", sum(p.numel() for p in own), _why(model, module, own)))
+            numbers, why = sum(p.numel() for p in own), _why(model, module, own)
+            trained = trained_in is not None and trained_in.holds(name) and holds_vectors(own)
+            rows.append(Skipped(name or "(the model itself)", numbers, why, trained))
     return rows
+
+
+def holds_vectors(own: Iterable[nn.Parameter]) -> bool:
+    """Whether the parameters that a module has of its own are a norm or biases: what training a block trains too."""
+    return all(p.ndim <= 1 for p in own)
 
 
 def output_head(model: PreTrainedModel) -> nn.Module | None:
@@ -122,6 +133,6 @@ def _why(model: PreTrainedModel, module: nn.Module, own: Collection[nn.Parameter
         return "embedding and output head, tied" if head is not None and head.weight in own else "embedding"
     if weight_of(model, "", module) is not None:
         return "linear layer that was not selected"
-    if all(p.ndim <= 1 for p in own):
+    if holds_vectors(own):
         return "norm or bias"
     return f"weights of {type(module).__name__}, not a plain linear layer"

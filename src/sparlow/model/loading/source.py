@@ -5,7 +5,7 @@ import hashlib
 import importlib.util
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,8 +17,9 @@ from sparlow.errors import InputError, as_input_error
 from sparlow.files import cache_folder, sync_folder
 from sparlow.machine import check_device, computing_dtype
 from sparlow.model.forward.decoder import Decoder
+from sparlow.model.loading.narrowing import narrowed
 from sparlow.model.loading.streaming import CannotStreamError, OnDisk, as_transformers_reads, stored_tensors
-from sparlow.model.loading.weights import InMemory, Weights, scan
+from sparlow.model.loading.weights import InMemory, Untouched, Weights, scan
 
 _DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -36,6 +37,7 @@ class OpenedModel:
         damaged: Names of the tensors that hold NaN or infinity.
         on_disk: Its parts, where the model itself is on the meta device, without weights.
         warnings: What the user should know.
+        untouched: The model is the caller's, and stays as it is.
     """
 
     model: PreTrainedModel
@@ -45,6 +47,7 @@ class OpenedModel:
     damaged: frozenset[str] = frozenset()
     on_disk: OnDisk | None = None
     warnings: tuple[str, ...] = ()
+    untouched: bool = False
 
     @functools.cached_property
     def decoder(self) -> Decoder:
@@ -53,8 +56,14 @@ class OpenedModel:
 
     @functools.cached_property
     def weights(self) -> Weights:
-        """Its weights on demand, in memory or on disk."""
-        return self.on_disk or InMemory(self.decoder.blocks, self.model.dtype)
+        """Its weights on demand, wherever they lie."""
+        kind = Untouched if self.untouched else InMemory
+        return self.on_disk or kind(self.decoder.blocks, self.model.dtype)
+
+    @property
+    def changes(self) -> bool:
+        """Whether the model itself is compressed, and not a copy of one block after the other."""
+        return self.on_disk is None and not self.untouched
 
 
 def open_model(
@@ -84,18 +93,20 @@ def open_model(
     check_device(device)
     where = resolve_model_path(name)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
+    rounded = functools.partial(narrowed, where=where, revision=revision) if dtype == "auto" else lambda _: ()
     loading = functools.partial(_loaded, name, where, dtype=wanted, use_safetensors=True, **options)
     warnings: tuple[str, ...] = ()
     if streamed:
         try:
-            return _streamed(name, where, loading, torch.device(device), options)
+            found = _streamed(name, where, loading, torch.device(device), options)
+            return replace(found, warnings=rounded(found.model))
         except CannotStreamError as problem:
             warnings = (f"The whole model was held in memory, because {problem}.",)
     model: Any = loading()
     model = model.to(device).eval()
     seen = scan([model.state_dict(keep_vars=True)])
     tokenizer = _tokenizer(name, where, options)
-    return OpenedModel(model, tokenizer, name, seen.fingerprint, seen.damaged, warnings=warnings)
+    return OpenedModel(model, tokenizer, name, seen.fingerprint, seen.damaged, warnings=warnings + rounded(model))
 
 
 def _streamed(

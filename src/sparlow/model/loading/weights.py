@@ -4,6 +4,7 @@ Whoever needs weights asks for them here, and need not know whether they lie in 
 (``streaming.OnDisk``).
 """
 
+import copy
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -53,6 +54,20 @@ class InMemory:
     def block(self, i: int, *, load: bool = True) -> AbstractContextManager[nn.Module]:  # noqa: ARG002 - it is there
         """See ``Weights``."""
         return nullcontext(self._blocks[i])
+
+
+class Untouched(InMemory):
+    """The same, of a model that stays as it is: each block is a copy, in its place until it is not needed any more."""
+
+    @contextmanager
+    def block(self, i: int, *, load: bool = True) -> Iterator[nn.Module]:  # noqa: ARG002 - it is there
+        """See ``Weights``."""
+        own = self._blocks[i]
+        self._blocks[i] = copy.deepcopy(own)
+        try:
+            yield self._blocks[i]
+        finally:
+            self._blocks[i] = own
 
 
 def to_compute(module: nn.Module, parts: Weights) -> nn.Module:

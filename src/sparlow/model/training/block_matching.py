@@ -1,9 +1,11 @@
 """Transformer matching: train a compressed block towards what the dense block gave; zeros stay zero.
 
-    minimise  Σ ‖T_compressed(x) − T_dense(x)‖²   over every parameter of the block, S on its support only
+    minimise  Σ ‖T_compressed(x) − T_dense(x)‖²   over S on its support, U, V, biases and norms of the block
 
 Section 4 of the 3BASiL paper (Makni et al., 2025, arXiv 2603.01376). x are the inputs that come out of the compressed
 blocks before. Adam sees the kept entries of S alone, in one vector a layer: its moments take half the memory at 2:4.
+The sum is over all tokens of all windows alike, divided by one number for all: how large the targets are (and not by
+each micro-batch's own, which would give small ones the weight of large ones).
 
 Beyond the paper, and each can be set (``BlockOutputs``, ``TrainingPlan``): the target is what the dense model has at
 this place, so that a block makes up for the blocks before it too; the error of a token is measured against that token's
@@ -26,7 +28,7 @@ class BlockOutputs:
     """The objective: each block's outputs, block by block.
 
     Attributes:
-        relative: Measure each token's error against its own size instead of all tokens' together.
+        relative: Measure each token's error against its own size instead of adding up all tokens' alike.
         from_dense: The targets are what the dense model has at this place; otherwise what the dense block makes of the
             compressed blocks' outputs before it.
     """
@@ -58,16 +60,19 @@ def match(
     Raises:
         RunError: The loss is not finite.
     """
-    return train(through.block, _loss(through, objective), data, plan, seed=seed, label=f"{through.label}: matching")
+    loss = _loss(through, objective, data)
+    return train(through.block, loss, data, plan, seed=seed, label=f"{through.label}: matching")
 
 
 def loss_on(through: BlockPass, data: MicroBatches, objective: BlockOutputs) -> float:
     """Return what ``match`` would minimise, on the micro-batches that judge."""
-    return data.judge(_loss(through, objective))
+    return data.judge(_loss(through, objective, data))
 
 
-def _loss(through: BlockPass, objective: BlockOutputs) -> Loss:
+def _loss(through: BlockPass, objective: BlockOutputs, data: MicroBatches) -> Loss:
     device = through.device
+    tiny = torch.finfo(torch.float32).tiny
+    usual = 1.0 if objective.relative else max(data.mean(_size, data.judging), tiny)
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type != "cpu")
 
     def loss(i: int, x: Tensor, target: Tensor) -> Tensor:
@@ -75,11 +80,12 @@ def _loss(through: BlockPass, objective: BlockOutputs) -> Loss:
         with autocast:
             y = run_block(through.block, x.float(), through.call(i))
         error = (y.float() - target).square().sum(-1)  # (b, seqlen, …)
-        size = target.square().sum(-1)
-        return (
-            (error / size.clamp_min(torch.finfo(size.dtype).tiny)).mean()
-            if objective.relative
-            else error.sum() / size.sum()
-        )
+        size = target.square().sum(-1).clamp_min(tiny) if objective.relative else usual
+        return (error / size).mean()
 
     return loss
+
+
+def _size(_: int, __: Tensor, target: Tensor) -> Tensor:
+    """Mean over the tokens of a micro-batch of what the norm before the next block measures them against."""
+    return target.float().square().sum(-1).mean()

@@ -1,6 +1,6 @@
 """Distillation: all compressed blocks are trained together towards the dense model's logits; zeros stay zero.
 
-    minimise  Σ KL(softmax(dense logits) ‖ softmax(compressed logits))   over S on its support, U, V and the norms
+    minimise  Σ KL(softmax(dense logits) ‖ softmax(compressed logits))   over S on its support, U, V, biases, norms
 
 Beyond the 3BASiL paper (Makni et al., 2025, arXiv 2603.01376), whose matching ends at each block: what the errors of
 all blocks together do to the answer is only seen here. What is behind the blocks is not trained. Unlike all the rest of

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sparlow.distributed import ALONE, Processes
 from sparlow.errors import RunError
-from sparlow.model.training.packed_layer import Packed, packed
+from sparlow.model.training.packed_layer import Packed, packed, trained_parameters
 from sparlow.model.training.resume_state import TrainingCheckpoint, TrainingState
 
 Loss = Callable[[int, Tensor, Tensor], Tensor]  # number, inputs, targets of a micro-batch → mean over its tokens
@@ -22,7 +22,7 @@ class TrainingPlan:
 
     Attributes:
         epochs: Passes over the text, at most.
-        lr: Learning rate of Adam for S, norms, biases and layers that stayed dense; falls along a cosine to a fifth.
+        lr: Learning rate of Adam for S, norms and biases; falls along a cosine to a fifth.
         low_rank_lr: Learning rate for U and V, which falls likewise.
         batch: Windows a step.
         patience: Epochs without gain on the held-out windows after which training ends; 0 for never.
@@ -56,7 +56,9 @@ def train(
     advance: Callable[[int], None] = lambda _: None,
     checkpoint: TrainingCheckpoint | None = None,
 ) -> TrainingResult:
-    """Train the parameters of ``block`` by any loss, in place, and leave it with those of the best epoch.
+    """Train a block's compressed layers and norms by any loss, in place, and leave it with those of the best epoch.
+
+    Of a block that holds neither, the loss is measured and nothing is trained.
 
     Args:
         block: What ``loss_of`` runs.
@@ -73,6 +75,10 @@ def train(
     """
     order = torch.Generator().manual_seed(seed)
     with packed(block) as values, torch.enable_grad():
+        if not trained_parameters(block):
+            loss = data.judge(loss_of)
+            _require_finite(block, [loss], f"{label} cannot begin")
+            return TrainingResult(loss, loss, 0, 0.0)
         optimiser = _adam(block, values, plan)
         training = _Training(block, optimiser, plan, data, loss_of, checkpoint or TrainingCheckpoint())
         state = training.state
@@ -134,13 +140,17 @@ class MicroBatches:
         found = ((i, self._inputs[i], self._targets[i]) for i in chosen)
         return ((i, x, target) for i, x, target in found if len(x))
 
-    @torch.no_grad()
     def judge(self, loss_of: Loss) -> float:
         """Mean of the loss over all windows that judge."""
-        total = torch.zeros(())
-        for i, x, target in self.own(self.judging):
+        return self.mean(loss_of, self.judging)
+
+    @torch.no_grad()
+    def mean(self, loss_of: Loss, chosen: Iterable[int]) -> float:
+        """Mean of the loss over the windows of the chosen micro-batches, of all processes."""
+        chosen, total = list(chosen), torch.zeros(())
+        for i, x, target in self.own(chosen):
             total = total + loss_of(i, x, target) * len(x)
-        return self.processes.totals([float(total)])[0] / self.windows(self.judging)
+        return self.processes.totals([float(total)])[0] / self.windows(chosen)
 
     def added_up(self, losses: Sequence[Tensor]) -> list[float]:
         """Of each of these sums the part that this process has → the whole."""
@@ -235,7 +245,7 @@ def _require_finite(block: nn.Module, losses: Sequence[float], what: str) -> Non
 def _adam(block: nn.Module, values: Sequence[nn.Parameter], plan: TrainingPlan) -> torch.optim.Optimizer:
     low_rank = [p for layer in block.modules() if isinstance(layer, Packed) for p in (layer.U, layer.V) if p.numel()]
     compressed = {id(p) for p in (*values, *low_rank)}
-    rest = [p for p in block.parameters() if id(p) not in compressed and p.numel()]
+    rest = [p for p in trained_parameters(block) if id(p) not in compressed]
     groups = ((list(values), plan.lr), (low_rank, plan.low_rank_lr), (rest, plan.lr))
     return torch.optim.Adam([{"params": some, "lr": lr} for some, lr in groups if some], fused=True)
 

@@ -1,4 +1,9 @@
-"""A compressed block while it is trained: of S only the kept entries are parameters, so zeros stay zero."""
+"""A compressed block while it is trained: of S only the kept entries are parameters, so zeros stay zero.
+
+Trained are the compressed layers (S on its support, U, V, bias) and the norms. All else that a block holds stays as it
+is, to the bit: layers that were left dense, routers, fused experts, convolutions. A few windows are too little to train
+what the report calls unchanged, and routers least of all.
+"""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -8,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sparlow.model.artefact.layers import SparseLowRankLinear, compressed_layers
+from sparlow.model.forward.decoder import holds_vectors
 
 LARGEST_POWER = 30  # of two, by which columns of U are scaled
 
@@ -39,14 +45,23 @@ class Packed(nn.Module):
         return functional.linear(x, (S + self.U @ self.V).to(x.dtype), self.bias)
 
     def unpack_into(self, layer: SparseLowRankLinear) -> None:
-        """Write the result back; a value that rounds to zero takes the smallest number instead, to stay kept."""
-        dtype = layer.S.dtype
-        values = self.values.detach().to(dtype)
-        values = torch.where(values == 0, torch.finfo(dtype).tiny, values)
+        """Write the result back; what rounds to zero takes the smallest number of its sign instead, to stay kept."""
+        values, dtype = self.values.detach(), layer.S.dtype
+        rounded = values.to(dtype)
         with torch.no_grad():
-            layer.S.masked_scatter_(self.mask, values)
+            layer.S.masked_scatter_(self.mask, torch.where(rounded == 0, _smallest(values, dtype), rounded))
             layer.U.copy_(self.U * self.lengths)
             layer.V.copy_(self.V / self.lengths[:, None])
+
+
+def _smallest(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """The smallest number of ``dtype`` with the sign of each value.
+
+    In float16 that is a subnormal one, 2⁻²⁴: its smallest normal number, 6e-5, is a weight like others. In types with
+    the range of float32 it is a normal number, 1e-38: some devices take smaller ones for zero.
+    """
+    smallest = max(torch.finfo(dtype).tiny * torch.finfo(dtype).eps, torch.finfo(torch.float32).tiny)
+    return torch.full_like(values, smallest).copysign(values).to(dtype)
 
 
 def _powers(lengths: Tensor) -> Tensor:
@@ -57,14 +72,16 @@ def _powers(lengths: Tensor) -> Tensor:
 
 @contextmanager
 def packed(block: nn.Module) -> Iterator[list[nn.Parameter]]:
-    """Put packed layers in the place of the compressed ones; gradients are on, and off again afterwards."""
+    """Put packed layers in the place of the compressed ones; what is trained has gradients, until afterwards."""
     layers = compressed_layers(block)
     trained = {name: Packed(layer) for name, layer in layers.items()}
     wanted: dict[nn.Parameter, bool] = {p: p.requires_grad for p in block.parameters()}
     training = block.training
     for name, layer in trained.items():
         block.set_submodule(name, layer)
-    block.eval().requires_grad_()
+    block.eval().requires_grad_(requires_grad=False)
+    for p in trained_parameters(block):
+        p.requires_grad_()
     try:
         with _in_float32(list(block.parameters())):
             yield [layer.values for layer in trained.values()]
@@ -77,6 +94,16 @@ def packed(block: nn.Module) -> Iterator[list[nn.Parameter]]:
             p.requires_grad_(grad)
             p.grad = None
         block.train(training)
+
+
+def trained_parameters(block: nn.Module) -> list[nn.Parameter]:
+    """What is trained of a block with packed layers: those, and the modules that hold a norm or biases only."""
+    found: dict[nn.Parameter, None] = {}  # each once, however many modules share it
+    for module in block.modules():
+        own = [p for p in module.parameters(recurse=False) if p.numel()]
+        if isinstance(module, Packed) or holds_vectors(own):
+            found |= dict.fromkeys(own)
+    return list(found)
 
 
 @contextmanager
@@ -100,4 +127,4 @@ def round_through(block: nn.Module, dtype: torch.dtype, exceptions: Sequence[str
                 continue
             rounded = p.to(dtype).to(p.dtype)
             lost = (rounded == 0) & (p != 0)  # of S, which must keep its support; of other tensors it does no harm
-            p.copy_(torch.where(lost, torch.finfo(dtype).tiny, rounded))
+            p.copy_(torch.where(lost, _smallest(p, dtype).to(p.dtype), rounded))
