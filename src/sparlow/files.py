@@ -1,5 +1,6 @@
 """Files: written whole or not at all, read without trust; the names of ours, and the cache's folder."""
 
+import errno
 import hashlib
 import json
 import math
@@ -18,6 +19,8 @@ SINGLE = "model.safetensors"  # what save_pretrained writes when one file is eno
 RECORD = "sparlow.json"  # the journal, by which a directory is known as ours
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
+# What file systems say that keep directories by themselves, CIFS and FUSE among them: for files it is a fault
+_NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF)
 
 
 @contextmanager
@@ -54,11 +57,15 @@ def sync_folder(folder: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():  # directories cannot be opened there
+    folder = path.is_dir()
+    if os.name == "nt" and folder:  # directories cannot be opened there
         return
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    descriptor = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
     try:
         os.fsync(descriptor)
+    except OSError as problem:
+        if not folder or problem.errno not in _NO_SYNC:
+            raise
     finally:
         os.close(descriptor)
 

@@ -4,6 +4,7 @@ The bits of a result depend on some of it, because kernels are chosen by instruc
 threads; ``differences`` compares that part. What a system does not tell is None, or left out.
 """
 
+import gc
 import os
 import platform
 import shutil
@@ -282,6 +283,15 @@ def peak_memory() -> dict[str, int]:
         return {"rss": int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024, "device": device}
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kibibytes elsewhere
     return {"rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "device": device}
+
+
+def free_memory() -> None:
+    """Give back what nothing refers to any more, also what torch keeps of an accelerator for its next tensors."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    elif torch.backends.mps.is_available():
+        torch.mps.empty_cache()
 
 
 def reset_peak_memory() -> None:

@@ -21,6 +21,7 @@ from sparlow.evaluation.tasks import LoadedTasks, TaskResult, average, load_task
 from sparlow.model.forward.block_pass import BlockPass, pass_through
 from sparlow.model.forward.capture import Recording, run_head, tokens_at_once
 from sparlow.model.loading.weights import Weights
+from sparlow.own_settings import own_settings
 from sparlow.progress import Notify
 from sparlow.report.records import Perplexity
 from sparlow.text import evaluation_windows
@@ -122,6 +123,7 @@ def _perplexity(means: Sequence[Tensor], processes: Processes) -> Perplexity:
     return Perplexity(value, stderr if math.isfinite(stderr) else None)
 
 
+@own_settings()
 def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
