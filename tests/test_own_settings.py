@@ -58,7 +58,7 @@ SETTINGS = {
     "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
     "inference mode": torch.inference_mode,
     "no gradients": torch.no_grad,
-    "deterministic": lambda: changed(torch.use_deterministic_algorithms, True, False),
+    "deterministic": lambda: changed(torch.use_deterministic_algorithms, *(True, False)),
     "medium precision": lambda: changed(torch.set_float32_matmul_precision, "medium", "highest"),
     "products in bfloat16": bf16_products,
     "tf32 by the newer name": tf32_everywhere,
@@ -93,7 +93,9 @@ def problem():
 def decomposed():
     W, H = PROBLEM
     found = [
-        sparlow.decompose(W, H, pattern="2:4", rank=0 if name in ("alps", "sparsegpt") else 4, algorithm=name, **options)
+        sparlow.decompose(
+            W, H, pattern="2:4", rank=0 if name in ("alps", "sparsegpt") else 4, algorithm=name, **options
+        )
         for name, options in ALGORITHMS.items()
     ]
     return [part for one in found for part in (one.S, one.U, one.V)]
@@ -155,7 +157,7 @@ def test_settings_come_back_after_an_error():
 
 def test_a_setting_that_cannot_be_undone_is_refused(monkeypatch):
     monkeypatch.setenv("ONEDNN_DEFAULT_FPMATH_MODE", "BF16")
-    with pytest.raises(InputError, match="ONEDNN_DEFAULT_FPMATH_MODE=BF16 .* Unset it"):
+    with pytest.raises(InputError, match=r"ONEDNN_DEFAULT_FPMATH_MODE=BF16 .* Unset it"):
         sparlow.decompose(*PROBLEM, pattern="2:4", rank=4)
     monkeypatch.setenv("ONEDNN_DEFAULT_FPMATH_MODE", "strict")
     sparlow.decompose(*PROBLEM, pattern="2:4", rank=4)

@@ -160,6 +160,6 @@ def local_device(name: str) -> str:
 
 
 def _own_number() -> int:
-    """Number of this process's accelerator among those that it sees: where each task sees one alone, that is the first."""
+    """Number of this process's accelerator among those that it sees; where each process sees but one, the first."""
     own, seen = int(os.environ.get("LOCAL_RANK", "0")), torch.accelerator.device_count()
     return own % seen if seen else own

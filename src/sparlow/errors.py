@@ -30,14 +30,14 @@ def as_input_error(what: str) -> Iterator[None]:
 # What the messages of allocators and libraries have in common; all of them raise RuntimeError or something below it.
 _NO_MEMORY = re.compile(
     r"out of memory|(can't|cannot|unable to|failed to) allocate( memory)?|not enough memory|bad_?alloc|_ALLOC_FAILED"
-    r"|cudaErrorMemoryAllocation|INSUFFICIENT_RESOURCES|cublasCreate|cusolverDnCreate",  # these fail for no other reason
+    r"|cudaErrorMemoryAllocation|INSUFFICIENT_RESOURCES|cublasCreate|cusolverDnCreate",  # the last fail for no other
     re.IGNORECASE,
 )
 _ON_HOST = re.compile(r"CPUAllocator|Cannot allocate memory|bad_?alloc|MemoryError", re.IGNORECASE)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error, or the one that it came from, says that memory ran out: on the CPU, in CUDA or its libraries."""
+    """Whether an error, or the one it came from, says that memory ran out: on the CPU, in CUDA or its libraries."""
     if isinstance(error, RunError):  # which has said what to do
         return False
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":

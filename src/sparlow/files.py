@@ -18,6 +18,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"  # what save_pretrained writes when one file is enough
 RECORD = "sparlow.json"  # the journal, by which a directory is known as ours
 CONFIG = "config.json"
+HIDDEN = ".hidden"  # folder of hidden states that wait on disk, while a run goes on
 GENERATION = "generation_config.json"
 # What file systems say that keep directories by themselves, CIFS and FUSE among them: for files it is a fault
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF)

@@ -50,6 +50,7 @@ CAPABILITIES: dict[str, tuple[str, ...]] = {
 # Processors of servers that Linux knows by number only.
 ARM_PARTS = {"0xd0c": "Neoverse-N1", "0xd40": "Neoverse-V1", "0xd49": "Neoverse-N2", "0xd4f": "Neoverse-V2"}
 ARM = "0x41"  # the implementer to which these numbers belong
+MOUNTS = Path("/proc/self/mountinfo")  # of Linux
 CGROUPS = Path("/sys/fs/cgroup")
 
 
@@ -231,6 +232,18 @@ def device_available(device: torch.device) -> int | None:
 def disk_available(folder: Path) -> int:
     """Bytes that may still be written to a folder, which need not exist yet."""
     return shutil.disk_usage(existing_parent(folder)).free
+
+
+def lies_in_memory(folder: Path) -> bool:
+    """Whether files of a folder, which need not exist yet, take main memory, as those of a tmpfs do."""
+    with suppress(OSError, ValueError):
+        device = existing_parent(folder).stat().st_dev
+        number = f"{os.major(device)}:{os.minor(device)}"
+        for line in MOUNTS.read_text(encoding="utf-8", errors="replace").splitlines():
+            fields, _, kind = line.partition(" - ")
+            if fields.split()[2] == number and kind.split()[0] in ("tmpfs", "ramfs"):
+                return True
+    return False
 
 
 def existing_parent(folder: Path) -> Path:

@@ -115,7 +115,7 @@ def _unchanged(config: Any) -> Iterator[None]:  # noqa: ANN401 - PEFT declares n
 
 @contextmanager
 def _own_environment() -> Iterator[None]:
-    """Keep variables that `accelerate launch` sets from deciding how Trainer computes, and Trainer from leaving its own."""
+    """Keep what `accelerate launch` sets from deciding how Trainer computes, and what Trainer sets from staying."""
     before = dict(os.environ)
     for name in before:
         if name.startswith(ACCELERATE):

@@ -136,7 +136,7 @@ def plan(
         shape, name = model, model.config.name_or_path or type(model).__name__
     else:
         shape, name = meta_model(str(model), dtype=recipe.dtype, trust_remote_code=trust_remote_code), str(model)
-    work = workload(shape, recipe, options)
+    work = workload(shape, recipe, options, out=None if out is None else Path(out))
     baseline = psutil.Process().memory_info().rss
     return _planned(name, shape, work, Path(out or "."), baseline, timed=timed)
 

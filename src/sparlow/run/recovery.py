@@ -99,8 +99,8 @@ class Recovery:
         return asdict(found)
 
     def _data(self, inputs: ActivationStore, targets: ActivationStore) -> MicroBatches:
-        """Put targets beside inputs; the windows held out are a micro-batch of their own, the last."""
-        return MicroBatches(inputs, targets, int(self.held_out > 0), self._processes)
+        """Put targets beside inputs; the windows held out are in micro-batches of their own, the last ones."""
+        return MicroBatches(inputs, targets, -(-self.held_out // self.micro_batch), self._processes)
 
     def _round(self, i: int, block: nn.Module) -> None:
         """Give a trained block the values it will have once it was stored."""

@@ -10,6 +10,7 @@ what blocks compute. What depends on the text alone is noted for each micro-batc
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -50,7 +51,7 @@ def capture_block_inputs(
     *,
     micro_batch: int,
     apart: int = 0,
-    place: torch.device | str | None = None,
+    place: torch.device | str | Path | None = None,
     processes: Processes = ALONE,
 ) -> Recording:
     """Run everything in front of the blocks, and of the blocks only the first, once for each size of a micro-batch.
@@ -61,7 +62,7 @@ def capture_block_inputs(
         model: in eval mode.
         windows: (n, seqlen) int64 token ids.
         micro_batch: windows at a time.
-        apart: so many windows at the end make a micro-batch of their own.
+        apart: so many windows at the end share no micro-batch with others.
         place: where hidden states are kept, see ``activation_store.ActivationStore``; where the model lies if left out.
         processes: those that divide every micro-batch.
 
@@ -123,4 +124,4 @@ def _micro_batches(windows: Tensor, size: int, apart: int) -> Iterator[Tensor]:
     together = len(windows) - apart
     yield from windows[:together].split(size)
     if apart:
-        yield windows[together:]
+        yield from windows[together:].split(size)
