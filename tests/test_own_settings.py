@@ -161,3 +161,40 @@ def test_a_setting_that_cannot_be_undone_is_refused(monkeypatch):
         sparlow.decompose(*PROBLEM, pattern="2:4", rank=4)
     monkeypatch.setenv("ONEDNN_DEFAULT_FPMATH_MODE", "strict")
     sparlow.decompose(*PROBLEM, pattern="2:4", rank=4)
+
+
+@pytest.mark.parametrize(("of_h", "of_w"), [(1e15, 1.0), (1.0, 1e-25), (1e-25, 1e20), (1e25, 1e-30), (1e60, 1.0)])
+def test_no_factor_of_a_weight_or_its_inputs_changes_what_is_found(of_h, of_w):
+    W, H = PROBLEM
+    plain = sparlow.decompose(W, H, pattern="2:4", rank=4)
+    found = sparlow.decompose(W * of_w, H.double() * of_h, pattern="2:4", rank=4)
+    assert found.stats.relative_error == pytest.approx(plain.stats.relative_error, rel=1e-3)
+    low_rank = found.U.double() @ found.V.double() / of_w
+    assert (low_rank - plain.U.double() @ plain.V.double()).norm() < 1e-2 * low_rank.norm()
+    assert torch.equal(found.S != 0, plain.S != 0)
+
+
+def test_a_model_of_tiny_weights_reports_the_errors_of_the_same_model():
+    found = []
+    for factor in (1.0, 1e-20):
+        model = tiny("llama")
+        with torch.no_grad():
+            for layer in model.model.layers:
+                for module in layer.modules():
+                    if isinstance(module, torch.nn.Linear):
+                        module.weight.mul_(factor)
+        report = sparlow.compress(model, MATCHED.changed(match=False), calibration=IDS, evaluate=())
+        found.append({layer.name: layer.relative_error for layer in report.layers if layer.block == 0})
+    plain, small = found
+    for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):  # these read the same in both
+        assert small[name] == pytest.approx(plain[name], rel=1e-3)
+    assert all(error > 1e-4 for error in small.values())
+
+
+@pytest.mark.parametrize(("where", "value"), [((3, 3), float("inf")), ((3, 4), float("inf")), ((3, 3), float("nan"))])
+def test_a_second_moment_that_overflowed_is_refused_in_one_sentence(where, value):
+    W, H = PROBLEM
+    large = H.clone()
+    large[where] = value
+    with pytest.raises(InputError, match=r"^H holds NaN, infinity or a negative diagonal: check"):
+        sparlow.decompose(W, large, pattern="2:4", rank=4)

@@ -80,7 +80,7 @@ def test_without_out_nothing_has_a_name_either(folder, temporary):
 
 def mounted(folder, monkeypatch, tmp_path, kind):
     """Let the file system of a folder be of some kind."""
-    device = os.stat(folder).st_dev
+    device = folder.stat().st_dev
     number = f"{os.major(device)}:{os.minor(device)}"
     file = tmp_path / "mountinfo"
     file.write_text(f"1 0 0:0 / / rw - ext4 /dev/a rw\n2 1 {number} / /there rw shared:1 - {kind} none rw\n")
