@@ -1,8 +1,8 @@
 import gc
 import importlib.util
 import json
-import os
 import math
+import os
 import shutil
 from pathlib import Path
 
