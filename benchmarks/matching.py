@@ -113,8 +113,9 @@ def _run(name: str, args: argparse.Namespace, train: Tensor, text: Tensor) -> Ro
     micro_batch = min(max(4096 // args.seqlen, 1), plan.batch)
     with torch.no_grad():
         recording = capture_block_inputs(dense, train, micro_batch=micro_batch, apart=held_out)
+    last = -(-held_out // micro_batch)  # micro-batches of those that are held out
     if training.together:
-        return _run_together(name, dense, compressed, recording, text, stored)
+        return _run_together(name, dense, compressed, recording, last, text, stored)
     blocks, sparse = Decoder.of(dense).blocks, Decoder.of(compressed).blocks
     hidden = truth = recording.hidden
     seconds, epochs = 0.0, 0
@@ -125,14 +126,14 @@ def _run(name: str, args: argparse.Namespace, train: Tensor, text: Tensor) -> Ro
         targets = truth if training.dense_targets else own
         start = time.perf_counter()
         if plan.epochs:
-            data = MicroBatches(hidden, targets, held_out=1)
+            data = MicroBatches(hidden, targets, held_out=last)
             epochs += match(BlockPass(sparse[i], calls, hidden), data, training.objective, plan, seed=i).epochs
         seconds += time.perf_counter() - start
         round_through(sparse[i], stored)
         with torch.no_grad():
             hidden = pass_through(BlockPass(sparse[i], calls, hidden))
         blocks[i] = sparse[i]
-    return Row(name, _error(hidden[-1:], truth[-1:]), perplexity(dense, text).value, seconds, epochs)
+    return Row(name, _error(hidden[-last:], truth[-last:]), perplexity(dense, text).value, seconds, epochs)
 
 
 def _run_together(
@@ -140,6 +141,7 @@ def _run_together(
     dense: PreTrainedModel,
     compressed: PreTrainedModel,
     recording: Recording,
+    last: int,
     text: Tensor,
     stored: torch.dtype,
 ) -> Row:
@@ -148,13 +150,15 @@ def _run_together(
     with torch.no_grad():
         for block, calls in zip(blocks, recording.calls, strict=True):
             truth = pass_through(BlockPass(block, calls, truth))
-    data = MicroBatches(hidden, truth, held_out=1)
+    data = MicroBatches(hidden, truth, held_out=last)
     done = distill(compressed, list(sparse), recording, data, VARIANTS[name].plan, seed=0)
     round_through(sparse, stored)
     with torch.no_grad():
         for block, calls in zip(sparse, recording.calls, strict=True):
             hidden = pass_through(BlockPass(block, calls, hidden))
-    return Row(name, _error(hidden[-1:], truth[-1:]), perplexity(compressed, text).value, done.seconds, done.epochs)
+    return Row(
+        name, _error(hidden[-last:], truth[-last:]), perplexity(compressed, text).value, done.seconds, done.epochs
+    )
 
 
 def _error(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:

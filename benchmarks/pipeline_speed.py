@@ -74,22 +74,24 @@ def matched(args: argparse.Namespace, recipe: Recipe) -> list[dict[str, Any]]:
     opened, storage = open_dense(args.model, None, recipe, RunOptions(device="cpu"), streamed=False)
     decoder, blocks = opened.decoder, opened.decoder.blocks
     allowed, windows = budgets(decoder, recipe), windows_to_calibrate(None, opened, recipe)
-    apart = len(windows) // HELD_OUT  # neither is trained on these
-    recording = capture_block_inputs(opened.model, windows, micro_batch=PRESETS["blocks"].plan.batch, apart=apart)
+    apart = max(len(windows) // HELD_OUT, 1)  # neither is trained on these
+    batch = PRESETS["blocks"].plan.batch
+    recording = capture_block_inputs(opened.model, windows, micro_batch=batch, apart=apart)
+    last = -(-apart // batch)  # micro-batches of those
     hidden, rows = recording.hidden, []
     for i in range(min(args.blocks or len(blocks), len(blocks))):
         calls, targets, block = recording.calls[i], hidden.fresh(), blocks[i]
         through = BlockPass(block, calls, hidden, decoder.label(i), i)
         compress_block(through, recipe, allowed, storage, Clock(), lambda _: None, targets)
-        first = ActivationStore("cpu", hidden[:-1])
+        first = ActivationStore("cpu", hidden[:-last])
         row: dict[str, Any] = {"block": i}
         for preset in ("paper", "blocks"):
             block = copy.deepcopy(blocks[i])
             training = training_of(recipe.changed(match=True, match_preset=preset))
             # "blocks" sets aside the last of what it is given to stop by; the paper's trains on all of it
-            data = MicroBatches(first, targets[:-1], held_out=1 if training.plan.patience else 0)
+            data = MicroBatches(first, targets[:-last], held_out=1 if training.plan.patience else 0)
             done = match(BlockPass(block, calls, first), data, training.objective, training.plan, seed=i)
-            unseen = MicroBatches(hidden, targets, held_out=1)
+            unseen = MicroBatches(hidden, targets, held_out=last)
             judged = {
                 kind: loss_on(
                     BlockPass(block, calls, hidden),

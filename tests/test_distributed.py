@@ -175,3 +175,7 @@ def test_each_process_has_an_accelerator_of_its_own(monkeypatch):
     assert local_device("cuda") == "cuda"
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert [local_device(name) for name in ("cuda", "cuda:0", "cpu")] == ["cuda:1", "cuda:0", "cpu"]
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)  # as where a scheduler gives each task its own
+    assert local_device("cuda") == "cuda:0"
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 8)
+    assert local_device("cuda") == "cuda:1"

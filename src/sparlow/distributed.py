@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from sparlow.errors import InputError, RunError
+from sparlow.errors import InputError, RunError, is_out_of_memory
 
 PATIENCE = dt.timedelta(days=2)  # a solve may take hours; a process that died is noticed at once all the same
 
@@ -102,6 +102,8 @@ class Processes:
         try:
             yield
         except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
             raise RunError(
                 f"Process {self.rank} of {self.size} waited for another one, which ended or cannot be reached "
                 f"({error}). Look at its message, and repeat the command: it resumes from the last finished block."
@@ -124,9 +126,8 @@ def joined() -> Iterator[Processes]:
     if not dist.is_available():
         raise InputError("This torch has no torch.distributed. Start one process, without torchrun.")
     if not given:
-        own = int(os.environ.get("LOCAL_RANK", "0"))
-        if own < torch.cuda.device_count():
-            torch.cuda.set_device(own)  # where memory is counted and NCCL meets
+        if torch.cuda.is_available():
+            torch.cuda.set_device(_own_number())  # where memory is counted and NCCL meets
         dist.init_process_group(timeout=PATIENCE)  # by default gloo for tensors on the CPU and NCCL for those on CUDA
     try:
         yield Processes(dist.get_rank(), dist.get_world_size())
@@ -153,5 +154,12 @@ def on_this_machine() -> int:
 
 def local_device(name: str) -> str:
     """Return the accelerator of this process where several share a machine: cuda becomes cuda:1 in the second."""
-    own = os.environ.get("LOCAL_RANK")
-    return f"{name}:{own}" if own is not None and name not in ("cpu", "mps") and ":" not in name else name
+    if "LOCAL_RANK" not in os.environ or name in ("cpu", "mps") or ":" in name:
+        return name
+    return f"{name}:{_own_number()}"
+
+
+def _own_number() -> int:
+    """Return the number of this process's accelerator among those that it sees; if it sees one, the first."""
+    own, seen = int(os.environ.get("LOCAL_RANK", "0")), torch.accelerator.device_count()
+    return own % seen if seen else own

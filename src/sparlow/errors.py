@@ -1,5 +1,7 @@
 """The two kinds of errors that sparlow raises on purpose. Any other exception is a bug."""
 
+import errno
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -20,12 +22,49 @@ def as_input_error(what: str) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:  # foreign files make transformers, tokenizers and gguf raise anything, even Exception
+        if is_out_of_memory(error):  # no fault of theirs
+            raise
         raise InputError(f"{what}: {first_line(error).rstrip('.')}.") from error
 
 
 def reason(error: Exception) -> str:
     """Return why a file cannot be used, without its path, which the sentence names already; no full stop."""
     return (getattr(error, "strerror", None) or first_line(error)).rstrip(".")
+
+
+# What the messages of allocators and libraries have in common; all of them raise RuntimeError or something below it.
+_NO_MEMORY = re.compile(
+    r"out of memory|(can't|cannot|unable to|failed to) allocate( memory)?|not enough memory|bad_?alloc|_ALLOC_FAILED"
+    r"|cudaErrorMemoryAllocation|INSUFFICIENT_RESOURCES|cublasCreate|cusolverDnCreate",  # the last fail for no other
+    re.IGNORECASE,
+)
+_ON_HOST = re.compile(r"CPUAllocator|Cannot allocate memory|bad_?alloc|MemoryError", re.IGNORECASE)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error, or the one it came from, says that memory ran out: on the CPU, in CUDA or its libraries."""
+    if isinstance(error, RunError):  # which has said what to do
+        return False
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return True
+    if isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)):
+        return True
+    return error.__cause__ is not None and is_out_of_memory(error.__cause__)
+
+
+def out_of_memory(error: BaseException) -> str:
+    """Say in two sentences that memory ran out, and what to do."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = str(error).strip() or type(error).__name__
+    parts = [part.strip() for part in re.split(r"\n|\. ", text)]
+    cause = next((part for part in parts if _NO_MEMORY.search(part)), parts[0]).rstrip(".")
+    on_host = isinstance(error, MemoryError | OSError) or _ON_HOST.search(text)
+    what = "There is too little main memory" if on_host else "The accelerator has too little memory"
+    advice = "Reduce --samples or --seqlen, or choose another --device. The same command resumes an unfinished run."
+    return f"{what} ({cause}). {advice}"
 
 
 def first_line(error: Exception) -> str:

@@ -1,5 +1,6 @@
 """Files: written atomically, and read without trusting them; names of our files; the cache folder."""
 
+import errno
 import hashlib
 import json
 import math
@@ -17,7 +18,10 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"  # what save_pretrained writes when one file is enough
 RECORD = "sparlow.json"  # the journal, by which a directory is known as ours
 CONFIG = "config.json"
+HIDDEN = ".hidden"  # folder of hidden states that wait on disk, while a run goes on
 GENERATION = "generation_config.json"
+# What file systems say that keep directories by themselves, CIFS and FUSE among them: for files it is a fault
+_NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF)
 
 
 @contextmanager
@@ -54,11 +58,15 @@ def sync_folder(folder: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():  # directories cannot be opened there
+    folder = path.is_dir()
+    if os.name == "nt" and folder:  # directories cannot be opened there
         return
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    descriptor = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
     try:
         os.fsync(descriptor)
+    except OSError as problem:
+        if not folder or problem.errno not in _NO_SYNC:
+            raise
     finally:
         os.close(descriptor)
 

@@ -4,6 +4,7 @@ The bits of a result depend on some of it, because kernels are chosen by instruc
 threads; ``differences`` compares that part. What a system does not tell is None, or left out.
 """
 
+import gc
 import os
 import platform
 import shutil
@@ -49,6 +50,7 @@ CAPABILITIES: dict[str, tuple[str, ...]] = {
 # Processors of servers that Linux knows by number only.
 ARM_PARTS = {"0xd0c": "Neoverse-N1", "0xd40": "Neoverse-V1", "0xd49": "Neoverse-N2", "0xd4f": "Neoverse-V2"}
 ARM = "0x41"  # the implementer to which these numbers belong
+MOUNTS = Path("/proc/self/mountinfo")  # of Linux
 CGROUPS = Path("/sys/fs/cgroup")
 
 
@@ -232,6 +234,18 @@ def disk_available(folder: Path) -> int:
     return shutil.disk_usage(existing_parent(folder)).free
 
 
+def lies_in_memory(folder: Path) -> bool:
+    """Whether files of a folder, which need not exist yet, take main memory, as those of a tmpfs do."""
+    with suppress(OSError, ValueError):
+        device = existing_parent(folder).stat().st_dev
+        number = f"{os.major(device)}:{os.minor(device)}"
+        for line in MOUNTS.read_text(encoding="utf-8", errors="replace").splitlines():
+            fields, _, kind = line.partition(" - ")
+            if fields.split()[2] == number and kind.split()[0] in ("tmpfs", "ramfs"):
+                return True
+    return False
+
+
 def existing_parent(folder: Path) -> Path:
     """Return a path, or the nearest folder above it that exists."""
     return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
@@ -282,6 +296,15 @@ def peak_memory() -> dict[str, int]:
         return {"rss": int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024, "device": device}
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kibibytes elsewhere
     return {"rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "device": device}
+
+
+def free_memory() -> None:
+    """Give back what nothing refers to any more, also what torch keeps of an accelerator for its next tensors."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    elif torch.backends.mps.is_available():
+        torch.mps.empty_cache()
 
 
 def reset_peak_memory() -> None:

@@ -3,11 +3,13 @@ import statistics
 
 import pytest
 import torch
+from torch.nn import functional
 
 import sparlow
 from families import VOCABULARY, tiny, tiny_tokenizer
 from sparlow.errors import InputError
 from sparlow.evaluation.perplexity import TOKENS_AT_ONCE, evaluate, perplexity, require_tokenizer
+from sparlow.model.forward import capture
 from sparlow.recipe.recipe import Recipe
 from sparlow.report.records import Perplexity
 
@@ -150,3 +152,38 @@ def test_a_missing_tokenizer_is_said_with_what_to_do():
     assert require_tokenizer(tokenizer, "model") is tokenizer
     with pytest.raises(InputError, match=r"my-model has no tokenizer\. Give token windows"):
         require_tokenizer(None, "my-model")
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "bloom", "gpt2", "gemma3n_text", "opt"])
+def test_logits_of_whole_windows_are_never_there_together(family, monkeypatch):
+    model = tiny(family)
+    windows = torch.randint(VOCABULARY, (6, 40), generator=torch.Generator().manual_seed(1))
+    whole = perplexity(model, windows)
+    monkeypatch.setattr(capture, "LOGITS_AT_ONCE", 6 * 7 * VOCABULARY)  # of seven tokens
+    widths, real = [], functional.cross_entropy
+
+    def seen(logits, *more, **options):
+        widths.append(len(logits))
+        return real(logits, *more, **options)
+
+    head = model.get_output_embeddings()
+    tokens = []
+    hook = head.register_forward_hook(lambda _module, _given, logits: tokens.append(logits.shape[:-1].numel()))
+    monkeypatch.setattr("sparlow.evaluation.perplexity.functional.cross_entropy", seen)
+    found = perplexity(model, windows)
+    hook.remove()
+    assert max(tokens) <= 6 * 7
+    assert max(widths) <= 6 * 7
+    assert found.value == pytest.approx(whole.value, rel=1e-5)
+
+
+def test_a_head_that_looks_at_other_tokens_is_given_all_of_them(monkeypatch):
+    """What is behind the blocks of a model that is only measured may be anything."""
+    model = tiny("llama")
+    windows = torch.randint(VOCABULARY, (2, 40), generator=torch.Generator().manual_seed(1))
+    norm = model.model.norm
+    forward = norm.forward
+    norm.forward = lambda x: forward(x - x.mean(1, keepdim=True))
+    whole = perplexity(model, windows)
+    monkeypatch.setattr(capture, "LOGITS_AT_ONCE", 2 * 7 * VOCABULARY)
+    assert perplexity(model, windows).value == whole.value

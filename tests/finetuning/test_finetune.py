@@ -2,6 +2,7 @@ import gc
 import importlib.util
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 
@@ -326,6 +327,27 @@ def test_other_ways_to_compute(place, short, tmp_path, option, tolerance):
     assert loss == pytest.approx(short[1].finetuning["loss"], rel=tolerance)
     assert changed_sparse_parts(short[0], out) == []
     assert (out / "config.json").read_text() == (place / "mixed" / "config.json").read_text()
+
+
+def test_the_settings_of_a_process_and_of_accelerate_decide_nothing(place, short, tmp_path, monkeypatch):
+    """As under `accelerate launch --mixed_precision bf16`, in a program of another default type."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "7")
+    draws, environment = torch.get_rng_state(), dict(os.environ)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.inference_mode():
+            report = tune(place, short[1].finetuning["parent"], tmp_path / "out", evaluate=())
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert report.finetuning["loss"] == short[1].finetuning["loss"]
+    found, clean = tensors(tmp_path / "out"), tensors(short[0])
+    assert all(torch.equal(found[name], clean[name]) for name in clean)
+    assert torch.equal(torch.get_rng_state(), draws)
+    assert {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE")} == {
+        name: value for name, value in environment.items() if name.startswith("ACCELERATE")
+    }
 
 
 # A run that is killed

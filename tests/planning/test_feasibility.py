@@ -30,6 +30,12 @@ def folder(tmp_path_factory):
     return place
 
 
+@pytest.fixture(autouse=True)
+def _on_a_disk(monkeypatch):
+    """Whatever the folder for temporary files is on."""
+    monkeypatch.setattr(machine, "MOUNTS", machine.Path("/no such file"))
+
+
 def worked(folder, recipe=RECIPE, *, offload="cpu", **facts):
     return workload(meta_model(str(folder)), recipe, RunOptions("cpu", offload, evaluate=()), **facts)
 

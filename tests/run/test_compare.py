@@ -3,6 +3,7 @@ import re
 import xml.etree.ElementTree as ET  # our own files
 
 import pytest
+import torch
 
 import sparlow.report.figures
 from families import save_tiny
@@ -193,6 +194,23 @@ def test_a_method_that_fails_does_not_stop_the_others(place, tmp_path, monkeypat
     assert [row.name for row in found.rows] == ["wanda"]
     assert "q_proj: a factorisation failed" in found.failed["magnitude"]
     assert json.loads((tmp_path / "out" / NAME).read_text())["failed"] == found.failed
+
+
+def test_a_method_that_runs_out_of_memory_ends_alone(place, tmp_path, monkeypatch):
+    real = pipeline.solve
+
+    def full(algorithm, *args):
+        if algorithm.name == "magnitude":
+            return torch.empty(2**60)
+        return real(algorithm, *args)
+
+    monkeypatch.setattr(pipeline, "solve", full)
+    found = run(place, tmp_path / "out", METHODS[:2])
+    assert [row.name for row in found.rows] == ["wanda"]
+    assert "too little main memory (" in found.failed["magnitude"]
+    monkeypatch.setattr(pipeline, "solve", lambda *_: 1 // 0)
+    with pytest.raises(ZeroDivisionError):  # a bug is not a row of the table
+        run(place, tmp_path / "other", METHODS[:2])
 
 
 def test_without_matplotlib_nothing_is_begun(place, tmp_path, monkeypatch):

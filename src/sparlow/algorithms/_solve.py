@@ -17,6 +17,7 @@ from sparlow.linalg.gram import Gram
 from sparlow.linalg.lowrank import balanced
 from sparlow.linalg.patterns import Pattern, parse_pattern
 from sparlow.linalg.tf32 import exact_products, unit
+from sparlow.own_settings import own_settings
 
 
 @exact_products()
@@ -77,6 +78,8 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+@own_settings()
+@torch.no_grad()
 def decompose(
     W: Tensor,
     H: Tensor,

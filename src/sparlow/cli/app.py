@@ -12,7 +12,7 @@ from rich.markup import escape
 
 from sparlow.cli import display
 from sparlow.cli.options import expanded
-from sparlow.errors import InputError, RunError
+from sparlow.errors import InputError, RunError, is_out_of_memory, out_of_memory
 
 app = typer.Typer(
     add_completion=False,
@@ -59,20 +59,13 @@ def _show_help(arguments: Sequence[str]) -> bool:
 
 
 def _is_foreseen(error: Exception) -> bool:
-    return isinstance(error, InputError | RunError | OSError) or _is_out_of_memory(error)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(error, torch.OutOfMemoryError)
+    return isinstance(error, InputError | RunError | OSError) or is_out_of_memory(error)
 
 
 def _said(error: Exception) -> tuple[str, int]:
     """What to tell of an error, and the exit code."""
-    if _is_out_of_memory(error):
-        cause = str(error).partition(".")[0]
-        advice = "Reduce --samples or --seqlen, or choose another --device. The same command resumes an unfinished run."
-        return f"Out of device memory ({cause}). {advice}", 1
+    if is_out_of_memory(error):
+        return out_of_memory(error), 1
     return str(error), 2 if isinstance(error, InputError) else 1
 
 

@@ -20,11 +20,16 @@ from sparlow.errors import InputError
 from sparlow.evaluation.tasks import LoadedTasks, TaskResult, average, load_tasks, measure_tasks
 from sparlow.model.forward.block_pass import BlockPass, pass_through
 from sparlow.model.forward.capture import Recording, run_head, tokens_at_once
+from sparlow.model.forward.decoder import Decoder
+from sparlow.model.forward.stand_ins import behind_blocks
 from sparlow.model.loading.weights import Weights
+from sparlow.own_settings import own_settings
 from sparlow.progress import Notify
 from sparlow.report.records import Perplexity
 from sparlow.text import evaluation_windows
 
+LOOKED_AT = 16  # tokens of which is seen whether logits can be taken in pieces
+TOLERANCE = 0.01  # of the largest logit: half precision rounds products of other sizes otherwise
 TOKENS_AT_ONCE = 2048  # that pass through a model or a block at a time
 
 
@@ -48,14 +53,42 @@ def perplexity(model: PreTrainedModel, windows: Tensor, advance: Callable[[int],
     training = model.training
     model.eval()
     means = []
-    for batch in windows.split(max(TOKENS_AT_ONCE // windows.shape[1], 1)):
+    batches = windows.split(max(TOKENS_AT_ONCE // windows.shape[1], 1))
+    apart = tokens_at_once(model, len(batches[0])) < windows.shape[1] and _has_head_apart(
+        model, windows[:1, :LOOKED_AT]
+    )
+    for batch in batches:
         ids = batch.to(model.device)  # (b, seqlen)
-        logits = model(ids, use_cache=False).logits  # (b, seqlen, vocabulary)
-        pieces = _in_pieces(model, ids, logits)  # as copies of all of them would need several times their memory
-        means.append(_mean_losses(_losses(some, after) for _, after, some in pieces))
+        means.append(_mean_losses(_losses_apart(model, ids) if apart else _losses_together(model, ids)))
         advance(len(ids))
     model.train(training)
     return _perplexity(means, ALONE)
+
+
+def _losses_together(model: PreTrainedModel, ids: Tensor) -> Iterator[Tensor]:
+    """Losses (b, n) of a few positions at a time, from the logits of all."""
+    logits = model(ids, use_cache=False).logits  # (b, seqlen, vocabulary)
+    pieces = _in_pieces(model, ids, logits)  # as copies of all of them would need several times their memory
+    return (_losses(some, after) for _, after, some in pieces)
+
+
+def _losses_apart(model: PreTrainedModel, ids: Tensor) -> Iterator[Tensor]:
+    """Losses (b, n) of a few positions at a time, whose logits alone are there."""
+    form, hidden = behind_blocks(model, Decoder.of(model), ids)
+    pieces = _in_pieces(model, ids, hidden)
+    return (_losses(run_head(model, form, some, state), after) for some, after, state in pieces)
+
+
+def _has_head_apart(model: PreTrainedModel, window: Tensor) -> bool:
+    """Whether logits can be taken of a few tokens at a time, which is tried: of the last half of ``window`` (1, n)."""
+    ids, half = window.to(model.device), window.shape[1] // 2
+    whole = model(ids, use_cache=False).logits[:, half:].float()
+    try:
+        form, hidden = behind_blocks(model, Decoder.of(model), ids)
+        piece = run_head(model, form, ids[:, half:], hidden[:, half:]).float()
+    except InputError:  # no chain of blocks, which is no fault of a model that is only measured
+        return False
+    return piece.shape == whole.shape and bool((piece - whole).abs().max() <= TOLERANCE * whole.abs().max())
 
 
 @torch.no_grad()
@@ -122,6 +155,7 @@ def _perplexity(means: Sequence[Tensor], processes: Processes) -> Perplexity:
     return Perplexity(value, stderr if math.isfinite(stderr) else None)
 
 
+@own_settings()
 def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

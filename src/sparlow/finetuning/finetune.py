@@ -16,6 +16,7 @@ from sparlow.finetuning.options import FinetuneOptions
 from sparlow.finetuning.parent import Parent, Paths
 from sparlow.machine import pick_device
 from sparlow.model.loading.source import open_model
+from sparlow.own_settings import own_settings
 from sparlow.progress import Notify
 from sparlow.recipe.run_options import RunOptions, listed
 from sparlow.report.records import Report
@@ -25,6 +26,7 @@ from sparlow.schema import pick
 from sparlow.text import training_windows
 
 
+@own_settings()
 def finetune(
     folder: str | Path,
     out: str | Path,

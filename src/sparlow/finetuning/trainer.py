@@ -1,17 +1,19 @@
 """Train a model that PEFT has wrapped with transformers' Trainer, from its last checkpoint if there is one."""
 
 import math
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.state import AcceleratorState
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from sparlow.errors import InputError, RunError
+from sparlow.errors import InputError, RunError, is_out_of_memory
 from sparlow.finetuning.options import FinetuneOptions
 from sparlow.finetuning.safe_trainer import SafeTrainer, last_checkpoint
 from sparlow.model._transformers import accelerator_takes_bf16, reporting_integrations
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 STAGE = "fine-tuning"
+ACCELERATE = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_")  # how names of such variables begin
 WARM_UP = 0.03  # of the steps; Adam's first steps are of full size whatever the gradient
 _CHECKPOINTS = 10  # at most so many in a run; the last one is kept
 
@@ -83,13 +86,15 @@ def train(
         untyped.load_adapter(str(last[0]), "default", is_trainable=True)
         wrapped.eval()
         return _losses(last[1])
-    with _unchanged(wrapped.config):
+    with _unchanged(wrapped.config), _own_environment():
         trainer = SafeTrainer(wrapped, _arguments(plan, wrapped, checkpoints), train_dataset=Windows(windows))
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(_Watch(notify))
         try:
             trainer.train(resume_from_checkpoint=None if last is None else str(last[0]))
-        except torch.OutOfMemoryError as error:
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
             raise RunError(
                 "Out of memory. Lower --batch and raise --accumulate, or use --gradient-checkpointing."
             ) from error
@@ -106,6 +111,23 @@ def _unchanged(config: Any) -> Iterator[None]:  # noqa: ANN401 - PEFT declares n
     finally:
         vars(config).clear()
         vars(config).update(before)
+
+
+@contextmanager
+def _own_environment() -> Iterator[None]:
+    """Keep what `accelerate launch` sets from deciding how Trainer computes, and what Trainer sets from staying."""
+    before = dict(os.environ)
+    for name in before:
+        if name.startswith(ACCELERATE):
+            del os.environ[name]
+    AcceleratorState._reset_state(reset_partial_state=True)  # noqa: SLF001 - else an earlier Accelerator decides
+    try:
+        yield
+    finally:
+        for name in [name for name in os.environ if name.startswith(ACCELERATE)]:
+            del os.environ[name]
+        os.environ.update({name: value for name, value in before.items() if name.startswith(ACCELERATE)})
+        AcceleratorState._reset_state(reset_partial_state=True)  # noqa: SLF001 - the caller's next one is not Trainer's
 
 
 def _arguments(plan: FinetuneOptions, wrapped: "PeftModel", folder: Path) -> TrainingArguments:

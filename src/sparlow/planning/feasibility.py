@@ -1,7 +1,6 @@
 """Check before any weight is read that memory and disk suffice, and find options that would make a run fit."""
 
 import itertools
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from sparlow.machine import device_available, disk_available, existing_parent, m
 from sparlow.model.loading.meta import UnknownAheadError, meta_model
 from sparlow.model.loading.objects import require_usable
 from sparlow.model.loading.source import resolve_model_path
-from sparlow.planning.memory import disk, stages
+from sparlow.planning.memory import disk, stages, written_already
 from sparlow.planning.microbenchmarks import BOUND, Workspace, typical, workspace
 from sparlow.planning.workload import Workload, workload
 from sparlow.recipe.recipe import Recipe
@@ -46,7 +45,9 @@ def require_feasible(
             shapes[recipe.dtype] = known_ahead(model, recipe.dtype, trust_remote_code=options.trust_remote_code)
         shape = shapes[recipe.dtype]
         if shape is not None:
-            works[folder] = workload(shape, recipe, options, streamed=folder is not None, processes=processes)
+            works[folder] = workload(
+                shape, recipe, options, streamed=folder is not None, processes=processes, out=folder
+            )
     require_resources(works)
 
 
@@ -69,9 +70,7 @@ def require_resources(works: Mapping[Path | None, Workload]) -> None:
     """
     for work in works.values():
         require_memory(work)
-    written = {folder: work for folder, work in works.items() if folder is not None}
-    if written:
-        require_disk(written)
+    require_disk(works)
 
 
 def require_memory(work: Workload) -> None:
@@ -157,12 +156,12 @@ def _largest_that_fits(work: Workload, name: str, fits: Callable[[Workload], boo
     return None
 
 
-def require_disk(works: Mapping[Path, Workload]) -> None:
+def require_disk(works: Mapping[Path | None, Workload]) -> None:
     """Raise InputError if the results, each in its directory, and hidden states do not fit where they are written.
 
     What an unfinished or replaced run has written there already counts as free.
     """
-    out = next(iter(works))
+    out = next(iter(works.values())).folder
     why = _disk_shortage(works)
     if not why:
         return
@@ -183,16 +182,18 @@ def _with_changes(work: Workload, shared: Workload, changed: Workload) -> Worklo
     return replace(work, recipe=work.recipe.changed(**same), offload=changed.offload, evaluation=changed.evaluation)
 
 
-def _disk_shortage(works: Mapping[Path, Workload]) -> str | None:
+def _disk_shortage(works: Mapping[Path | None, Workload]) -> str | None:
     """Say which disk has too little space, with the numbers; None if there is enough."""
-    temporary = Path(tempfile.gettempdir())
+    parts_of = [
+        ("the result", folder, max(disk(work).out - written_already(folder), 0))
+        for folder, work in works.items()
+        if folder is not None
+    ]
+    most = max(works.values(), key=lambda work: disk(work).hidden)  # they go before the next run begins
+    parts_of.append(("hidden states", most.folder, disk(most).hidden))
     needs: dict[int, list[tuple[str, Path, int]]] = {}
-    for folder, work in works.items():
-        there = sum(path.stat().st_size for path in folder.rglob("*.safetensors")) if folder.is_dir() else 0
-        part = ("the result", folder, max(disk(work).out - there, 0))
-        needs.setdefault(existing_parent(folder).stat().st_dev, []).append(part)
-    waiting = max(disk(work).hidden for work in works.values())
-    needs.setdefault(temporary.stat().st_dev, []).append(("hidden states", temporary, waiting))
+    for part in parts_of:
+        needs.setdefault(existing_parent(part[1]).stat().st_dev, []).append(part)
     for parts in needs.values():
         needed, free = sum(size for _, _, size in parts), disk_available(parts[0][1])
         if needed > free:

@@ -7,11 +7,12 @@ resident).
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from sparlow.evaluation.perplexity import TOKENS_AT_ONCE
-from sparlow.model.forward.activation_store import place
+from sparlow.machine import lies_in_memory
 from sparlow.model.forward.capture import LOGITS_AT_ONCE
 from sparlow.model.forward.generate import AT_ONCE
 from sparlow.planning.microbenchmarks import FLOAT, Workspace
@@ -68,8 +69,14 @@ def disk(work: Workload) -> Disk:
     if work.together:
         state = STATE * FLOAT * sum(block.trained for block in work.blocks)
         second = state + max(state, sum(block.kept_bytes(work.stored) for block in work.blocks))
-    copies = WALKED + (_targets(work) > 0)
-    return Disk(work.kept_bytes + second, second, copies * work.hidden * work.processes if work.place == "disk" else 0)
+    waiting = (WALKED + (_targets(work) > 0)) * work.hidden if work.place == "disk" else 0
+    measuring = WALKED * work.evaluated_hidden if work.where(work.evaluated_hidden) == "disk" else 0
+    return Disk(work.kept_bytes + second, second, max(waiting, measuring) * work.processes)
+
+
+def written_already(folder: Path | None) -> int:
+    """Bytes of shards that an unfinished or replaced run has written."""
+    return sum(path.stat().st_size for path in folder.rglob("*.safetensors")) if folder and folder.is_dir() else 0
 
 
 def stages(work: Workload, space: Workspace) -> list[Stage]:
@@ -101,6 +108,11 @@ class _Counted:
         whole = 0 if work.streamed or work.there else work.parameters * work.computing
         self.allocator = LOADED_LATE + 2 * min(work.largest * work.computing, LARGEST_HELD)
         whole += self.block if work.copied else 0
+        # files that lie in main memory, as in a tmpfs
+        self.files_in_memory = lies_in_memory(work.folder)
+        self.written = 0
+        if work.out is not None and self.files_in_memory:
+            self.written = max(disk(work).out - written_already(work.out), 0)
         self.always = whole + (0 if work.streamed else sum(b.low_rank for b in work.blocks) * work.computing)
 
     def all(self) -> Iterator[Stage]:
@@ -123,8 +135,8 @@ class _Counted:
     def _stage(
         self, name: str, computing: float, *, files: float = 0, hidden: float = 0, where: torch.device | str = "cpu"
     ) -> Stage:
-        waiting = {"cpu": hidden, "disk": 0.0}.get(str(where))
-        cpu = self.allocator + files + (waiting or 0) + (self.always + computing if self.on_cpu else 0)
+        waiting = {"cpu": hidden, "disk": hidden if self.files_in_memory else 0.0}.get(str(where))
+        cpu = self.allocator + self.written + files + (waiting or 0) + (self.always + computing if self.on_cpu else 0)
         device = 0.0 if self.on_cpu else self.always + computing + (hidden if waiting is None else 0)
         if self.on_cpu and waiting is None:
             cpu += hidden
@@ -162,10 +174,14 @@ class _Counted:
         cache = 2 * len(work.blocks) * work.features * min(recipe.samples, AT_ONCE) * recipe.seqlen * self.size
         return self._stage("writing calibration text", whole + cache, files=self._read(work.parameters))
 
-    def _activations(self, tokens: int, block: Block) -> int:
+    def _activations(self, tokens: int, block: Block, seqlen: int) -> int:
         """Of a pass without gradients: the widest layers beside each other, and the states around them."""
         widest = max((max(layer.shape) for layer in block.layers), default=0)
-        return tokens * (4 * widest + 4 * self.work.features) * self.size
+        return tokens * (4 * widest + 4 * self.work.features) * self.size + self._attention(tokens, seqlen)
+
+    def _attention(self, tokens: int, seqlen: int) -> int:
+        """Attention weights of all pairs of tokens of a window: scores, masked ones, and a softmax in float32."""
+        return tokens * seqlen * self.work.heads * (2 * self.size + 2 * FLOAT)
 
     def _formed(self, block: Block) -> int:
         """S + U V of the largest layer, which a pass of many tokens forms in full precision."""
@@ -173,11 +189,13 @@ class _Counted:
 
     def _evaluating(self) -> Stage:
         work = self.work
-        hidden = work.evaluated * work.features * self.size // work.processes
-        where = place(work.offload, hidden, work.device)
+        hidden = work.evaluated_hidden
+        where = work.where(hidden)
         tokens = min(max(TOKENS_AT_ONCE, work.evaluate_seqlen), work.evaluated)
         passes, mapped = self._parts(rest=False)
-        passes += max(self._activations(tokens, block) + self._formed(block) for block in work.blocks)
+        passes += max(
+            self._activations(tokens, block, work.evaluate_seqlen) + self._formed(block) for block in work.blocks
+        )
         passes += max(b.low_rank for b in work.blocks)
         logits = LOGITS * FLOAT * min(LOGITS_AT_ONCE, tokens * work.vocabulary)
         head = self._parts(rest=True)[0] - self.block if work.streamed else 0
@@ -192,7 +210,7 @@ class _Counted:
 
     def _recording(self) -> Stage:
         weights, files = self._parts(rest=True)
-        tokens = self._activations(self.work.batch, self.work.blocks[0])
+        tokens = self._activations(self.work.batch, self.work.blocks[0], self.work.recipe.seqlen)
         return self._stage("recording", weights + tokens, files=files, hidden=self.work.hidden, where=self.work.place)
 
     def _waiting(self) -> int:
@@ -208,7 +226,9 @@ class _Counted:
             inputs = work.batch * sum(block.inputs.values()) * self.size
             widest = FLOAT * max((features**2 for features in block.inputs.values()), default=0)
             # the widest is last: its sum and the second moment made of it, then that and the damped one
-            return max(grams + inputs + self._activations(work.batch, block), (SUM // FLOAT + 1) * widest)
+            return max(
+                grams + inputs + self._activations(work.batch, block, work.recipe.seqlen), (SUM // FLOAT + 1) * widest
+            )
 
         most = max(needs(block) for block in work.blocks)
         return self._stage("Grams", weights + most, files=files, hidden=self._waiting(), where=work.place)
@@ -233,7 +253,10 @@ class _Counted:
     def _passing_on(self) -> Stage:
         work = self.work
         weights, _ = self._parts(rest=False)
-        more = max(b.low_rank * self.size + self._activations(work.batch, b) + self._formed(b) for b in work.blocks)
+        more = max(
+            b.low_rank * self.size + self._activations(work.batch, b, work.recipe.seqlen) + self._formed(b)
+            for b in work.blocks
+        )
         copies = min(WALKED, len(work.blocks)) + _targets(work)
         return self._stage("passing on", weights + more, hidden=copies * work.hidden, where=work.place)
 
@@ -250,7 +273,8 @@ class _Counted:
         dense = FLOAT * sum(layer.weights for layer in block.compressed)
         masks = dense // FLOAT
         saved = tokens * sum(sum(layer.shape) for layer in block.layers) + 6 * tokens * self.work.features
-        return block.low_rank * self.size + block.trained * (ADAM + BEST) + masks + dense + saved * self.size
+        saved_bytes = saved * self.size + self._attention(tokens, self.work.recipe.seqlen)
+        return block.low_rank * self.size + block.trained * (ADAM + BEST) + masks + dense + saved_bytes
 
     def _widest(self, blocks: tuple[Block, ...]) -> int:
         """Gradients of one layer on their way from S + U V to its parts."""

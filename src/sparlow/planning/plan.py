@@ -13,6 +13,7 @@ from sparlow.files import as_json
 from sparlow.machine import device_available, disk_available, machine, memory_available
 from sparlow.model.forward.decoder import Skipped, not_compressed
 from sparlow.model.loading.meta import meta_model
+from sparlow.own_settings import own_settings
 from sparlow.planning.duration import seconds
 from sparlow.planning.memory import Disk, Stage, disk, stages
 from sparlow.planning.microbenchmarks import solver, speed, typical, workspace
@@ -95,6 +96,7 @@ class Plan:
         return as_json(asdict(self), indent=2)
 
 
+@own_settings()
 def plan(
     model: str | Path | PreTrainedModel,
     recipe: Recipe | None = None,
@@ -134,7 +136,7 @@ def plan(
         shape, name = model, model.config.name_or_path or type(model).__name__
     else:
         shape, name = meta_model(str(model), dtype=recipe.dtype, trust_remote_code=trust_remote_code), str(model)
-    work = workload(shape, recipe, options)
+    work = workload(shape, recipe, options, out=None if out is None else Path(out))
     baseline = psutil.Process().memory_info().rss
     return _planned(name, shape, work, Path(out or "."), baseline, timed=timed)
 

@@ -1,11 +1,13 @@
 """The work of a run in numbers: layers and their budgets, sizes of the model, tokens. From shapes alone."""
 
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from sparlow.evaluation.perplexity import require_context
 from sparlow.machine import check_device, computing_dtype, pick_device
@@ -13,7 +15,7 @@ from sparlow.model._transformers import NO_STREAMING
 from sparlow.model.artefact.bitmask import mask_bytes
 from sparlow.model.artefact.dtypes import StoredDtypes
 from sparlow.model.forward.activation_store import place
-from sparlow.model.forward.chain_check import require_chain
+from sparlow.model.forward.chain_check import carried, require_chain
 from sparlow.model.forward.decoder import Decoder, require_own_weights
 from sparlow.model.loading.meta import shared_inputs
 from sparlow.recipe.allocation import Budget, Shape
@@ -132,6 +134,8 @@ class Workload:
         processes: Those that divide the calibration windows.
         carried: Numbers of a token in a copy of the hidden states, if more than features. What else the text decides of
             the blocks' arguments is there once; it is counted here with half, as there are two copies at least.
+        heads: Of the attention of a block, where it forms all its weights at once, without a fused kernel; else 0.
+        out: Directory that is written. Hidden states that wait on disk lie there, or in the folder of temporary files.
     """
 
     name: str
@@ -152,6 +156,8 @@ class Workload:
     copied: bool = False
     processes: int = 1
     carried: int = 0
+    heads: int = 0
+    out: Path | None = None
 
     @property
     def stored(self) -> int:
@@ -210,7 +216,21 @@ class Workload:
     @cached_property
     def place(self) -> torch.device | str:
         """Where the hidden states of the calibration text are kept."""
-        return place(self.offload, self.hidden, self.device)
+        return self.where(self.hidden)
+
+    def where(self, size: int) -> torch.device | str:
+        """Where hidden states are kept of which a copy has so many bytes."""
+        return place(self.offload, size, self.device, self.folder)
+
+    @property
+    def folder(self) -> Path:
+        """The folder of hidden states that are kept on disk."""
+        return Path(tempfile.gettempdir()) if self.out is None else self.out
+
+    @property
+    def evaluated_hidden(self) -> int:
+        """Bytes of one copy of the hidden states of the longest text that is measured, those of one process."""
+        return self.evaluated * max(self.carried, self.features) * self.computing // self.processes
 
     @property
     def kept_bytes(self) -> int:
@@ -225,6 +245,7 @@ def workload(
     *,
     streamed: bool = True,
     processes: int = 1,
+    out: Path | None = None,
 ) -> Workload:
     """Look at the shapes of a model, which may be a meta model.
 
@@ -234,6 +255,7 @@ def workload(
         options: How it is done.
         streamed: The result is written block by block, and the weights of a meta model are read part by part.
         processes: Those that divide the calibration windows.
+        out: Directory that is written.
 
     Raises:
         InputError: A layer does not fit the recipe, the blocks cannot be replayed or written one by one, a text does
@@ -245,7 +267,8 @@ def workload(
     where = model.device if there else torch.device(device)
     decoder = Decoder.of(model)
     found = _blocks(model, decoder, budgets(decoder, recipe))
-    brought = None if there else require_chain(model)
+    if not there:
+        require_chain(model)
     if streamed:
         require_own_weights(model, decoder)
     stored = StoredDtypes.of(model).dtype
@@ -271,8 +294,19 @@ def workload(
         there=there,
         copied=there and streamed,
         processes=processes,
-        carried=brought.hidden + -(-brought.beside // 2) if brought else 0,
+        carried=carried(model),
+        heads=_heads(config),
+        out=out,
     )
+
+
+FUSED = ("sdpa", "flash", "flex")  # how the names of attention kernels begin that never hold all weights
+
+
+def _heads(config: PretrainedConfig) -> int:
+    """Heads whose attention weights, (seqlen, seqlen) each, are all in memory at once; 0 with a fused kernel."""
+    kernel = str(getattr(config, "_attn_implementation", None) or FUSED[0]).rpartition("|")[2]
+    return 0 if kernel.startswith(FUSED) else int(getattr(config, "num_attention_heads", None) or 0)
 
 
 def _blocks(model: PreTrainedModel, decoder: Decoder, kept: Mapping[str, Budget]) -> tuple[Block, ...]:

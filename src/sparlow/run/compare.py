@@ -7,8 +7,11 @@ from typing import Any
 from torch import Tensor
 
 from sparlow.algorithms import find
-from sparlow.errors import InputError, RunError
+from sparlow.distributed import require_one
+from sparlow.errors import InputError, RunError, is_out_of_memory, out_of_memory
 from sparlow.linalg.patterns import NM
+from sparlow.machine import free_memory
+from sparlow.own_settings import own_settings
 from sparlow.planning.feasibility import require_feasible
 from sparlow.progress import Notify, labelled
 from sparlow.recipe.budgets import budgets
@@ -63,6 +66,7 @@ def recipes_for(
     return found
 
 
+@own_settings()
 def compare(
     model: str | Path,
     recipes: Mapping[str, Recipe],
@@ -90,6 +94,7 @@ def compare(
     Raises:
         InputError: Something given cannot be used, or ``out`` holds other results.
     """
+    require_one("A comparison")
     require_matplotlib()
     out, first = Path(out), next(iter(recipes.values()))
     seqlen = options.evaluate_seqlen or first.seqlen
@@ -120,6 +125,8 @@ def compare(
         found.write(out)
         spoilt = opened.changes
         del job
+        if name in found.failed:
+            free_memory()  # which tensors of what failed have left
         if spoilt:  # compressed in place; freed before the next is opened
             del opened
     draw(found, out)
@@ -151,8 +158,11 @@ def _settings(recipes: Mapping[str, Recipe]) -> dict[str, dict[str, Any]]:
 def _run(name: str, job: Job, texts: Mapping[str, Tensor], found: Comparison) -> None:
     try:
         report = job.go(texts)
-    except RunError as error:
-        found.failed[name] = str(error)
+    except Exception as error:
+        no_memory = is_out_of_memory(error)
+        if not (no_memory or isinstance(error, RunError)):
+            raise
+        found.failed[name] = out_of_memory(error) if no_memory else str(error)
     else:
         found.rows.append(Row.of(name, report))
         found.dense = {"perplexity": report.dense["perplexity"], "bytes": report.bytes["dense"]}

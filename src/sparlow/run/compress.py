@@ -18,6 +18,7 @@ from sparlow.model.forward.generate import own_windows
 from sparlow.model.loading.objects import in_eval_mode, require_usable
 from sparlow.model.loading.source import OpenedModel, open_model, parse_dtype, upcast_for_cpu
 from sparlow.model.loading.weights import all_loaded, scan
+from sparlow.own_settings import own_settings
 from sparlow.planning.feasibility import require_feasible
 from sparlow.progress import Notify
 from sparlow.recipe.recipe import GIVEN_WINDOWS, OWN_TEXT, Recipe, with_calibration
@@ -28,6 +29,7 @@ from sparlow.run.output_dir import claimed
 from sparlow.text import calibration_windows, evaluation_windows
 
 
+@own_settings()
 def compress(
     model: str | Path | PreTrainedModel,
     recipe: Recipe | None = None,

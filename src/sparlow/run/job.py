@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sparlow.distributed import ALONE, Processes
 from sparlow.errors import InputError, RunError
+from sparlow.files import HIDDEN
 from sparlow.machine import peak_memory, reset_peak_memory
 from sparlow.model._transformers import require_format
 from sparlow.model.artefact.checkpoint import CheckpointWriter, Written, read_block
@@ -103,6 +104,7 @@ class Job:
             "calibration": text_fingerprint(self.windows),
             "version": own_version(),
         }
+        self.runner.folder = folder / HIDDEN
         device = self.weights.device.type
         self.journal = Journal(folder, decides, self.decoder.name, overwrite=overwrite, device=device)
         if self.processes.first:

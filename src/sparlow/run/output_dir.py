@@ -1,6 +1,7 @@
 """The output directory: whether it may be written to, and by one process at a time."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -8,11 +9,11 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from sparlow.errors import InputError
-from sparlow.files import RECORD, partial_of, read_json
+from sparlow.files import HIDDEN, RECORD, partial_of, read_json
 
 NAME = RECORD
 LOCK = ".sparlow.lock"  # there only while a process writes, or after one that was killed; the lock itself dies with it
-_BEFORE_THE_FIRST_RECORD = {LOCK, partial_of(Path(NAME)).name}  # what a run leaves that is killed so early
+_BEFORE_THE_FIRST_RECORD = {LOCK, HIDDEN, partial_of(Path(NAME)).name}  # what a run leaves that is killed so early
 _KEYS = {"format", "finished", "fingerprint", "blocks_name", "dense", "shards", "blocks"}
 
 
@@ -20,7 +21,7 @@ _KEYS = {"format", "finished", "fingerprint", "blocks_name", "dense", "shards", 
 def claimed(folder: Path, *, overwrite: bool, finished: bool = False) -> Iterator[None]:
     """Check ``folder`` as ``check_folder`` does, make it, and keep every other process out of it.
 
-    A directory that is still empty at the end is removed again.
+    Hidden states that a killed run has left are removed. A directory that is still empty at the end is removed again.
 
     Raises:
         InputError: It may not be written to, cannot be locked, or another process writes there.
@@ -38,8 +39,10 @@ def claimed(folder: Path, *, overwrite: bool, finished: bool = False) -> Iterato
     except (OSError, NotImplementedError) as error:
         raise InputError(f"{folder} cannot be written to and locked ({error}). Choose another --out.") from error
     try:
+        shutil.rmtree(folder / HIDDEN, ignore_errors=True)  # of a run that was killed
         yield
     finally:
+        shutil.rmtree(folder / HIDDEN, ignore_errors=True)
         with suppress(OSError):  # removed while it is held; where that is not possible it does no harm
             (folder / LOCK).unlink(missing_ok=True)
         lock.release()

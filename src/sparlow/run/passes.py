@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,7 @@ from sparlow.errors import InputError
 from sparlow.evaluation.perplexity import TOKENS_AT_ONCE, perplexity_by_blocks
 from sparlow.model.forward.activation_store import place
 from sparlow.model.forward.capture import Recording, capture_block_inputs
+from sparlow.model.forward.chain_check import carried
 from sparlow.model.loading.source import OpenedModel
 from sparlow.model.loading.weights import Weights, one_by_one
 from sparlow.progress import Clock, Notify, counting
@@ -28,7 +31,12 @@ class BlockwiseRunner:
         clock: Counts "evaluate".
         notify: Called after every step.
         processes: The processes that divide the text.
+
+    Attributes:
+        folder: Where hidden states lie that are kept on disk; None for the system's folder for temporary files.
     """
+
+    folder: Path | None = None
 
     def __init__(
         self, opened: OpenedModel, offload: str, clock: Clock, notify: Notify, processes: Processes = ALONE
@@ -44,13 +52,21 @@ class BlockwiseRunner:
 
     def recorded(self, windows: Tensor, micro_batch: int, apart: int = 0) -> Recording:
         """Return the inputs of the blocks for these windows, see ``capture_block_inputs``."""
-        width = self._model.config.get_text_config().hidden_size
-        size = windows.numel() * width * self._weights.computing.itemsize // self._processes.size
-        where = place(self._offload, size, self._weights.device)
         with self._weights.outside_blocks(), self._weights.block(0):
+            numbers = windows.numel() * self._carried // self._processes.size
+            where: torch.device | str | Path = place(
+                self._offload, numbers * self._weights.computing.itemsize, self._weights.device, self.folder
+            )
+            if where == "disk" and self.folder:
+                where = self.folder
             return capture_block_inputs(
                 self._model, windows, micro_batch=micro_batch, apart=apart, place=where, processes=self._processes
             )
+
+    @cached_property
+    def _carried(self) -> int:
+        """Numbers of a token in a copy of the hidden states; what is around the blocks must be there, and the first."""
+        return carried(self._model)
 
     @torch.no_grad()
     def perplexity(self, stage: str, windows: Tensor, parts: Weights) -> Perplexity:

@@ -108,8 +108,8 @@ class Recovery:
         return [f"{said}: raise --match-lr, or give --dtype float32"] if said else []
 
     def _data(self, inputs: ActivationStore, targets: ActivationStore) -> MicroBatches:
-        """Pair targets with inputs. The windows that are held out form the last micro-batch."""
-        return MicroBatches(inputs, targets, int(self.held_out > 0), self._processes)
+        """Pair targets with inputs. The windows held out are in micro-batches of their own, the last ones."""
+        return MicroBatches(inputs, targets, -(-self.held_out // self.micro_batch), self._processes)
 
     def _round(self, i: int, block: nn.Module) -> None:
         """Round a trained block as it will be stored."""

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any, overload
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sparlow.errors import InputError
-from sparlow.machine import device_available, memory_available
+from sparlow.machine import device_available, lies_in_memory, memory_available
 from sparlow.model.forward.arguments import rebuilt
+from sparlow.model.forward.tensor_file import Entry, TensorFile
 
 Shared = Mapping[int, Any]  # what blocks wrote into containers that they share, see ``calls.Call.written``
 STORES = ("auto", "cpu", "disk")
@@ -22,15 +22,18 @@ class ActivationStore(Sequence[Tensor]):
     """A sequence of tensors, each with the containers that blocks share (see ``calls``).
 
     Args:
-        place: A device, or "disk" for temporary files, which are deleted with the store.
+        place: A device; a folder for a file that goes with the store, or "disk" for one in the system's folder for
+            temporary files.
         tensors: What it holds from the beginning.
     """
 
-    def __init__(self, place: torch.device | str, tensors: Iterable[Tensor] = ()) -> None:
+    def __init__(self, place: torch.device | str | Path, tensors: Iterable[Tensor] = ()) -> None:
         self.place = place
         self._held: list[list[Tensor]] = []
+        self._written: list[list[Entry]] = []
         self._shared: list[Any] = []  # containers with the numbers of their tensors
-        self._folder = tempfile.TemporaryDirectory(prefix="sparlow-") if place == "disk" else None
+        folder = place if isinstance(place, Path) else None
+        self._file = TensorFile(folder) if folder or place == "disk" else None
         for tensor in tensors:
             self.append(tensor)
 
@@ -50,11 +53,10 @@ class ActivationStore(Sequence[Tensor]):
             return _Number(numbers[id(part)])
 
         self._shared.append(rebuilt(dict(shared), number) if shared else {})
-        if self._folder:
-            own = [tensors[0].cpu().contiguous(), *(t.cpu().clone().contiguous() for t in tensors[1:])]
-            save_file({str(i): t for i, t in enumerate(own)}, self._file(len(self) - 1))
+        if self._file:
+            self._written.append([self._file.append(t) for t in tensors])
         else:
-            self._held.append([t.to(self.place) for t in tensors])
+            self._held.append([t.to(self.place) for t in tensors])  # type: ignore[arg-type]  # no folder
 
     def shared(self, i: int) -> Shared:
         """Return the shared containers of tensor i, as copies."""
@@ -81,16 +83,10 @@ class ActivationStore(Sequence[Tensor]):
             return [self[k] for k in range(*i.indices(len(self)))]
         if not -len(self) <= i < len(self):
             raise IndexError(i)
-        return self._tensors(i)[0]
+        return self._file.read(self._written[i][0]) if self._file else self._held[i][0]
 
     def _tensors(self, i: int) -> list[Tensor]:
-        if not self._folder:
-            return self._held[i]
-        found = load_file(self._file(i))
-        return [found[str(k)] for k in range(len(found))]
-
-    def _file(self, i: int) -> Path:
-        return Path(self._folder.name if self._folder else "") / f"{i % len(self)}.safetensors"
+        return [self._file.read(entry) for entry in self._written[i]] if self._file else self._held[i]
 
 
 class _Number:
@@ -100,14 +96,16 @@ class _Number:
         self.of = of
 
 
-def place(offload: str, size: int, device: torch.device) -> torch.device | str:
+def place(offload: str, size: int, device: torch.device, folder: Path | None = None) -> torch.device | str:
     """Decide where hidden states wait.
 
     Args:
         offload: "cpu", "disk", or "auto": the accelerator if they fill less than a quarter of what is free there, else
-            main memory if less than half of what this process may still take there, else files.
+            main memory if less than half of what this process may still take there, else files, unless those would
+            lie in main memory too.
         size: Bytes of one copy.
         device: Where blocks run.
+        folder: Where files would lie; the system's folder for temporary ones if left out.
 
     Raises:
         InputError: There is no such place.
@@ -119,4 +117,5 @@ def place(offload: str, size: int, device: torch.device) -> torch.device | str:
     free = device_available(device)
     if free is not None and 4 * AT_ONCE * size < free:
         return device
-    return "cpu" if 2 * AT_ONCE * size < memory_available() else "disk"
+    fits = 2 * AT_ONCE * size < memory_available()
+    return "cpu" if fits or lies_in_memory(folder or Path(tempfile.gettempdir())) else "disk"

@@ -11,6 +11,7 @@ argument that depends on what blocks compute. Arguments that depend on the text 
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -51,7 +52,7 @@ def capture_block_inputs(
     *,
     micro_batch: int,
     apart: int = 0,
-    place: torch.device | str | None = None,
+    place: torch.device | str | Path | None = None,
     processes: Processes = ALONE,
 ) -> Recording:
     """Run the part of the model before the blocks on all windows, and the first block once for each micro-batch size.
@@ -62,7 +63,7 @@ def capture_block_inputs(
         model: In eval mode.
         windows: (n, seqlen) int64 token ids.
         micro_batch: Number of windows in each micro-batch.
-        apart: The last so many windows form a micro-batch of their own.
+        apart: The last so many windows share no micro-batch with others.
         place: Where hidden states are kept, see ``activation_store.ActivationStore``; where the model lies if left out.
         processes: The processes that divide every micro-batch.
 
@@ -124,4 +125,4 @@ def _micro_batches(windows: Tensor, size: int, apart: int) -> Iterator[Tensor]:
     together = len(windows) - apart
     yield from windows[:together].split(size)
     if apart:
-        yield windows[together:]
+        yield from windows[together:].split(size)

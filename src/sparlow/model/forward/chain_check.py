@@ -1,6 +1,7 @@
 """See without weights whether the blocks of a model can be replayed one by one, and what the text brings to them."""
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,9 +31,28 @@ class Brought:
     beside: int
 
 
+def carried(model: PreTrainedModel) -> int:
+    """Return how many numbers a copy of the hidden states has for a token.
+
+    What else the text decides of the blocks' arguments is there once; half of it is counted, as there are two copies at
+    least. What cannot be seen is not counted.
+
+    Args:
+        model: On the meta device, or with the weights around its blocks and those of the first.
+    """
+    brought = None
+    with suppress(InputError):  # whoever needs a chain says so
+        brought = require_chain(model)
+    features: int = model.config.get_text_config().hidden_size
+    return max(features, brought.hidden + -(-brought.beside // 2)) if brought else features
+
+
 @torch.no_grad()
 def require_chain(model: PreTrainedModel) -> Brought | None:
-    """Refuse a model on the meta device of which it can be seen without weights that its blocks cannot be replayed.
+    """Refuse a model of which it can be seen, also without weights, that its blocks cannot be replayed.
+
+    Args:
+        model: On the meta device, or with the weights around its blocks and those of the first.
 
     Returns:
         What a token brings; None where the model's code does not run without values, so that nothing can be seen. It is
@@ -42,8 +62,9 @@ def require_chain(model: PreTrainedModel) -> Brought | None:
         InputError: Why it cannot be replayed.
     """
     decoder = Decoder.of(model)
-    ids = torch.zeros(2, TOKENS, dtype=torch.int64, device="meta")
-    mask = torch.ones(1, 1, TOKENS, TOKENS, dtype=torch.bool, device="meta")
+    device = next(model.get_input_embeddings().parameters()).device
+    ids = torch.zeros(2, TOKENS, dtype=torch.int64, device=device)
+    mask = torch.ones(1, 1, TOKENS, TOKENS, dtype=torch.bool, device=device)
     for options in ({"attention_mask": mask}, {}):  # most models look into a mask of their own making
         with _Derived() as of_text, _Derived() as of_blocks:
             of_text.add(ids)

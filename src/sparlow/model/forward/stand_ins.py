@@ -133,6 +133,38 @@ def run_around_blocks(
     _run(model, decoder, ids, answer, {})
 
 
+def behind_blocks(model: PreTrainedModel, decoder: Decoder, ids: Tensor) -> tuple[Form, Tensor]:
+    """Run a whole model, but not its head; return the form of what its last block gave, and its hidden state.
+
+    Args:
+        model: In eval mode.
+        decoder: Its blocks.
+        ids: (windows, seqlen) int64, on the model's device.
+
+    Raises:
+        InputError: The last block is never called, or gives no hidden state of shape (windows, seqlen, …).
+    """
+    found: list[Any] = []
+    hook = decoder.blocks[-1].register_forward_hook(lambda _module, _given, output: found.append(output))
+    try:
+        with ExitStack() as stack:
+            head = output_head(model)
+            if head is not None:
+                stack.enter_context(forward_replaced(head, _stop))
+            with suppress(_Stop):
+                model(ids, use_cache=False)
+    finally:
+        hook.remove()
+    if len(found) != 1 or not isinstance(hidden_state(found[0]), Tensor):
+        raise InputError("the last block is not called once: the model's blocks are no chain")
+    state = hidden_state(found[0])
+    axis = _axis(state, ids.shape)
+    if axis < 0:
+        raise InputError("the last block gives no hidden state of shape (windows, seqlen, features)")
+    rest = rebuilt(_with_state(found[0], None), torch.zeros_like)
+    return Form(rest, axis), from_block(state, axis)
+
+
 def _new_parts(old: Mapping[Any, Any], now: Mapping[Any, Any]) -> list[Any]:
     """Return what a container holds now and did not hold before."""
     return [part for key, part in now.items() if key not in old or old[key] is not part]
