@@ -35,11 +35,13 @@ def solve(
 
     Raises:
         InputError: W and the rest do not fit together, or W is not finite.
-        RunError: The result is not finite.
+        RunError: The result is not finite, or does not have the pattern, rank or shape that was asked for.
     """
     check(algorithm, W, gram, pattern, rank)
     start = time.perf_counter()
     weight = W.float().contiguous() * ~gram.dead  # an input that is always zero needs no weight
+    given = weight, gram.H
+    versions = [tensor._version for tensor in given]  # noqa: SLF001 - how torch counts changes in place
     try:
         if algorithm.kind == "pruner":
             kept = algorithm.function(weight, gram, pattern, **options)
@@ -48,10 +50,16 @@ def solve(
             found = algorithm.function(weight, gram, pattern, rank, **options)
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # it is there, and documented
         raise RunError(f"{algorithm.name} failed in a factorisation: raise the damping ({error}).") from error
+    if [tensor._version for tensor in given] != versions:  # noqa: SLF001 - the same
+        raise RunError(f"{algorithm.name} changed W or H in place. Let the algorithm work on a copy.")
+    check_form(algorithm, found, W, rank)
     S, U, V = (part.to(W.dtype).contiguous() + 0.0 for part in (found.S, found.U, found.V))  # + 0.0: no negative zero
     relative_error = gram.relative_error(weight, weight - S.float() - U.float() @ V.float())
     if not all(all_finite(part) for part in (S, U, V)) or not math.isfinite(relative_error):
         raise RunError(f"{algorithm.name} ended in values that are not finite: raise the damping.")
+    broken = pattern.violation("S", S)
+    if broken:
+        raise RunError(f"{algorithm.name} broke the pattern: {broken}. {_FAULT}")
     shell = {
         "relative_error": relative_error,
         "seconds": time.perf_counter() - start,
@@ -59,6 +67,34 @@ def solve(
         "dead_columns": int(gram.dead.sum()),
     }
     return Decomposition(S, U, V, {"iterations": 1, **found.stats, **shell})
+
+
+_FAULT = "Correct the algorithm, or choose another."
+
+
+def check_form(algorithm: Algorithm, found: object, W: Tensor, rank: int) -> None:
+    """Raise RunError unless a result has the form that was asked for: what else it is worth, its numbers say.
+
+    Args:
+        algorithm: Which gave the result.
+        found: The result.
+        W: Weight (out, in) that was given.
+        rank: That was asked for.
+    """
+    if not isinstance(found, Decomposition):
+        raise RunError(f"{algorithm.name} returned a {type(found).__name__} and no Decomposition. {_FAULT}")
+    shapes = {"S": tuple(W.shape), "U": (W.shape[0], rank), "V": (rank, W.shape[1])}
+    for name, shape in shapes.items():
+        part: object = getattr(found, name)
+        if not isinstance(part, Tensor):
+            raise RunError(f"{algorithm.name} returned a {type(part).__name__} and no tensor for {name}. {_FAULT}")
+        if tuple(part.shape) != shape:
+            raise RunError(f"{algorithm.name} returned {name} of shape {tuple(part.shape)}, not {shape}. {_FAULT}")
+        if not part.is_floating_point() or part.device != W.device:
+            raise RunError(
+                f"{algorithm.name} returned {name} as {part.dtype} on {part.device}; floating point numbers on "
+                f"{W.device} were asked for. {_FAULT}"
+            )
 
 
 def decompose(
