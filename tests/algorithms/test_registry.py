@@ -258,15 +258,15 @@ def _right(W, gram, rank):
 
 
 WRONG = {
-    "breaks the pattern": (lambda W, S, U, V: (W, U, V), "broke the pattern: S"),
-    "breaks the rank": (lambda W, S, U, V: (S, U[:, :2], V[:2]), r"U of shape \(8, 2\), not \(8, 3\)"),
-    "factors that do not meet": (lambda W, S, U, V: (S, U, V[:1]), r"V of shape \(1, 16\), not \(3, 16\)"),
-    "a row that adds itself to all": (lambda W, S, U, V: (S[:1], U, V), r"S of shape \(1, 16\), not \(8, 16\)"),
-    "whole numbers": (lambda W, S, U, V: (S.round().to(torch.int32), U, V), "S as torch.int32"),
-    "complex numbers": (lambda W, S, U, V: (S, U + 0j, V), "U as torch.complex64"),
-    "another device": (lambda W, S, U, V: (S, U, V.to("meta")), "V as torch.float32 on meta"),
-    "no tensor": (lambda W, S, U, V: (S.tolist(), U, V), "list and no tensor for S"),
-    "not finite": (lambda W, S, U, V: (S, U * float("nan"), V), "not finite"),
+    "breaks the pattern": (lambda W, _S, U, V: (W, U, V), "broke the pattern: S"),
+    "breaks the rank": (lambda _W, S, U, V: (S, U[:, :2], V[:2]), r"U of shape \(8, 2\), not \(8, 3\)"),
+    "factors that do not meet": (lambda _W, S, U, V: (S, U, V[:1]), r"V of shape \(1, 16\), not \(3, 16\)"),
+    "a row that adds itself to all": (lambda _W, S, U, V: (S[:1], U, V), r"S of shape \(1, 16\), not \(8, 16\)"),
+    "whole numbers": (lambda _W, S, U, V: (S.round().to(torch.int32), U, V), "S as torch.int32"),
+    "complex numbers": (lambda _W, S, U, V: (S, U + 0j, V), "U as torch.complex64"),
+    "another device": (lambda _W, S, U, V: (S, U, V.to("meta")), "V as torch.float32 on meta"),
+    "no tensor": (lambda _W, S, U, V: (S.tolist(), U, V), "list and no tensor for S"),
+    "not finite": (lambda _W, S, U, V: (S, U * float("nan"), V), "not finite"),
     "W changed in place": (lambda W, S, U, V: (W.mul_(0) + S, U, V), "changed W or H in place"),
 }
 
@@ -276,7 +276,7 @@ def test_a_decomposition_that_is_not_what_was_asked_for_is_refused_with_the_name
     changed, said = WRONG[wrong]
 
     @decomposer("liar")
-    def liar(W, gram, pattern, rank):
+    def liar(W, gram, _pattern, rank):
         """Answer something else."""
         return Decomposition(*changed(W, *_right(W, gram, rank)))
 
@@ -308,7 +308,7 @@ def test_a_pruner_that_does_not_prune_is_refused_with_its_name(answer, said):
 
 def test_a_tuple_in_place_of_a_decomposition_is_refused():
     @decomposer("bare")
-    def bare(W, gram, pattern, rank):
+    def bare(W, gram, _pattern, rank):
         """Answer a tuple."""
         return _right(W, gram, rank)
 

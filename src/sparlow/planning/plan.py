@@ -213,7 +213,7 @@ def _skipped(model: PreTrainedModel, work: Workload) -> list[dict[str, Any]]:
     prefix = f"{work.name}."
     compressed = [f"{prefix}{i}.{layer.name}" for i, block in enumerate(work.blocks) for layer in block.compressed]
     rows: dict[tuple[str, str], list[Skipped]] = {}
-    for row in not_compressed(model, compressed):
+    for row in not_compressed(model, compressed, work.stays_dense):
         _, _, within = row.name.removeprefix(prefix).partition(".")
         name = f"{prefix}*.{within}" if row.name.startswith(prefix) else row.name
         rows.setdefault((name, row.why), []).append(row)
@@ -225,7 +225,7 @@ def _skipped(model: PreTrainedModel, work: Workload) -> list[dict[str, Any]]:
 
 def _notes(work: Workload) -> list[str]:
     recipe = work.recipe
-    notes = []
+    notes = list(work.warnings)
     if recipe.allocate != "uniform":
         moved = "densities" if recipe.allocate == "owl" else "ranks and densities"
         notes.append(f"--allocate {recipe.allocate} moves {moved} between layers; values in all stay about these")

@@ -1,7 +1,7 @@
 """What a run has to do, in numbers: layers and their budgets, sizes of the model, tokens. From shapes alone."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -17,7 +17,7 @@ from sparlow.model.forward.stand_ins import require_chain
 from sparlow.model.loading.meta import shared_inputs
 from sparlow.model.training.loop import Plan as Matching
 from sparlow.recipe.allocation import Budget, Shape
-from sparlow.recipe.budgets import budgets
+from sparlow.recipe.budgets import select
 from sparlow.recipe.recipe import Recipe
 from sparlow.recipe.training_plan import micro_batch, plan_of
 from sparlow.text import expected_windows
@@ -130,6 +130,8 @@ class Workload:
         processes: Those that divide the calibration windows.
         carried: Numbers of a token in a copy of the hidden states, if more than features. What else the text decides of
             the blocks' arguments is there once; it is counted here with half, as there are two copies at least.
+        stays_dense: Why a layer stays dense that the recipe does not ignore, by its full name.
+        warnings: What is to be said of the budgets.
     """
 
     name: str
@@ -149,6 +151,8 @@ class Workload:
     there: bool = False
     processes: int = 1
     carried: int = 0
+    stays_dense: Mapping[str, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
     @property
     def stored(self) -> int:
@@ -247,11 +251,13 @@ def workload(
     there = not next(model.parameters()).is_meta
     where = model.device if there else torch.device(device)
     decoder = Decoder.of(model)
-    found = _blocks(model, decoder, budgets(decoder, recipe))
+    storage = StoredDtypes.of(model)
+    selection = select(model, decoder, recipe, storage)
+    found = _blocks(model, decoder, selection.budgets)
     brought = None if there else require_chain(model)
     if streamed:
         require_own_weights(model, decoder)
-    stored = StoredDtypes.of(model).dtype
+    stored = storage.dtype
     half = where.type == "cpu" and not there and stored in (torch.float16, torch.bfloat16)  # see source.upcast_for_cpu
     config = model.config.get_text_config()
     seqlen = max(evaluate_seqlen or recipe.seqlen, 2)
@@ -274,6 +280,8 @@ def workload(
         streamed=streamed and not there and not NO_STREAMING,
         there=there,
         processes=processes,
+        stays_dense=selection.dense,
+        warnings=selection.warnings,
         carried=brought.hidden + -(-brought.beside // 2) if brought else 0,
     )
 

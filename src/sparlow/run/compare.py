@@ -13,7 +13,7 @@ from sparlow.errors import InputError, RunError
 from sparlow.linalg.patterns import NM
 from sparlow.planning.feasibility import require_resources
 from sparlow.progress import Notify, labelled
-from sparlow.recipe.budgets import budgets
+from sparlow.recipe.budgets import select
 from sparlow.recipe.recipe import Recipe
 from sparlow.report.comparison import Comparison, Row
 from sparlow.report.figures import draw, require_matplotlib
@@ -112,7 +112,7 @@ def compare(
     )
     opened, storage = opening(first)
     for recipe in recipes.values():
-        budgets(opened.decoder, recipe)
+        select(opened.model, opened.decoder, recipe, storage)
     windows, texts = windows_to_calibrate(None, opened, first), windows_to_evaluate(evaluate, opened, seqlen, limit)
     found = Comparison(
         opened.name, first.to_dict(), {"seqlen": seqlen, "windows": {n: len(w) for n, w in texts.items()}}

@@ -25,7 +25,7 @@ from sparlow.model.loading.weights import Weights, all_loaded, to_compute
 from sparlow.model.training.resume_state import TrainingCheckpoint
 from sparlow.progress import Clock, Notify, Progress, counting
 from sparlow.recipe.allocation import Budget
-from sparlow.recipe.budgets import budgets
+from sparlow.recipe.budgets import select
 from sparlow.recipe.recipe import Recipe
 from sparlow.report.html_page import write_reports
 from sparlow.report.records import LayerRecord, Report
@@ -74,11 +74,14 @@ class Job:
         self.storage, self.model, self.clock = storage, opened.model, Clock()
         self.decoder, self.weights = opened.decoder, opened.weights
         self.runner = BlockwiseRunner(opened, offload, self.clock, self.notify, processes)
-        self.budgets = budgets(self.decoder, recipe)
+        selection = select(self.model, self.decoder, recipe, storage)
+        self.budgets, self.stays_dense = dict(selection.budgets), selection.dense
         for name in (name for name, _ in self.model.named_parameters() if name in opened.damaged):
             layer, _, part = name.rpartition(".")
             raise InputError(f"{layer}: the {part} holds NaN or infinity; the model is damaged.")
-        self.report = Report(recipe=recipe.to_dict(), model=opened.name, warnings=list(opened.warnings))
+        self.report = Report(
+            recipe=recipe.to_dict(), model=opened.name, warnings=[*opened.warnings, *selection.warnings]
+        )
         self.report.bytes = {"dense": self.storage.bytes_of(self.model), "linears_dense": 0, "linears_compressed": 0}
         self.recovery = Recovery(recipe, storage, self.decoder.name, windows, processes)
         self.report.warnings += self.recovery.warnings
@@ -335,4 +338,4 @@ class Job:
             report.processes = {"count": self.processes.size, "bytes_per_block": sent}
         names = {layer: self.decoder.layer_name(layer.block, layer.name) for layer in report.layers}
         report.warnings += [f"{names[layer]}: {warning}" for layer in report.layers for warning in layer.warnings]
-        report.not_compressed = [asdict(row) for row in not_compressed(self.model, names.values())]
+        report.not_compressed = [asdict(row) for row in not_compressed(self.model, names.values(), self.stays_dense)]

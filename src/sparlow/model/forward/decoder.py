@@ -4,7 +4,7 @@ A decoder is a chain: embedding → block 0 → block 1 → … → norm and hea
 each block is called; ``block_pass`` and ``input_statistics`` then need one block at a time.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,8 @@ from transformers import PreTrainedModel
 
 from sparlow.errors import InputError
 from sparlow.model.forward.compressible import CompressibleWeight, compressible, weight_of
+
+NO_REASONS: Mapping[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -92,10 +94,17 @@ class Skipped:
     why: str
 
 
-def not_compressed(model: PreTrainedModel, compressed: Collection[str]) -> list[Skipped]:
+def not_compressed(
+    model: PreTrainedModel, compressed: Collection[str], reasons: Mapping[str, str] = NO_REASONS
+) -> list[Skipped]:
     """List every module with parameters of its own outside the layers named in ``compressed``.
 
     Each parameter of the model, tied ones once, is in a compressed layer or in exactly one row.
+
+    Args:
+        model: All of it.
+        compressed: Names of layers.
+        reasons: Why a layer stays dense, where more is known of it than what it is.
     """
     seen = {p for name in compressed for p in model.get_submodule(name).parameters()}
     rows = []
@@ -103,7 +112,8 @@ def not_compressed(model: PreTrainedModel, compressed: Collection[str]) -> list[
         own = set(module.parameters(recurse=False)) - seen
         if own:
             seen |= own
-            rows.append(Skipped(name or "(the model itself)", sum(p.numel() for p in own), _why(model, module, own)))
+            why = reasons.get(name) or _why(model, module, own)
+            rows.append(Skipped(name or "(the model itself)", sum(p.numel() for p in own), why))
     return rows
 
 
