@@ -13,6 +13,7 @@ from sparlow.errors import InputError
 from sparlow.evaluation.perplexity import require_context, require_tokenizer
 from sparlow.machine import pick_device
 from sparlow.model.artefact.dtypes import StoredDtypes
+from sparlow.model.forward.causality import require_causal
 from sparlow.model.forward.generate import own_windows
 from sparlow.model.loading.meta import UnknownAheadError, meta_model
 from sparlow.model.loading.source import OpenedModel, open_model, resolve_model_path, upcast_for_cpu
@@ -161,11 +162,15 @@ def open_dense(
 
     Args:
         streamed: The weights of a model that is named stay on disk.
+
+    Raises:
+        InputError: It cannot be opened, or is no causal language model.
     """
     if isinstance(model, PreTrainedModel):
         name = model.config.name_or_path or type(model).__name__
+        require_causal(model.eval(), name)
         seen = scan([model.state_dict(keep_vars=True)])
-        return OpenedModel(model.eval(), tokenizer, name, seen.fingerprint, seen.damaged), StoredDtypes.of(model)
+        return OpenedModel(model, tokenizer, name, seen.fingerprint, seen.damaged), StoredDtypes.of(model)
     opened = open_model(
         str(model),
         dtype=recipe.dtype,
@@ -175,6 +180,11 @@ def open_dense(
     )
     storage = StoredDtypes.of(opened.model)
     ready = opened.model if opened.on_disk else upcast_for_cpu(opened.model)
+    if opened.on_disk:
+        with opened.on_disk.outside_blocks(), opened.on_disk.block(0):
+            require_causal(ready, opened.name, first_block=True)
+    else:
+        require_causal(ready, opened.name)
     return replace(opened, model=ready, tokenizer=tokenizer or opened.tokenizer), storage
 
 

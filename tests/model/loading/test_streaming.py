@@ -1,3 +1,4 @@
+import functools
 import hashlib
 import json
 
@@ -146,7 +147,7 @@ def test_buffers_that_a_module_around_them_computes_are_not_whatever_lay_in_memo
 def test_a_model_with_a_buffer_that_nothing_initialises_is_not_streamed(tmp_path, monkeypatch):
     save_tiny("falcon_h1", tmp_path)
     plain = PreTrainedModel._init_weights
-    monkeypatch.setattr(FalconH1PreTrainedModel, "_init_weights", lambda self, module: plain(self, module))
+    monkeypatch.setattr(FalconH1PreTrainedModel, "_init_weights", functools.partialmethod(plain))
     opened = open_model(str(tmp_path), streamed=True)
     assert opened.on_disk is None
     said = "the whole model was held in memory, because nothing initialises the buffer model.layers.0.mamba.mup_vector"
