@@ -31,7 +31,8 @@ def solve(
 
     Returns:
         S, U, V in W's type and device; ``stats`` holds at least ``relative_error`` (of exactly these S, U, V),
-        ``iterations``, ``seconds``, ``damping`` (extra, 0 unless a factorisation needed it) and ``dead_columns``.
+        ``iterations``, ``seconds``, ``damping`` (extra, 0 unless a factorisation needed it) and ``dead_columns``; and
+        ``relative_error_per_token`` where the Gram has a sample of tokens.
 
     Raises:
         InputError: W and the rest do not fit together, or W is not finite.
@@ -54,7 +55,8 @@ def solve(
         raise RunError(f"{algorithm.name} changed W or H in place. Let the algorithm work on a copy.")
     check_form(algorithm, found, W, rank)
     S, U, V = (part.to(W.dtype).contiguous() + 0.0 for part in (found.S, found.U, found.V))  # + 0.0: no negative zero
-    relative_error = gram.relative_error(weight, weight - S.float() - U.float() @ V.float())
+    residual = weight - S.float() - U.float() @ V.float()
+    relative_error = gram.relative_error(weight, residual)
     if not all(all_finite(part) for part in (S, U, V)) or not math.isfinite(relative_error):
         raise RunError(f"{algorithm.name} ended in values that are not finite: raise the damping.")
     broken = pattern.violation("S", S)
@@ -66,6 +68,9 @@ def solve(
         "damping": gram.extra_damping,
         "dead_columns": int(gram.dead.sum()),
     }
+    per_token = gram.relative_error_per_token(weight, residual)
+    if per_token is not None:
+        shell["relative_error_per_token"] = per_token
     return Decomposition(S, U, V, {"iterations": 1, **found.stats, **shell})
 
 

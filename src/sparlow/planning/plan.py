@@ -60,6 +60,8 @@ class Plan:
         not_compressed: ``name`` (* for the number of the block), ``count``, ``parameters`` and ``why``.
         bytes: ``dense``, ``compressed``, ``linears_dense``, ``linears_compressed``, as in ``report.json``.
         bits_per_weight: Of the compressed layers.
+        bits_per_parameter: Of the whole file, without headers.
+        share_compressed: Of the parameters of the blocks, those in weights that are compressed.
         disk: Bytes in files.
         baseline: Bytes that this process, with its libraries, holds before a run.
         stages: What each holds beyond that, at most.
@@ -79,6 +81,8 @@ class Plan:
     not_compressed: tuple[dict[str, Any], ...]
     bytes: dict[str, int]
     bits_per_weight: float
+    bits_per_parameter: float
+    share_compressed: float
     disk: Disk
     baseline: int
     stages: tuple[Stage, ...]
@@ -173,6 +177,8 @@ def _planned(name: str, model: PreTrainedModel, work: Workload, out: Path, basel
         not_compressed=tuple(_skipped(model, work)),
         bytes=sizes,
         bits_per_weight=8 * sizes["linears_compressed"] / sum(layer.weights for layer in linears),
+        bits_per_parameter=8 * sizes["compressed"] / work.parameters,
+        share_compressed=sum(layer.weights for layer in linears) / sum(block.parameters for block in work.blocks),
         disk=disk(work),
         baseline=baseline,
         stages=tuple(counted),

@@ -83,6 +83,10 @@ class Job:
             recipe=recipe.to_dict(), model=opened.name, warnings=[*opened.warnings, *selection.warnings]
         )
         self.report.bytes = {"dense": self.storage.bytes_of(self.model), "linears_dense": 0, "linears_compressed": 0}
+        self.report.parameters = {
+            "model": sum(p.numel() for p in self.model.parameters()),
+            "blocks": sum(p.numel() for p in self.decoder.blocks.parameters()),
+        }
         self.recovery = Recovery(recipe, storage, self.decoder.name, windows, processes)
         self.report.warnings += self.recovery.warnings
         self.known_dense: dict[str, float] = {}  # perplexity by fingerprint of the windows
@@ -182,7 +186,7 @@ class Job:
         last_read = self.last_read
         for i, calls in enumerate(recording.calls):
             done = self.has(i)
-            dense = {name: self.storage.bytes_of(weight) for name, weight in self.decoder.weights(i).items()}
+            dense = {name: self.bytes_of(i, name) for name in self.decoder.weights(i)}
             with self.weights.block(i, load=not done or truth is not None) as block:
                 through = BlockPass(block, calls, hidden, self.decoder.label(i), i, self.processes)
                 if truth is not None:
@@ -202,7 +206,7 @@ class Job:
                 if i < last_read:
                     with self.clock("walk"):
                         hidden = pass_through(through, check=True)
-                self.add_to_report(block, layers, matching, dense)
+                self.add_to_report(i, layers, matching, dense)
             self.notify(Progress("blocks", i + 1, len(self.decoder)))
         return recording, truth
 
@@ -305,16 +309,21 @@ class Job:
                 shard = self.writer.write_block(i, block)
             self.journal.note_block(shard, layers, matching, self.clock.so_far())
 
+    def bytes_of(self, i: int, name: str) -> int:
+        """Bytes of a dense layer of block i as stored."""
+        return self.storage.bytes_of_weight(self.decoder.weights(i)[name], self.decoder.layer_name(i, name))
+
     def add_to_report(
         self,
-        block: nn.Module,
+        i: int,
         layers: list[LayerRecord],
         matching: list[dict[str, Any]],
         dense: Mapping[str, int],
     ) -> None:
-        """Count a finished block; ``dense`` are the bytes of its layers by name, as they were."""
-        sparse = compressed_layers(block).values()
-        self.report.bytes["linears_compressed"] += sum(map(self.storage.packed_bytes, sparse))
+        """Count the finished block i; ``dense`` are the bytes of its layers by name, as they were."""
+        sparse = compressed_layers(self.decoder.blocks[i]).items()
+        packed = (self.storage.packed_bytes(layer, self.decoder.layer_name(i, name)) for name, layer in sparse)
+        self.report.bytes["linears_compressed"] += sum(packed)
         self.report.bytes["linears_dense"] += sum(dense[layer.name] for layer in layers)
         self.report.layers += layers
         self.report.matching += matching

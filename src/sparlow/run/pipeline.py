@@ -1,7 +1,7 @@
 """The bridge: observe a decoder block, give each of its linear layers to an algorithm, put the answer in its place."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -22,6 +22,8 @@ from sparlow.recipe.allocation import Budget
 from sparlow.recipe.recipe import Recipe
 from sparlow.report.records import LayerRecord
 from sparlow.run.exchange import exchange_layers
+
+Sums = TypeVar("Sums", bound=GramAccumulator)
 
 
 def name_what_is_not_finite(decoder: Decoder, blocks: Iterable[nn.Module], recording: Recording) -> None:
@@ -101,7 +103,7 @@ def _cost(weight: CompressibleWeight) -> float:
 
 def with_grams(
     through: BlockPass,
-    seen: Observation[GramAccumulator],
+    seen: Observation[Sums],
     recipe: Recipe,
     who: Mapping[str, int],
 ) -> Iterator[tuple[str, Gram, int]]:
@@ -129,8 +131,9 @@ def with_grams(
         if not wanted:
             continue
         H = statistic.second_moment(windows)
+        sample = statistic.sample.rows  # of this process's part of the text
         del statistic  # of the widest layer, each of these is the largest matrix there is
-        gram = Gram.damped(H, absolute=recipe.damping, relative=recipe.relative_damping)
+        gram = Gram.damped(H, absolute=recipe.damping, relative=recipe.relative_damping, sample=sample)
         del H
         for name in readers:
             if who[name] == processes.rank:
@@ -150,6 +153,7 @@ def _record(block: int, weight: CompressibleWeight, budget: Budget, found: Decom
         density=(found.S != 0).float().mean().item(),
         rank=budget.rank,
         relative_error=float(found.stats["relative_error"]),
+        relative_error_per_token=cast("float | None", found.stats.get("relative_error_per_token")),
         iterations=int(found.stats["iterations"]),
         seconds=float(found.stats["seconds"]),
         damping=float(found.stats["damping"]),

@@ -9,7 +9,7 @@ from torch import nn
 
 from sparlow.distributed import ALONE, Processes
 from sparlow.linalg.error_curves import error_curve
-from sparlow.linalg.gram import GramAccumulator, SquareAccumulator
+from sparlow.linalg.gram import EvenGramAccumulator, SquareAccumulator
 from sparlow.linalg.patterns import Unstructured
 from sparlow.model.forward.block_pass import BlockPass
 from sparlow.model.forward.capture import Recording
@@ -91,12 +91,16 @@ def _free_of_rules(label: str, recipe: Recipe, budgets: Mapping[str, Budget]) ->
 
 
 def _error_driven(walk: DenseWalk, recipe: Recipe, budgets: Mapping[str, Budget]) -> dict[str, Budget]:
-    """Ranks and densities where the layers' relative errors fall most for each value kept; as many values in all."""
+    """Ranks and densities where the layers' relative errors fall most for each value kept; as many values in all.
+
+    Each token counts by its own size here: where a few are huge, a layer would look done as soon as they are right.
+    Solvers see to those, as they work on what the tokens add up to.
+    """
     low_rank = recipe.found_algorithm.kind != "pruner"
     offers: dict[str, list[Offer]] = {}
     shapes: dict[str, Shape] = {}
     values = 0
-    for through, seen in walk.observed(GramAccumulator):
+    for through, seen in walk.observed(EvenGramAccumulator):
         names = {n: through.layer_name(n) for n in through.weights}
         free = {n: w for n, w in through.weights.items() if names[n] in budgets and not recipe.has_rule(names[n])}
         asked = {n: offered(budgets[names[n]], weight.shape, low_rank=low_rank) for n, weight in free.items()}

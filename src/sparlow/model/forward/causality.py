@@ -35,7 +35,7 @@ def require_causal(model: PreTrainedModel, name: str, *, first_block: bool = Fal
         first_block: Only what is in front of the blocks and the first one have weights; they decide.
     """
     require_decoder_only(model.config, name)
-    ids = _two_texts(model).to(model.get_input_embeddings().weight.device)
+    ids = _two_texts(model).to(next(model.get_input_embeddings().parameters()).device)
     try:
         states = _around_first_block(model, ids) if first_block else [_logits(model, ids)]
     except Exception:  # noqa: BLE001 - a foreign forward may fail in any way; the run then says where and why
