@@ -63,14 +63,64 @@ _BY_TEXT: dict[str, tuple[str, dict[str, Any]]] = {
     "zamba2": ("zamba2", _MAMBA | {"n_mamba_heads": 4, "layers_block_type": _HYBRID, "num_key_value_heads": 4}),
 }
 
+_MOE = {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2}
+_DELTA = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+_SSM = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}
+_STRUCTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "falcon_h1": (
+        "falcon_h1",
+        _SSM | {"head_dim": 8, "mamba_chunk_size": 16, "ssm_multipliers": [0.5, 2.0, 0.7, 1.3, 0.9]},
+    ),
+    "gemma4_moe": (
+        "gemma4_text",
+        _GEMMA
+        | _MOE
+        | {"layer_types": ["sliding_attention", "full_attention"] * 2, "enable_moe_block": True, "top_k_experts": 2}
+        | {"hidden_size_per_layer_input": 0, "global_head_dim": 8, "num_experts": 12, "tie_word_embeddings": True},
+    ),
+    "afmoe": (
+        "afmoe",
+        _MOE | {"num_experts": 12, "head_dim": 8, "num_dense_layers": 1, "sliding_window": WINDOW},
+    ),
+    "hunyuan_v1_moe": ("hunyuan_v1_moe", {"num_experts": 12, "moe_topk": 2, "head_dim": 8}),
+    "jetmoe": ("jetmoe", {"num_local_experts": 12, "num_experts_per_tok": 2, "kv_channels": 8}),
+    "dbrx": (
+        "dbrx",
+        {"d_model": 32, "n_heads": 4, "n_layers": 3, "max_seq_len": 64}
+        | {"ffn_config": {"hidden_size": 32, "ffn_hidden_size": 24, "moe_num_experts": 12, "moe_top_k": 2}}
+        | {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0}},
+    ),
+    "qwen2_moe": ("qwen2_moe", _MOE | {"shared_expert_intermediate_size": 24}),
+    "qwen3_next": (
+        "qwen3_next",
+        _MOE | _DELTA | {"shared_expert_intermediate_size": 24, "head_dim": 8, "num_hidden_layers": 4},
+    ),
+    "deepseek_v3": (
+        "deepseek_v3",
+        {"moe_intermediate_size": 24, "n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1}
+        | {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+        | {"first_k_dense_replace": 1, "num_key_value_heads": 4},
+    ),
+    "gpt_oss": ("gpt_oss", {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "sliding_window": WINDOW}),
+    "mamba": ("mamba", {"state_size": 4, "time_step_rank": 12}),
+    "mamba2": ("mamba2", {"state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 1, "chunk_size": 16}),
+    "jamba": (
+        "jamba",
+        {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2}
+        | {"num_experts": 4, "num_experts_per_tok": 2, "use_mamba_kernels": False, "mamba_d_state": 4},
+    ),
+    "rwkv": ("rwkv", {"attention_hidden_size": 32}),
+}
+
 FAMILIES = tuple(_MODELS)
+STRUCTURES = tuple(_STRUCTURES)  # experts, state spaces, linear attention: blocks that are not all attention and an MLP
 BY_TEXT = tuple(_BY_TEXT)  # blocks are given what depends on the text, or what earlier blocks wrote
 EXTRAS = tuple(_EXTRAS)  # models of which some or all layers are no nn.Linear
 
 
 def tiny(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
     """A random model of a family in eval mode: 3 or 4 blocks, 32 features, 128 tokens."""
-    model_type, changes = (_MODELS | _EXTRAS | _BY_TEXT)[name]
+    model_type, changes = (_MODELS | _EXTRAS | _BY_TEXT | _STRUCTURES)[name]
     config = AutoConfig.for_model(model_type, **(_SIZES | changes))
     auto: Any = AutoModelForCausalLM
     with torch.random.fork_rng():  # transformers draws weights of its own first

@@ -5,9 +5,9 @@ import torch
 
 import oracles
 from sparlow.algorithms import Decomposition, Option, Pruner, _registry, algorithms, decomposer, find, pruner, solve
-from sparlow.errors import InputError
+from sparlow.errors import InputError, RunError
 from sparlow.linalg.gram import Gram
-from sparlow.linalg.patterns import NM
+from sparlow.linalg.patterns import NM, Unstructured
 
 MAGNITUDE = find("magnitude")[0].function
 
@@ -246,3 +246,72 @@ def test_defaults_pass_their_own_parser():
     for algorithm in algorithms():
         for name, option in algorithm.options.items():
             assert option.parse(option.shown_default) == option.default, (algorithm.name, name)
+
+
+# --- a result is not believed ----------------------------------------------------------------------------------------
+
+
+def _right(W, gram, rank):
+    S = MAGNITUDE(W, gram, NM(2, 4))
+    P, sigma, Qt = torch.linalg.svd(W - S)
+    return S, P[:, :rank] * sigma[:rank], Qt[:rank]
+
+
+WRONG = {
+    "breaks the pattern": (lambda W, _S, U, V: (W, U, V), "broke the pattern: S"),
+    "breaks the rank": (lambda _W, S, U, V: (S, U[:, :2], V[:2]), r"U of shape \(8, 2\), not \(8, 3\)"),
+    "factors that do not meet": (lambda _W, S, U, V: (S, U, V[:1]), r"V of shape \(1, 16\), not \(3, 16\)"),
+    "a row that adds itself to all": (lambda _W, S, U, V: (S[:1], U, V), r"S of shape \(1, 16\), not \(8, 16\)"),
+    "whole numbers": (lambda _W, S, U, V: (S.round().to(torch.int32), U, V), "S as torch.int32"),
+    "complex numbers": (lambda _W, S, U, V: (S, U + 0j, V), "U as torch.complex64"),
+    "another device": (lambda _W, S, U, V: (S, U, V.to("meta")), "V as torch.float32 on meta"),
+    "no tensor": (lambda _W, S, U, V: (S.tolist(), U, V), "list and no tensor for S"),
+    "not finite": (lambda _W, S, U, V: (S, U * float("nan"), V), "not finite"),
+    "W changed in place": (lambda W, S, U, V: (W.mul_(0) + S, U, V), "changed W or H in place"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_decomposition_that_is_not_what_was_asked_for_is_refused_with_the_name_of_its_method(wrong):
+    changed, said = WRONG[wrong]
+
+    @decomposer("liar")
+    def liar(W, gram, _pattern, rank):
+        """Answer something else."""
+        return Decomposition(*changed(W, *_right(W, gram, rank)))
+
+    W, H = oracles.problem(8, 16, 0)
+    with pytest.raises(RunError, match=f"liar.*{said}"):
+        solve(find("liar")[0], W, Gram.damped(H), NM(2, 4), 3, {})
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (lambda W: W, "broke the pattern"),
+        (lambda W: W.new_zeros(1), "of shape"),
+        (lambda W: (W,), "tuple and no tensor"),
+        (lambda _: None, "NoneType and no tensor"),
+    ],
+)
+def test_a_pruner_that_does_not_prune_is_refused_with_its_name(answer, said):
+    @pruner("idle")
+    def idle(W, _gram, _pattern):
+        """Answer something else."""
+        return answer(W)
+
+    W, H = oracles.problem(8, 16, 0)
+    for pattern in (NM(2, 4), Unstructured(0.5)):
+        with pytest.raises(RunError, match=f"idle.*{said}"):
+            solve(find("idle")[0], W, Gram.damped(H), pattern, 0, {})
+
+
+def test_a_tuple_in_place_of_a_decomposition_is_refused():
+    @decomposer("bare")
+    def bare(W, gram, _pattern, rank):
+        """Answer a tuple."""
+        return _right(W, gram, rank)
+
+    W, H = oracles.problem(8, 16, 0)
+    with pytest.raises(RunError, match="bare returned a tuple and no Decomposition"):
+        solve(find("bare")[0], W, Gram.damped(H), NM(2, 4), 3, {})

@@ -71,6 +71,8 @@ def test_what_is_kept_is_what_is_written(family, recipe, tmp_path):
     assert plan.bytes == report.bytes
     assert plan.bytes["compressed"] == plan.disk.out == contents(tmp_path / "out")
     assert plan.bits_per_weight == report.bits_per_weight
+    assert plan.bits_per_parameter == report.bits_per_parameter
+    assert plan.share_compressed == report.share_compressed
     rows = [(layer.name, tuple(layer.shape), layer.pattern, layer.rank) for layer in report.layers]
     compressed = {(k.name, k.shape, k.pattern, k.rank): k.count for k in plan.layers if k.pattern}
     assert compressed == {row: rows.count(row) for row in rows}

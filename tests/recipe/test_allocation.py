@@ -1,3 +1,4 @@
+import math
 from itertools import product
 
 import pytest
@@ -7,7 +8,7 @@ from hypothesis import strategies as st
 
 import sparlow
 from families import linears, save_tiny, tiny
-from sparlow.errors import InputError
+from sparlow.errors import InputError, RunError
 from sparlow.linalg.patterns import NM, Unstructured, parse_pattern
 from sparlow.model.artefact.describe import describe
 from sparlow.model.artefact.layers import compressed_layers
@@ -23,6 +24,7 @@ from sparlow.recipe.allocation import (
     ratio_rank,
     ratio_share,
     ratio_sparsity,
+    require_total,
 )
 from sparlow.recipe.recipe import Recipe
 from sparlow.run import job
@@ -66,7 +68,7 @@ def test_the_share_is_what_the_pattern_leaves(compression, density):
     spread=st.floats(0, 0.12),
 )
 def test_owl_keeps_the_mean_and_the_order_and_spans_twice_the_spread(outliers, sparsity, spread):
-    densities = owl_densities(outliers, sparsity, spread)
+    densities = owl_densities(outliers, [7] * len(outliers), sparsity, spread)
     assert sum(densities) / len(densities) == pytest.approx(1 - sparsity, abs=1e-9)
     span = 2 * spread if max(outliers) > min(outliers) else 0
     assert max(densities) - min(densities) == pytest.approx(span, abs=1e-9)
@@ -75,9 +77,36 @@ def test_owl_keeps_the_mean_and_the_order_and_spans_twice_the_spread(outliers, s
             assert a >= b or x <= y + 1e-11
 
 
+def test_owl_counts_each_block_by_its_weights():
+    sizes = [100, 900]
+    densities = owl_densities([0.3, 0.1], sizes, 0.5, 0.08)
+    assert sum(n * d for n, d in zip(sizes, densities, strict=True)) == pytest.approx(500)
+    assert densities[0] - densities[1] == pytest.approx(0.16)
+
+
+@pytest.mark.parametrize("kept", [0.4, 0.6])
+def test_an_allocation_that_keeps_another_total_stops_the_run(kept):
+    shapes = {"a": (100, 100), "b": (10, 100)}
+    even = {name: Budget(Unstructured(0.5), 0) for name in shapes}
+    require_total(even, shapes, 5500)
+    with pytest.raises(RunError, match="where 5,500 were asked for"):
+        require_total(even | {"a": Budget(Unstructured(1 - kept), 0)}, shapes, 5500)
+    if kept < 0.5:
+        require_total(even | {"a": Budget(Unstructured(1 - kept), 0)}, shapes, 5500, exactly=False)
+
+
+def test_owl_keeps_the_sparsity_that_was_asked_for_where_blocks_differ():
+    report = compress(tiny("jamba"), OWL.changed(algorithm="magnitude", owl_threshold=1.5, owl_spread=0.2))
+    assert len({layer.density for layer in report.layers}) > 2
+    per_block = [sum(math.prod(row.shape) for row in report.layers if row.block == i) for i in range(4)]
+    assert max(per_block) > 1.5 * min(per_block)
+    kept, of = report.values["linears_compressed"], report.values["linears_dense"]
+    assert kept / of == pytest.approx(0.5, abs=2e-3)
+
+
 def test_owl_out_of_range_is_refused():
     with pytest.raises(InputError, match="Lower --owl-spread"):
-        owl_densities([0.0, 0.1, 0.1, 0.1], 0.95, 0.08)
+        owl_densities([0.0, 0.1, 0.1, 0.1], [1, 1, 1, 1], 0.95, 0.08)
 
 
 def offers(curves):
@@ -116,7 +145,9 @@ def test_an_offer_above_the_line_between_its_neighbours_is_never_taken():
 def test_offers_lie_around_the_uniform_budget():
     found = offered(Budget(Unstructured(0.5), 8), (64, 48), low_rank=True)
     assert {pattern.sparsity for pattern in found} == {0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7}
-    assert found[Unstructured(0.7)] == list(range(0, 20, 2))  # 20 * (64 + 48) is more than the weight has to spare
+    assert found[Unstructured(0.7)] == list(
+        range(0, 18, 2)
+    )  # 18 * (64 + 48) and a mask is more than the weight has to spare
     assert offered(Budget(NM(2, 4), 8), (64, 48), low_rank=True) == {NM(2, 4): list(range(0, 14, 2))}
     assert offered(Budget(NM(2, 4), 0), (64, 48), low_rank=True) == {NM(2, 4): [0]}
     assert offered(Budget(NM(2, 4), 13), (16, 12), low_rank=True)[NM(2, 4)][-1] == 13  # what was asked for is offered

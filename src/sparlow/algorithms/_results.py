@@ -22,6 +22,7 @@ class SolveStats(Mapping[str, Number]):
         seconds: Taken.
         damping: Added to H because a factorisation failed without it; 0 if none did.
         dead_columns: Inputs that were always zero.
+        relative_error_per_token: The ratio over sampled tokens, each scaled to length one; None without a sample.
         more: The algorithm's own numbers, by name.
     """
 
@@ -31,6 +32,7 @@ class SolveStats(Mapping[str, Number]):
     seconds: float = 0.0
     damping: float = 0.0
     dead_columns: int = 0
+    relative_error_per_token: float | None = None
     more: Mapping[str, Number] = field(default_factory=dict)
 
     @classmethod
@@ -42,7 +44,8 @@ class SolveStats(Mapping[str, Number]):
         return cls(**known, more={name: value for name, value in given.items() if name not in _FIELDS})  # type: ignore[arg-type]
 
     def __getitem__(self, name: str) -> Number:
-        return getattr(self, name) if name in _FIELDS else self.more[name]
+        value: Number = getattr(self, name) if name in _FIELDS else self.more[name]
+        return value
 
     def __iter__(self) -> Iterator[str]:
         yield from _FIELDS

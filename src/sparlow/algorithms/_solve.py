@@ -36,16 +36,19 @@ def solve(
         options: The algorithm's own, parsed.
 
     Returns:
-        S, U, V in W's type and device, and ``stats``, whose ``relative_error`` is that of exactly these S, U, V.
+        S, U, V in W's type and device, and ``stats``, whose ``relative_error`` is that of exactly these S, U, V;
+        ``relative_error_per_token`` is there where the Gram has a sample of tokens.
 
     Raises:
         InputError: W and the rest do not fit together, or W is not finite.
-        RunError: The result is not finite.
+        RunError: The result is not finite, or does not have the pattern, rank or shape that was asked for.
     """
     check(algorithm, W, gram, pattern, rank)
     start = time.perf_counter()
     size = unit(_wide(W))  # a power of two: no bit is lost, and no factor of W can lead out of the range of float32
     weight = (_wide(W) / size).float().contiguous() * ~gram.dead  # an input that is always zero needs no weight
+    given = weight, gram.H
+    versions = [tensor._version for tensor in given]  # noqa: SLF001 - how torch counts changes in place
     try:
         if algorithm.kind == "pruner":
             pruned = Pruned.of(algorithm.function(weight, gram, pattern, **options))
@@ -55,17 +58,21 @@ def solve(
             found = algorithm.function(weight, gram, pattern, rank, **options)
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # it is there, and documented
         raise RunError(f"{algorithm.name} failed in a factorisation ({error}). Raise --damping.") from error
-    like = _wide(W).dtype
-    U, V = balanced(found.U.to(like), found.V.to(like) * size)
-    parts = (found.S.to(like) * size, U, V)
-    S, U, V = (part.to(W.dtype).contiguous() + 0.0 for part in parts)  # + 0.0: no negative zero
-    dense = (_wide(S) / size).float() + _wide(U).float() @ (_wide(V) / size).float()
-    relative_error = gram.relative_error(weight, weight - dense)
+    if [tensor._version for tensor in given] != versions:  # noqa: SLF001 - the same
+        raise RunError(f"{algorithm.name} changed W or H in place. Let the algorithm work on a copy.")
+    check_form(algorithm, found, W, rank)
+    S, U, V = _scaled_back(found, W, size)
+    residual = weight - (_wide(S) / size).float() - _wide(U).float() @ (_wide(V) / size).float()
+    relative_error = gram.relative_error(weight, residual)
     if not all(all_finite(part) for part in (S, U, V)) or not math.isfinite(relative_error):
         raise RunError(f"{algorithm.name} ended in values that are not finite. Raise --damping.")
+    broken = pattern.violation("S", S)
+    if broken:
+        raise RunError(f"{algorithm.name} broke the pattern: {broken}. {_FAULT}")
     stats = replace(
         found.stats,
         relative_error=relative_error,
+        relative_error_per_token=gram.relative_error_per_token(weight, residual),
         seconds=time.perf_counter() - start,
         damping=gram.extra_damping,
         dead_columns=int(gram.dead.sum()),
@@ -76,6 +83,43 @@ def solve(
 def _wide(x: Tensor) -> Tensor:
     """Return ``x`` in float32, or as it is in float64, whose range may be needed to scale it."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def _scaled_back(found: Decomposition, W: Tensor, size: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return S, U, V of W from those of W / size, in W's type; U and V are balanced."""
+    like = _wide(W).dtype
+    U, V = balanced(found.U.to(like), found.V.to(like) * size)
+    parts = (found.S.to(like) * size, U, V)
+    S, U, V = (part.to(W.dtype).contiguous() + 0.0 for part in parts)  # + 0.0: no negative zero
+    return S, U, V
+
+
+_FAULT = "Correct the algorithm, or choose another."
+
+
+def check_form(algorithm: Algorithm, found: object, W: Tensor, rank: int) -> None:
+    """Raise RunError unless a result has the form that was asked for: what else it is worth, its numbers say.
+
+    Args:
+        algorithm: Which gave the result.
+        found: The result.
+        W: Weight (out, in) that was given.
+        rank: That was asked for.
+    """
+    if not isinstance(found, Decomposition):
+        raise RunError(f"{algorithm.name} returned a {type(found).__name__} and no Decomposition. {_FAULT}")
+    shapes = {"S": tuple(W.shape), "U": (W.shape[0], rank), "V": (rank, W.shape[1])}
+    for name, shape in shapes.items():
+        part: object = getattr(found, name)
+        if not isinstance(part, Tensor):
+            raise RunError(f"{algorithm.name} returned a {type(part).__name__} and no tensor for {name}. {_FAULT}")
+        if tuple(part.shape) != shape:
+            raise RunError(f"{algorithm.name} returned {name} of shape {tuple(part.shape)}, not {shape}. {_FAULT}")
+        if not part.is_floating_point() or part.device != W.device:
+            raise RunError(
+                f"{algorithm.name} returned {name} as {part.dtype} on {part.device}; floating point numbers on "
+                f"{W.device} were asked for. {_FAULT}"
+            )
 
 
 @own_settings()

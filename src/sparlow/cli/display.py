@@ -87,15 +87,25 @@ def show_report(report: "Report") -> None:
 def show_comparison(found: "Comparison") -> None:
     """The table of a comparison: the dense model, then a line a method."""
     corpora = list(found.dense.get("perplexity", {}))
-    head = ("", *(f"perplexity, {Path(name).name}" for name in corpora), "relative error", "seconds", "size", "bits")
+    head = (
+        "",
+        *(f"perplexity, {Path(name).name}" for name in corpora),
+        "relative error",
+        "seconds",
+        "size",
+        "bits",
+        "bits, whole file",
+        "of blocks",
+    )
     rows = []
     if found.dense:
         perplexities = (f"{found.dense['perplexity'][name]:.2f}" for name in corpora)
-        rows.append(("dense", *perplexities, "0", "–", human_bytes(found.dense["bytes"]), "–"))
+        rows.append(("dense", *perplexities, "0", "–", human_bytes(found.dense["bytes"]), "–", "–", "–"))
     for row in found.rows:
         perplexities = (f"{row.perplexity[name]:.2f}" for name in corpora)
         measured = (f"{row.mean_relative_error:.5f}", f"{row.seconds:.0f}", human_bytes(row.bytes))
-        rows.append((row.name, *perplexities, *measured, f"{row.bits_per_weight:.2f}"))
+        bits = (f"{row.bits_per_weight:.2f}", f"{row.bits_per_parameter:.2f}", f"{row.share_compressed:.1%}")
+        rows.append((row.name, *perplexities, *measured, *bits))
     out.print(_table(head, rows))
 
 
@@ -142,6 +152,8 @@ def _show_sizes(found: "Plan") -> None:
         f"whole model {human_bytes(sizes['dense'])} → {human_bytes(sizes['compressed'])}, linear layers "
         f"{human_bytes(sizes['linears_dense'])} → {human_bytes(sizes['linears_compressed'])}, "
         f"{found.bits_per_weight:.2f} bits a weight\n"
+        f"{found.share_compressed:.1%} of the parameters of the blocks are compressed; the whole file has "
+        f"{found.bits_per_parameter:.2f} bits a parameter\n"
         f"disk {human_bytes(files.out)}{second}{hidden}; {_free(found.available['disk'])} are free",
         highlight=False,
     )

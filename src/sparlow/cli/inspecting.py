@@ -7,7 +7,7 @@ from pathlib import Path
 from sparlow.cli import display
 from sparlow.errors import InputError, RunError
 from sparlow.files import as_json
-from sparlow.model.artefact.describe import LayerInfo, describe
+from sparlow.model.artefact.describe import LayerInfo, count_parameters, describe
 from sparlow.run.verify import recorded_patterns, verify_artefact
 
 
@@ -21,14 +21,17 @@ def show(directory: Path, *, verify: bool, json: bool) -> list[str]:
             raise RunError(" ".join(problems)) from error
         raise
     shards = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+    found = _totals(layers, directory, shards)
     if json:
-        print(_as_json(layers, patterns, shards, problems if verify else None), end="")  # noqa: T201 - for a program
+        text = _as_json(layers, patterns, found, shards, problems if verify else None)
+        print(text, end="")  # noqa: T201 - for a program
         return problems
     display.show_layers(layers, patterns)
-    found = _totals(layers)
     display.out.print(
         f"{len(layers)} layers, {found['values']:,} of {found['weights']:,} values, {found['linear_bytes']:,} bytes, "
-        f"{found['bits_per_weight']:.2f} bits a weight; all shards {shards:,} bytes",
+        f"{found['bits_per_weight']:.2f} bits a weight; all shards {shards:,} bytes\n"
+        f"{found['share_compressed']:.1%} of the parameters of the blocks are compressed; the whole file has "
+        f"{found['bits_per_parameter']:.2f} bits a parameter",
         highlight=False,
     )
     if verify and not problems:
@@ -36,16 +39,28 @@ def show(directory: Path, *, verify: bool, json: bool) -> list[str]:
     return problems
 
 
-def _totals(layers: Sequence[LayerInfo]) -> dict[str, float]:
+def _totals(layers: Sequence[LayerInfo], directory: Path, shards: int) -> dict[str, float]:
     linear = sum(layer.bytes for layer in layers)
     weights = sum(layer.shape[0] * layer.shape[1] for layer in layers)
     values = sum(layer.kept + layer.rank * sum(layer.shape) for layer in layers)
     bits = 8 * linear / max(weights, 1)
-    return {"linear_bytes": linear, "values": values, "weights": weights, "bits_per_weight": bits}
+    counted = count_parameters(directory)
+    return {
+        "linear_bytes": linear,
+        "values": values,
+        "weights": weights,
+        "bits_per_weight": bits,
+        "bits_per_parameter": 8 * shards / max(counted.model, 1),
+        "share_compressed": counted.compressed / max(counted.blocks, 1),
+    }
 
 
 def _as_json(
-    layers: Sequence[LayerInfo], patterns: Mapping[str, str], shards: int, problems: Sequence[str] | None
+    layers: Sequence[LayerInfo],
+    patterns: Mapping[str, str],
+    totals: Mapping[str, float],
+    shards: int,
+    problems: Sequence[str] | None,
 ) -> str:
     rows = [{**asdict(layer), "pattern": patterns.get(layer.name)} for layer in layers]
-    return as_json({"layers": rows, "bytes": shards, **_totals(layers), "problems": problems}, indent=2)
+    return as_json({"layers": rows, "bytes": shards, **totals, "problems": problems}, indent=2)

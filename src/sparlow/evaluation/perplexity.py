@@ -20,6 +20,7 @@ from sparlow.errors import InputError
 from sparlow.evaluation.tasks import LoadedTasks, TaskResult, average, load_tasks, measure_tasks
 from sparlow.model.forward.block_pass import BlockPass, pass_through
 from sparlow.model.forward.capture import Recording, run_head, tokens_at_once
+from sparlow.model.forward.causality import require_causal
 from sparlow.model.forward.decoder import Decoder
 from sparlow.model.forward.stand_ins import behind_blocks
 from sparlow.model.loading.weights import Weights
@@ -195,6 +196,9 @@ def evaluate(
     loaded = tasks if isinstance(tasks, LoadedTasks) else load_tasks(tasks, path=task_path, fewshot=fewshot)
     if perplexity_on:
         require_context(model, seqlen)
+        training = model.training
+        require_causal(model.eval(), model.config.name_or_path or type(model).__name__)
+        model.train(training)
     found: Evaluation = {"perplexity": {}}
     for name in perplexity_on:
         windows = evaluation_windows(name, tokenizer, seqlen=seqlen, limit=limit)

@@ -216,7 +216,7 @@ class FineTuning:
         """The parent's report with the sizes as they are now."""
         report = replace(self.parent.report)
         report.layers = [self.with_rank(row) for row in report.layers]
-        packed = (self.storage.packed_bytes(layer) for layer in compressed_layers(self.model).values())
+        packed = (self.storage.packed_bytes(layer, name) for name, layer in compressed_layers(self.model).items())
         report.bytes = {**report.bytes, "linears_compressed": sum(packed)}
         report.warnings = report.warnings + self.journal.warnings + self.undone
         report.add_up()

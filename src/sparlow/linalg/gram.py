@@ -12,6 +12,7 @@ from sparlow.errors import InputError
 from sparlow.finite import all_finite
 from sparlow.linalg.coordinates import Coordinates, cholesky, interleave
 from sparlow.linalg.tf32 import unit
+from sparlow.linalg.token_sample import TokenSample, error_per_token
 
 OTHERS = 0.03  # damping, in units of the diagonal, when each input is predicted from the others
 PANELS = 4  # of a sum of products: five eighths of the work, see docs/performance.md
@@ -38,6 +39,7 @@ class GramAccumulator:
     def __init__(self, features: int, device: torch.device) -> None:
         self.sum = torch.zeros(features, features, device=device, dtype=summing(device))
         self.tokens = 0
+        self.sample = TokenSample(features, device)
 
     def add(self, x: Tensor) -> None:
         """Add the inputs ``x`` (..., features)."""
@@ -45,6 +47,7 @@ class GramAccumulator:
         for start, end in self._panels():
             self.sum[:end, start:end].add_(x[:, :end].T @ x[:, start:end])
         self.tokens += x.shape[0]
+        self.sample.add(x)
 
     def second_moment(self, windows: int) -> Tensor:
         """Return H = (2 / windows) Σ x xᵀ (features, features), undamped, in float32."""
@@ -58,6 +61,15 @@ class GramAccumulator:
         features = len(self.sum)
         width = -(-features // PANELS)
         return ((start, min(start + width, features)) for start in range(0, features, width))
+
+
+class EvenGramAccumulator(GramAccumulator):
+    """Σ x xᵀ / |x|²: every token counts alike, however large it is; the same constructor."""
+
+    def add(self, x: Tensor) -> None:
+        """Add the inputs ``x`` (..., features)."""
+        x = x.to(self.sum.device, torch.promote_types(x.dtype, torch.float32))
+        super().add(torch.nan_to_num(x / x.norm(dim=-1, keepdim=True)))  # a token of zeros stays one
 
 
 class SquareAccumulator:
@@ -95,12 +107,19 @@ class Gram:
     H: Tensor  # (in, in); ``damped`` may have divided it by a power of four, which changes no result
     dead: Tensor  # (in,) bool: inputs that were always zero
     remember: int = RIDGES_KEPT  # at most so many bytes of ridge inverses are cached
+    sample: Tensor | None = None  # (tokens, in) of length one: some of what H was added up from
     _added: list[float] = field(default_factory=list, repr=False, compare=False)  # damping that factorisations needed
     _coordinates: dict[tuple[bool, int], Coordinates] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def damped(
-        cls, H: Tensor, *, absolute: float = 0.005, relative: float = 0.005, remember: int = RIDGES_KEPT
+        cls,
+        H: Tensor,
+        *,
+        absolute: float = 0.005,
+        relative: float = 0.005,
+        remember: int = RIDGES_KEPT,
+        sample: Tensor | None = None,
     ) -> "Gram":
         """Return the Gram of ``H + absolute·mean(diag H)·I + relative·diag(H)``.
 
@@ -111,6 +130,8 @@ class Gram:
         Multiplying H by a constant changes no result. So an H whose largest diagonal entry is beyond ``ORDINARY`` is
         divided by a power of four, before sums over it or over its squares overflow or underflow in float32. That
         divides E by a power of two, so no bit is lost.
+
+        ``sample`` (tokens, in) is of the tokens that H was added up from, each of length one.
         """
         if H.ndim != 2 or H.shape[0] != H.shape[1]:  # noqa: PLR2004 - a matrix has two dimensions
             raise InputError(f"H must be a square matrix (in, in), not of shape {tuple(H.shape)}.")
@@ -124,7 +145,7 @@ class Gram:
         added = absolute * diagonal.mean() + relative * diagonal
         H = H.clone()
         H.diagonal().add_(torch.where(dead, 1.0, added))
-        return cls(H, dead, remember)
+        return cls(H, dead, remember, sample)
 
     @classmethod
     def identity(cls, features: int, device: torch.device | None = None) -> "Gram":
@@ -224,3 +245,9 @@ class Gram:
         """
         whole = self.objective(W).item()
         return max(self.objective(residual).item() / whole, 0.0) if whole > 0 else 0.0
+
+    def relative_error_per_token(self, W: Tensor, residual: Tensor) -> float | None:
+        """Return the same over the sampled tokens, each at length one; None where there are none."""
+        if self.sample is None or not len(self.sample):
+            return None
+        return error_per_token(self.sample, W, residual)

@@ -62,6 +62,8 @@ class Plan:
         not_compressed: ``name`` (* for the number of the block), ``count``, ``parameters`` and ``why``.
         bytes: ``dense``, ``compressed``, ``linears_dense``, ``linears_compressed``, as in ``report.json``.
         bits_per_weight: Of the compressed layers.
+        bits_per_parameter: Of the whole file, without headers.
+        share_compressed: Of the parameters of the blocks, those in weights that are compressed.
         disk: Bytes in files.
         baseline: Bytes that this process, with its libraries, holds before a run.
         stages: What each holds beyond that, at most.
@@ -81,6 +83,8 @@ class Plan:
     not_compressed: tuple[dict[str, Any], ...]
     bytes: dict[str, int]
     bits_per_weight: float
+    bits_per_parameter: float
+    share_compressed: float
     disk: Disk
     baseline: int
     stages: tuple[Stage, ...]
@@ -169,6 +173,8 @@ def _planned(name: str, model: PreTrainedModel, work: Workload, out: Path, basel
         not_compressed=tuple(_skipped(model, work)),
         bytes=sizes,
         bits_per_weight=8 * sizes["linears_compressed"] / sum(layer.weights for layer in linears),
+        bits_per_parameter=8 * sizes["compressed"] / work.parameters,
+        share_compressed=sum(layer.weights for layer in linears) / sum(block.parameters for block in work.blocks),
         disk=disk(work),
         baseline=baseline,
         stages=tuple(counted),
@@ -209,7 +215,7 @@ def _skipped(model: PreTrainedModel, work: Workload) -> list[dict[str, Any]]:
     prefix = f"{work.name}."
     compressed = [f"{prefix}{i}.{layer.name}" for i, block in enumerate(work.blocks) for layer in block.compressed]
     rows: dict[tuple[str, str], list[Skipped]] = {}
-    for row in not_compressed(model, compressed):
+    for row in not_compressed(model, compressed, work.stays_dense):
         _, _, within = row.name.removeprefix(prefix).partition(".")
         name = f"{prefix}*.{within}" if row.name.startswith(prefix) else row.name
         rows.setdefault((name, row.why), []).append(row)
@@ -221,7 +227,7 @@ def _skipped(model: PreTrainedModel, work: Workload) -> list[dict[str, Any]]:
 
 def _notes(work: Workload) -> list[str]:
     recipe = work.recipe
-    notes = []
+    notes = list(work.warnings)
     if recipe.allocate != "uniform":
         moved = "densities" if recipe.allocate == "owl" else "ranks and densities"
         notes.append(f"--allocate {recipe.allocate} moves {moved} between layers, and the total stays about the same.")

@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from sparlow.model.forward.chain_check import carried, require_chain
 from sparlow.model.forward.decoder import Decoder, require_own_weights
 from sparlow.model.loading.meta import shared_inputs
 from sparlow.recipe.allocation import Budget, Shape
-from sparlow.recipe.budgets import budgets
+from sparlow.recipe.budgets import select
 from sparlow.recipe.recipe import Recipe
 from sparlow.recipe.run_options import RunOptions
 from sparlow.recipe.training_plan import Training, micro_batch, training_of
@@ -136,6 +136,8 @@ class Workload:
             the blocks' arguments is there once; it is counted here with half, as there are two copies at least.
         heads: Of the attention of a block, where it forms all its weights at once, without a fused kernel; else 0.
         out: Directory that is written. Hidden states that wait on disk lie there, or in the folder of temporary files.
+        stays_dense: Why a layer stays dense that the recipe does not ignore, by its full name.
+        warnings: What is to be said of the budgets.
     """
 
     name: str
@@ -158,6 +160,8 @@ class Workload:
     carried: int = 0
     heads: int = 0
     out: Path | None = None
+    stays_dense: Mapping[str, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
     @property
     def stored(self) -> int:
@@ -266,12 +270,14 @@ def workload(
     there = not next(model.parameters()).is_meta
     where = model.device if there else torch.device(device)
     decoder = Decoder.of(model)
-    found = _blocks(model, decoder, budgets(decoder, recipe))
+    storage = StoredDtypes.of(model)
+    selection = select(model, decoder, recipe, storage)
+    found = _blocks(model, decoder, selection.budgets)
     if not there:
         require_chain(model)
     if streamed:
         require_own_weights(model, decoder)
-    stored = StoredDtypes.of(model).dtype
+    stored = storage.dtype
     config = model.config.get_text_config()
     seqlen = max(options.evaluate_seqlen or recipe.seqlen, 2)
     for tokens in (recipe.seqlen, seqlen if evaluate else recipe.seqlen):
@@ -297,6 +303,8 @@ def workload(
         carried=carried(model),
         heads=_heads(config),
         out=out,
+        stays_dense=selection.dense,
+        warnings=selection.warnings,
     )
 
 

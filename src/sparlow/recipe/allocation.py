@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from sparlow.errors import InputError
+from sparlow.errors import InputError, RunError
 from sparlow.schema import LARGEST, shown
 
 if TYPE_CHECKING:  # torch would come with it, and the command line reads a recipe's fields without
@@ -32,6 +32,10 @@ class Budget:
     def values(self, shape: Shape) -> int:
         """Numbers kept of a weight (out, in): entries of S, U and V."""
         return self.pattern.kept(shape) + self.rank * sum(shape)
+
+    def bytes(self, shape: Shape, size: int) -> int:
+        """Bytes that is stored in, numbers of ``size`` bytes each: values, and a bit a weight in whole bytes a row."""
+        return self.values(shape) * size + shape[0] * ((shape[1] + 7) // 8)
 
     def to_dict(self) -> dict[str, object]:
         """For a file; ``from_dict`` reads it back."""
@@ -89,6 +93,28 @@ class Rule:
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
+def require_total(
+    budgets: Mapping[str, Budget], shapes: Mapping[str, Shape], values: float, *, exactly: bool = True
+) -> None:
+    """Look over an allocation: all layers together keep what was asked for.
+
+    Args:
+        budgets: What each layer keeps; others than those of ``shapes`` do not count.
+        shapes: (out, in) of the layers.
+        values: That were asked for.
+        exactly: No fewer values will do either. Of each layer they are whole numbers.
+
+    Raises:
+        RunError: They do not.
+    """
+    kept = sum(budgets[name].values(shape) for name, shape in shapes.items())
+    if kept > values + len(shapes) or (exactly and kept < values - len(shapes)):
+        raise RunError(
+            f"The allocation keeps {kept:,} values in {len(shapes)} layers where {values:,.0f} were asked for. "
+            "This is a fault of sparlow, please report it; --allocate uniform goes without."
+        )
+
+
 # Ratio-driven ranks
 
 
@@ -121,12 +147,16 @@ def ratio_share(compression: float, pattern: "Pattern") -> float:
 # OWL: outlier-weighed densities (Yin et al., 2023, arXiv 2310.05175)
 
 
-def owl_densities(outliers: Sequence[float], sparsity: float, spread: float) -> list[float]:
+def owl_densities(outliers: Sequence[float], sizes: Sequence[int], sparsity: float, spread: float) -> list[float]:
     """Densities of the blocks: the more outliers, the more is kept.
+
+    The paper's mean is that of the blocks, which are alike in a Llama. Here each counts by its weights, so that all
+    together keep what was asked for in a model whose blocks differ.
 
     Args:
         outliers: Share of each block's scores |W_ij|·√H_jj that exceed a multiple of their mean.
-        sparsity: Mean over the blocks.
+        sizes: Weights that the density of each block is for.
+        sparsity: Mean over the weights.
         spread: λ; densities span 2λ.
 
     Raises:
@@ -135,7 +165,7 @@ def owl_densities(outliers: Sequence[float], sparsity: float, spread: float) -> 
     low, high = min(outliers), max(outliers)
     width = (high - low) or 1.0  # all alike: uniform
     raw = [2 * spread * (share - low) / width for share in outliers]
-    mean = sum(raw) / len(raw)
+    mean = sum(size * share for size, share in zip(sizes, raw, strict=True)) / sum(sizes)
     densities = [round(1 - sparsity + delta - mean, 12) for delta in raw]
     if min(densities) <= 0 or max(densities) > 1:
         raise InputError(
@@ -150,6 +180,7 @@ def owl_densities(outliers: Sequence[float], sparsity: float, spread: float) -> 
 RANK_STEPS, RANK_GROWTH = 4, 8  # ranks offered: multiples of a quarter of the uniform one, up to eight times it
 DENSITY_STEP, DENSITY_STEPS = 0.05, 4  # densities offered: so many steps below the uniform one and above it
 FEWEST = 0.05  # no density falls below
+MASKED = 16  # weights whose bits of the mask take as much as one number, in the types that take least
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +209,7 @@ def offered(uniform: Budget, shape: Shape, *, low_rank: bool) -> "dict[Pattern, 
         steps = (uniform.pattern.sparsity + DENSITY_STEP * i for i in range(-DENSITY_STEPS, DENSITY_STEPS + 1))
         patterns |= {Unstructured(round(s, 12)) for s in steps if 0 <= s <= 1 - FEWEST}
     ranks = sorted({*grid, rank})
-    most = max(shape[0] * shape[1], uniform.values(shape))
+    most = max(shape[0] * shape[1] * MASKED // (MASKED + 1), uniform.values(shape))  # never more than dense
     return {p: [r for r in ranks if Budget(p, r).values(shape) <= most] for p in sorted(patterns, key=str)}
 
 

@@ -1,14 +1,67 @@
-"""Budgets: what each layer of a model may keep, before any allocation by data."""
+"""Budgets: what each layer of a model may keep, before any allocation by data, and which layers stay dense."""
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from transformers import PreTrainedModel
 
 from sparlow.algorithms import check_budget
 from sparlow.errors import InputError
+from sparlow.model.artefact.dtypes import StoredDtypes
 from sparlow.model.forward.decoder import Decoder
-from sparlow.recipe.allocation import Budget, matches
-from sparlow.recipe.recipe import Recipe
+from sparlow.model.forward.roles import kept_dense
+from sparlow.recipe.allocation import Budget, Shape, matches, require_total
+from sparlow.recipe.recipe import DEFAULT_GROUPS, DEFAULT_RANK, Recipe
+
+NO_PATTERN = f"linear layer of {{}} inputs, no multiple of {DEFAULT_GROUPS[-1]} as the default patterns need"
+NO_GAIN = "linear layer that would take more than dense"
 
 
-def budgets(decoder: Decoder, recipe: Recipe) -> dict[str, Budget]:
-    """Return the budget of each layer by its full name, before any allocation by data. Dense layers have none.
+@dataclass(frozen=True)
+class Selection:
+    """What a recipe means for the layers of a model.
+
+    Attributes:
+        budgets: What each layer may keep, by its full name; those that stay dense are not there.
+        dense: Why a layer stays dense that the recipe does not ignore, by its full name.
+        warnings: What a user should know of it, one sentence each.
+    """
+
+    budgets: dict[str, Budget]
+    dense: dict[str, str]
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One layer, and what it may keep once that was fitted to it; None if it stays dense."""
+
+    name: str
+    shape: Shape
+    size: int  # bytes of a number as stored
+    budget: Budget | None
+    why: str = ""
+
+    @property
+    def share(self) -> float:
+        """Bytes as stored, of those of the dense weight."""
+        dense = self.shape[0] * self.shape[1] * self.size
+        return self.budget.bytes(self.shape, self.size) / dense if self.budget else 1.0
+
+
+def select(model: PreTrainedModel, decoder: Decoder, recipe: Recipe, storage: StoredDtypes) -> Selection:
+    """Choose what each layer may keep before the data have a say.
+
+    What the recipe says of a layer is obeyed. What follows from its defaults, or from a compression, is fitted to the
+    layer: it never takes more than the dense weight, and never stops a model.
+
+    Args:
+        model: Its weights may be anywhere; they are not looked at.
+        decoder: Its blocks.
+        recipe: What is done.
+        storage: The types that weights are stored in.
 
     Raises:
         InputError: Names the first layer that does not fit the recipe, or says that there is nothing to compress.
@@ -19,16 +72,67 @@ def budgets(decoder: Decoder, recipe: Recipe) -> dict[str, Budget]:
     for pattern in (*recipe.ignore, *(rule.match for rule in recipe.layers)):
         if not any(matches(pattern, name) for name, _ in named):
             raise InputError(f"No layer's name ends in {pattern!r}. The first layer is {named[0][0]}.")
-    found = {}
+    roles = kept_dense(model, decoder)
+    found = []
     for name, shape in named:
         budget = recipe.budget(name, shape)
-        if budget is None:
-            continue
-        try:
-            check_budget(recipe.found_algorithm, shape, budget.pattern, budget.rank)
-        except InputError as error:
-            raise InputError(f"{name}: {error}") from None
-        found[name] = budget
+        if budget is not None:
+            why = "" if recipe.has_rule(name) else roles.get(name, "")
+            layer = _Layer(name, shape, storage.of_layer(name).itemsize, None, why)
+            found.append(layer if why else _fitted(layer, budget, recipe))
     if not found:
         raise InputError("There is nothing to compress: the recipe ignores every layer. Shorten --ignore.")
-    return found
+    budgets = {layer.name: layer.budget for layer in found if layer.budget}
+    if not budgets:
+        first = f"{found[0].name} as a {found[0].why}"
+        raise InputError(f"There is nothing to compress: every layer stays dense, {first}. Give another model.")
+    if recipe.compression is not None:
+        free = {layer.name: layer.shape for layer in found if layer.budget and not recipe.has_rule(layer.name)}
+        require_total(budgets, free, (1 - recipe.compression) * sum(map(math.prod, free.values())), exactly=False)
+    dense = {layer.name: layer.why for layer in found if not layer.budget}
+    return Selection(budgets, dense, tuple(_warnings(found, recipe)))
+
+
+def _fitted(layer: _Layer, budget: Budget, recipe: Recipe) -> _Layer:
+    """Cut what was not asked for down to what the layer can use; InputError if what was asked for is not possible."""
+    shape = layer.shape
+    if recipe.takes_default_pattern(layer.name) and shape[1] % DEFAULT_GROUPS[-1]:
+        return replace(layer, why=NO_PATTERN.format(shape[1]))
+    if not recipe.gives_rank(layer.name):
+        most = min(budget.rank, *shape, _largest_rank(budget, shape, layer.size))
+        budget = Budget(budget.pattern, max(most, 0))
+        if most < 0 and recipe.compression is not None and not recipe.has_rule(layer.name):
+            return replace(layer, why=NO_GAIN)
+    try:
+        check_budget(recipe.found_algorithm, shape, budget.pattern, budget.rank)
+    except InputError as error:
+        raise InputError(f"{layer.name}: {error}") from None
+    return replace(layer, budget=budget)
+
+
+def _largest_rank(budget: Budget, shape: Shape, size: int) -> int:
+    """The largest rank with which a layer takes no more than dense; negative if its sparse part alone takes more."""
+    left = shape[0] * shape[1] * size - Budget(budget.pattern, 0).bytes(shape, size)
+    return left // (sum(shape) * size)
+
+
+def _warnings(found: Sequence[_Layer], recipe: Recipe) -> Iterator[str]:
+    kept = {layer.name: layer.budget for layer in found if layer.budget}
+    usual = f"{DEFAULT_GROUPS[0] // 2}:{DEFAULT_GROUPS[0]}"
+    patterns = Counter(str(b.pattern) for name, b in kept.items() if recipe.takes_default_pattern(name))
+    others = [f"{count} take {pattern}" for pattern, count in patterns.items() if pattern != usual]
+    if others:
+        yield f"of {len(kept)} layers {' and '.join(others)}, because {DEFAULT_GROUPS[0]} does not divide their inputs"
+    if recipe.compression is None and recipe.found_algorithm.kind != "pruner":
+        ranks = [b.rank for name, b in kept.items() if not recipe.gives_rank(name) and b.rank < DEFAULT_RANK]
+        if ranks:
+            yield (
+                f"{len(ranks)} of {len(kept)} layers have a rank from {min(ranks)} to {max(ranks)} and not the default "
+                f"of {DEFAULT_RANK}, which is too large for them"
+            )
+    grown = sorted((layer for layer in found if layer.share > 1), key=lambda layer: -layer.share)
+    if grown:
+        yield (
+            f"{len(grown)} of {len(kept)} layers take more than dense, the most {grown[0].name} with "
+            f"{grown[0].share:.0%}: give them a lower rank or a sparser pattern, or leave them out with --ignore"
+        )

@@ -74,7 +74,7 @@ class Recipe:
     rank: Annotated[
         int | None,
         Doc("Rank of the low-rank part."),
-        Unset(f"{DEFAULT_RANK}, or 0 if the algorithm only prunes"),
+        Unset(f"{DEFAULT_RANK}, or less where a layer would take more than dense; 0 if the algorithm only prunes"),
         KEEP,
     ] = None
     compression: Annotated[
@@ -225,6 +225,15 @@ class Recipe:
         """Whether a rule gives the layer of this full name a pattern, which an allocation then leaves alone."""
         return any(rule.pattern is not None and matches(rule.match, name) for rule in self.layers)
 
+    def takes_default_pattern(self, name: str) -> bool:
+        """Whether nothing that was asked for decides the pattern of the layer of this full name."""
+        return self.pattern is None and self.compression is None and not self.rules_pattern(name)
+
+    def gives_rank(self, name: str) -> bool:
+        """Whether the rank of the layer of this full name was asked for; else it is a default or a consequence."""
+        ruled = any(rule.rank is not None and matches(rule.match, name) for rule in self.layers)
+        return self.rank is not None or ruled
+
     @property
     def pattern_of_all(self) -> "Pattern":
         """The pattern of S where no rule says otherwise."""
@@ -318,7 +327,10 @@ class Recipe:
 
 
 def default_pattern(columns: int) -> "NM":
-    """Return the pattern of a layer with so many inputs where none is given: half of the largest group that fits."""
+    """Return the pattern of a layer with so many inputs where none is given: half of the largest group that fits.
+
+    Where none fits, the layer stays dense, see ``budgets``.
+    """
     from sparlow.linalg.patterns import NM
 
     size = next((size for size in DEFAULT_GROUPS if columns % size == 0), DEFAULT_GROUPS[0])

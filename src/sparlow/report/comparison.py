@@ -24,6 +24,8 @@ class Row:
         seconds: Of compressing: everything but evaluation.
         bytes: Of the whole model as stored.
         bits_per_weight: Of the compressed layers.
+        bits_per_parameter: Of the whole file.
+        share_compressed: Of the parameters of the blocks.
         peak_memory: Resident, in bytes.
         layers: Block, name within it and relative error of every layer.
     """
@@ -34,6 +36,8 @@ class Row:
     seconds: float
     bytes: int
     bits_per_weight: float
+    bits_per_parameter: float
+    share_compressed: float
     peak_memory: int
     layers: list[tuple[int, str, float]]
 
@@ -47,6 +51,8 @@ class Row:
             seconds=report.seconds["total"] - report.seconds["evaluate"],
             bytes=report.bytes["compressed"],
             bits_per_weight=report.bits_per_weight,
+            bits_per_parameter=report.bits_per_parameter,
+            share_compressed=report.share_compressed,
             peak_memory=report.peak_memory["rss"],
             layers=[(layer.block, layer.name, layer.relative_error) for layer in report.layers],
         )

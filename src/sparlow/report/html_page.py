@@ -96,8 +96,15 @@ def summary_rows(report: Report) -> list[tuple[str, str, str]]:
     rows.append(("whole model", human_bytes(sizes["dense"]), human_bytes(sizes["compressed"])))
     dense_bits = report.bits_per_weight * sizes["linears_dense"] / max(sizes["linears_compressed"], 1)
     rows.append(("bits a linear weight", f"{dense_bits:.2f}", f"{report.bits_per_weight:.2f}"))
+    if report.parameters:
+        whole = 8 * sizes["dense"] / report.parameters["model"]
+        rows.append(("bits a parameter, whole file", f"{whole:.2f}", f"{report.bits_per_parameter:.2f}"))
+        rows.append(("parameters of the blocks that are compressed", "–", f"{report.share_compressed:.1%}"))
     when = " before fine-tuning" if report.finetuning else ""
     rows.append((f"mean relative error{when}", "0", f"{report.mean_relative_error:.5f}"))
+    per_token = report.mean_relative_error_per_token
+    if per_token is not None:
+        rows.append(("the same, each token by its own size", "0", f"{per_token:.5f}"))
     return rows
 
 
@@ -117,12 +124,24 @@ def _perplexity(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}"
 
 
-_LAYER_HEAD = ("block", "layer", "shape", "pattern", "density", "rank", "relative error", "iterations", "seconds")
+_LAYER_HEAD = (
+    "block",
+    "layer",
+    "shape",
+    "pattern",
+    "density",
+    "rank",
+    "relative error",
+    "each token by its size",
+    "iterations",
+    "seconds",
+)
 
 
 def _layer_row(layer: LayerRecord) -> tuple[str, ...]:
     shape = f"{layer.shape[0]} × {layer.shape[1]}"
-    numbers = (f"{layer.relative_error:.5f}", str(layer.iterations), f"{layer.seconds:.1f}")
+    per_token = "–" if layer.relative_error_per_token is None else f"{layer.relative_error_per_token:.5f}"
+    numbers = (f"{layer.relative_error:.5f}", per_token, str(layer.iterations), f"{layer.seconds:.1f}")
     return (str(layer.block), layer.name, shape, layer.pattern, f"{layer.density:.4f}", str(layer.rank), *numbers)
 
 

@@ -32,6 +32,8 @@ class LayerRecord:
         tokens: Of the calibration text that reached the layer.
         dead_inputs: Input features that were always zero.
         settled: Whether the solver had, when it ended.
+        relative_error_per_token: Σ |R x|² / Σ |W x|² over some hundred tokens x, each scaled to length one, so that a
+            few huge ones do not hide the others; None of a layer that no token reached.
     """
 
     block: int
@@ -48,6 +50,7 @@ class LayerRecord:
     tokens: int = 0
     dead_inputs: int = 0
     settled: bool = True
+    relative_error_per_token: float | None = None
 
     @property
     def values(self) -> int:
@@ -72,6 +75,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("density", "relative_error", "seconds", "damping"), (float, int)),
     **dict.fromkeys(("name", "pattern"), (str,)),
     "settled": (bool,),
+    "relative_error_per_token": (float, int, type(None)),
 }
 
 
@@ -110,6 +114,9 @@ class Report:
     bytes: dict[str, int] = field(default_factory=dict)
     values: dict[str, int] = field(default_factory=dict)
     bits_per_weight: float = 0.0
+    bits_per_parameter: float = 0.0
+    share_compressed: float = 0.0
+    parameters: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory: dict[str, int] = field(default_factory=dict)
     layers: list[LayerRecord] = field(default_factory=list)
@@ -127,8 +134,17 @@ class Report:
         """Mean over the layers."""
         return sum(layer.relative_error for layer in self.layers) / max(len(self.layers), 1)
 
+    @property
+    def mean_relative_error_per_token(self) -> float | None:
+        """Mean over the layers that tokens reached; None if there is no such figure."""
+        found = [row.relative_error_per_token for row in self.layers if row.relative_error_per_token is not None]
+        return sum(found) / len(found) if found else None
+
     def add_up(self) -> None:
-        """Fill in what follows from the layers and from ``linears_dense`` and ``linears_compressed`` of ``bytes``."""
+        """Fill in what follows from the layers and from ``linears_dense`` and ``linears_compressed`` of ``bytes``.
+
+        Of ``parameters``, ``model`` and ``blocks`` are there already.
+        """
         self.counts = {
             "layers": len(self.layers),
             "extra_damping": sum(layer.damping > 0 for layer in self.layers),
@@ -143,6 +159,10 @@ class Report:
             "linears_compressed": sum(layer.values for layer in self.layers),
         }
         self.bits_per_weight = 8 * sizes["linears_compressed"] / self.values["linears_dense"]
+        if self.parameters:  # reports of former versions have none
+            self.parameters["compressed"] = self.values["linears_dense"]
+            self.bits_per_parameter = 8 * sizes["compressed"] / self.parameters["model"]
+            self.share_compressed = self.parameters["compressed"] / self.parameters["blocks"]
 
     def to_json(self) -> str:
         """The text of ``report.json``."""

@@ -14,7 +14,7 @@ from sparlow.machine import free_memory
 from sparlow.own_settings import own_settings
 from sparlow.planning.feasibility import require_feasible
 from sparlow.progress import Notify, labelled
-from sparlow.recipe.budgets import budgets
+from sparlow.recipe.budgets import select
 from sparlow.recipe.recipe import Recipe
 from sparlow.recipe.run_options import DEFAULT, RunOptions
 from sparlow.report.comparison import Comparison, Row
@@ -104,7 +104,7 @@ def compare(
         require_feasible(model, {out / name: recipe for name, recipe in recipes.items()}, options)
     opened, storage = open_dense(model, None, first, options)
     for recipe in recipes.values():
-        budgets(opened.decoder, recipe)
+        select(opened.model, opened.decoder, recipe, storage)
     windows = windows_to_calibrate(None, opened, first)
     texts = windows_to_evaluate(options.evaluate, opened, seqlen, options.limit)
     evaluation = {"seqlen": seqlen, "windows": {name: len(text) for name, text in texts.items()}}

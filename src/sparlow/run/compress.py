@@ -14,6 +14,7 @@ from sparlow.errors import InputError
 from sparlow.evaluation.perplexity import require_context, require_tokenizer
 from sparlow.machine import pick_device
 from sparlow.model.artefact.dtypes import StoredDtypes
+from sparlow.model.forward.causality import require_causal
 from sparlow.model.forward.generate import own_windows
 from sparlow.model.loading.objects import in_eval_mode, require_usable
 from sparlow.model.loading.source import OpenedModel, open_model, parse_dtype, upcast_for_cpu
@@ -143,9 +144,13 @@ def open_dense(
         options: The device, and whether the model may bring code.
         inplace: A model object is changed; otherwise it stays as it is.
         streamed: Leave the weights on disk, unless the model is an object.
+
+    Raises:
+        InputError: It cannot be opened, or is no causal language model.
     """
     if isinstance(model, PreTrainedModel):
         name = model.config.name_or_path or type(model).__name__
+        require_causal(model.eval(), name)
         seen = scan([model.state_dict(keep_vars=True)])
         found = OpenedModel(model, tokenizer, name, seen.fingerprint, seen.damaged, untouched=not inplace)
         return found, StoredDtypes.of(model)
@@ -158,6 +163,11 @@ def open_dense(
     )
     storage = StoredDtypes.of(opened.model)
     ready = opened.model if opened.on_disk else upcast_for_cpu(opened.model)
+    if opened.on_disk:
+        with opened.on_disk.outside_blocks(), opened.on_disk.block(0):
+            require_causal(ready, opened.name, first_block=True)
+    else:
+        require_causal(ready, opened.name)
     return replace(opened, model=ready, tokenizer=tokenizer or opened.tokenizer), storage
 
 

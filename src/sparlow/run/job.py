@@ -26,7 +26,7 @@ from sparlow.model.loading.source import OpenedModel
 from sparlow.model.loading.weights import Weights, all_loaded, to_compute
 from sparlow.model.training.resume_state import TrainingCheckpoint
 from sparlow.progress import Clock, Notify, Progress, counting
-from sparlow.recipe.budgets import budgets
+from sparlow.recipe.budgets import select
 from sparlow.recipe.recipe import Recipe
 from sparlow.recipe.training_plan import last_read
 from sparlow.report.html_page import write_reports
@@ -79,12 +79,18 @@ class Job:
         self.storage, self.model, self.clock = storage, opened.model, Clock()
         self.decoder, self.weights = opened.decoder, opened.weights
         self.runner = BlockwiseRunner(opened, offload, self.clock, self.notify, processes)
-        self.budgets = budgets(self.decoder, recipe)
+        selection = select(self.model, self.decoder, recipe, storage)
+        self.budgets, self.stays_dense = dict(selection.budgets), selection.dense
         for name in (name for name, _ in self.model.named_parameters() if name in opened.damaged):
             layer, _, part = name.rpartition(".")
             raise InputError(f"{layer}: the {part} holds NaN or infinity, so the model is damaged. Fetch it anew.")
-        self.report = Report(recipe=recipe.to_dict(), model=opened.name, warnings=list(opened.warnings))
+        warnings = [*opened.warnings, *selection.warnings]
+        self.report = Report(recipe=recipe.to_dict(), model=opened.name, warnings=warnings)
         self.report.bytes = {"dense": self.storage.bytes_of(self.model), "linears_dense": 0, "linears_compressed": 0}
+        self.report.parameters = {
+            "model": sum(p.numel() for p in self.model.parameters()),
+            "blocks": sum(p.numel() for p in self.decoder.blocks.parameters()),
+        }
         self.recovery = Recovery(recipe, storage, self.decoder.name, windows, processes)
         self.report.warnings += self.recovery.warnings
         self.known_dense: dict[str, Perplexity] = {}  # by fingerprint of the windows
@@ -186,7 +192,7 @@ class Job:
         last_read = self.last_read
         for i, calls in enumerate(recording.calls):
             done = self.block_is_done(i)
-            dense = {name: self.storage.bytes_of(weight) for name, weight in self.decoder.weights(i).items()}
+            dense = {name: self.bytes_of(i, name) for name in self.decoder.weights(i)}
             with self.weights.block(i, load=not done or truth is not None) as block:
                 through = BlockPass(block, calls, hidden, self.decoder.label(i), i, self.processes)
                 if truth is not None:
@@ -206,7 +212,7 @@ class Job:
                 if i < last_read:
                     with self.clock("walk"):
                         hidden = pass_through(through, check=True)
-                self.add_to_report(block, layers, matching, dense)
+                self.add_to_report(i, layers, matching, dense)
             self.notify(Progress("blocks", i + 1, len(self.decoder)))
         return recording, truth
 
@@ -310,16 +316,21 @@ class Job:
                 shard = self.writer.write_block(i, block)
             self.journal.note_block(shard, layers, matching, self.clock.so_far())
 
+    def bytes_of(self, i: int, name: str) -> int:
+        """Bytes of a dense layer of block i as stored."""
+        return self.storage.bytes_of_weight(self.decoder.weights(i)[name], self.decoder.layer_name(i, name))
+
     def add_to_report(
         self,
-        block: nn.Module,
+        i: int,
         layers: list[LayerRecord],
         matching: list[dict[str, Any]],
         dense: Mapping[str, int],
     ) -> None:
         """Add a finished block to the report; ``dense`` holds the bytes of its dense layers by name."""
-        sparse = compressed_layers(block).values()
-        self.report.bytes["linears_compressed"] += sum(map(self.storage.packed_bytes, sparse))
+        sparse = compressed_layers(self.decoder.blocks[i]).items()
+        packed = (self.storage.packed_bytes(layer, self.decoder.layer_name(i, name)) for name, layer in sparse)
+        self.report.bytes["linears_compressed"] += sum(packed)
         self.report.bytes["linears_dense"] += sum(dense[layer.name] for layer in layers)
         self.report.layers += layers
         self.report.matching += matching
@@ -345,4 +356,5 @@ class Job:
         report.warnings += [f"{names[layer]}: {warning}" for layer in report.layers for warning in layer.warnings]
         report.warnings += self.recovery.undone([*report.matching, report.distillation])
         trained_in = self.decoder if self.recovery.training else None
-        report.not_compressed = [asdict(row) for row in not_compressed(self.model, names.values(), trained_in)]
+        rows = not_compressed(self.model, names.values(), self.stays_dense, trained_in)
+        report.not_compressed = [asdict(row) for row in rows]

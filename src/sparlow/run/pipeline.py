@@ -1,6 +1,7 @@
 """Compress one decoder block: collect statistics, run the algorithm on each linear layer, replace the layers."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -21,6 +22,8 @@ from sparlow.recipe.allocation import Budget
 from sparlow.recipe.recipe import Recipe
 from sparlow.report.records import LayerRecord
 from sparlow.run.exchange import exchange_layers
+
+Sums = TypeVar("Sums", bound=GramAccumulator)
 
 
 def name_what_is_not_finite(decoder: Decoder, blocks: Iterable[nn.Module], recording: Recording) -> None:
@@ -100,7 +103,7 @@ def _cost(weight: CompressibleWeight) -> float:
 
 def with_grams(
     through: BlockPass,
-    seen: Observation[GramAccumulator],
+    seen: Observation[Sums],
     recipe: Recipe,
     who: Mapping[str, int],
 ) -> Iterator[tuple[str, Gram, int]]:
@@ -128,8 +131,9 @@ def with_grams(
         if not wanted:
             continue
         H = statistic.second_moment(windows)
+        sample = statistic.sample.rows  # of this process's part of the text
         del statistic  # of the widest layer, each of these is the largest matrix there is
-        gram = Gram.damped(H, absolute=recipe.damping, relative=recipe.relative_damping)
+        gram = Gram.damped(H, absolute=recipe.damping, relative=recipe.relative_damping, sample=sample)
         del H
         for name in readers:
             if who[name] == processes.rank:
@@ -149,6 +153,7 @@ def _record(block: int, weight: CompressibleWeight, budget: Budget, found: Decom
         density=(found.S != 0).float().mean().item(),
         rank=budget.rank,
         relative_error=found.stats.relative_error,
+        relative_error_per_token=found.stats.relative_error_per_token,
         iterations=found.stats.iterations,
         seconds=found.stats.seconds,
         damping=found.stats.damping,

@@ -9,13 +9,13 @@ from torch import nn
 
 from sparlow.distributed import ALONE, Processes
 from sparlow.linalg.error_curves import error_curve
-from sparlow.linalg.gram import GramAccumulator, SquareAccumulator
+from sparlow.linalg.gram import EvenGramAccumulator, SquareAccumulator
 from sparlow.linalg.patterns import Unstructured
 from sparlow.model.forward.block_pass import BlockPass
 from sparlow.model.forward.capture import Recording
 from sparlow.model.forward.decoder import Decoder
 from sparlow.model.forward.input_statistics import Kind, Observation, collect_statistics
-from sparlow.recipe.allocation import Budget, Offer, error_driven, offered, owl_densities
+from sparlow.recipe.allocation import Budget, Offer, Shape, error_driven, offered, owl_densities, require_total
 from sparlow.recipe.recipe import Recipe
 from sparlow.run.pipeline import with_grams
 
@@ -70,22 +70,37 @@ def _outlier_weighed(walk: DenseWalk, recipe: Recipe, budgets: Mapping[str, Budg
         weights = through.weights
         scores = torch.cat([(weights[name].read().float().abs() * norm).flatten() for name, norm in norms.items()])
         shares[through.label] = (scores > recipe.owl_threshold * scores.mean()).float().mean().item()
-    densities = owl_densities(list(shares.values()), 1 - recipe.pattern_of_all.density, recipe.owl_spread)
-    sparsities = {name: round(1 - density, 12) for name, density in zip(shares, densities, strict=True)}
-    return {
-        name: Budget(Unstructured(sparsities[block_name]), budget.rank)
-        for name, budget in budgets.items()
-        for block_name in shares
-        if name.startswith(f"{block_name}.") and not recipe.rules_pattern(name)
+    free = {label: _free_of_rules(label, recipe, budgets) for label in shares}
+    shapes = {name: weight.shape for name, weight in walk.decoder.layers()}
+    sizes = {label: sum(math.prod(shapes[name]) for name in names) for label, names in free.items() if names}
+    given = [shares[label] for label in sizes]
+    densities = owl_densities(given, [*sizes.values()], 1 - recipe.pattern_of_all.density, recipe.owl_spread)
+    found = {
+        name: Budget(Unstructured(round(1 - density, 12)), budgets[name].rank)
+        for label, density in zip(sizes, densities, strict=True)
+        for name in free[label]
     }
+    asked = sum(budgets[name].values(shapes[name]) for name in found)
+    require_total(found, {name: shapes[name] for name in found}, asked)
+    return found
+
+
+def _free_of_rules(label: str, recipe: Recipe, budgets: Mapping[str, Budget]) -> list[str]:
+    """The layers of a block whose pattern no rule decides."""
+    return [name for name in budgets if name.startswith(f"{label}.") and not recipe.rules_pattern(name)]
 
 
 def _error_driven(walk: DenseWalk, recipe: Recipe, budgets: Mapping[str, Budget]) -> dict[str, Budget]:
-    """Assign ranks and densities where the layers' relative errors fall most per value kept, for the same total."""
+    """Assign ranks and densities where the layers' relative errors fall most per value kept, for the same total.
+
+    Each token counts by its own size here: where a few are huge, a layer would look done as soon as they are right.
+    Solvers see to those, as they work on what the tokens add up to.
+    """
     low_rank = recipe.found_algorithm.kind != "pruner"
     offers: dict[str, list[Offer]] = {}
+    shapes: dict[str, Shape] = {}
     values = 0
-    for through, seen in walk.observed(GramAccumulator):
+    for through, seen in walk.observed(EvenGramAccumulator):
         names = {n: through.layer_name(n) for n in through.weights}
         free = {n: w for n, w in through.weights.items() if names[n] in budgets and not recipe.has_rule(names[n])}
         asked = {n: offered(budgets[names[n]], weight.shape, low_rank=low_rank) for n, weight in free.items()}
@@ -96,10 +111,13 @@ def _error_driven(walk: DenseWalk, recipe: Recipe, budgets: Mapping[str, Budget]
         }
         errors = {n: curves for own in walk.processes.all_gather(errors) for n, curves in own.items()}
         for n, weight in free.items():
+            shapes[names[n]] = weight.shape
             values += budgets[names[n]].values(weight.shape)
             offers[names[n]] = [
                 Offer(Budget(pattern, rank), Budget(pattern, rank).values(weight.shape), error)
                 for (pattern, ranks), curve in zip(asked[n].items(), errors[n], strict=True)
                 for rank, error in zip(ranks, curve, strict=True)
             ]
-    return error_driven(offers, values)
+    found = error_driven(offers, values)
+    require_total(found, {name: shapes[name] for name in found}, values, exactly=False)
+    return found

@@ -1,14 +1,17 @@
+import functools
 import hashlib
 import json
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+from transformers.models.falcon_h1.modeling_falcon_h1 import FalconH1PreTrainedModel
 
 import sparlow
-from families import EXTRAS, FAMILIES, save_tiny, tiny
+from families import EXTRAS, FAMILIES, save_tiny, tiny, tiny_tokenizer
 from sparlow import machine
-from sparlow.evaluation.perplexity import perplexity
+from sparlow.evaluation.perplexity import evaluate, perplexity
 from sparlow.model.forward.activation_store import ActivationStore, place
 from sparlow.model.forward.decoder import Decoder
 from sparlow.model.loading.source import OpenedModel, open_model, upcast_for_cpu
@@ -119,6 +122,37 @@ def test_an_embedding_that_is_stored_twice_is_tied_as_transformers_does(tmp_path
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
     assert open_model(str(tmp_path), streamed=True).fingerprint == open_model(str(tmp_path)).fingerprint
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_buffers_that_a_module_around_them_computes_are_not_whatever_lay_in_memory(dtype, tmp_path):
+    save_tiny("falcon_h1", tmp_path, dtype=dtype)
+    whole = open_model(str(tmp_path)).model
+    streamed = open_model(str(tmp_path), streamed=True)
+    assert not streamed.warnings
+    expected = dict(whole.named_non_persistent_buffers())
+    found = dict(streamed.model.named_non_persistent_buffers())
+    assert found.keys() == expected.keys()
+    assert any("mup_vector" in name for name in found)
+    for name, buffer in found.items():
+        assert torch.equal(buffer, expected[name]), name
+    if dtype == torch.float32:
+        recipe = Recipe(algorithm="wanda", pattern="2:4")
+        report = sparlow.compress(
+            tmp_path, recipe, calibration=WINDOWS, out=tmp_path / "out", evaluate=("builtin",), limit=2
+        )
+        plain = evaluate(whole, tiny_tokenizer(), perplexity_on=("builtin",), seqlen=WINDOWS.shape[1], limit=2)
+        assert report.dense["perplexity"]["builtin"] == pytest.approx(plain["perplexity"]["builtin"], rel=1e-6)
+
+
+def test_a_model_with_a_buffer_that_nothing_initialises_is_not_streamed(tmp_path, monkeypatch):
+    save_tiny("falcon_h1", tmp_path)
+    plain = PreTrainedModel._init_weights
+    monkeypatch.setattr(FalconH1PreTrainedModel, "_init_weights", functools.partialmethod(plain))
+    opened = open_model(str(tmp_path), streamed=True)
+    assert opened.on_disk is None
+    said = "the whole model was held in memory, because nothing initialises the buffer model.layers.0.mamba.mup_vector"
+    assert opened.warnings == (said,)
 
 
 def test_several_files_are_read(tmp_path):

@@ -1,5 +1,6 @@
 """Look into a compressed model on disk without opening it."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
@@ -47,6 +48,39 @@ def describe(folder: Path) -> list[LayerInfo]:
     layers = read_layers(Path(folder))
     parts = by_layer(read_headers(sorted(set(read_index(Path(folder)).values()))))
     return [_layer_info(name, parts.get(name, {}), record) for name, record in layers.items()]
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """How many parameters a directory stands for, each compressed weight with all of its entries.
+
+    Attributes:
+        model: All.
+        blocks: Of the decoder blocks, of which at least one holds a compressed layer.
+        compressed: Entries of the compressed weights.
+    """
+
+    model: int
+    blocks: int
+    compressed: int
+
+
+def count_parameters(folder: Path) -> Parameters:
+    """Count them; only headers are read. Tensors that are stored but not trained count with the others.
+
+    Raises:
+        InputError: the directory is none of sparlow's, or is damaged.
+    """
+    layers = {layer.name: prod(layer.shape) for layer in describe(folder)}
+    sizes: dict[str, int] = {}
+    for name, parts in by_layer(read_headers(sorted(set(read_index(Path(folder)).values())))).items():
+        own = [parts["bias"]] if name in layers and "bias" in parts else [] if name in layers else parts.values()
+        sizes[name] = layers.get(name, 0) + sum(prod(header.shape) for header in own)
+    blocks = {found[0] for name in layers if (found := re.match(r".*?\.\d+\.", name))}
+    lists = tuple({re.sub(r"\d+\.$", "", block) for block in blocks})
+    return Parameters(
+        sum(sizes.values()), sum(n for name, n in sizes.items() if name.startswith(lists)), sum(layers.values())
+    )
 
 
 def _layer_info(name: str, parts: dict[str, Header], record: dict[str, int]) -> LayerInfo:

@@ -42,12 +42,18 @@ class StoredDtypes:
         layer, _, part = name.rpartition(".")
         return self.of_layer(layer) if part in _PARTS else self.exceptions.get(name, self.dtype)
 
-    def bytes_of(self, part: nn.Module | CompressibleWeight) -> int:
-        """Bytes of the parameters of a module or of a layer as stored, tied ones once."""
-        return sum(p.numel() for p in part.parameters()) * self.dtype.itemsize
+    def bytes_of(self, module: nn.Module, name: str = "") -> int:
+        """Bytes of the parameters of a module of this name in the model as stored, tied ones once."""
+        prefix = f"{name}." if name else ""
+        return sum(p.numel() * self.of_tensor(prefix + key).itemsize for key, p in module.named_parameters())
 
-    def packed_bytes(self, layer: SparseLowRankLinear) -> int:
+    def bytes_of_weight(self, weight: CompressibleWeight, name: str) -> int:
+        """Bytes of a layer of this name in the model as stored, its bias included."""
+        bias = 0 if weight.bias is None else weight.bias.numel() * self.of_tensor(f"{name}.bias").itemsize
+        return weight.shape[0] * weight.shape[1] * self.of_layer(name).itemsize + bias
+
+    def packed_bytes(self, layer: SparseLowRankLinear, name: str) -> int:
         """Bytes as stored: kept values, one bit a weight (whole bytes a row), U, V and the bias."""
         rows, columns = layer.S.shape
         pruned = layer.S.numel() - int((layer.S != 0).sum())
-        return self.bytes_of(layer) - pruned * self.dtype.itemsize + rows * mask_bytes(columns)
+        return self.bytes_of(layer, name) - pruned * self.of_layer(name).itemsize + rows * mask_bytes(columns)

@@ -4,7 +4,7 @@ A decoder is a chain: embedding → block 0 → block 1 → … → norm and hea
 each block is called. After that, ``block_pass`` and ``input_statistics`` need only one block at a time.
 """
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,8 @@ from transformers import PreTrainedModel
 
 from sparlow.errors import InputError
 from sparlow.model.forward.compressible import CompressibleWeight, compressible, weight_of
+
+NO_REASONS: Mapping[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -94,12 +96,20 @@ class Skipped:
 
 
 def not_compressed(
-    model: PreTrainedModel, compressed: Collection[str], trained_in: Decoder | None = None
+    model: PreTrainedModel,
+    compressed: Collection[str],
+    reasons: Mapping[str, str] = NO_REASONS,
+    trained_in: Decoder | None = None,
 ) -> list[Skipped]:
     """List every module with parameters of its own outside the layers named in ``compressed``.
 
-    Each parameter of the model is in a compressed layer or in exactly one row; tied parameters count once. Where the
-    blocks of ``trained_in`` were trained, their norms are marked.
+    Each parameter of the model is in a compressed layer or in exactly one row; tied parameters count once.
+
+    Args:
+        model: All of it.
+        compressed: Names of layers.
+        reasons: Why a layer stays dense, where more is known of it than what it is.
+        trained_in: The decoder whose blocks were trained; their norms are marked.
     """
     seen = {p for name in compressed for p in model.get_submodule(name).parameters()}
     rows = []
@@ -107,9 +117,9 @@ def not_compressed(
         own = set(module.parameters(recurse=False)) - seen
         if own:
             seen |= own
-            numbers, why = sum(p.numel() for p in own), _why(model, module, own)
+            why = reasons.get(name) or _why(model, module, own)
             trained = trained_in is not None and trained_in.holds(name) and holds_vectors(own)
-            rows.append(Skipped(name or "(the model itself)", numbers, why, trained))
+            rows.append(Skipped(name or "(the model itself)", sum(p.numel() for p in own), why, trained))
     return rows
 
 

@@ -97,7 +97,7 @@ def first_look(
             returned((output, new))
         return output
 
-    _run(model, decoder, ids, answer, options)
+    run_with_stand_ins(model, decoder, ids, answer, options)
     rest = rebuilt(_with_state(output, None), torch.zeros_like)
     return FirstLook(Form(rest, _axis(hidden, ids.shape)), hidden, found)
 
@@ -130,7 +130,7 @@ def run_around_blocks(
             output = form.around(1 - from_block(x, form.axis))
         return output
 
-    _run(model, decoder, ids, answer, {})
+    run_with_stand_ins(model, decoder, ids, answer, {})
 
 
 def behind_blocks(model: PreTrainedModel, decoder: Decoder, ids: Tensor) -> tuple[Form, Tensor]:
@@ -209,7 +209,9 @@ def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator
 Answer = Callable[[int, Tensor, Given], Any]
 
 
-def _run(model: PreTrainedModel, decoder: Decoder, ids: Tensor, answer: Answer, options: Mapping[str, Tensor]) -> None:
+def run_with_stand_ins(
+    model: PreTrainedModel, decoder: Decoder, ids: Tensor, answer: Answer, options: Mapping[str, Tensor]
+) -> None:
     """Run a model up to its head, each block giving ``answer`` of its number, hidden state and other arguments."""
     chain = _Chain(decoder, ids.shape, answer)
     with ExitStack() as stack:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from sparlow.errors import InputError, as_input_error
+from sparlow.model.forward.causality import require_decoder_only
 from sparlow.model.forward.compressible import CompressibleWeight, compressible
 from sparlow.model.forward.decoder import Decoder
 from sparlow.model.loading.source import parse_dtype, resolve_model_path
@@ -37,6 +38,7 @@ def meta_model(name: str, *, dtype: str = "auto", trust_remote_code: bool = Fals
     config, stored = _config(name, trust_remote_code=trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
         raise UnknownAheadError(f"The weights of {name} are packed, so its config alone does not say what it holds.")
+    require_decoder_only(config, name)
     wanted = stored if dtype == "auto" else parse_dtype(dtype)
     untyped: Any = AutoModelForCausalLM
     with as_input_error(f"Cannot open the config of {name}"), torch.device("meta"):

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from sparlow.errors import InputError, as_input_error
 from sparlow.files import cache_folder, sync_folder
 from sparlow.machine import check_device, computing_dtype
+from sparlow.model.forward.causality import require_decoder_only
 from sparlow.model.forward.decoder import Decoder
 from sparlow.model.loading.narrowing import narrowed
 from sparlow.model.loading.streaming import CannotStreamError, OnDisk, as_transformers_reads, stored_tensors
@@ -96,6 +97,8 @@ def open_model(
     rounded = functools.partial(narrowed, where=where, revision=revision) if dtype == "auto" else lambda _: ()
     loading = functools.partial(_loaded, name, where, dtype=wanted, use_safetensors=True, **options)
     warnings: tuple[str, ...] = ()
+    with as_input_error(f"cannot open the model {name}"):
+        require_decoder_only(AutoConfig.from_pretrained(where, **options), name)
     if streamed:
         try:
             found = _streamed(name, where, loading, torch.device(device), options)

@@ -192,13 +192,31 @@ def _is_parameter(tensor: Tensor) -> bool:
 
 
 def _fill_buffers(model: PreTrainedModel) -> None:
-    """Compute the buffers that are not stored, such as rotary frequencies, as ``from_pretrained`` does."""
-    owners = {name: model.get_submodule(name.rpartition(".")[0]) for name, _ in model.named_non_persistent_buffers()}
-    for name, buffer in list(model.named_non_persistent_buffers()):
-        setattr(owners[name], name.rpartition(".")[2], torch.empty_like(buffer, device="cpu"))
-    for module in model.modules():
-        vars(module)["_is_hf_initialized"] = module not in owners.values()  # transformers' mark
-    model.initialize_weights()
+    """Compute the buffers that are not stored, such as rotary frequencies, as ``from_pretrained`` does.
+
+    Some are computed by a module around the one that holds them. What the initialisation leaves as it was would be
+    whatever lay in memory: so it is done twice, and over two different contents the results must agree.
+
+    Raises:
+        CannotStreamError: Nothing initialises a buffer.
+    """
+    names = [name for name, _ in model.named_non_persistent_buffers()]
+    owners = {name: model.get_submodule(name.rpartition(".")[0]) for name in names}
+    ways = [name.split(".") for name in names]
+    around = {".".join(way[:i]) for way in ways for i in range(len(way))}
+    for name, module in model.named_modules():
+        vars(module)["_is_hf_initialized"] = name not in around  # transformers' mark
+    results: list[dict[str, Tensor]] = []
+    for content in (1, 0):
+        for name, buffer in list(model.named_non_persistent_buffers()):
+            setattr(owners[name], name.rpartition(".")[2], torch.full_like(buffer, content, device="cpu"))
+        for name in around:
+            vars(model.get_submodule(name))["_is_hf_initialized"] = False
+        model.initialize_weights()
+        results.append(dict(model.named_non_persistent_buffers()))
+    for name in names:
+        if not torch.equal(results[0][name], results[1][name]):
+            raise CannotStreamError(f"nothing initialises the buffer {name}")
 
 
 def stored_tensors(where: str, revision: str | None) -> dict[str, Path]:
