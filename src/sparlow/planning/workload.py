@@ -66,7 +66,8 @@ class Layer:
         if self.budget is None:
             return self.parameters * size
         rows, columns = self.shape
-        return self.trained * size + rows * ((columns + 7) // 8)
+        mask = 0 if self.budget.pattern.kept(self.shape) == self.weights else rows * ((columns + 7) // 8)
+        return self.trained * size + mask
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from sparlow.algorithms import REVISION
 from sparlow.distributed import ALONE, Processes
 from sparlow.errors import InputError, RunError
 from sparlow.machine import peak_memory, reset_peak_memory
@@ -16,6 +17,7 @@ from sparlow.model.artefact.checkpoint import CheckpointWriter, Written, read_bl
 from sparlow.model.artefact.dtypes import StoredDtypes
 from sparlow.model.artefact.hf_quantizer import attach
 from sparlow.model.artefact.layers import compressed_layers
+from sparlow.model.artefact.schemes import FORMAT
 from sparlow.model.forward.activation_store import ActivationStore
 from sparlow.model.forward.block_pass import BlockPass, pass_through
 from sparlow.model.forward.capture import Recording
@@ -35,7 +37,6 @@ from sparlow.run.pipeline import compress_block
 from sparlow.run.recovery import Recovery
 from sparlow.run.sensitivity import DenseWalk, allocated_by_data
 from sparlow.text import fingerprint as text_fingerprint
-from sparlow.version import own_version
 
 
 class Job:
@@ -97,7 +98,8 @@ class Job:
             "recipe": self.recipe.to_dict(),
             "model": self.opened.fingerprint,
             "calibration": text_fingerprint(self.windows),
-            "version": own_version(),
+            "format": FORMAT,
+            "solver": REVISION,
         }
         device = self.weights.device.type
         self.journal = Journal(folder, decides, self.decoder.name, overwrite=overwrite, device=device)
@@ -118,7 +120,7 @@ class Job:
             self.report.dense["perplexity"] = self.runner.dense(evaluation, self.known_dense, self.report.warnings)
             self.distill(*self.walk())
             if not self.opened.on_disk:
-                attach(self.model)
+                attach(self.model, self.patterns)
             self.finish_files()
             for name, windows in evaluation.items():
                 self.report.compressed["perplexity"][name] = self.perplexity_after(name, windows)
@@ -218,6 +220,11 @@ class Job:
         """Whether an earlier run finished block i, as the first process sees it."""
         found = self.journal is not None and self.processes.first and self.journal.has(i)
         return bool(self.processes.all_gather(found)[0])
+
+    @property
+    def patterns(self) -> dict[str, str]:
+        """The pattern that each compressed layer obeys, by its full name."""
+        return {name: str(budget.pattern) for name, budget in self.budgets.items()}
 
     @property
     def distills(self) -> bool:
@@ -321,7 +328,7 @@ class Job:
         if self.journal and self.writer:
             with self.clock("save"), self.weights.outside_blocks(stored=True):
                 rest = self.writer.write_rest(self.model)
-                self.writer.finish(self.model, self.opened.tokenizer)
+                self.writer.finish(self.model, self.opened.tokenizer, patterns=self.patterns)
                 self.journal.note_rest(rest, self.recipe.to_toml())
         self.processes.barrier()  # the others read what the first has written
 

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from sparlow.errors import InputError, RunError, as_input_error
-from sparlow.files import CONFIG, INDEX, RECORD, read_json, replacing, sync_folder
+from sparlow.files import CONFIG, INDEX, RECORD, follow_umask, read_json, replacing, sync_folder
 from sparlow.model import _transformers as private
 from sparlow.model.artefact.checksums import require_recorded, require_sane
 from sparlow.model.artefact.dtypes import StoredDtypes
-from sparlow.model.artefact.hf_quantizer import METHOD, SparlowConfig
+from sparlow.model.artefact.hf_quantizer import SparlowConfig, transposed_layers
 from sparlow.model.artefact.layers import compressed_layers, install
+from sparlow.model.artefact.schemes import METHOD, StoredLayer
 from sparlow.model.artefact.shards import (
     Header,
     ShardRecord,
@@ -98,7 +99,12 @@ class CheckpointWriter:
         return {name: t.to(cast[name]) if name in cast else t for name, t in state.items()}
 
     def finish(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, *, plain: bool = False
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        plain: bool = False,
+        patterns: Mapping[str, str] | None = None,
     ) -> None:
         """Write the index, the generation config, the tokenizer and at last ``config.json``.
 
@@ -108,6 +114,7 @@ class CheckpointWriter:
             model: the model.
             tokenizer: its tokenizer.
             plain: no layer is compressed, and transformers is to open the directory without sparlow.
+            patterns: that the compressed layers obey, by name.
 
         Raises:
             RunError: a shard is missing or damaged, or something cannot be written.
@@ -122,8 +129,10 @@ class CheckpointWriter:
             if tokenizer is not None:
                 with as_input_error("the tokenizer cannot be written"):  # its library raises anything
                     tokenizer.save_pretrained(self._folder)
+            follow_umask(self._folder)
             sync_folder(self._folder)  # what was not written by us
-            self._write_config(model, None if plain else SparlowConfig(layer_records(headers)))
+            records = {} if plain else layer_records(headers, patterns, transposed_layers(model))
+            self._write_config(model, None if plain else SparlowConfig.of(records))
         except (InputError, OSError) as problem:
             raise RunError(f"cannot finish {self._folder}: {problem}") from problem
 
@@ -167,7 +176,7 @@ def read_block(folder: str | Path, decoder: Decoder, i: int, block: nn.Module) -
     parts = by_layer({name.removeprefix(prefix): header for name, header in headers.items()})
     for stored, record in layer_records(headers).items():
         name = stored.removeprefix(prefix)
-        check_layer(name, parts[name], install(block, name, record["rank"]), record)
+        check_layer(name, parts[name], install(block, name, record.scheme.rank), record)
     state = {name.removeprefix(prefix): t for name, t in load_file(paths[0], device=str(device)).items()}
     try:
         block.load_state_dict(state, strict=True, assign=True)
@@ -246,8 +255,8 @@ def _check_before_opening(folder: Path) -> None:
     require_sane(read_json(folder / CONFIG), len(read_index(folder)))
 
 
-def read_layers(folder: Path) -> dict[str, dict[str, int]]:
-    """Return the records (kept, rank) of a directory's compressed layers by name.
+def read_layers(folder: Path) -> dict[str, StoredLayer]:
+    """Return how a directory's compressed layers are stored, by name.
 
     Raises:
         InputError: it is no finished directory of sparlow, or one of a newer sparlow.
@@ -255,4 +264,4 @@ def read_layers(folder: Path) -> dict[str, dict[str, int]]:
     found = read_json(folder / "config.json").get("quantization_config")
     if not isinstance(found, dict) or found.get("quant_method") != METHOD:
         raise InputError(f"{folder} is not a model that sparlow compressed")
-    return SparlowConfig(**found).layers
+    return SparlowConfig(**found).records

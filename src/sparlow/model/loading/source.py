@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from sparlow.errors import InputError, as_input_error
-from sparlow.files import cache_folder, sync_folder
+from sparlow.files import cache_folder, follow_umask, sync_folder
 from sparlow.machine import check_device
 from sparlow.model.forward.decoder import Decoder
 from sparlow.model.loading.streaming import CannotStreamError, OnDisk, as_transformers_reads, stored_tensors
@@ -189,6 +189,7 @@ def _converted(file: Path) -> Path:
         with tempfile.TemporaryDirectory(dir=entry.parent, prefix=".converting-") as scratch:
             made = Path(scratch) / entry.name
             _convert(file, made)
+            follow_umask(made)
             sync_folder(made)
             if not entry.is_dir():
                 made.rename(entry)
