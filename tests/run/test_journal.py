@@ -11,7 +11,7 @@ from sparlow.report.records import LayerRecord
 from sparlow.run.journal import Journal, read_records
 from sparlow.run.output_dir import LOCK, NAME, check_folder
 
-DECIDES = {"recipe": Recipe(rank=4).to_dict(), "model": "abc", "calibration": "def", "version": "1"}
+DECIDES = {"recipe": Recipe(rank=4).to_dict(), "model": "abc", "calibration": "def", "format": 2, "solver": 1}
 
 
 def record(block, name="mlp.up_proj"):
@@ -170,8 +170,9 @@ def test_records_that_cannot_be_understood(change, tmp_path):
     [
         ({"model": "xyz"}, "differs in model:"),
         ({"calibration": "xyz"}, "differs in calibration:"),
-        ({"version": "2"}, "differs in version:"),
-        ({"model": "xyz", "version": "2"}, "differs in model, version:"),
+        ({"solver": 2}, "holds a run with the solvers of revision 1, and this sparlow has 2: "),
+        ({"model": "xyz", "format": 3}, "holds a run in the format 2, and this sparlow has 3: "),
+        ({"model": "xyz", "calibration": "uvw"}, "differs in model, calibration:"),
         ({"recipe": Recipe(rank=4, seed=3).to_dict()}, r"differs in seed \(0 there, 3 now\):"),
         ({"recipe": Recipe(rank=5).to_dict()}, r"differs in rank \(4 there, 5 now\):"),
         ({"recipe": Recipe().to_dict()}, r"differs in rank \(4 there, None now\):"),

@@ -25,6 +25,7 @@ from sparlow.model.artefact.checkpoint import CheckpointWriter, read_layers
 from sparlow.model.artefact.describe import changed_sparse_parts
 from sparlow.model.artefact.dtypes import StoredDtypes
 from sparlow.model.artefact.layers import compressed_layers
+from sparlow.model.artefact.loader import LOADER
 from sparlow.model.artefact.peft_adapter import (
     LowRank,
     put_together,
@@ -172,7 +173,8 @@ class FineTuning:
         if changed:
             raise RunError(f"The sparse part of {changed[0]} has changed, which must not be: this is a bug of sparlow.")
         patterns = {name: row.scheme.pattern for name, row in read_layers(self.parent.folder).items()}
-        writer.finish(self.model, self.opened.tokenizer, patterns=patterns)
+        loader = (self.parent.folder / LOADER).exists()
+        writer.finish(self.model, self.opened.tokenizer, patterns=patterns, loader=loader)
         self.journal.note_rest(rest, (self.parent.folder / "recipe.toml").read_text("utf-8"))
 
     def write_base(self, peft: Path) -> None:

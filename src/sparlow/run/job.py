@@ -21,7 +21,7 @@ from sparlow.model.artefact.schemes import FORMAT
 from sparlow.model.forward.activation_store import ActivationStore
 from sparlow.model.forward.block_pass import BlockPass, pass_through
 from sparlow.model.forward.capture import Recording
-from sparlow.model.forward.decoder import not_compressed
+from sparlow.model.forward.decoder import not_compressed, require_own_weights
 from sparlow.model.loading.source import OpenedModel
 from sparlow.model.loading.weights import Weights, all_loaded, to_compute
 from sparlow.model.training.resume_state import TrainingCheckpoint
@@ -75,6 +75,7 @@ class Job:
         self.storage, self.model, self.clock = storage, opened.model, Clock()
         self.decoder, self.weights = opened.decoder, opened.weights
         self.runner = BlockwiseRunner(opened, offload, self.clock, self.notify, processes)
+        require_own_weights(self.model, self.decoder)
         self.budgets = budgets(self.decoder, recipe)
         for name in (name for name, _ in self.model.named_parameters() if name in opened.damaged):
             layer, _, part = name.rpartition(".")
@@ -86,6 +87,7 @@ class Job:
         self.known_dense: dict[str, float] = {}  # perplexity by fingerprint of the windows
         self.allocated: dict[str, Budget] = {}  # those of the budgets that the data decided
         self.journal: Journal | None = None
+        self.with_loader = False  # see ``CheckpointWriter.finish``
         self.writer: CheckpointWriter | None = None  # only the first process has one
 
     def write_to(self, folder: Path, *, overwrite: bool) -> None:
@@ -328,7 +330,8 @@ class Job:
         if self.journal and self.writer:
             with self.clock("save"), self.weights.outside_blocks(stored=True):
                 rest = self.writer.write_rest(self.model)
-                self.writer.finish(self.model, self.opened.tokenizer, patterns=self.patterns)
+                finish = self.writer.finish
+                finish(self.model, self.opened.tokenizer, patterns=self.patterns, loader=self.with_loader)
                 self.journal.note_rest(rest, self.recipe.to_toml())
         self.processes.barrier()  # the others read what the first has written
 

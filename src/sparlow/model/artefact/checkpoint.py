@@ -24,6 +24,7 @@ from sparlow.model.artefact.checksums import require_recorded, require_sane
 from sparlow.model.artefact.dtypes import StoredDtypes
 from sparlow.model.artefact.hf_quantizer import SparlowConfig, transposed_layers
 from sparlow.model.artefact.layers import compressed_layers, install
+from sparlow.model.artefact.loader import write_loader
 from sparlow.model.artefact.schemes import METHOD, StoredLayer
 from sparlow.model.artefact.shards import (
     Header,
@@ -37,6 +38,7 @@ from sparlow.model.artefact.shards import (
     write_shard,
 )
 from sparlow.model.forward.decoder import Decoder, require_own_weights
+from sparlow.model.loading.source import require_no_kernel
 from sparlow.model.loading.weights import Weights, to_compute
 
 
@@ -105,6 +107,7 @@ class CheckpointWriter:
         *,
         plain: bool = False,
         patterns: Mapping[str, str] | None = None,
+        loader: bool = False,
     ) -> None:
         """Write the index, the generation config, the tokenizer and at last ``config.json``.
 
@@ -115,6 +118,7 @@ class CheckpointWriter:
             tokenizer: its tokenizer.
             plain: no layer is compressed, and transformers is to open the directory without sparlow.
             patterns: that the compressed layers obey, by name.
+            loader: also write the file by which transformers imports sparlow under ``trust_remote_code=True``.
 
         Raises:
             RunError: a shard is missing or damaged, or something cannot be written.
@@ -132,7 +136,7 @@ class CheckpointWriter:
             follow_umask(self._folder)
             sync_folder(self._folder)  # what was not written by us
             records = {} if plain else layer_records(headers, patterns, transposed_layers(model))
-            self._write_config(model, None if plain else SparlowConfig.of(records))
+            self._write_config(model, None if plain else SparlowConfig.of(records), loader=loader)
         except (InputError, OSError) as problem:
             raise RunError(f"cannot finish {self._folder}: {problem}") from problem
 
@@ -142,7 +146,7 @@ class CheckpointWriter:
         with replacing(self._folder / INDEX) as partial:
             partial.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", "utf-8")
 
-    def _write_config(self, model: PreTrainedModel, quantization: SparlowConfig | None) -> None:
+    def _write_config(self, model: PreTrainedModel, quantization: SparlowConfig | None, *, loader: bool) -> None:
         config = copy.deepcopy(model.config)
         if quantization is not None:
             config.quantization_config = quantization.to_dict()
@@ -152,6 +156,8 @@ class CheckpointWriter:
         config.dtype = self._storage.dtype
         if model.is_remote_code():
             private.custom_object_save(model, self._folder, config=config)  # type: ignore[arg-type]  # takes configs too
+        elif loader:
+            config.auto_map = write_loader(self._folder, type(model).__name__)
         with replacing(self._folder / "config.json") as partial:
             config.to_json_file(partial)
 
@@ -222,6 +228,8 @@ def load(folder: str | Path, **options: Any) -> PreTrainedModel:  # noqa: ANN401
         InputError: it is no model that sparlow wrote, or it is unfinished, damaged or from a newer sparlow.
     """
     private.require_format()
+    if not options.get("trust_remote_code") and (Path(folder) / CONFIG).exists():
+        require_no_kernel(str(folder), str(folder))
     if Path(folder).is_dir():
         _check_before_opening(Path(folder))
     with as_input_error(f"cannot open {folder}"):

@@ -18,6 +18,7 @@ from sparlow.files import resolve_inside
 from sparlow.model import _transformers as private
 from sparlow.model.artefact.bitmask import unpack
 from sparlow.model.artefact.layers import compressed_layers, install, own_weights
+from sparlow.model.artefact.loader import forget_loader
 from sparlow.model.artefact.schemes import (
     DENSE,
     FORMAT,
@@ -119,6 +120,7 @@ class SparlowQuantizer(private.HfQuantizer):
         checkpoint_files: list[str] | None = None,
         **_: Any,  # noqa: ANN401 - transformers'
     ) -> None:
+        forget_loader(model.config)
         layers = self.quantization_config.records
         installed = {name: install(model, _name_in(model, name), row.scheme.rank) for name, row in layers.items()}
         if checkpoint_files is None:

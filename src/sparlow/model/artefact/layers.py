@@ -152,4 +152,5 @@ def install(root: nn.Module, name: str, rank: int) -> SparseLowRankLinear:
 def own_weights(model: "PreTrainedModel") -> dict[str, CompressibleWeight]:
     """Return what can be compressed as the model's own class has it before anything is compressed, without weights."""
     with torch.device("meta"):
-        return compressible(type(model)(copy.deepcopy(model.config)))
+        own = type(model)(copy.deepcopy(model.config))
+    return compressible(own)  # which asks modules with numbers, so not on that device
