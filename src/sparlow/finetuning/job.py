@@ -173,8 +173,8 @@ class FineTuning:
         if changed:
             raise RunError(f"The sparse part of {changed[0]} has changed, which must not be: this is a bug of sparlow.")
         patterns = {name: row.scheme.pattern for name, row in read_layers(self.parent.folder).items()}
-        loader = (self.parent.folder / LOADER).exists()
-        writer.finish(self.model, self.opened.tokenizer, patterns=patterns, loader=loader)
+        loader, beside = (self.parent.folder / LOADER).exists(), self.opened.companions
+        writer.finish(self.model, self.opened.tokenizer, patterns=patterns, companions=beside, loader=loader)
         self.journal.note_rest(rest, (self.parent.folder / "recipe.toml").read_text("utf-8"))
 
     def write_base(self, peft: Path) -> None:
@@ -183,7 +183,7 @@ class FineTuning:
         writer = self.writer(peft / "base", self.model)
         shards: list[ShardRecord] = [writer.write_block(i, block) for i, block in enumerate(self.decoder.blocks)]
         shards.append(writer.write_rest(self.model))
-        writer.finish(self.model, self.opened.tokenizer, plain=True)
+        writer.finish(self.model, self.opened.tokenizer, plain=True, companions=self.opened.companions)
         self.sign(peft, shards)
 
     def sign(self, peft: Path, shards: Sequence[ShardRecord]) -> None:

@@ -330,8 +330,13 @@ class Job:
         if self.journal and self.writer:
             with self.clock("save"), self.weights.outside_blocks(stored=True):
                 rest = self.writer.write_rest(self.model)
-                finish = self.writer.finish
-                finish(self.model, self.opened.tokenizer, patterns=self.patterns, loader=self.with_loader)
+                self.writer.finish(
+                    self.model,
+                    self.opened.tokenizer,
+                    patterns=self.patterns,
+                    companions=self.opened.companions,
+                    loader=self.with_loader,
+                )
                 self.journal.note_rest(rest, self.recipe.to_toml())
         self.processes.barrier()  # the others read what the first has written
 

@@ -7,7 +7,8 @@ transformers: ``AutoModelForCausalLM.from_pretrained(folder)`` is enough to open
 
 import copy
 import json
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,7 @@ class CheckpointWriter:
         *,
         plain: bool = False,
         patterns: Mapping[str, str] | None = None,
+        companions: Iterable[Path] = (),
         loader: bool = False,
     ) -> None:
         """Write the index, the generation config, the tokenizer and at last ``config.json``.
@@ -118,6 +120,7 @@ class CheckpointWriter:
             tokenizer: its tokenizer.
             plain: no layer is compressed, and transformers is to open the directory without sparlow.
             patterns: that the compressed layers obey, by name.
+            companions: files to copy, such as licences; what is written here anyway stays as it is.
             loader: also write the file by which transformers imports sparlow under ``trust_remote_code=True``.
 
         Raises:
@@ -133,6 +136,10 @@ class CheckpointWriter:
             if tokenizer is not None:
                 with as_input_error("the tokenizer cannot be written"):  # its library raises anything
                     tokenizer.save_pretrained(self._folder)
+            for file in companions:
+                if not (self._folder / file.name).exists():
+                    with replacing(self._folder / file.name) as partial:
+                        shutil.copyfile(file, partial)
             follow_umask(self._folder)
             sync_folder(self._folder)  # what was not written by us
             records = {} if plain else layer_records(headers, patterns, transposed_layers(model))

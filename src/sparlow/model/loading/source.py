@@ -5,19 +5,27 @@ import hashlib
 import importlib.util
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from sparlow.errors import InputError, as_input_error
 from sparlow.files import CONFIG, cache_folder, follow_umask, parse_json, sync_folder
 from sparlow.machine import check_device
 from sparlow.model.forward.decoder import Decoder
+from sparlow.model.loading.left_out import companions, left_out
 from sparlow.model.loading.streaming import CannotStreamError, OnDisk, as_transformers_reads, stored_tensors
 from sparlow.model.loading.weights import InMemory, Weights, scan
 
@@ -37,6 +45,7 @@ class OpenedModel:
         damaged: names of the tensors that hold NaN or infinity.
         on_disk: its parts, where the model itself is on the meta device, without weights.
         warnings: what the user should know.
+        companions: files beside the weights that belong to any form of the model, such as licences and processors.
     """
 
     model: PreTrainedModel
@@ -46,6 +55,7 @@ class OpenedModel:
     damaged: frozenset[str] = frozenset()
     on_disk: OnDisk | None = None
     warnings: tuple[str, ...] = ()
+    companions: tuple[Path, ...] = ()
 
     @functools.cached_property
     def decoder(self) -> Decoder:
@@ -89,16 +99,20 @@ def open_model(
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
     loading = functools.partial(_loaded, name, where, dtype=wanted, use_safetensors=True, **options)
     warnings: tuple[str, ...] = ()
+    opened = None
     if streamed:
         try:
-            return _streamed(name, where, loading, torch.device(device), options)
+            opened = _streamed(name, where, loading, torch.device(device), options)
         except CannotStreamError as problem:
             warnings = (f"the whole model was held in memory, because {problem}",)
-    model: Any = loading()
-    model = model.to(device).eval()
-    seen = scan([model.state_dict(keep_vars=True)])
-    tokenizer = _tokenizer(name, where, options)
-    return OpenedModel(model, tokenizer, name, seen.fingerprint, seen.damaged, warnings=warnings)
+    if opened is None:
+        model: Any = loading()
+        model = model.to(device).eval()
+        seen = scan([model.state_dict(keep_vars=True)])
+        opened = OpenedModel(model, _tokenizer(name, where, options), name, seen.fingerprint, seen.damaged)
+    packed = getattr(opened.model.config, "quantization_config", None) is not None
+    lost = [] if packed or Path(name).suffix == ".gguf" else left_out(opened.model, where, revision)
+    return replace(opened, warnings=(*warnings, *lost), companions=tuple(companions(where, revision)))
 
 
 def _streamed(
