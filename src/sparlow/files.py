@@ -132,8 +132,10 @@ def parse_json(path: Path) -> dict[str, Any]:
         InputError: there is none, or it is larger or deeper than any file of a model.
     """
     try:
+        if path.exists() and not path.is_file():  # opening a pipe would wait
+            raise InputError(f"{path} is no file")
         with path.open("rb") as file:
-            data = file.read(_LARGEST_JSON + 1) if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else b""
+            data = file.read(_LARGEST_JSON + 1)
         if len(data) > _LARGEST_JSON:
             raise InputError(f"{path} is larger than {_LARGEST_JSON:,} bytes, which no file of a model is")
         content = json.loads(data.decode("utf-8"))
