@@ -1,3 +1,4 @@
+import inspect
 import json
 
 import pytest
@@ -285,3 +286,35 @@ def test_a_file_of_our_name_does_not_make_a_directory_ours(theirs, tmp_path):
     (tmp_path / NAME).write_text(theirs)
     with pytest.raises(InputError):
         check_folder(tmp_path, overwrite=True)
+
+
+def test_a_patch_release_of_sparlow_goes_on_with_an_unfinished_run(tmp_path, monkeypatch):
+    from sparlow.run import job
+
+    assert "version" not in inspect.getsource(job.Job.write_to)  # the format and the solvers' revision decide
+    begun(tmp_path)
+    monkeypatch.setattr("sparlow.machine.own_version", lambda: "99.9.9")
+    assert journal(tmp_path).blocks_done == 2
+
+
+def test_an_unfinished_directory_of_the_first_format_is_not_mixed_with_the_second(tmp_path):
+    begun(tmp_path)
+    state = json.loads((tmp_path / NAME).read_text())
+    state["fingerprint"] = {k: v for k, v in state["fingerprint"].items() if k not in ("format", "solver")}
+    state["fingerprint"]["version"] = "0.1.0"
+    (tmp_path / NAME).write_text(json.dumps(state))
+    before = content(tmp_path)
+    with pytest.raises(InputError, match=r"holds a run in the format of an older sparlow, .* has 2: .*compress again"):
+        journal(tmp_path)
+    assert content(tmp_path) == before
+    assert journal(tmp_path, overwrite=True).blocks_done == 0
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_a_damaged_shard_of_a_finished_result_is_not_measured_again(damage, tmp_path):
+    run = finished(tmp_path)
+    run.require_whole()
+    file = sorted(tmp_path.glob("*.safetensors"))[1]
+    file.unlink() if damage == "gone" else file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(InputError, match=f"The shard {file.name} of the finished result .* --overwrite"):
+        journal(tmp_path).require_whole()

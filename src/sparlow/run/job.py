@@ -144,6 +144,8 @@ class Job:
         for name, windows in evaluation.items():
             text = text_fingerprint(windows)
             if text not in known:
+                if not new:
+                    journal.require_whole()
                 new = True
                 known[text] = self.perplexity_after(name, windows)
             self.report.compressed["perplexity"][name] = known[text]

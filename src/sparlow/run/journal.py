@@ -31,7 +31,8 @@ class Journal:
 
     Args:
         folder: The output directory; it comes into being with the first record.
-        fingerprint: What decides the result: recipe, model, calibration windows, the format of the directory and the revision of the solvers.
+        fingerprint: What decides the result: recipe, model, calibration windows, format of the directory and revision of
+            the solvers.
         blocks_name: Name of the list of decoder blocks in the model.
         overwrite: Forget a finished result or another run, and remove it when the first record is written.
         device: Where it computes, such as cpu or cuda; on record with the machine.
@@ -135,6 +136,19 @@ class Journal:
         """Whether a file is on disk as it was written."""
         path = resolve_inside(self.folder, shard_filename(record["file"]))
         return path.exists() and path.stat().st_size == record["bytes"] and sha256(path) == record["sha256"]
+
+    def require_whole(self) -> None:
+        """See that every shard is on disk as it was written, before a finished result is read again.
+
+        Raises:
+            InputError: One is not.
+        """
+        for file, record in self.state["shards"].items():
+            if not self._is_there({"file": file, **record}):
+                raise InputError(
+                    f"The shard {file} of the finished result in {self.folder} is missing or damaged: --overwrite to "
+                    "compress again."
+                )
 
     def settle(self) -> None:
         """Bring a last pass over all blocks that was killed to a state from which the run can go on.

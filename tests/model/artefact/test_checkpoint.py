@@ -394,7 +394,15 @@ def test_records_that_the_shards_do_not_bear_out(folder, opening, record):
     [
         *({"pattern": "dense"}, {"pattern": "1:4"}, {"pattern": "2:5"}, {"pattern": "spread"}),
         *({"values": "fp32"}, {"values": "int4", "levels": "half", "group": 128}, {"values": "fp8"}, {"values": [1]}),
-        *({"factors": "int8"}, {"factors": "fp16"}, {"rank": 2}, {"rank": -1}, {"rank": 2.0}, {"group": 64}, {"new": 1}),
+        *(
+            {"factors": "int8"},
+            {"factors": "fp16"},
+            {"rank": 2},
+            {"rank": -1},
+            {"rank": 2.0},
+            {"group": 64},
+            {"new": 1},
+        ),
     ],
 )
 def test_a_scheme_that_is_not_known_or_not_true_is_refused_by_the_name_of_a_layer(folder, opening, change):
@@ -460,6 +468,25 @@ def test_damaged_layers(folder, opening, change, message):
     spoil(folder / SHARD, change)
     with pytest.raises(InputError, match=message):
         opening(folder)
+
+
+@pytest.mark.parametrize("lost", [1, 100, 0.5, 0.99])
+def test_a_shard_that_is_cut_off_ends_no_process_in_a_bus_error(folder, lost):
+    """What is mapped and read past the end of its file ends in SIGBUS; read by both of what maps files."""
+    data = (folder / SHARD).read_bytes()
+    (folder / SHARD).write_bytes(data[: -lost if isinstance(lost, int) else int(len(data) * (1 - lost))])
+    code = (
+        "import sys, sparlow; from sparlow.model.artefact.describe import describe\n"
+        "for read in (sparlow.load, describe):\n"
+        "    try: read(__import__('pathlib').Path(sys.argv[1]))\n"
+        "    except sparlow.InputError as error: print(error)"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    run = subprocess.run(  # noqa: PLW1510 - asserted below
+        [sys.executable, "-c", code, folder], env=environment, timeout=120, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    assert [SHARD in line and "damaged" in line for line in run.stdout.splitlines()] == [True, True]
 
 
 def test_missing_and_broken_shards(folder, opening):

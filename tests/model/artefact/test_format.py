@@ -39,7 +39,10 @@ def read(folder):
     tensors = {}
     for file in folder.glob("*.safetensors"):
         tensors |= load_file(file)
-    return {name: read_layer(tensors, name, about["schemes"][number], kept) for name, (number, kept) in about["layers"].items()}
+    return {
+        name: read_layer(tensors, name, about["schemes"][number], kept)
+        for name, (number, kept) in about["layers"].items()
+    }
 
 
 def read_layer(tensors, name, scheme, kept):
@@ -104,7 +107,9 @@ def test_weights_keep_their_pattern_on_record_when_they_are_saved_again(tmp_path
     with torch.no_grad():
         opened.get_submodule("model.layers.0.mlp.up_proj").S[0] = 0
     opened.save_pretrained(tmp_path / "changed")
-    about = {f: json.loads((tmp_path / f / "config.json").read_text())["quantization_config"] for f in ("again", "changed")}
+    about = {
+        f: json.loads((tmp_path / f / "config.json").read_text())["quantization_config"] for f in ("again", "changed")
+    }
     assert about["again"] == json.loads((folder / "config.json").read_text())["quantization_config"]
     number, kept = about["changed"]["layers"]["model.layers.0.mlp.up_proj"]
     assert (about["changed"]["schemes"][number]["pattern"], kept) == ("free", 47 * 16)
@@ -147,7 +152,7 @@ assert "sparlow" not in sys.modules
 def stranger(how, folder, code=STRANGER, path=()):
     """What a process of its own says that knows plain transformers only."""
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PYTHONPATH": os.pathsep.join(path)}
-    run = subprocess.run(
+    run = subprocess.run(  # noqa: PLW1510 - asserted below
         [sys.executable, "-c", code, how, str(folder)], capture_output=True, text=True, env=environment, timeout=300
     )
     assert run.returncode == 0, run.stderr
@@ -195,9 +200,7 @@ def with_loader(tmp_path_factory):
     folder = tmp_path_factory.mktemp("loader")
     save_tiny("llama", folder / "dense")
     recipe = Recipe(algorithm="magnitude", pattern="2:4")
-    sparlow.compress(
-        folder / "dense", recipe, calibration=WINDOWS, out=folder / "out", evaluate=(), with_loader=True
-    )
+    sparlow.compress(folder / "dense", recipe, calibration=WINDOWS, out=folder / "out", evaluate=(), with_loader=True)
     return folder / "out"
 
 

@@ -16,7 +16,9 @@ from sparlow.model.artefact.schemes import (
 )
 
 NAMES = st.lists(
-    st.lists(st.sampled_from(["layers", "0", "1", "10", "mlp", "q+", "a|b", "(x", "*", "w$", "é"]), min_size=1, max_size=4),
+    st.lists(
+        st.sampled_from(["layers", "0", "1", "10", "mlp", "q+", "a|b", "(x", "*", "w$", "é"]), min_size=1, max_size=4
+    ),
     min_size=1,
     max_size=12,
 )
@@ -36,13 +38,22 @@ def test_the_expression_of_some_names_matches_these_and_no_others(names, others)
 
 def test_many_layers_share_a_few_schemes_and_come_back():
     one, two = Scheme("2:4", "bf16", 3, "bf16"), Scheme("free", "fp32", 0, "fp32", transposed=True)
-    records = {f"h.{i}.{name}": StoredLayer(scheme, i) for i in range(3) for name, scheme in {"a": one, "b": two}.items()}
+    records = {
+        f"h.{i}.{name}": StoredLayer(scheme, i) for i in range(3) for name, scheme in {"a": one, "b": two}.items()
+    }
     written = to_config(records)
     assert written["schemes"] == [
         {"pattern": "2:4", "values": "bf16", "rank": 3, "factors": "bf16"},
         {"pattern": "free", "values": "fp32", "rank": 0, "factors": "fp32", "transposed": True},
     ]
-    assert written["layers"] == {"h.0.a": [0, 0], "h.0.b": [1, 0], "h.1.a": [0, 1], "h.1.b": [1, 1], "h.2.a": [0, 2], "h.2.b": [1, 2]}
+    assert written["layers"] == {
+        "h.0.a": [0, 0],
+        "h.0.b": [1, 0],
+        "h.1.a": [0, 1],
+        "h.1.b": [1, 1],
+        "h.2.a": [0, 2],
+        "h.2.b": [1, 2],
+    }
     assert from_config(**written) == records
 
 
@@ -71,7 +82,14 @@ def test_a_pattern_is_stored_only_where_every_row_can_be_found_by_it(kept, asked
 
 @pytest.mark.parametrize(
     ("pattern", "kept", "shape"),
-    [("2:4", 15, (4, 8)), ("2:4", 17, (4, 8)), ("2:4", 16, (4, 9)), ("free", 32, (4, 8)), ("free", 33, (4, 8)), ("dense", 31, (4, 8))],
+    [
+        ("2:4", 15, (4, 8)),
+        ("2:4", 17, (4, 8)),
+        ("2:4", 16, (4, 9)),
+        ("free", 32, (4, 8)),
+        ("free", 33, (4, 8)),
+        ("dense", 31, (4, 8)),
+    ],
 )
 def test_counts_that_a_pattern_does_not_allow(pattern, kept, shape):
     with pytest.raises(InputError, match=f"keeps {kept} values, which"):

@@ -26,7 +26,7 @@ def test_a_config_that_names_a_kernel_of_the_hub_is_refused(change, tmp_path, ca
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | change))
     for opening in (open_model, lambda name: open_model(name, streamed=True), sparlow.load, sparlow.plan):
-        with pytest.raises(InputError, match="native code: remove it from config.json, or give --trust-remote-code"):
+        with pytest.raises(InputError, match=r"native code: remove it from config\.json, or give --trust-remote-code"):
             opening(str(tmp_path))
     said = run_and_fail(capsys, "evaluate", tmp_path)
     assert "_implementation" in said

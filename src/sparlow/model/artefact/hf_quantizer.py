@@ -64,7 +64,9 @@ class SparlowConfig(private.QuantizationConfigMixin):
             return  # to be filled
         _require_format_two(format)
         for key in sorted(other.keys() - {"quant_method"})[:1]:
-            raise InputError(f"quantization_config of sparlow has {key!r}, which a newer sparlow wrote: upgrade sparlow")
+            raise InputError(
+                f"quantization_config of sparlow has {key!r}, which a newer sparlow wrote: upgrade sparlow"
+            )
         self.records = from_config(schemes, layers)
 
     @classmethod

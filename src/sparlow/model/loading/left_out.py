@@ -69,7 +69,9 @@ def left_out(model: PreTrainedModel, where: str, revision: str | None = None) ->
     except CannotStreamError:
         sentences.append("whether the model's class lacks tensors of the checkpoint could not be seen")
     if Path(where).is_dir():
-        others = [path.name for path in _files(where) if not (_COPIED.fullmatch(path.name) or _EXPECTED.fullmatch(path.name))]
+        others = [
+            path.name for path in _files(where) if not (_COPIED.fullmatch(path.name) or _EXPECTED.fullmatch(path.name))
+        ]
         if others:
             sentences.append(f"files beside the model that are not copied: {_shown(others)}")
     return sentences
@@ -105,8 +107,8 @@ def _of_tensors(sizes: Mapping[str, int]) -> list[str]:
         parts[".".join(name.split(".")[:2])] += size
     names = _shown([f"{part} ({size:,})" for part, size in parts.most_common()])
     return [
-        f"{sum(sizes.values()):,} parameters in {len(sizes)} stored tensors are not part of the result, because the model's "
-        f"class has no place for them: {names}"
+        f"{sum(sizes.values()):,} parameters in {len(sizes)} stored tensors are not part of the result, because the "
+        f"model's class has no place for them: {names}"
     ]
 
 

@@ -186,8 +186,8 @@ def require_no_kernel(name: str, where: str, *, revision: str | None = None) -> 
         fetched = "/" in value or ("flash" in value and importlib.util.find_spec("flash_attn") is None)
         if fetched:
             raise InputError(
-                f"the config of {name} sets {key} to {value!r}, which transformers may fetch from the hub as native code: "
-                "remove it from config.json, or give --trust-remote-code"
+                f"the config of {name} sets {key} to {value!r}, which transformers may fetch from the hub as native "
+                "code: remove it from config.json, or give --trust-remote-code"
             )
 
 
