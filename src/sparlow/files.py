@@ -131,20 +131,18 @@ def parse_json(path: Path) -> dict[str, Any]:
     Raises:
         InputError: there is none, or it is larger or deeper than any file of a model.
     """
+    if path.exists() and not path.is_file():  # opening a pipe would wait
+        raise InputError(f"{path} is no file")
     try:
-        if path.exists() and not path.is_file():  # opening a pipe would wait
-            raise InputError(f"{path} is no file")
         with path.open("rb") as file:
             data = file.read(_LARGEST_JSON + 1)
-        if len(data) > _LARGEST_JSON:
-            raise InputError(f"{path} is larger than {_LARGEST_JSON:,} bytes, which no file of a model is")
-        content = json.loads(data.decode("utf-8"))
-    except InputError:
-        raise
+        content = json.loads(data.decode("utf-8")) if len(data) <= _LARGEST_JSON else None
     except FileNotFoundError as problem:
         raise InputError(f"{path} is missing: {path.parent} is no finished model of sparlow") from problem
     except (OSError, ValueError, RecursionError) as problem:
         raise InputError(f"{path} cannot be read: {problem}") from problem
+    if len(data) > _LARGEST_JSON:
+        raise InputError(f"{path} is larger than {_LARGEST_JSON:,} bytes, which no file of a model is")
     if not isinstance(content, dict):
         raise InputError(f"{path} must hold one JSON object")
     level: list[Any] = [content]
@@ -198,8 +196,8 @@ def resolve_inside(folder: Path, name: str) -> Path:
     store = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
     if path.is_symlink() and path.resolve().parent not in (home, store):
         raise InputError(
-            f"{path} is a link that leads out of the model's directory: copy the directory with cp -L -r, which puts the "
-            "files themselves in the place of links"
+            f"{path} is a link that leads out of the model's directory: copy the directory with cp -L -r, which puts "
+            "the files themselves in the place of links"
         )
     return path
 

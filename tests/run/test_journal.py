@@ -1,4 +1,3 @@
-import inspect
 import json
 
 import pytest
@@ -286,15 +285,6 @@ def test_a_file_of_our_name_does_not_make_a_directory_ours(theirs, tmp_path):
     (tmp_path / NAME).write_text(theirs)
     with pytest.raises(InputError):
         check_folder(tmp_path, overwrite=True)
-
-
-def test_a_patch_release_of_sparlow_goes_on_with_an_unfinished_run(tmp_path, monkeypatch):
-    from sparlow.run import job
-
-    assert "version" not in inspect.getsource(job.Job.write_to)  # the format and the solvers' revision decide
-    begun(tmp_path)
-    monkeypatch.setattr("sparlow.machine.own_version", lambda: "99.9.9")
-    assert journal(tmp_path).blocks_done == 2
 
 
 def test_an_unfinished_directory_of_the_first_format_is_not_mixed_with_the_second(tmp_path):

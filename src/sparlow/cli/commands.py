@@ -274,8 +274,15 @@ def compare(
     names = list(variants()) if names == ["all"] else names
     recipes = recipes_for(given.recipe(), names, parse_named_pairs(option or []), match)
     with resumable(), display.progress() as notify:
-        over = {"overwrite": write.overwrite, "force": write.force}
-        found = run_comparison(model, recipes, out=out, **values_of(run), **over, notify=notify)
+        found = run_comparison(
+            model,
+            recipes,
+            out=out,
+            **values_of(run),
+            overwrite=write.overwrite,
+            force=write.force,
+            notify=notify,
+        )
     display.show_comparison(found)
     _written(out, "compare.json and two figures")
     if found.failed:

@@ -31,8 +31,7 @@ class Journal:
 
     Args:
         folder: The output directory; it comes into being with the first record.
-        fingerprint: What decides the result: recipe, model, calibration windows, format of the directory and revision of
-            the solvers.
+        fingerprint: What decides the result: recipe, model, calibration windows, format, and revision of the solvers.
         blocks_name: Name of the list of decoder blocks in the model.
         overwrite: Forget a finished result or another run, and remove it when the first record is written.
         device: Where it computes, such as cpu or cuda; on record with the machine.

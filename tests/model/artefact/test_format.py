@@ -100,6 +100,24 @@ def test_all_of_two_of_four_costs_nine_bits_and_all_kept_no_mask(tmp_path):
     assert report["bits_per_weight"] == 32
 
 
+def test_the_format_and_the_solvers_decide_whether_a_run_goes_on_and_not_the_release(tmp_path, monkeypatch):
+    folder = written("llama", tmp_path)
+    state = json.loads((folder / "sparlow.json").read_text())
+    assert state["fingerprint"].keys() == {"recipe", "model", "calibration", "format", "solver"}
+    assert state["fingerprint"]["format"] == 2
+    (folder / "sparlow.json").write_text(json.dumps(state | {"finished": False}))
+    monkeypatch.setattr("sparlow.machine.own_version", lambda: "99.9.9")
+    again = {"calibration": WINDOWS, "out": folder, "evaluate": ()}
+    recipe = Recipe(algorithm="magnitude", pattern="2:4")
+    before = {shard: shard.stat().st_mtime_ns for shard in folder.glob("model-0000[123]*")}
+    sparlow.compress(tmp_path / "dense", recipe, **again)
+    assert before == {shard: shard.stat().st_mtime_ns for shard in before}  # no block was done again
+    (folder / "sparlow.json").write_text(json.dumps(state | {"finished": False}))
+    monkeypatch.setattr("sparlow.run.job.REVISION", state["fingerprint"]["solver"] + 1)
+    with pytest.raises(sparlow.InputError, match="holds a run with the solvers of revision"):
+        sparlow.compress(tmp_path / "dense", recipe, **again)
+
+
 def test_weights_keep_their_pattern_on_record_when_they_are_saved_again(tmp_path):
     folder = written("llama", tmp_path)
     opened = sparlow.load(folder)

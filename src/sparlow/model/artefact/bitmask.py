@@ -1,7 +1,7 @@
 """A sparse matrix ⇄ its kept values and one bit for each entry.
 
-``values`` holds the kept entries row by row, columns rising. Bit j (of value 2ʲ) of byte b in a row of ``mask`` says whether column
-8 b + j is kept; bits past the last column are zero. 2:4 at 16 bits a value costs 9 bits an entry.
+``values`` holds the kept entries row by row, columns rising. Bit j (of value 2ʲ) of byte b in a row of ``mask`` says
+whether column 8 b + j is kept; bits past the last column are zero. 2:4 at 16 bits a value costs 9 bits an entry.
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,8 +1,8 @@
 """What makes transformers open, train and save models with compressed layers: import it and it is registered.
 
-``config.json`` names the compressed layers under ``quantization_config``. Before any weight is read they take the
-place of the meta model's linear layers, and on the way in each mask and its values are unpacked: ``name.weight``, flat in
-the file, and ``name.mask`` become ``name.S``. Other tensors have the names they have in memory, whatever transformers would
+``config.json`` names the compressed layers under ``quantization_config``. Before any weight is read they take the place
+of the meta model's linear layers, and on the way in each mask and its values are unpacked: ``name.weight``, flat in the
+file, and ``name.mask`` become ``name.S``. Other tensors have the names they have in memory, whatever transformers would
 call them in a checkpoint of its own.
 """
 

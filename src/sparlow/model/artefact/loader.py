@@ -1,7 +1,7 @@
 """The file by which a directory opens where nobody has imported sparlow, under ``trust_remote_code=True``.
 
-transformers runs it when it is told to trust the directory; it looks at the imports first, and where sparlow is missing its
-message says which package to install.
+transformers runs it when it is told to trust the directory; it looks at the imports first, and where sparlow is missing
+its message says which package to install.
 """
 
 from pathlib import Path

@@ -1,8 +1,9 @@
 """How each compressed layer is stored, as ``quantization_config`` in config.json says it: format 2 of the artefact.
 
-Few schemes serve many layers, so that the file stays small: ``layers`` gives each layer the number of its scheme, and how
-many values it keeps. The format knows more than this release writes and reads (integer values, experts in one tensor, factors
-in int8): what is not read yet is refused by the layer's name and never guessed. docs/format.md has the whole layout.
+Few schemes serve many layers, so that the file stays small: ``layers`` gives each layer the number of its scheme, and
+how many values it keeps. The format knows more than this release writes and reads (integer values, experts in one
+tensor, factors in int8): what is not read yet is refused by the layer's name and never guessed. docs/format.md has the
+whole layout.
 """
 
 import re
@@ -67,8 +68,8 @@ def stored_pattern(shape: tuple[int, int], kept: int, asked: str | None) -> str:
     Args:
         shape: Of the weight.
         kept: Entries that are not zero.
-        asked: The pattern that the layer obeys. Where it is N:M and nothing more could be kept, every group holds exactly
-            N, so that a row's start is known without its mask; with fewer values, the layer is stored as ``free``.
+        asked: The pattern that the layer obeys. Where it is N:M and nothing more could be kept, every group holds
+            exactly N, so that a row's start is known without its mask; with fewer values it is stored as ``free``.
     """
     if kept == prod(shape):
         return DENSE

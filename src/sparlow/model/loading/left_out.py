@@ -1,8 +1,8 @@
-"""What a checkpoint holds beside what is compressed: tensors that the opened class lacks, and files that are no weights.
+"""What a checkpoint has beside what is compressed: tensors that the opened class lacks, files that are no weights.
 
-A model for several modalities may open as its text part alone, and heads that predict further tokens have no place in most
-classes. Such tensors are not part of the result, which is said with names and sizes. Licences, processors and templates of
-chats come along.
+A model for several modalities may open as its text part alone, and heads that predict further tokens have no place in
+most classes. Such tensors are not part of the result, which is said with names and sizes. Licences, processors and
+templates of chats come along.
 """
 
 import re
@@ -106,10 +106,8 @@ def _of_tensors(sizes: Mapping[str, int]) -> list[str]:
     for name, size in sizes.items():
         parts[".".join(name.split(".")[:2])] += size
     names = _shown([f"{part} ({size:,})" for part, size in parts.most_common()])
-    return [
-        f"{sum(sizes.values()):,} parameters in {len(sizes)} stored tensors are not part of the result, because the "
-        f"model's class has no place for them: {names}"
-    ]
+    count = f"{sum(sizes.values()):,} parameters in {len(sizes)} stored tensors"
+    return [f"{count} are not part of the result, because the model's class has no place for them: {names}"]
 
 
 def _shown(names: list[str]) -> str:
