@@ -236,5 +236,5 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> "Table":
     for i, title in enumerate(head):
         table.add_column(escape(title), justify="right" if i else "left", overflow="fold")
     for row in rows:
-        table.add_row(*map(escape, row))
+        table.add_row(*(escape(printable(cell)) for cell in row))  # before its width is measured
     return table
