@@ -14,6 +14,11 @@ from sparlow.finite import all_finite
 from sparlow.linalg.gram import Gram
 from sparlow.linalg.patterns import Pattern, parse_pattern
 
+# Part of every run's fingerprint in the place of the package's version: a run that was begun with another number is
+# refused. Raise it whenever the same recipe, model and text may give other bits than before: a change of any algorithm
+# or of its default options, of the statistics, of allocation, matching or fine-tuning. Leave it for everything else.
+REVISION = 1
+
 
 @torch.no_grad()
 def solve(

@@ -242,7 +242,7 @@ def compare(
     ],
     given: Annotated[Given, Without(("algorithm",))],
     run: RunOptions,
-    write: WriteOptions,
+    write: Annotated[WriteOptions, Without(("with_loader",))],
     algorithms: Annotated[
         list[str],
         typer.Option(rich_help_panel="Solver", help="Algorithms to compare, or all. Repeat it, or separate by commas."),
@@ -274,7 +274,15 @@ def compare(
     names = list(variants()) if names == ["all"] else names
     recipes = recipes_for(given.recipe(), names, parse_named_pairs(option or []), match)
     with resumable(), display.progress() as notify:
-        found = run_comparison(model, recipes, out=out, **values_of(run), **values_of(write), notify=notify)
+        found = run_comparison(
+            model,
+            recipes,
+            out=out,
+            **values_of(run),
+            overwrite=write.overwrite,
+            force=write.force,
+            notify=notify,
+        )
     display.show_comparison(found)
     _written(out, "compare.json and two figures")
     if found.failed:

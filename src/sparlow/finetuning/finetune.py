@@ -144,7 +144,7 @@ class Parent:
         state = read_json(folder / NAME)
         if not state.get("finished"):
             raise InputError(f"{folder} holds an unfinished run: repeat its command first.")
-        ranks = {name: record["rank"] for name, record in read_layers(folder).items()}
+        ranks = {name: record.scheme.rank for name, record in read_layers(folder).items()}
         report = Report.from_file(folder / "report.json")
         shapes = {f"{state['blocks_name']}.{row.block}.{row.name}": row.shape for row in report.layers}
         if not ranks or ranks.keys() != shapes.keys():

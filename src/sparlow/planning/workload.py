@@ -66,7 +66,8 @@ class Layer:
         if self.budget is None:
             return self.parameters * size
         rows, columns = self.shape
-        return self.trained * size + rows * ((columns + 7) // 8)
+        mask = 0 if self.budget.pattern.kept(self.shape) == self.weights else rows * ((columns + 7) // 8)
+        return self.trained * size + mask
 
 
 @dataclass(frozen=True)
@@ -249,8 +250,7 @@ def workload(
     decoder = Decoder.of(model)
     found = _blocks(model, decoder, budgets(decoder, recipe))
     brought = None if there else require_chain(model)
-    if streamed:
-        require_own_weights(model, decoder)
+    require_own_weights(model, decoder)
     stored = StoredDtypes.of(model).dtype
     half = where.type == "cpu" and not there and stored in (torch.float16, torch.bfloat16)  # see source.upcast_for_cpu
     config = model.config.get_text_config()

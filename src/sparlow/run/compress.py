@@ -42,6 +42,7 @@ def compress(
     overwrite: bool = False,
     force: bool = False,
     trust_remote_code: bool = False,
+    with_loader: bool = False,
     notify: Notify = lambda _: None,
 ) -> Report:
     """Compress every linear layer of every decoder block of a causal language model.
@@ -61,6 +62,8 @@ def compress(
         overwrite: Replace a result of sparlow in ``out``.
         force: Begin even where memory or disk will not do by what ``sparlow.plan`` foresees.
         trust_remote_code: Let a model bring Python code of its own.
+        with_loader: Also write ``modeling_sparlow.py``, by which transformers imports sparlow, or names it as missing,
+            under ``trust_remote_code=True``.
         notify: Called after every step.
 
     Returns:
@@ -97,6 +100,7 @@ def compress(
         evaluation = windows_to_evaluate(evaluate, opened, evaluate_seqlen or recipe.seqlen, limit)
         job = Job(opened, storage, recipe, windows, notify, offload=offload, processes=processes)
         if out is not None:
+            job.with_loader = with_loader
             job.write_to(Path(out), overwrite=overwrite)
         return job.go(evaluation)
 

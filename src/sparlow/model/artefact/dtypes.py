@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from sparlow.model.artefact.layers import SparseLowRankLinear
 from sparlow.model.forward.compressible import CompressibleWeight
 
-_PARTS = ("values", "S", "U", "V")  # of a compressed layer
+_PARTS = ("weight", "S", "U", "V")  # of a compressed layer
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ class StoredDtypes:
         return sum(p.numel() for p in part.parameters()) * self.dtype.itemsize
 
     def packed_bytes(self, layer: SparseLowRankLinear) -> int:
-        """Bytes as stored: kept values, one bit a weight (whole bytes a row), U, V and the bias."""
+        """Bytes as stored: kept values, one bit a weight (whole bytes a row) unless all are kept, U, V and the bias."""
         rows, columns = layer.S.shape
         pruned = layer.S.numel() - int((layer.S != 0).sum())
-        return self.bytes_of(layer) - pruned * self.dtype.itemsize + rows * ((columns + 7) // 8)
+        mask = rows * ((columns + 7) // 8) if pruned else 0
+        return self.bytes_of(layer) - pruned * self.dtype.itemsize + mask

@@ -4,20 +4,28 @@ import functools
 import hashlib
 import importlib.util
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from sparlow.errors import InputError, as_input_error
-from sparlow.files import cache_folder, sync_folder
+from sparlow.files import CONFIG, cache_folder, follow_umask, parse_json, sync_folder
 from sparlow.machine import check_device
 from sparlow.model.forward.decoder import Decoder
+from sparlow.model.loading.left_out import companions, left_out
 from sparlow.model.loading.streaming import CannotStreamError, OnDisk, as_transformers_reads, stored_tensors
 from sparlow.model.loading.weights import InMemory, Weights, scan
 
@@ -37,6 +45,7 @@ class OpenedModel:
         damaged: names of the tensors that hold NaN or infinity.
         on_disk: its parts, where the model itself is on the meta device, without weights.
         warnings: what the user should know.
+        companions: files beside the weights that belong to any form of the model, such as licences and processors.
     """
 
     model: PreTrainedModel
@@ -46,6 +55,7 @@ class OpenedModel:
     damaged: frozenset[str] = frozenset()
     on_disk: OnDisk | None = None
     warnings: tuple[str, ...] = ()
+    companions: tuple[Path, ...] = ()
 
     @functools.cached_property
     def decoder(self) -> Decoder:
@@ -84,19 +94,25 @@ def open_model(
     wanted = parse_dtype(dtype)
     check_device(device)
     where = resolve_model_path(name)
+    if not trust_remote_code:
+        require_no_kernel(name, where, revision=revision)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
     loading = functools.partial(_loaded, name, where, dtype=wanted, use_safetensors=True, **options)
     warnings: tuple[str, ...] = ()
+    opened = None
     if streamed:
         try:
-            return _streamed(name, where, loading, torch.device(device), options)
+            opened = _streamed(name, where, loading, torch.device(device), options)
         except CannotStreamError as problem:
             warnings = (f"the whole model was held in memory, because {problem}",)
-    model: Any = loading()
-    model = model.to(device).eval()
-    seen = scan([model.state_dict(keep_vars=True)])
-    tokenizer = _tokenizer(name, where, options)
-    return OpenedModel(model, tokenizer, name, seen.fingerprint, seen.damaged, warnings=warnings)
+    if opened is None:
+        model: Any = loading()
+        model = model.to(device).eval()
+        seen = scan([model.state_dict(keep_vars=True)])
+        opened = OpenedModel(model, _tokenizer(name, where, options), name, seen.fingerprint, seen.damaged)
+    packed = getattr(opened.model.config, "quantization_config", None) is not None
+    lost = [] if packed or Path(name).suffix == ".gguf" else left_out(opened.model, where, revision)
+    return replace(opened, warnings=(*warnings, *lost), companions=tuple(companions(where, revision)))
 
 
 def _streamed(
@@ -137,8 +153,9 @@ def resolve_model_path(name: str) -> str:
     if path.suffix == ".gguf":
         return str(_converted(path))
     if path.is_dir():
-        if not (path / "config.json").is_file():
+        if not (path / CONFIG).is_file():
             raise InputError(f"{name} is no model directory: it has no config.json")
+        parse_json(path / CONFIG)  # transformers has no bounds
         if (path / "adapter_config.json").is_file():  # it may name a base on the hub, which the user did not
             raise InputError(f"{name} holds an adapter, which would be opened with the model: merge it or move it away")
         return str(path)
@@ -147,6 +164,49 @@ def resolve_model_path(name: str) -> str:
     if name.count("/") > 1 or name.startswith((".", "~", "/")):  # no hub id can look so
         raise InputError(f"there is no directory {name}")
     return name
+
+
+def require_no_kernel(name: str, where: str, *, revision: str | None = None) -> None:
+    """See that a model's config asks for no implementation that transformers would fetch from the hub as native code.
+
+    Args:
+        name: what the user called the model.
+        where: directory or hub id.
+        revision: of the hub's repository.
+
+    Raises:
+        InputError: it does.
+    """
+    if Path(where).is_dir():
+        config = parse_json(Path(where) / CONFIG)
+    else:
+        with as_input_error(f"cannot open the model {name}"):
+            config, _ = PreTrainedConfig.get_config_dict(where, revision=revision)
+    for key, value in _implementations(config):
+        fetched = "/" in value or ("flash" in value and importlib.util.find_spec("flash_attn") is None)
+        if fetched:
+            raise InputError(
+                f"the config of {name} sets {key} to {value!r}, which transformers may fetch from the hub as native "
+                "code: remove it from config.json, or give --trust-remote-code"
+            )
+
+
+def _implementations(config: Any) -> Iterator[tuple[str, str]]:  # noqa: ANN401 - what a JSON file holds
+    """Yield the keys that choose code, in the config and in those of its parts, with each text in their values."""
+    items = config.items() if isinstance(config, dict) else enumerate(config) if isinstance(config, list) else ()
+    for key, value in items:
+        if "_implementation" in str(key):
+            yield from ((str(key), text) for text in _texts(value))
+        else:
+            yield from _implementations(value)
+
+
+def _texts(value: Any) -> Iterator[str]:  # noqa: ANN401 - what a JSON file holds
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _texts(item)
 
 
 def _loaded(name: str, where: str, **options: Any) -> PreTrainedModel:  # noqa: ANN401 - options of from_pretrained
@@ -189,6 +249,7 @@ def _converted(file: Path) -> Path:
         with tempfile.TemporaryDirectory(dir=entry.parent, prefix=".converting-") as scratch:
             made = Path(scratch) / entry.name
             _convert(file, made)
+            follow_umask(made)
             sync_folder(made)
             if not entry.is_dir():
                 made.rename(entry)
