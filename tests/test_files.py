@@ -74,7 +74,7 @@ def test_a_temporary_file_that_comes_back_at_once_is_not_written_to(tmp_path, mo
     (tmp_path / "victim").write_text("precious")
     partial_of(target).symlink_to(tmp_path / "victim")
     monkeypatch.setattr(type(target), "unlink", lambda *_, **__: None)
-    with pytest.raises(RunError, match="cannot write"), replacing(target) as partial:
+    with pytest.raises(RunError, match="Cannot write"), replacing(target) as partial:
         partial.write_text("new")
     assert (tmp_path / "victim").read_text() == "precious"
 
@@ -105,7 +105,7 @@ def test_a_result_of_links_says_how_to_copy_it(tmp_path):
     (tmp_path / "there" / "config.json").write_text("{}")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "config.json").symlink_to(tmp_path / "there" / "config.json")
-    with pytest.raises(InputError, match="copy the directory with cp -L"):
+    with pytest.raises(InputError, match="Copy the directory with cp -L"):
         sparlow.load(tmp_path / "out")
 
 

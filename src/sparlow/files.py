@@ -162,7 +162,7 @@ def require_printable(name: str) -> None:
     """
     if not name.isprintable():
         raise InputError(
-            f"the name {name!r} has control characters, as no tensor, layer or file of a model does. Restore it."
+            f"The name {name!r} has control characters, as no tensor, layer or file of a model does. Restore it."
         )
 
 

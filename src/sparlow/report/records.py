@@ -152,6 +152,9 @@ class Report:
         """Read ``report.json``; InputError if it is none, or of a version this sparlow does not know."""
         try:
             data = parse_json(Path(path))
+        except InputError as error:
+            raise InputError(f"{path} is not a report of sparlow: {error}") from None
+        try:
             if data["version"] != VERSION:
                 raise InputError(
                     f"{path} has version {data['version']}, and this sparlow reads version {VERSION}. Upgrade sparlow."

@@ -53,7 +53,7 @@ def unpack(values: Tensor, mask: Tensor | None, shape: Sequence[int]) -> Tensor:
     if mask is None:
         if values.shape != (out * features,):
             raise InputError(
-                f"all entries of a ({out}, {features}) matrix are kept, but there are {values.numel()} values"
+                f"All entries of a ({out}, {features}) matrix are kept, but there are {values.numel()} values."
             )
         return values.reshape(out, features) + 0.0
     _check(values, mask, out, features)

@@ -26,7 +26,7 @@ FLOATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, 
 _INTEGERS = ("int8", "int4", "int3", "int2")
 _NAMES = {dtype: name for name, dtype in FLOATS.items()}
 _KEYS = ("pattern", "values", "rank", "factors")
-_LATER = "a newer sparlow wrote it, or it is not supported yet. Upgrade sparlow."
+_LATER = "it was written by a newer sparlow, or is not supported yet. Upgrade sparlow."
 _DEEPEST, _LONGEST = 50, 500  # parts and characters of a layer's name
 _LARGEST = 2**40  # a count beyond this is no count
 

@@ -152,7 +152,7 @@ def layer_records(
         transposed: Names of layers whose class stores the weight as (in, out).
 
     Raises:
-        InputError: a tensor has a type that no layer is stored in.
+        InputError: A tensor has a type that no layer is stored in.
     """
     found = {}
     for name, parts in by_layer(headers).items():
@@ -169,7 +169,7 @@ def _shape(name: str, parts: Mapping[str, Header]) -> tuple[int, int]:
     """Return (out, in) of a compressed layer, which U and V have even at rank 0."""
     sizes = [parts[part].shape for part in ("U", "V") if part in parts]
     if [len(size) for size in sizes] != [2, 2]:
-        raise InputError(f"{name} has no matrices U and V")
+        raise InputError(f"{name} has no matrices U and V.")
     return sizes[0][0], sizes[1][1]
 
 

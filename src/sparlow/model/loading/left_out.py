@@ -42,11 +42,14 @@ def companions(where: str, revision: str | None = None) -> list[Path]:
     """Return the files of a directory or a hub id that come along with a compressed model, sorted by name."""
     if Path(where).is_dir():
         return [path for path in _files(where) if _COPIED.fullmatch(path.name)]
-    with as_transformers_reads():
-        options: dict[str, Any] = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
-        options |= {"_raise_exceptions_for_connection_errors": False, "_raise_exceptions_for_gated_repo": False}
-        found = (private.cached_file(where, name, **options) for name in _OF_A_HUB_ID)
-        return [Path(path) for path in found if path is not None]
+    options: dict[str, Any] = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
+    options |= {"_raise_exceptions_for_connection_errors": False, "_raise_exceptions_for_gated_repo": False}
+    try:
+        with as_transformers_reads():
+            found = [private.cached_file(where, name, **options) for name in _OF_A_HUB_ID]
+    except CannotStreamError:  # which is said elsewhere
+        found = []
+    return [Path(path) for path in found if path is not None]
 
 
 def _files(where: str) -> list[Path]:
@@ -67,13 +70,13 @@ def left_out(model: PreTrainedModel, where: str, revision: str | None = None) ->
         with as_transformers_reads():
             sentences += _of_tensors(_missing_tensors(model, stored_tensors(where, revision)))
     except CannotStreamError:
-        sentences.append("whether the model's class lacks tensors of the checkpoint could not be seen")
+        sentences.append("It is unknown whether the model's class lacks tensors of the checkpoint.")
     if Path(where).is_dir():
         others = [
             path.name for path in _files(where) if not (_COPIED.fullmatch(path.name) or _EXPECTED.fullmatch(path.name))
         ]
         if others:
-            sentences.append(f"files beside the model that are not copied: {_shown(others)}")
+            sentences.append(f"Files beside the model that are not copied: {_shown(others)}.")
     return sentences
 
 
@@ -107,7 +110,7 @@ def _of_tensors(sizes: Mapping[str, int]) -> list[str]:
         parts[".".join(name.split(".")[:2])] += size
     names = _shown([f"{part} ({size:,})" for part, size in parts.most_common()])
     count = f"{sum(sizes.values()):,} parameters in {len(sizes)} stored tensors"
-    return [f"{count} are not part of the result, because the model's class has no place for them: {names}"]
+    return [f"{count} are not part of the result, because the model's class has no place for them: {names}."]
 
 
 def _shown(names: list[str]) -> str:

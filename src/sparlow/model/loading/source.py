@@ -172,19 +172,19 @@ def require_no_kernel(name: str, where: str, *, revision: str | None = None) -> 
         revision: Of the hub's repository.
 
     Raises:
-        InputError: it does.
+        InputError: It does.
     """
     if Path(where).is_dir():
         config = parse_json(Path(where) / CONFIG)
     else:
-        with as_input_error(f"cannot open the model {name}"):
+        with as_input_error(f"Cannot open the model {name}"):
             config, _ = PreTrainedConfig.get_config_dict(where, revision=revision)
     for key, value in _implementations(config):
         fetched = "/" in value or ("flash" in value and importlib.util.find_spec("flash_attn") is None)
         if fetched:
             raise InputError(
-                f"the config of {name} sets {key} to {value!r}, which transformers may fetch from the hub as native "
-                "code: remove it from config.json, or give --trust-remote-code"
+                f"The config of {name} sets {key} to {value!r}, which transformers may fetch from the hub as native "
+                "code. Remove it from config.json, or add --trust-remote-code."
             )
 
 
