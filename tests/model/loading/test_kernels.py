@@ -26,7 +26,7 @@ def test_a_config_that_names_a_kernel_of_the_hub_is_refused(change, tmp_path, ca
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | change))
     for opening in (open_model, lambda name: open_model(name, streamed=True), sparlow.load, sparlow.plan):
-        with pytest.raises(InputError, match=r"native code: remove it from config\.json, or give --trust-remote-code"):
+        with pytest.raises(InputError, match=r"native code\. Remove it from config\.json, or add --trust-remote-code"):
             opening(str(tmp_path))
     said = run_and_fail(capsys, "evaluate", tmp_path)
     assert "_implementation" in said
@@ -44,5 +44,5 @@ def test_a_trusted_config_reaches_transformers(tmp_path):
     save_tiny("llama", tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"attn_implementation": "somebody/kernel"}))
-    with pytest.raises(InputError, match="cannot open the model"):  # in its own words: kernels, or no network
+    with pytest.raises(InputError, match="Cannot open the model"):  # in its own words: kernels, or no network
         open_model(str(tmp_path), trust_remote_code=True)
