@@ -47,7 +47,7 @@ def said(sentences):
     assert "mtp.layers (1,024)" in tensors
     assert "vision_tower.x (32)" in tensors
     assert "inv_freq" not in tensors
-    assert files.endswith(": trainer_state.json")
+    assert files.endswith(": trainer_state.json.")
 
 
 @pytest.mark.parametrize("streamed", [True, False])
