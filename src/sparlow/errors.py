@@ -5,13 +5,27 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+# Control and direction characters but for tabs and line ends: in a terminal they could erase or forge what is shown.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """Return a text that cannot do anything to a terminal: what is no character to be seen becomes a mark."""
+    return _UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", text)
+
 
 class InputError(ValueError):
     """What the caller gave cannot be used; one sentence says what to do. The command line exits with 2."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))  # it may quote a file of a stranger
+
 
 class RunError(RuntimeError):
     """A run that started well could not go on; one sentence says where and why. The command line exits with 1."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 @contextmanager

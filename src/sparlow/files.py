@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -22,11 +23,15 @@ HIDDEN = ".hidden"  # folder of hidden states that wait on disk, while a run goe
 GENERATION = "generation_config.json"
 # What file systems say that keep directories by themselves, CIFS and FUSE among them: for files it is a fault
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF)
+_LARGEST_JSON = 100_000_000  # bytes; the longest header that safetensors reads, and more than any model of today needs
+_DEEPEST_JSON = 100
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Give a path to write to. Its file is synced and renamed to ``path``, unless an exception is raised.
+
+    The file is there and empty; in the end it has the mode that the umask gives to new files, whatever wrote it.
 
     Raises:
         RunError: It cannot be written.
@@ -34,7 +39,9 @@ def replacing(path: Path) -> Iterator[Path]:
     partial = partial_of(path)
     try:
         partial.unlink(missing_ok=True)  # of a run that was killed, or a link that leads elsewhere
+        mode = _create(partial)
         yield partial
+        _set_mode(partial, mode)
         _sync(partial)
         partial.replace(path)
         _sync(path.parent)
@@ -47,6 +54,31 @@ def replacing(path: Path) -> Iterator[Path]:
 def partial_of(path: Path) -> Path:
     """Return the temporary path of a file that is being written."""
     return path.with_name(f".{path.name}.partial")
+
+
+def _create(path: Path) -> int:
+    """Make an empty file where there is none, not even a link; return the mode that the umask gives it."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    try:
+        return stat.S_IMODE(os.fstat(descriptor).st_mode)
+    finally:
+        os.close(descriptor)
+
+
+def _set_mode(path: Path, mode: int) -> None:
+    if stat.S_IMODE(path.stat().st_mode) != mode:
+        path.chmod(mode)
+
+
+def follow_umask(folder: Path) -> None:
+    """Give every file in a directory the mode of a new one: safetensors and others write for their owner only."""
+    probe = folder / ".mode.partial"
+    probe.unlink(missing_ok=True)
+    mode = _create(probe)
+    probe.unlink()
+    for path in folder.iterdir():
+        if path.is_file() and not path.is_symlink():
+            _set_mode(path, mode)
 
 
 def sync_folder(folder: Path) -> None:
@@ -93,22 +125,53 @@ def as_json(content: Any, *, indent: int = 1) -> str:  # noqa: ANN401 - anything
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file.
+    """Return the object in a JSON file of a model's directory.
 
     Raises:
-        InputError: There is none.
+        InputError: There is none, it is a link that leads elsewhere, or ``parse_json`` refuses it.
     """
+    return parse_json(resolve_inside(path.parent, path.name))
+
+
+def parse_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file, wherever it is; its size and depth are bounded.
+
+    Raises:
+        InputError: There is none, or it is larger or deeper than any file of a model.
+    """
+    if path.exists() and not path.is_file():  # opening a pipe would wait
+        raise InputError(f"{path} is no file. Restore it.")
     try:
-        content = json.loads(resolve_inside(path.parent, path.name).read_text("utf-8"))
-    except InputError:
-        raise
+        with path.open("rb") as file:
+            data = file.read(_LARGEST_JSON + 1)
+        content = json.loads(data.decode("utf-8")) if len(data) <= _LARGEST_JSON else None
     except FileNotFoundError as problem:
         raise InputError(f"{path} is missing, so {path.parent} is not a finished model of sparlow.") from problem
     except (OSError, ValueError, RecursionError) as problem:
         raise InputError(f"{path} cannot be read ({reason(problem)}). Restore it.") from problem
+    if len(data) > _LARGEST_JSON:
+        raise InputError(f"{path} is larger than {_LARGEST_JSON:,} bytes, which no file of a model is. Restore it.")
     if not isinstance(content, dict):
         raise InputError(f"{path} must hold one JSON object. Restore it.")
+    level: list[Any] = [content]
+    for _ in range(_DEEPEST_JSON):
+        items = (item for part in level for item in (part.values() if isinstance(part, dict) else part))
+        level = [item for item in items if isinstance(item, dict | list)]
+    if level:
+        raise InputError(f"{path} is nested more than {_DEEPEST_JSON} deep, which no file of a model is. Restore it.")
     return content
+
+
+def require_printable(name: str) -> None:
+    """See that a name that a file gives can be shown.
+
+    Raises:
+        InputError: It has control characters, which could forge what a terminal shows.
+    """
+    if not name.isprintable():
+        raise InputError(
+            f"The name {name!r} has control characters, as no tensor, layer or file of a model does. Restore it."
+        )
 
 
 def plain(value: Any) -> Any:  # noqa: ANN401 - anything JSON holds
@@ -127,6 +190,7 @@ def shard_filename(file: Any) -> str:  # noqa: ANN401 - what a JSON file holds
         InputError: It could be outside of the model's directory, or is no safetensors file.
     """
     name = str(file)
+    require_printable(name)
     if PurePosixPath(name).name == name == PureWindowsPath(name).name and name.endswith(".safetensors"):
         return name
     raise InputError(f"{file!r} is not the name of a safetensors file in the model's directory.")
@@ -141,7 +205,10 @@ def resolve_inside(folder: Path, name: str) -> Path:
     path, home = folder / name, folder.resolve()
     store = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
     if path.is_symlink() and path.resolve().parent not in (home, store):
-        raise InputError(f"{path} is a link that leads out of the model's directory.")
+        raise InputError(
+            f"{path} is a link that leads out of the model's directory. Copy the directory with cp -L -r, which puts "
+            "the files themselves in the place of links."
+        )
     return path
 
 

@@ -245,6 +245,14 @@ def test_the_adapter_opens_with_peft_alone(tuned):
         assert torch.allclose(again(ids).logits, expected, atol=1e-5)
 
 
+def test_the_adapter_and_its_base_have_the_mode_of_new_files(tuned, tmp_path):
+    (tmp_path / "new").touch()
+    wanted = (tmp_path / "new").stat().st_mode
+    files = [path for folder in tuned[:2] for path in folder.rglob("*") if path.is_file()]
+    assert {"adapter_model.safetensors", "config.json"} <= {path.name for path in files}
+    assert {path.name: path.stat().st_mode for path in files if path.stat().st_mode != wanted} == {}
+
+
 def test_a_model_of_transposed_weights_is_tuned_and_its_adapter_opens_with_peft_alone(place, tmp_path):
     text = str(place / "text.txt")
     save_tiny("gpt2", tmp_path / "model")

@@ -12,7 +12,7 @@ from sparlow.run.journal import Journal
 from sparlow.run.output_dir import LOCK, NAME, check_folder
 from sparlow.run.record import RunRecord, read_record
 
-DECIDES = {"recipe": Recipe(rank=4).to_dict(), "model": "abc", "calibration": "def", "version": "1"}
+DECIDES = {"recipe": Recipe(rank=4).to_dict(), "model": "abc", "calibration": "def", "format": 2, "solver": 1}
 
 BUILTIN, C4 = {"builtin": Perplexity(12.5, 0.25)}, {"c4": Perplexity(9.0)}
 
@@ -188,8 +188,9 @@ def test_a_record_comes_back_as_it_was_written(tmp_path):
     [
         ({"model": "xyz"}, "differs in model[.] Repeat"),
         ({"calibration": "xyz"}, "differs in calibration[.] Repeat"),
-        ({"version": "2"}, "differs in version[.] Repeat"),
-        ({"model": "xyz", "version": "2"}, "differs in model, version[.] Repeat"),
+        ({"solver": 2}, "holds a run with the solvers of revision 1, and this sparlow has 2[.] "),
+        ({"model": "xyz", "format": 3}, "holds a run in the format 2, and this sparlow has 3[.] "),
+        ({"model": "xyz", "calibration": "uvw"}, "differs in model, calibration[.] Repeat"),
         ({"recipe": Recipe(rank=4, seed=3).to_dict()}, r"differs in seed \(0 there, 3 now\)[.] Repeat"),
         ({"recipe": Recipe(rank=5).to_dict()}, r"differs in rank \(4 there, 5 now\)[.] Repeat"),
         ({"recipe": Recipe().to_dict()}, r"differs in rank \(4 there, None now\)[.] Repeat"),
@@ -302,3 +303,26 @@ def test_a_file_of_our_name_does_not_make_a_directory_ours(theirs, tmp_path):
     (tmp_path / NAME).write_text(theirs)
     with pytest.raises(InputError):
         check_folder(tmp_path, overwrite=True)
+
+
+def test_an_unfinished_directory_of_the_first_format_is_not_mixed_with_the_second(tmp_path):
+    begun(tmp_path)
+    state = json.loads((tmp_path / NAME).read_text())
+    state["fingerprint"] = {k: v for k, v in state["fingerprint"].items() if k not in ("format", "solver")}
+    state["fingerprint"]["version"] = "0.1.0"
+    (tmp_path / NAME).write_text(json.dumps(state))
+    before = content(tmp_path)
+    with pytest.raises(InputError, match=r"holds a run in the format of an older sparlow, .* has 2[.] .*compress"):
+        journal(tmp_path)
+    assert content(tmp_path) == before
+    assert journal(tmp_path, overwrite=True).blocks_done == 0
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_a_damaged_shard_of_a_finished_result_is_not_measured_again(damage, tmp_path):
+    run = finished(tmp_path)
+    run.require_whole()
+    file = sorted(tmp_path.glob("*.safetensors"))[1]
+    file.unlink() if damage == "gone" else file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(InputError, match=f"The shard {file.name} of the finished result .* --overwrite"):
+        journal(tmp_path).require_whole()

@@ -145,7 +145,7 @@ def test_a_layer_is_stored_in_the_type_of_its_weight(mixed, tmp_path):
         with safe_open(shard, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - not a dict
                 layer, _, part = name.rpartition(".")
-                if part in ("values", "U", "V"):
+                if part in ("weight", "U", "V"):
                     wanted = torch.float32 if layer in exact else torch.bfloat16
                     assert file.get_tensor(name).dtype == wanted, name
     for name, W in exact.items():

@@ -65,7 +65,7 @@ def shift_mask(tensors):
 
 
 def set_nan(tensors):
-    tensors[f"{LAYER}.values"][0] = float("nan")
+    tensors[f"{LAYER}.weight"][0] = float("nan")
 
 
 def test_a_result_as_it_was_written_has_no_problems(finished):

@@ -19,13 +19,14 @@ from sparlow.algorithms._registry import (
     variants,
 )
 from sparlow.algorithms._results import Decomposition, Pruned, SolveStats
-from sparlow.algorithms._solve import check_budget, decompose, solve
+from sparlow.algorithms._solve import REVISION, check_budget, decompose, solve
 from sparlow.schema import Option
 
 for _module in iter_modules(__path__):
     import_module(f"{__name__}.{_module.name}")
 
 __all__ = [
+    "REVISION",
     "Algorithm",
     "Count",
     "Decomposition",

@@ -19,6 +19,11 @@ from sparlow.linalg.patterns import Pattern, parse_pattern
 from sparlow.linalg.tf32 import exact_products, unit
 from sparlow.own_settings import own_settings
 
+# Part of every run's fingerprint in the place of the package's version: a run that was begun with another number is
+# refused. Raise it whenever the same recipe, model and text may give other bits than before: a change of any algorithm
+# or of its default options, of the statistics, of allocation, matching or fine-tuning. Leave it for everything else.
+REVISION = 1
+
 
 @exact_products()
 @torch.no_grad()

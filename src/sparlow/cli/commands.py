@@ -86,7 +86,7 @@ def compare(
     out: OutOfComparison,
     given: Annotated[Given, Without(("algorithm",))],
     run: RunOptions,
-    write: WriteOptions,
+    write: Annotated[WriteOptions, Without(("with_loader",))],
     algorithms: Algorithms = ["all"],  # noqa: B006 - typer copies it
     option: OptionOfOne = None,
     match: WithMatching = None,
@@ -102,7 +102,9 @@ def compare(
         given = replace(given, changes={**given.changes, "match": match != "no"})
     recipes = recipes_for(given.recipe(), names, parse_named_pairs(option or []), match)
     with resumable(), display.progress() as notify:
-        found = run_comparison(model, recipes, out=out, options=run, **values_of(write), notify=notify)
+        found = run_comparison(
+            model, recipes, out=out, options=run, overwrite=write.overwrite, force=write.force, notify=notify
+        )
     display.show_comparison(found)
     _written(out, "compare.json and two figures")
     if found.failed:

@@ -6,9 +6,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.markup import escape
+from rich.segment import Segment
 
+from sparlow.errors import printable
 from sparlow.files import human_bytes
 
 if TYPE_CHECKING:  # help is shown without torch, which comes with these
@@ -24,8 +26,19 @@ if TYPE_CHECKING:  # help is shown without torch, which comes with these
     from sparlow.report.records import Report
 
 WIDE = 200  # columns where nobody looks, as in a pipe: no name is cut
-out = Console(soft_wrap=True, width=None if sys.stdout.isatty() else WIDE)
-err = Console(stderr=True, soft_wrap=True)
+
+
+class SafeConsole(Console):
+    """A console on which text from files of strangers cannot do more than be read."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """Yield what is shown, with a mark in the place of control characters that are not rich's own."""
+        for text, style, control in super().render(renderable, options):
+            yield Segment(text if control else printable(text), style, control)
+
+
+out = SafeConsole(soft_wrap=True, width=None if sys.stdout.isatty() else WIDE)
+err = SafeConsole(stderr=True, soft_wrap=True)
 
 
 @contextmanager
@@ -232,5 +245,5 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> "Table":
     for i, title in enumerate(head):
         table.add_column(escape(title), justify="right" if i else "left", overflow="fold")
     for row in rows:
-        table.add_row(*map(escape, row))
+        table.add_row(*(escape(printable(cell)) for cell in row))  # before its width is measured
     return table

@@ -47,6 +47,14 @@ class WriteOptions:
     force: Annotated[
         bool, Doc("Start even if the estimated memory or disk use exceeds what is available."), MACHINE
     ] = False
+    with_loader: Annotated[
+        bool,
+        Doc(
+            "Also write modeling_sparlow.py, so that trust_remote_code=True imports sparlow, or names it where it is "
+            "missing."
+        ),
+        OUTPUT,
+    ] = False
 
 
 @dataclass(frozen=True)

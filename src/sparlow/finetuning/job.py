@@ -13,17 +13,19 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from sparlow.algorithms import REVISION
 from sparlow.errors import InputError, RunError
 from sparlow.evaluation.perplexity import perplexity
-from sparlow.files import read_json, write_json
+from sparlow.files import follow_umask, read_json, write_json
 from sparlow.finetuning.options import FinetuneOptions
 from sparlow.finetuning.parent import ORIGIN, Parent, Paths
 from sparlow.finetuning.trainer import train
 from sparlow.machine import machine, versions
-from sparlow.model.artefact.checkpoint import CheckpointWriter
+from sparlow.model.artefact.checkpoint import CheckpointWriter, read_layers
 from sparlow.model.artefact.describe import changed_sparse_parts
 from sparlow.model.artefact.dtypes import StoredDtypes
 from sparlow.model.artefact.layers import compressed_layers
+from sparlow.model.artefact.loader import LOADER
 from sparlow.model.artefact.peft_adapter import (
     LowRank,
     put_together,
@@ -33,6 +35,7 @@ from sparlow.model.artefact.peft_adapter import (
     unwrap,
     with_lora,
 )
+from sparlow.model.artefact.schemes import FORMAT
 from sparlow.model.artefact.shards import ShardRecord
 from sparlow.model.forward.decoder import Decoder
 from sparlow.model.loading.source import OpenedModel, upcast_for_cpu
@@ -42,7 +45,6 @@ from sparlow.report.html_page import write_reports
 from sparlow.report.records import LayerRecord, Perplexity, Report
 from sparlow.run.journal import Journal
 from sparlow.text import fingerprint as text_fingerprint
-from sparlow.version import own_version
 
 CHECKPOINTS = "checkpoints"  # Trainer's, inside the output directory until the run is finished
 
@@ -86,7 +88,8 @@ class FineTuning:
         """
         decides = {
             **self.parent.record.fingerprint,
-            "version": own_version(),
+            "format": FORMAT,
+            "solver": REVISION,
             "parent": self.opened.fingerprint,
             "finetuning": self.options(),
             "text": text_fingerprint(windows),
@@ -157,6 +160,7 @@ class FineTuning:
         if self.paths.peft:
             self.sign(self.paths.peft, [])  # first, so that a run that is killed from here on may write it again
             save_adapter(wrapped, self.paths.peft, self.paths.peft.absolute() / "base", self.storage.dtype)
+            follow_umask(self.paths.peft)
         self.model, trained = unwrap(wrapped, self.storage.dtype)
         put_together(self.model, parts | trained)
         self.undone = self.rounded_away(starts, trained)
@@ -185,7 +189,9 @@ class FineTuning:
         changed = changed_sparse_parts(self.parent.folder, self.paths.out)
         if changed:
             raise RunError(f"The sparse part of {changed[0]} has changed, which is a bug in sparlow. Report it.")
-        writer.finish(self.model, self.opened.tokenizer)
+        patterns = {name: row.scheme.pattern for name, row in read_layers(self.parent.folder).items()}
+        loader, beside = (self.parent.folder / LOADER).exists(), self.opened.companions
+        writer.finish(self.model, self.opened.tokenizer, patterns=patterns, companions=beside, loader=loader)
         self.journal.note_rest(rest, (self.parent.folder / "recipe.toml").read_text("utf-8"))
 
     def write_base(self, peft: Path) -> None:
@@ -194,7 +200,7 @@ class FineTuning:
         writer = self.writer(peft / "base", self.model)
         shards: list[ShardRecord] = [writer.write_block(i, block) for i, block in enumerate(self.decoder.blocks)]
         shards.append(writer.write_rest(self.model))
-        writer.finish(self.model, self.opened.tokenizer, plain=True)
+        writer.finish(self.model, self.opened.tokenizer, plain=True, companions=self.opened.companions)
         self.sign(peft, shards)
 
     def sign(self, peft: Path, shards: Sequence[ShardRecord]) -> None:

@@ -41,7 +41,7 @@ class Parent:
         state = read_record(folder)
         if not state.finished:
             raise InputError(f"{folder} holds an unfinished run. Repeat its command first.")
-        ranks = {name: record["rank"] for name, record in read_layers(folder).items()}
+        ranks = {name: record.scheme.rank for name, record in read_layers(folder).items()}
         report = Report.from_file(folder / "report.json")
         shapes = {f"{state.blocks_name}.{row.block}.{row.name}": row.shape for row in report.layers}
         if not ranks or ranks.keys() != shapes.keys():

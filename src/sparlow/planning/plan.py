@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from sparlow.files import as_json
 from sparlow.machine import device_available, disk_available, machine, memory_available
 from sparlow.model.forward.decoder import Skipped, not_compressed
+from sparlow.model.loading.left_out import left_out
 from sparlow.model.loading.meta import meta_model
 from sparlow.own_settings import own_settings
 from sparlow.planning.duration import seconds
@@ -140,9 +141,12 @@ def plan(
         shape, name = model, model.config.name_or_path or type(model).__name__
     else:
         shape, name = meta_model(str(model), dtype=recipe.dtype, trust_remote_code=trust_remote_code), str(model)
+    here = not isinstance(model, PreTrainedModel) and Path(name).is_dir()  # headers of a hub id would be a download
+    lost = left_out(shape, name) if here and any(Path(name).glob("*.safetensors")) else []
     work = workload(shape, recipe, options, out=None if out is None else Path(out))
     baseline = psutil.Process().memory_info().rss
-    return _planned(name, shape, work, Path(out or "."), baseline, timed=timed)
+    found = _planned(name, shape, work, Path(out or "."), baseline, timed=timed)
+    return replace(found, notes=(*found.notes, *lost))
 
 
 def _planned(name: str, model: PreTrainedModel, work: Workload, out: Path, baseline: int, *, timed: bool) -> Plan:

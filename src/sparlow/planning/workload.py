@@ -69,7 +69,8 @@ class Layer:
         if self.budget is None:
             return self.parameters * size
         rows, columns = self.shape
-        return self.trained * size + rows * mask_bytes(columns)
+        mask = 0 if self.budget.pattern.kept(self.shape) == self.weights else rows * mask_bytes(columns)
+        return self.trained * size + mask
 
 
 @dataclass(frozen=True)
@@ -275,8 +276,7 @@ def workload(
     found = _blocks(model, decoder, selection.budgets)
     if not there:
         require_chain(model)
-    if streamed:
-        require_own_weights(model, decoder)
+    require_own_weights(model, decoder)
     stored = storage.dtype
     config = model.config.get_text_config()
     seqlen = max(options.evaluate_seqlen or recipe.seqlen, 2)

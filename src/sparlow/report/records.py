@@ -1,13 +1,12 @@
 """The report of a run: one record for each layer, and ``report.json`` (version 1)."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sparlow.errors import InputError
-from sparlow.files import as_json
+from sparlow.files import as_json, parse_json
 from sparlow.machine import machine, versions
 
 VERSION = 1  # of the keys of report.json
@@ -172,7 +171,10 @@ class Report:
     def from_file(cls, path: Path) -> "Report":
         """Read ``report.json``; InputError if it is none, or of a version this sparlow does not know."""
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            data = parse_json(Path(path))
+        except InputError as error:
+            raise InputError(f"{path} is not a report of sparlow: {error}") from None
+        try:
             if data["version"] != VERSION:
                 raise InputError(
                     f"{path} has version {data['version']}, and this sparlow reads version {VERSION}. Upgrade sparlow."

@@ -47,6 +47,7 @@ def compress(
     overwrite: bool = False,
     force: bool = False,
     trust_remote_code: bool = False,
+    with_loader: bool = False,
     notify: Notify = lambda _: None,
 ) -> Report:
     """Compress every linear layer of every decoder block of a causal language model.
@@ -69,6 +70,8 @@ def compress(
         overwrite: Replace a result of sparlow in ``out``.
         force: Start even if the memory or disk that ``sparlow.plan`` estimates exceeds what is available.
         trust_remote_code: Let a model bring Python code of its own.
+        with_loader: Also write ``modeling_sparlow.py``, by which transformers imports sparlow, or names it as missing,
+            under ``trust_remote_code=True``.
         notify: Called after every step.
 
     Returns:
@@ -94,6 +97,7 @@ def compress(
         evaluation = windows_to_evaluate(options.evaluate, opened, evaluate_seqlen or recipe.seqlen, limit)
         job = Job(opened, storage, recipe, windows, notify, offload=offload, processes=processes)
         if folder is not None:
+            job.with_loader = with_loader
             job.write_to(folder, overwrite=overwrite)
         return job.go(evaluation)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from sparlow.algorithms import REVISION
 from sparlow.distributed import ALONE, Processes
 from sparlow.errors import InputError, RunError
 from sparlow.files import HIDDEN
@@ -18,10 +19,11 @@ from sparlow.model.artefact.checkpoint import CheckpointWriter, Written, read_bl
 from sparlow.model.artefact.dtypes import StoredDtypes
 from sparlow.model.artefact.hf_quantizer import attach
 from sparlow.model.artefact.layers import compressed_layers
+from sparlow.model.artefact.schemes import FORMAT
 from sparlow.model.forward.activation_store import ActivationStore
 from sparlow.model.forward.block_pass import BlockPass, pass_through
 from sparlow.model.forward.capture import Recording
-from sparlow.model.forward.decoder import not_compressed
+from sparlow.model.forward.decoder import not_compressed, require_own_weights
 from sparlow.model.loading.source import OpenedModel
 from sparlow.model.loading.weights import Weights, all_loaded, to_compute
 from sparlow.model.training.resume_state import TrainingCheckpoint
@@ -37,7 +39,6 @@ from sparlow.run.pipeline import compress_block
 from sparlow.run.recovery import Recovery
 from sparlow.run.sensitivity import DenseWalk, allocate_by_data
 from sparlow.text import fingerprint as text_fingerprint
-from sparlow.version import own_version
 
 if TYPE_CHECKING:
     from sparlow.recipe.allocation import Budget
@@ -79,6 +80,7 @@ class Job:
         self.storage, self.model, self.clock = storage, opened.model, Clock()
         self.decoder, self.weights = opened.decoder, opened.weights
         self.runner = BlockwiseRunner(opened, offload, self.clock, self.notify, processes)
+        require_own_weights(self.model, self.decoder)
         selection = select(self.model, self.decoder, recipe, storage)
         self.budgets, self.stays_dense = dict(selection.budgets), selection.dense
         for name in (name for name, _ in self.model.named_parameters() if name in opened.damaged):
@@ -96,6 +98,7 @@ class Job:
         self.known_dense: dict[str, Perplexity] = {}  # by fingerprint of the windows
         self.allocated: dict[str, Budget] = {}  # those of the budgets that the data decided
         self.journal: Journal | None = None
+        self.with_loader = False  # see ``CheckpointWriter.finish``
         self.writer: CheckpointWriter | None = None  # only the first process has one
 
     def write_to(self, folder: Path, *, overwrite: bool) -> None:
@@ -108,7 +111,8 @@ class Job:
             "recipe": self.recipe.to_dict(),
             "model": self.opened.fingerprint,
             "calibration": text_fingerprint(self.windows),
-            "version": own_version(),
+            "format": FORMAT,
+            "solver": REVISION,
         }
         self.runner.folder = folder / HIDDEN
         device = self.weights.device.type
@@ -130,7 +134,7 @@ class Job:
             self.report.dense = perplexities(self.runner.dense(evaluation, self.known_dense, self.report.warnings))
             self.distill(*self.walk())
             if self.opened.changes:
-                attach(self.model)
+                attach(self.model, self.patterns)
             self.finish_files()
             measured = {name: self.perplexity_after(name, windows) for name, windows in evaluation.items()}
             self.report.compressed = perplexities(measured)
@@ -151,6 +155,8 @@ class Job:
         for name, windows in evaluation.items():
             text = text_fingerprint(windows)
             if text not in known:
+                if not new:
+                    journal.require_whole()
                 new = True
                 known[text] = self.perplexity_after(name, windows)
             measured[name] = known[text]
@@ -229,6 +235,11 @@ class Job:
         """Whether an earlier run finished block i, as the first process sees it. All processes must call it."""
         found = self.journal is not None and self.processes.first and self.journal.has(i)
         return bool(self.processes.all_gather(found)[0])
+
+    @property
+    def patterns(self) -> dict[str, str]:
+        """The pattern that each compressed layer obeys, by its full name."""
+        return {name: str(budget.pattern) for name, budget in self.budgets.items()}
 
     @property
     def distills(self) -> bool:
@@ -340,7 +351,13 @@ class Job:
         if self.journal and self.writer:
             with self.clock("save"), self.weights.outside_blocks(stored=True):
                 rest = self.writer.write_rest(self.model)
-                self.writer.finish(self.model, self.opened.tokenizer)
+                self.writer.finish(
+                    self.model,
+                    self.opened.tokenizer,
+                    patterns=self.patterns,
+                    companions=self.opened.companions,
+                    loader=self.with_loader,
+                )
                 self.journal.note_rest(rest, self.recipe.to_toml())
         self.processes.barrier()  # the others read what the first has written
 

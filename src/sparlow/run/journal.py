@@ -32,7 +32,7 @@ class Journal:
 
     Args:
         folder: The output directory. It is created with the first record.
-        fingerprint: What decides the result: recipe, model, calibration windows, version.
+        fingerprint: What decides the result: recipe, model, calibration windows, format, and revision of the solvers.
         blocks_name: Name of the list of decoder blocks in the model.
         overwrite: Ignore a finished result or another run, and remove it when the first record is written.
         device: Type of the device that computes, such as cpu or cuda. It is recorded with the machine.
@@ -91,6 +91,19 @@ class Journal:
         """Whether a file is on disk as it was written."""
         path = resolve_inside(self.folder, shard.file)
         return path.exists() and path.stat().st_size == shard.bytes and sha256(path) == shard.sha256
+
+    def require_whole(self) -> None:
+        """See that every shard is on disk as it was written, before a finished result is read again.
+
+        Raises:
+            InputError: One is not.
+        """
+        for file, shard in self.record.shards.items():
+            if not self._is_there(shard):
+                raise InputError(
+                    f"The shard {file} of the finished result in {self.folder} is missing or damaged. Add --overwrite "
+                    "to compress again."
+                )
 
     def settle(self) -> None:
         """Recover from a kill during distillation.
@@ -203,13 +216,20 @@ def _refuse_another(folder: Path, found: Mapping[str, Any], wanted: Mapping[str,
     different = [name for name in {**wanted, **found} if found.get(name) != wanted.get(name)]
     if not different:
         return
+    for name, what in (("format", "in the format"), ("solver", "with the solvers of revision")):
+        if name in different:
+            old, new = found.get(name, "of an older sparlow" if name == "format" else "unknown"), wanted.get(name)
+            raise InputError(
+                f"{folder} holds a run {what} {old}, and this sparlow has {new}. Choose another --out, or add "
+                "--overwrite to compress again."
+            )
     for part in ("recipe", "finetuning"):
         old, new = found.get(part), wanted.get(part)
         if part in different and isinstance(old, Mapping) and isinstance(new, Mapping):
             names = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
             fields = [f"{name} ({old.get(name)} there, {new.get(name)} now)" for name in names]
             # other options explain other windows, and a model opened in another type
-            different = fields + [name for name in different if name == "version"]
+            different = fields
             break
     raise InputError(
         f"{folder} holds another run, which differs in {', '.join(different)}. "

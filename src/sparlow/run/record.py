@@ -54,7 +54,7 @@ class RunRecord:
     """All that is known of a run, or of a part of it.
 
     Attributes:
-        fingerprint: What decides the result: recipe, model, calibration windows, version.
+        fingerprint: What decides the result: recipe, model, calibration windows, format, revision of the solvers.
         blocks_name: Name of the list of blocks in the model.
         finished: Whether the result is whole.
         dense: Perplexities of the dense model, by fingerprint of the text.

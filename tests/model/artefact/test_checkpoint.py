@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -49,12 +50,12 @@ def opened_and_compressed(family, dtype, folder, rank=3):
     return compress(AutoModelForCausalLM.from_pretrained(folder), rank)
 
 
-def write(model, folder):
+def write(model, folder, pattern="2:4"):
     decoder = Decoder.of(model)
     writer = CheckpointWriter(folder, model, decoder)
     records = [writer.write_block(i, block) for i, block in enumerate(decoder.blocks)]
     records.append(writer.write_rest(model))
-    writer.finish(model, tiny_tokenizer())
+    writer.finish(model, tiny_tokenizer(), patterns=dict.fromkeys(compressed_layers(model), pattern))
     return records
 
 
@@ -166,9 +167,9 @@ def test_each_tensor_is_stored_once_in_its_shard(family, tmp_path):
 
 def test_two_of_four_costs_nine_bits_a_weight(model, folder):
     with safe_open(folder / SHARD, "pt") as shard:
-        parts = {part: shard.get_tensor(f"{LAYER}.{part}") for part in ("values", "mask", "U", "V")}
+        parts = {part: shard.get_tensor(f"{LAYER}.{part}") for part in ("weight", "mask", "U", "V")}
     weights = model.get_submodule(LAYER).S.numel()
-    assert 8 * (parts["values"].nbytes + parts["mask"].nbytes) == 9 * weights
+    assert 8 * (parts["weight"].nbytes + parts["mask"].nbytes) == 9 * weights
     described = {layer.name: layer for layer in describe(folder)}[LAYER]
     assert described.bytes == sum(t.nbytes for t in parts.values())
     assert (described.shape, described.kept, described.density) == ((48, 32), weights // 2, 0.5)
@@ -365,24 +366,73 @@ def test_an_adapter_beside_the_model_is_not_opened(folder):
         load(folder)
 
 
-def test_a_newer_format(folder, opening):
-    edit(folder / "config.json", lambda config: config["quantization_config"].update(format=2, layers=[], more=1))
-    with pytest.raises(InputError, match=r"has format 2, .*Upgrade"):
+@pytest.mark.parametrize("number", [3, "2", None, 2.0, True])
+def test_a_newer_format(folder, opening, number):
+    edit(folder / "config.json", lambda config: config["quantization_config"].update(format=number, layers=[], more=1))
+    with pytest.raises(InputError, match=r"newer sparlow \(format .*Upgrade"):
+        opening(folder)
+
+
+def test_an_older_format_is_to_be_compressed_again(folder, opening):
+    old = {"quant_method": "sparlow", "format": 1, "layers": {LAYER: {"kept": 768, "rank": 3}}}
+    edit(folder / "config.json", lambda config: config.update(quantization_config=old))
+    with pytest.raises(InputError, match=r"written by an older sparlow \(format 1, .*Compress the model again"):
         opening(folder)
 
 
 @pytest.mark.parametrize(
-    "record", [{"kept": 5, "rank": 3}, {"kept": 768, "rank": 2}, {"kept": 768}, {"kept": -1, "rank": 3}, 7]
+    "record", [[0, 5], [0, 1536], [0, 2**40], [1, 768], [-1, 768], [0], [0, -1], [0, 768, 1], [True, 768], 7]
 )
 def test_records_that_the_shards_do_not_bear_out(folder, opening, record):
     edit(folder / "config.json", lambda config: config["quantization_config"]["layers"].update({LAYER: record}))
-    with pytest.raises(InputError, match=r"should have the shape|must have layers"):
+    with pytest.raises(InputError, match=rf"^(cannot open .*: )?{re.escape(LAYER)}: "):
+        opening(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"pattern": "dense"}, {"pattern": "1:4"}, {"pattern": "2:5"}, {"pattern": "spread"}),
+        *({"values": "fp32"}, {"values": "int4", "levels": "half", "group": 128}, {"values": "fp8"}, {"values": [1]}),
+        *(
+            {"factors": "int8"},
+            {"factors": "fp16"},
+            {"rank": 2},
+            {"rank": -1},
+            {"rank": 2.0},
+            {"group": 64},
+            {"new": 1},
+        ),
+    ],
+)
+def test_a_scheme_that_is_not_known_or_not_true_is_refused_by_the_name_of_a_layer(folder, opening, change):
+    edit(folder / "config.json", lambda config: config["quantization_config"]["schemes"][0].update(change))
+    with pytest.raises(InputError, match=r"model\.layers\.\d\.\w+\.\w+"):
+        opening(folder)
+
+
+@pytest.mark.parametrize("change", [{"values": "int4"}, {"factors": "int8"}, {"new": 1}, {"pattern": "spread"}])
+def test_what_only_a_newer_sparlow_writes_is_named_as_such(folder, opening, change):
+    edit(folder / "config.json", lambda config: config["quantization_config"]["schemes"][0].update(change))
+    with pytest.raises(InputError, match="newer sparlow, or is not supported yet"):
+        opening(folder)
+
+
+def test_experts_in_one_tensor_are_named_as_not_supported_yet(folder, opening):
+    edit(folder / "config.json", lambda config: config["quantization_config"]["layers"].update({LAYER: [0, [3, 4]]}))
+    with pytest.raises(InputError, match=rf"{re.escape(LAYER)}: its experts are stored in one tensor.*not supported"):
+        opening(folder)
+
+
+def test_an_unknown_key_of_the_config(folder, opening):
+    edit(folder / "config.json", lambda config: config["quantization_config"].update(more=1))
+    with pytest.raises(InputError, match="'more', which a newer sparlow wrote"):
         opening(folder)
 
 
 def test_a_model_of_another_size(folder, opening):
     edit(folder / "config.json", lambda config: config.update(intermediate_size=56))
-    with pytest.raises(InputError, match="should have the shape"):
+    with pytest.raises(InputError, match=r"down_proj: it keeps 768 values, which a \(32, 56\) weight"):
         opening(folder)
 
 
@@ -418,6 +468,25 @@ def test_damaged_layers(folder, opening, change, message):
     spoil(folder / SHARD, change)
     with pytest.raises(InputError, match=message):
         opening(folder)
+
+
+@pytest.mark.parametrize("lost", [1, 100, 0.5, 0.99])
+def test_a_shard_that_is_cut_off_ends_no_process_in_a_bus_error(folder, lost):
+    """What is mapped and read past the end of its file ends in SIGBUS; read by both of what maps files."""
+    data = (folder / SHARD).read_bytes()
+    (folder / SHARD).write_bytes(data[: -lost if isinstance(lost, int) else int(len(data) * (1 - lost))])
+    code = (
+        "import sys, sparlow; from sparlow.model.artefact.describe import describe\n"
+        "for read in (sparlow.load, describe):\n"
+        "    try: read(__import__('pathlib').Path(sys.argv[1]))\n"
+        "    except sparlow.InputError as error: print(error)"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    run = subprocess.run(  # noqa: PLW1510 - asserted below
+        [sys.executable, "-c", code, folder], env=environment, timeout=120, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    assert [SHARD in line and "damaged" in line for line in run.stdout.splitlines()] == [True, True]
 
 
 def test_missing_and_broken_shards(folder, opening):
@@ -462,7 +531,7 @@ def test_verify_finds_what_is_wrong(model, tmp_path):
     records = write(model, tmp_path)
     journal = {"shards": {r.file: {"bytes": r.bytes, "sha256": r.sha256} for r in records}}
     (tmp_path / "sparlow.json").write_text(json.dumps(journal))
-    spoil(tmp_path / SHARD, lambda tensors: tensors[f"{LAYER}.values"].fill_(torch.nan))
+    spoil(tmp_path / SHARD, lambda tensors: tensors[f"{LAYER}.weight"].fill_(torch.nan))
     spoil(tmp_path / records[0].file, lambda tensors: tensors.pop("model.layers.0.input_layernorm.weight"))
     found = verify(
         tmp_path, lambda name, S: f"{name} is {len(S)} high" if name == "model.layers.2.mlp.up_proj" else None

@@ -149,12 +149,12 @@ def test_takes_its_packed_form_from_a_state_dict():
     S, U, V, b = parts()
     values, mask = pack(S)
     layer = SparseLowRankLinear(torch.ones_like(S), U, V, b)
-    state = {"values": values, "mask": mask, "U": U, "V": V, "bias": b}
+    state = {"weight": values, "mask": mask, "U": U, "V": V, "bias": b}
     layer.load_state_dict(state)
     assert torch.equal(layer.S, S)
-    assert state.keys() == {"values", "mask", "U", "V", "bias"}  # the caller's stays as it was
+    assert state.keys() == {"weight", "mask", "U", "V", "bias"}  # the caller's stays as it was
     with pytest.raises(InputError, match="values"):
-        layer.load_state_dict(state | {"values": values[1:]})
+        layer.load_state_dict(state | {"weight": values[1:]})
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """A sparse matrix ⇄ its kept values and one bit for each entry.
 
-``values`` holds the kept entries row by row. Bit j (of value 2ʲ) of byte b in a row of ``mask`` says whether column
-8 b + j is kept; bits past the last column are zero. 2:4 at 16 bits a value costs 9 bits an entry.
+``values`` holds the kept entries row by row, columns rising. Bit j (of value 2ʲ) of byte b in a row of ``mask`` says
+whether column 8 b + j is kept; bits past the last column are zero. 2:4 at 16 bits a value costs 9 bits an entry.
 """
 
 from collections.abc import Iterator, Sequence
@@ -38,18 +38,24 @@ def pack(S: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(values), torch.cat(masks)
 
 
-def unpack(values: Tensor, mask: Tensor, shape: Sequence[int]) -> Tensor:
+def unpack(values: Tensor, mask: Tensor | None, shape: Sequence[int]) -> Tensor:
     """Return the matrix (out, in) that ``pack`` took apart; every zero in it is +0.0.
 
     Args:
         values: (kept,), any float dtype.
-        mask: (out, ⌈in/8⌉) uint8, on the same device.
+        mask: (out, ⌈in/8⌉) uint8, on the same device; None where every entry is kept.
         shape: (out, in).
 
     Raises:
         InputError: The parts do not fit each other or the shape.
     """
     out, features = shape
+    if mask is None:
+        if values.shape != (out * features,):
+            raise InputError(
+                f"All entries of a ({out}, {features}) matrix are kept, but there are {values.numel()} values."
+            )
+        return values.reshape(out, features) + 0.0
     _check(values, mask, out, features)
     S = torch.zeros(out, features, dtype=values.dtype, device=values.device)
     start = 0
@@ -61,12 +67,6 @@ def unpack(values: Tensor, mask: Tensor, shape: Sequence[int]) -> Tensor:
     if start != len(values):
         raise InputError(f"The mask keeps {start} entries, but there are {len(values)} values.")
     return S
-
-
-def packed_shapes(shape: Sequence[int], kept: int, rank: int) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of a compressed layer's tensors in a file, by the last part of their names."""
-    out, features = shape
-    return {"values": (kept,), "mask": (out, mask_bytes(features)), "U": (out, rank), "V": (rank, features)}
 
 
 def mask_bytes(features: int) -> int:

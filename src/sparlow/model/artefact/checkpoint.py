@@ -7,7 +7,8 @@ transformers: ``AutoModelForCausalLM.from_pretrained(folder)`` is enough to open
 
 import copy
 import json
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from sparlow.errors import InputError, RunError, as_input_error, reason
-from sparlow.files import CONFIG, INDEX, RECORD, read_json, replacing, sync_folder
+from sparlow.files import CONFIG, INDEX, RECORD, follow_umask, read_json, replacing, sync_folder
 from sparlow.model import _transformers as private
 from sparlow.model.artefact.checksums import require_recorded, require_sane
 from sparlow.model.artefact.dtypes import StoredDtypes
-from sparlow.model.artefact.hf_quantizer import METHOD, SparlowConfig
+from sparlow.model.artefact.hf_quantizer import SparlowConfig, transposed_layers
 from sparlow.model.artefact.layers import compressed_layers, install
+from sparlow.model.artefact.loader import write_loader
+from sparlow.model.artefact.schemes import METHOD, StoredLayer
 from sparlow.model.artefact.shards import (
     Header,
     ShardRecord,
@@ -36,6 +39,7 @@ from sparlow.model.artefact.shards import (
     write_shard,
 )
 from sparlow.model.forward.decoder import Decoder, require_own_weights
+from sparlow.model.loading.source import require_no_kernel
 from sparlow.model.loading.weights import Weights, to_compute
 
 
@@ -98,7 +102,14 @@ class CheckpointWriter:
         return {name: t.to(cast[name]) if name in cast else t for name, t in state.items()}
 
     def finish(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, *, plain: bool = False
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        plain: bool = False,
+        patterns: Mapping[str, str] | None = None,
+        companions: Iterable[Path] = (),
+        loader: bool = False,
     ) -> None:
         """Write the index, the generation config, the tokenizer and at last ``config.json``.
 
@@ -108,6 +119,9 @@ class CheckpointWriter:
             model: The model.
             tokenizer: Its tokenizer.
             plain: No layer is compressed, and transformers is to open the directory without sparlow.
+            patterns: Those that the compressed layers obey, by name.
+            companions: Files to copy, such as licences; what is written here anyway stays as it is.
+            loader: Also write the file by which transformers imports sparlow under ``trust_remote_code=True``.
 
         Raises:
             RunError: A shard is missing or damaged, or something cannot be written.
@@ -122,8 +136,14 @@ class CheckpointWriter:
             if tokenizer is not None:
                 with as_input_error("Cannot write the tokenizer"):  # its library raises anything
                     tokenizer.save_pretrained(self._folder)
+            for file in companions:
+                if not (self._folder / file.name).exists():
+                    with replacing(self._folder / file.name) as partial:
+                        shutil.copyfile(file, partial)
+            follow_umask(self._folder)
             sync_folder(self._folder)  # what was not written by us
-            self._write_config(model, None if plain else SparlowConfig(layer_records(headers)))
+            records = {} if plain else layer_records(headers, patterns, transposed_layers(model))
+            self._write_config(model, None if plain else SparlowConfig.of(records), loader=loader)
         except (InputError, OSError) as problem:
             raise RunError(f"Cannot finish {self._folder}: {reason(problem)}.") from problem
 
@@ -133,7 +153,7 @@ class CheckpointWriter:
         with replacing(self._folder / INDEX) as partial:
             partial.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", "utf-8")
 
-    def _write_config(self, model: PreTrainedModel, quantization: SparlowConfig | None) -> None:
+    def _write_config(self, model: PreTrainedModel, quantization: SparlowConfig | None, *, loader: bool) -> None:
         config = copy.deepcopy(model.config)
         if quantization is not None:
             config.quantization_config = quantization.to_dict()
@@ -143,6 +163,8 @@ class CheckpointWriter:
         config.dtype = self._storage.dtype
         if model.is_remote_code():
             private.custom_object_save(model, self._folder, config=config)  # type: ignore[arg-type]  # takes configs too
+        elif loader:
+            config.auto_map = write_loader(self._folder, type(model).__name__)
         with replacing(self._folder / "config.json") as partial:
             config.to_json_file(partial)
 
@@ -167,7 +189,7 @@ def read_block(folder: str | Path, decoder: Decoder, i: int, block: nn.Module) -
     parts = by_layer({name.removeprefix(prefix): header for name, header in headers.items()})
     for stored, record in layer_records(headers).items():
         name = stored.removeprefix(prefix)
-        check_layer(name, parts[name], install(block, name, record["rank"]), record)
+        check_layer(name, parts[name], install(block, name, record.scheme.rank), record)
     state = {name.removeprefix(prefix): t for name, t in load_file(paths[0], device=str(device)).items()}
     try:
         block.load_state_dict(state, strict=True, assign=True)
@@ -213,6 +235,8 @@ def load(folder: str | Path, **options: Any) -> PreTrainedModel:  # noqa: ANN401
         InputError: It is no model that sparlow wrote, or it is unfinished, damaged or from a newer sparlow.
     """
     private.require_format()
+    if not options.get("trust_remote_code") and (Path(folder) / CONFIG).exists():
+        require_no_kernel(str(folder), str(folder))
     if Path(folder).is_dir():
         _check_before_opening(Path(folder))
     with as_input_error(f"Cannot open {folder}"):
@@ -246,8 +270,8 @@ def _check_before_opening(folder: Path) -> None:
     require_sane(read_json(folder / CONFIG), len(read_index(folder)))
 
 
-def read_layers(folder: Path) -> dict[str, dict[str, int]]:
-    """Return the records (kept, rank) of a directory's compressed layers by name.
+def read_layers(folder: Path) -> dict[str, StoredLayer]:
+    """Return how a directory's compressed layers are stored, by name.
 
     Raises:
         InputError: It is no finished directory of sparlow, or one of a newer sparlow.
@@ -255,4 +279,4 @@ def read_layers(folder: Path) -> dict[str, dict[str, int]]:
     found = read_json(folder / "config.json").get("quantization_config")
     if not isinstance(found, dict) or found.get("quant_method") != METHOD:
         raise InputError(f"{folder} is not a model that sparlow compressed.")
-    return SparlowConfig(**found).layers
+    return SparlowConfig(**found).records

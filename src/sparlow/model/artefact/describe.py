@@ -15,7 +15,8 @@ from sparlow.files import read_json, sha256, shard_filename
 from sparlow.finite import all_finite
 from sparlow.model.artefact.bitmask import unpack
 from sparlow.model.artefact.checkpoint import read_layers
-from sparlow.model.artefact.shards import Header, by_layer, check_parts, read_headers, read_index
+from sparlow.model.artefact.schemes import StoredLayer
+from sparlow.model.artefact.shards import Header, by_layer, check_parts, layer_records, read_headers, read_index
 
 
 @dataclass(frozen=True)
@@ -83,15 +84,11 @@ def count_parameters(folder: Path) -> Parameters:
     )
 
 
-def _layer_info(name: str, parts: dict[str, Header], record: dict[str, int]) -> LayerInfo:
-    sizes = [parts[part].shape for part in ("U", "V") if part in parts]
-    if [len(size) for size in sizes] != [2, 2]:
-        raise InputError(f"{name} has no matrices U and V.")
-    shape = (sizes[0][0], sizes[1][1])
-    check_parts(name, parts, shape, record, bias="bias" in parts)
+def _layer_info(name: str, parts: dict[str, Header], record: StoredLayer) -> LayerInfo:
+    shape = check_parts(name, parts, record)
     size = sum(prod(h.shape) * h.dtype.itemsize for h in parts.values() if h.dtype is not None)
-    dtype = str(parts["values"].dtype).removeprefix("torch.")
-    return LayerInfo(name, shape, record["kept"], record["kept"] / prod(shape), record["rank"], size, dtype)
+    dtype = str(parts["weight"].dtype).removeprefix("torch.")
+    return LayerInfo(name, shape, record.kept, record.kept / prod(shape), record.scheme.rank, size, dtype)
 
 
 def verify(folder: Path, check_pattern: Callable[[str, Tensor], str | None] | None = None) -> list[str]:
@@ -113,7 +110,7 @@ def verify(folder: Path, check_pattern: Callable[[str, Tensor], str | None] | No
     except InputError as problem:
         return [*problems, str(problem)]
     problems += [f"{name} is not in {file.name}." for name, file in index.items() if name not in headers]
-    found = (_layer_problem(layer, headers[f"{layer.name}.values"].file, check_pattern) for layer in layers)
+    found = (_layer_problem(layer, headers[f"{layer.name}.weight"].file, check_pattern) for layer in layers)
     return problems + [problem for problem in found if problem]
 
 
@@ -129,12 +126,15 @@ def changed_sparse_parts(before: Path, after: Path) -> list[str]:
     """
     old = read_headers(sorted(set(read_index(Path(before)).values())))
     new = read_headers(sorted(Path(after).glob("*.safetensors")))
-    parts = [name for name in {**old, **new} if name.endswith((".values", ".mask"))]
-    changed = [name for name in parts if not (name in old and name in new and _same(name, old[name], new[name]))]
+    layers = {**layer_records(old), **layer_records(new)}
+    parts = [f"{layer}.{part}" for layer in layers for part in ("weight", "mask")]
+    changed = [name for name in parts if not _same(name, old.get(name), new.get(name))]
     return sorted({name.rpartition(".")[0] for name in changed})
 
 
-def _same(name: str, one: Header, other: Header) -> bool:
+def _same(name: str, one: Header | None, other: Header | None) -> bool:
+    if one is None or other is None:
+        return one is other
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
     with safe_open(one.file, framework="pt") as old, safe_open(other.file, framework="pt") as new:
@@ -160,11 +160,13 @@ def _layer_problem(
     layer: LayerInfo, file: Path, check_pattern: Callable[[str, Tensor], str | None] | None
 ) -> str | None:
     with safe_open(file, framework="pt") as shard:
-        values, mask, U, V = (shard.get_tensor(f"{layer.name}.{part}") for part in ("values", "mask", "U", "V"))
+        there = set(shard.keys())
+        names = {part: f"{layer.name}.{part}" for part in ("weight", "mask", "U", "V")}
+        parts = {part: shard.get_tensor(name) for part, name in names.items() if name in there}
     try:
-        S = unpack(values, mask, layer.shape)
+        S = unpack(parts["weight"], parts.get("mask"), layer.shape)
     except InputError as problem:
         return f"{layer.name}: {problem}"
-    if not all(all_finite(part) for part in (values, U, V)):
+    if not all(all_finite(parts[part]) for part in ("weight", "U", "V")):
         return f"{layer.name} holds numbers that are not finite."
     return check_pattern(layer.name, S) if check_pattern else None

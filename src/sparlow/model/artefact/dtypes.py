@@ -11,7 +11,7 @@ from sparlow.model.artefact.bitmask import mask_bytes
 from sparlow.model.artefact.layers import SparseLowRankLinear
 from sparlow.model.forward.compressible import CompressibleWeight
 
-_PARTS = ("values", "S", "U", "V")  # of a compressed layer
+_PARTS = ("weight", "S", "U", "V")  # of a compressed layer
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,8 @@ class StoredDtypes:
         return weight.shape[0] * weight.shape[1] * self.of_layer(name).itemsize + bias
 
     def packed_bytes(self, layer: SparseLowRankLinear, name: str) -> int:
-        """Bytes as stored: kept values, one bit a weight (whole bytes a row), U, V and the bias."""
+        """Bytes as stored: kept values, one bit a weight (whole bytes a row) unless all are kept, U, V and the bias."""
         rows, columns = layer.S.shape
         pruned = layer.S.numel() - int((layer.S != 0).sum())
-        return self.bytes_of(layer, name) - pruned * self.of_layer(name).itemsize + rows * mask_bytes(columns)
+        mask = rows * mask_bytes(columns) if pruned else 0
+        return self.bytes_of(layer, name) - pruned * self.of_layer(name).itemsize + mask

@@ -1,12 +1,13 @@
 """What makes transformers open, train and save models with compressed layers: import it and it is registered.
 
-``config.json`` names the compressed layers under ``quantization_config``. Before any weight is read they take the
-place of the meta model's linear layers, and on the way in each mask and its values are unpacked. Tensors have the names
-they have in memory, whatever transformers would call them in a checkpoint of its own.
+``config.json`` names the compressed layers under ``quantization_config``. Before any weight is read they take the place
+of the meta model's linear layers, and on the way in each mask and its values are unpacked: ``name.weight``, flat in the
+file, and ``name.mask`` become ``name.S``. Other tensors have the names they have in memory, whatever transformers would
+call them in a checkpoint of its own.
 """
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,14 +17,24 @@ from sparlow.errors import InputError
 from sparlow.files import resolve_inside
 from sparlow.model import _transformers as private
 from sparlow.model.artefact.bitmask import unpack
-from sparlow.model.artefact.layers import compressed_layers, install
+from sparlow.model.artefact.layers import compressed_layers, install, own_weights
+from sparlow.model.artefact.loader import forget_loader
+from sparlow.model.artefact.schemes import (
+    DENSE,
+    FORMAT,
+    METHOD,
+    Scheme,
+    StoredLayer,
+    any_of,
+    from_config,
+    name_of,
+    stored_pattern,
+    to_config,
+)
 from sparlow.model.artefact.shards import Header, by_layer, check_layer, packed_state, read_headers
 
 if TYPE_CHECKING:  # its module imports the list of quantizers, whose import imports this file: see registration.py
     from transformers import PreTrainedModel
-
-METHOD = "sparlow"
-FORMAT = 1  # raised when an older sparlow would misread what this one writes
 
 
 @private.register_quantization_config(METHOD)
@@ -31,7 +42,8 @@ class SparlowConfig(private.QuantizationConfigMixin):
     """The ``quantization_config`` of a compressed model.
 
     Args:
-        layers: For each compressed linear, by its name in the model, the number of ``kept`` values and the ``rank``.
+        schemes: As config.json has them, see ``schemes``.
+        layers: For each compressed layer, by its name in the model, its scheme's number and its count of kept values.
         format: Version of the directory's format.
 
     Raises:
@@ -40,23 +52,44 @@ class SparlowConfig(private.QuantizationConfigMixin):
 
     def __init__(
         self,
-        layers: dict[str, dict[str, int]] | None = None,
-        format: Any = FORMAT,  # noqa: A002, ANN401 - a key of config.json, and whatever the file holds
+        schemes: Any = (),  # noqa: ANN401 - whatever the file holds
+        layers: Any = None,  # noqa: ANN401 - the same
+        format: Any = None,  # noqa: A002, ANN401 - a key of config.json, and the same
         **other: Any,  # noqa: ANN401 - the same
     ) -> None:
         private.require_format()
         self.quant_method = METHOD  # type: ignore[assignment]  # the enumeration has only transformers' own methods
-        self.layers, self.format = {} if layers is None else layers, format
-        if format != FORMAT:
-            raise InputError(f"The model has format {format}, and this sparlow reads {FORMAT}. Upgrade sparlow.")
-        known = not other.keys() - {"quant_method"} and isinstance(self.layers, dict)
-        if not known or not all(map(_is_record, self.layers.values())):
-            raise InputError("A quantization_config of sparlow must have layers, each with the counts kept and rank.")
+        self.records: dict[str, StoredLayer] = {}
+        if not other and layers is None and schemes == () and format is None:
+            return  # to be filled
+        _require_format_two(format)
+        for key in sorted(other.keys() - {"quant_method"})[:1]:
+            raise InputError(f"quantization_config has {key!r}, which a newer sparlow wrote. Upgrade sparlow.")
+        self.records = from_config(schemes, layers)
+
+    @classmethod
+    def of(cls, records: Mapping[str, StoredLayer]) -> "SparlowConfig":
+        """Return the config of layers that are known."""
+        config = cls()
+        config.records = dict(records)
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what config.json holds."""
+        return {"quant_method": METHOD, "format": FORMAT, **to_config(self.records)}
 
 
-def _is_record(record: object) -> bool:
-    counts = record if isinstance(record, dict) else {}
-    return counts.keys() == {"kept", "rank"} and all(type(n) is int and n >= 0 for n in counts.values())
+def _require_format_two(found: object) -> None:
+    if type(found) is int and found == FORMAT:
+        return
+    if type(found) is int and found < FORMAT:
+        raise InputError(
+            f"The model was written by an older sparlow (format {found}, this one reads {FORMAT}). "
+            "Compress the model again."
+        )
+    raise InputError(
+        f"The model was written by a newer sparlow (format {found!r}, this one reads {FORMAT}). Upgrade sparlow."
+    )
 
 
 @private.register_quantizer(METHOD)
@@ -90,8 +123,9 @@ class SparlowQuantizer(private.HfQuantizer):
         checkpoint_files: list[str] | None = None,
         **_: Any,  # noqa: ANN401 - transformers'
     ) -> None:
-        layers = self.quantization_config.layers
-        installed = {name: install(model, _name_in(model, name), layers[name]["rank"]) for name in layers}
+        forget_loader(model.config)
+        layers = self.quantization_config.records
+        installed = {name: install(model, _name_in(model, name), row.scheme.rank) for name, row in layers.items()}
         if checkpoint_files is None:
             return
         _require_inside(checkpoint_files, str(model.config.name_or_path))
@@ -102,8 +136,15 @@ class SparlowQuantizer(private.HfQuantizer):
         _check_rest(model, headers)
 
     def get_weight_conversions(self) -> list[Any]:
-        """Return how values and mask become S."""
-        return [private.WeightConverter([r"\.values$", r"\.mask$"], [".S"], [self._unpack])]
+        """Return how the kept values and the mask of the layers on record, and of no others, become S."""
+        layers = self.quantization_config.records
+        whole = [name for name, row in layers.items() if row.scheme.pattern == DENSE]
+        conversions = []
+        for names, parts in ((layers.keys() - set(whole), ("weight", "mask")), (whole, ("weight",))):
+            if names:
+                sources = [rf"^({any_of(sorted(names))})\.{part}$" for part in parts]
+                conversions.append(private.WeightConverter(sources, [r"\1.S"], [self._unpack]))
+        return conversions
 
     def update_weight_conversions(
         self,
@@ -125,7 +166,10 @@ class SparlowQuantizer(private.HfQuantizer):
     def get_state_dict_and_metadata(self, model: "PreTrainedModel") -> tuple[dict[str, Tensor], dict[str, str]]:
         """Return what ``save_pretrained`` writes after the config, whose records follow the model as it is now."""
         state = packed_state(model)
-        self.quantization_config.layers = _records(model)
+        known = self.quantization_config.records
+        patterns = {name: row.scheme.pattern for name, row in known.items()}
+        transposed = [name for name, row in known.items() if row.scheme.transposed]
+        self.quantization_config.records = _records(model, patterns, transposed)
         return state, {}
 
 
@@ -142,10 +186,10 @@ class _Unpack(private.ConversionOps):
         self,
         input_dict: dict[str, Any],
         source_patterns: list[str],
-        target_patterns: list[str],
+        target_patterns: list[str],  # noqa: ARG002 - of all layers; this one's name is in kwargs
         **kwargs: Any,  # noqa: ANN401 - transformers'
     ) -> dict[str, Any]:
-        values, mask = (input_dict[pattern][0] for pattern in source_patterns)
+        values, mask = (*(input_dict[pattern][0] for pattern in source_patterns), None)[:2]
         name = kwargs["full_layer_name"]
         shape = kwargs["model"].get_parameter(name).shape
         try:
@@ -153,20 +197,37 @@ class _Unpack(private.ConversionOps):
         except InputError as problem:
             self.problems.append(f"{name.removesuffix('.S')}: {problem}")
             S = values.new_zeros(shape)
-        return {target_patterns[0]: S}
+        return {name: S}
 
 
-def attach(model: "PreTrainedModel") -> None:
-    """Let a model that was compressed in memory train and ``save_pretrained`` like one that was opened."""
-    quantizer = SparlowQuantizer(SparlowConfig(_records(model)))
+def attach(model: "PreTrainedModel", patterns: Mapping[str, str] | None = None) -> None:
+    """Let a model that was compressed in memory train and ``save_pretrained`` like one that was opened.
+
+    Args:
+        model: The model.
+        patterns: Those that its layers obey, by name.
+    """
+    quantizer = SparlowQuantizer(SparlowConfig.of(_records(model, patterns or {}, transposed_layers(model))))
     for attribute, value in {"hf_quantizer": quantizer, "is_quantized": True, "quantization_method": METHOD}.items():
         setattr(model, attribute, value)  # as from_pretrained does it
     quantizer.postprocess_model(model)
 
 
-def _records(model: "PreTrainedModel") -> dict[str, dict[str, int]]:
-    layers = compressed_layers(model)
-    return {name: {"kept": int(layer.S.count_nonzero()), "rank": layer.rank} for name, layer in layers.items()}
+def transposed_layers(model: "PreTrainedModel") -> list[str]:
+    """Return the layers of a model that its own class stores as (in, out)."""
+    return [name for name, weight in own_weights(model).items() if weight.transposed]
+
+
+def _records(
+    model: "PreTrainedModel", patterns: Mapping[str, str], transposed: Collection[str]
+) -> dict[str, StoredLayer]:
+    records = {}
+    for name, layer in compressed_layers(model).items():
+        shape, kept = (layer.out_features, layer.in_features), int(layer.S.count_nonzero())
+        pattern = stored_pattern(shape, kept, patterns.get(name))
+        scheme = Scheme(pattern, name_of(layer.S.dtype), layer.rank, name_of(layer.U.dtype), name in transposed)
+        records[name] = StoredLayer(scheme, kept)
+    return records
 
 
 def _name_in(model: "PreTrainedModel", name: str) -> str:

@@ -1,6 +1,7 @@
 """The compressed layer: a sparse weight plus a low-rank one in place of a dense one."""
 
-from typing import Any
+import copy
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +10,10 @@ from torch.nn import functional
 
 from sparlow.errors import InputError
 from sparlow.model.artefact.bitmask import unpack
-from sparlow.model.forward.compressible import weight_of
+from sparlow.model.forward.compressible import CompressibleWeight, compressible, weight_of
+
+if TYPE_CHECKING:  # transformers imports this file while it is on its way in: see registration.py
+    from transformers import PreTrainedModel
 
 FULL = 32  # bits of a number in which S + U V is as good as its parts
 
@@ -111,9 +115,10 @@ class SparseLowRankLinear(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:  # noqa: ANN401 - torch
         """Take S from its packed form too, which is what Trainer finds when it resumes from a checkpoint."""
-        if f"{prefix}values" in state_dict and f"{prefix}mask" in state_dict:
-            values, mask = state_dict.pop(f"{prefix}values"), state_dict.pop(f"{prefix}mask")
-            state_dict[f"{prefix}S"] = unpack(values, mask, self.S.shape)
+        values = state_dict.get(f"{prefix}weight")
+        if isinstance(values, Tensor) and values.ndim == 1:
+            del state_dict[f"{prefix}weight"]
+            state_dict[f"{prefix}S"] = unpack(values, state_dict.pop(f"{prefix}mask", None), self.S.shape)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -142,3 +147,10 @@ def install(root: nn.Module, name: str, rank: int) -> SparseLowRankLinear:
     layer = SparseLowRankLinear(S, U, V, None if weight.bias is None else weight.bias.to("meta"))
     weight.put(layer)
     return layer
+
+
+def own_weights(model: "PreTrainedModel") -> dict[str, CompressibleWeight]:
+    """Return what can be compressed as the model's own class has it before anything is compressed, without weights."""
+    with torch.device("meta"):
+        own = type(model)(copy.deepcopy(model.config))
+    return compressible(own)  # which asks modules with numbers, so not on that device

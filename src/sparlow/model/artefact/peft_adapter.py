@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparlow.errors import RunError
-from sparlow.model.artefact.layers import SparseLowRankLinear, compressed_layers
-from sparlow.model.forward.compressible import compressible
+from sparlow.model.artefact.layers import SparseLowRankLinear, compressed_layers, own_weights
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -61,9 +60,7 @@ def to_own_form(model: PreTrainedModel, parts: Iterable[str]) -> None:
 
     Only for writing a plain model: its layers do not compute with them any more.
     """
-    with torch.device("meta"):
-        bare = type(model)(model.config)
-    own = compressible(bare)
+    own = own_weights(model)
     for name in parts:
         linear: Any = model.get_submodule(name)
         linear.weight = nn.Parameter(own[name].as_stored(linear.weight.detach()), requires_grad=False)

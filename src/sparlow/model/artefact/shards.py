@@ -1,6 +1,6 @@
 """The files of a compressed model: written atomically, and checked before they are trusted."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -11,9 +11,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sparlow.errors import InputError, RunError, reason
-from sparlow.files import INDEX, SINGLE, read_json, replacing, resolve_inside, sha256, shard_filename
-from sparlow.model.artefact.bitmask import pack, packed_shapes
+from sparlow.files import INDEX, SINGLE, read_json, replacing, require_printable, resolve_inside, sha256, shard_filename
+from sparlow.model.artefact.bitmask import pack
 from sparlow.model.artefact.layers import SparseLowRankLinear, compressed_layers
+from sparlow.model.artefact.schemes import Scheme, StoredLayer, name_of, packed_shapes, packed_types, stored_pattern
 
 _DTYPES = {
     "F64": torch.float64,
@@ -66,7 +67,9 @@ def _apart(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def packed_state(root: nn.Module, *, without: str | None = None) -> dict[str, Tensor]:
-    """Return the state dict of a module with values and mask in place of each S.
+    """Return the state dict of a module as it is stored: in place of each S its kept values, flat, and their mask.
+
+    Flat, so that a loader that expects a matrix under this name stops instead of making one up.
 
     Args:
         without: Name of a submodule whose tensors are left out.
@@ -81,7 +84,9 @@ def packed_state(root: nn.Module, *, without: str | None = None) -> dict[str, Te
             if S.is_meta:
                 raise InputError(f"{name} is off-loaded. Open the model without off-loading to save it.")
             values, mask = pack(S)
-            state |= {f"{name}.values": values.cpu(), f"{name}.mask": mask.cpu()}
+            state[f"{name}.weight"] = values.cpu()
+            if len(values) < S.numel():
+                state[f"{name}.mask"] = mask.cpu()
     return state
 
 
@@ -97,6 +102,8 @@ def read_index(folder: Path) -> dict[str, Path]:
     files = read_json(folder / INDEX).get("weight_map")
     if not isinstance(files, dict):
         raise InputError(f"{folder / INDEX} has no weight_map. Restore it.")
+    for name in files:
+        require_printable(name)
     inside = {file: resolve_inside(folder, shard_filename(file)) for file in set(map(str, files.values()))}
     return {name: inside[str(file)] for name, file in files.items()}
 
@@ -117,6 +124,8 @@ def read_headers(files: Iterable[Path]) -> dict[str, Header]:
             raise InputError(f"The shard {file} is missing. Restore it.") from problem
         except (SafetensorError, OSError) as problem:
             raise InputError(f"The shard {file} is damaged ({reason(problem)}). Restore it.") from problem
+        for name in found:
+            require_printable(name)
         for name in found.keys() & headers.keys():
             raise InputError(f"{name} is both in {headers[name].file.name} and in {file.name}.")
         headers |= found
@@ -132,14 +141,40 @@ def by_layer(headers: Mapping[str, Header]) -> dict[str, dict[str, Header]]:
     return found
 
 
-def layer_records(headers: Mapping[str, Header]) -> dict[str, dict[str, int]]:
-    """Return how many values each compressed layer keeps and its rank, as ``config.json`` is to say it."""
-    layers = {name: parts for name, parts in by_layer(headers).items() if parts.keys() >= {"values", "mask", "U", "V"}}
-    return {name: {"kept": parts["values"].shape[0], "rank": parts["U"].shape[1]} for name, parts in layers.items()}
+def layer_records(
+    headers: Mapping[str, Header], patterns: Mapping[str, str] | None = None, transposed: Collection[str] = ()
+) -> dict[str, StoredLayer]:
+    """Return how each compressed layer is stored, by name; what is compressed is seen from the tensors themselves.
+
+    Args:
+        headers: Of some shards.
+        patterns: That the layers are known to obey, by name.
+        transposed: Names of layers whose class stores the weight as (in, out).
+
+    Raises:
+        InputError: A tensor has a type that no layer is stored in.
+    """
+    found = {}
+    for name, parts in by_layer(headers).items():
+        if parts.keys() >= {"weight", "U", "V"} and len(parts["weight"].shape) == 1:
+            shape, kept = _shape(name, parts), parts["weight"].shape[0]
+            pattern = stored_pattern(shape, kept, (patterns or {}).get(name))
+            values, factors = name_of(parts["weight"].dtype), name_of(parts["U"].dtype)
+            scheme = Scheme(pattern, values, parts["U"].shape[1], factors, name in transposed)
+            found[name] = StoredLayer(scheme, kept)
+    return found
 
 
-def check_layer(name: str, parts: Mapping[str, Header], layer: SparseLowRankLinear, record: Mapping[str, int]) -> None:
-    """Check that the files hold exactly the tensors of a compressed layer, each with its shape.
+def _shape(name: str, parts: Mapping[str, Header]) -> tuple[int, int]:
+    """Return (out, in) of a compressed layer, which U and V have even at rank 0."""
+    sizes = [parts[part].shape for part in ("U", "V") if part in parts]
+    if [len(size) for size in sizes] != [2, 2]:
+        raise InputError(f"{name} has no matrices U and V.")
+    return sizes[0][0], sizes[1][1]
+
+
+def check_layer(name: str, parts: Mapping[str, Header], layer: SparseLowRankLinear, record: StoredLayer) -> None:
+    """Check that the files hold exactly the tensors of a compressed layer, each with its shape and type.
 
     Args:
         layer: What they are for; it may be on the meta device.
@@ -147,21 +182,35 @@ def check_layer(name: str, parts: Mapping[str, Header], layer: SparseLowRankLine
     Raises:
         InputError: They do not.
     """
-    check_parts(name, parts, (layer.out_features, layer.in_features), record, bias=layer.bias is not None)
+    check_parts(name, parts, record, shape=(layer.out_features, layer.in_features), bias=layer.bias is not None)
 
 
 def check_parts(
-    name: str, parts: Mapping[str, Header], shape: tuple[int, int], record: Mapping[str, int], *, bias: bool
-) -> None:
-    """Check the same where there is no layer, only its shape (out, in).
+    name: str,
+    parts: Mapping[str, Header],
+    record: StoredLayer,
+    *,
+    shape: tuple[int, int] | None = None,
+    bias: bool | None = None,
+) -> tuple[int, int]:
+    """Check the same where there is no layer, whose shape (out, in) is then that of U and V; return the shape.
 
     Raises:
         InputError: They do not.
     """
-    expected = packed_shapes(shape, record["kept"], record["rank"]) | ({"bias": shape[:1]} if bias else {})
+    shape = shape or _shape(name, parts)
+    bias = "bias" in parts if bias is None else bias
+    try:
+        expected = packed_shapes(shape, record) | ({"bias": shape[:1]} if bias else {})
+    except InputError as problem:
+        raise InputError(f"{name}: {problem}") from None
     if parts.keys() != expected.keys():
         raise InputError(f"{name} should have the tensors {', '.join(expected)}, but has {', '.join(parts) or 'none'}.")
+    types = packed_types(record)
     for part, size in expected.items():
         _, dtype, found = parts[part]
-        if found != size or dtype is None or (dtype == torch.uint8) != (part == "mask"):
-            raise InputError(f"{name}.{part} should have the shape {size}, but the file holds {found} of {dtype}.")
+        right = dtype is not None and (dtype == types[part] if part in types else dtype.is_floating_point)
+        if found != size or not right:
+            wanted = f"{size} of {types.get(part, 'a float type')}"
+            raise InputError(f"{name}.{part} should have the shape {wanted}, but the file holds {found} of {dtype}.")
+    return shape

@@ -35,6 +35,10 @@ class CompressibleWeight(Protocol):
         """(out, in), however it is stored."""
 
     @property
+    def transposed(self) -> bool:
+        """Whether it is stored as (in, out)."""
+
+    @property
     def reads(self) -> str:
         """Name of the module in the block that is called with the input of this weight."""
 

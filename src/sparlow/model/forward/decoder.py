@@ -75,8 +75,16 @@ class Decoder:
 
 
 def shared_weights(model: PreTrainedModel, decoder: Decoder) -> list[str]:
-    """Return the sorted names of the weights in blocks that are tied to another layer."""
-    return sorted(name for pair in model.all_tied_weights_keys.items() for name in pair if decoder.holds(name))
+    """Return the names of weights of blocks that have another name too, sorted.
+
+    Some are tied by the class's own account, others because one module stands in several places, which only the
+    parameters themselves show.
+    """
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    groups = [*model.all_tied_weights_keys.items(), *(group for group in names.values() if len(group) > 1)]
+    return sorted({name for group in groups for name in group if decoder.holds(name)})
 
 
 def require_own_weights(model: PreTrainedModel, decoder: Decoder) -> None:

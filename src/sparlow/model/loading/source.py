@@ -4,20 +4,28 @@ import functools
 import hashlib
 import importlib.util
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from sparlow.errors import InputError, as_input_error
-from sparlow.files import cache_folder, sync_folder
+from sparlow.files import CONFIG, cache_folder, follow_umask, parse_json, sync_folder
 from sparlow.machine import check_device, computing_dtype
 from sparlow.model.forward.causality import require_decoder_only
 from sparlow.model.forward.decoder import Decoder
+from sparlow.model.loading.left_out import companions, left_out
 from sparlow.model.loading.narrowing import narrowed
 from sparlow.model.loading.streaming import CannotStreamError, OnDisk, as_transformers_reads, stored_tensors
 from sparlow.model.loading.weights import InMemory, Untouched, Weights, scan
@@ -39,6 +47,7 @@ class OpenedModel:
         on_disk: Its parts, where the model itself is on the meta device, without weights.
         warnings: What the user should know.
         untouched: The model is the caller's, and stays as it is.
+        companions: Files beside the weights that belong to any form of the model, such as licences and processors.
     """
 
     model: PreTrainedModel
@@ -49,6 +58,7 @@ class OpenedModel:
     on_disk: OnDisk | None = None
     warnings: tuple[str, ...] = ()
     untouched: bool = False
+    companions: tuple[Path, ...] = ()
 
     @functools.cached_property
     def decoder(self) -> Decoder:
@@ -93,23 +103,29 @@ def open_model(
     wanted = parse_dtype(dtype)
     check_device(device)
     where = resolve_model_path(name)
+    if not trust_remote_code:
+        require_no_kernel(name, where, revision=revision)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
     rounded = functools.partial(narrowed, where=where, revision=revision) if dtype == "auto" else lambda _: ()
     loading = functools.partial(_loaded, name, where, dtype=wanted, use_safetensors=True, **options)
     warnings: tuple[str, ...] = ()
     with as_input_error(f"cannot open the model {name}"):
         require_decoder_only(AutoConfig.from_pretrained(where, **options), name)
+    opened = None
     if streamed:
         try:
-            found = _streamed(name, where, loading, torch.device(device), options)
-            return replace(found, warnings=rounded(found.model))
+            opened = _streamed(name, where, loading, torch.device(device), options)
         except CannotStreamError as problem:
             warnings = (f"The whole model was held in memory, because {problem}.",)
-    model: Any = loading()
-    model = model.to(device).eval()
-    seen = scan([model.state_dict(keep_vars=True)])
-    tokenizer = _tokenizer(name, where, options)
-    return OpenedModel(model, tokenizer, name, seen.fingerprint, seen.damaged, warnings=warnings + rounded(model))
+    if opened is None:
+        model: Any = loading()
+        model = model.to(device).eval()
+        seen = scan([model.state_dict(keep_vars=True)])
+        opened = OpenedModel(model, _tokenizer(name, where, options), name, seen.fingerprint, seen.damaged)
+    packed = getattr(opened.model.config, "quantization_config", None) is not None
+    lost = [] if packed or Path(name).suffix == ".gguf" else left_out(opened.model, where, revision)
+    warnings = (*warnings, *rounded(opened.model), *lost)
+    return replace(opened, warnings=warnings, companions=tuple(companions(where, revision)))
 
 
 def _streamed(
@@ -146,8 +162,9 @@ def resolve_model_path(name: str) -> str:
     if path.suffix == ".gguf":
         return str(_converted(path))
     if path.is_dir():
-        if not (path / "config.json").is_file():
+        if not (path / CONFIG).is_file():
             raise InputError(f"{name} is not a model directory: it has no config.json. Give another directory.")
+        parse_json(path / CONFIG)  # transformers has no bounds
         if (path / "adapter_config.json").is_file():  # it may name a base on the hub, which the user did not
             raise InputError(
                 f"{name} holds an adapter, which would be opened with the model. Merge it, or move it away."
@@ -158,6 +175,49 @@ def resolve_model_path(name: str) -> str:
     if name.count("/") > 1 or name.startswith((".", "~", "/")):  # no hub id can look so
         raise InputError(f"There is no directory {name}. Check the path.")
     return name
+
+
+def require_no_kernel(name: str, where: str, *, revision: str | None = None) -> None:
+    """See that a model's config asks for no implementation that transformers would fetch from the hub as native code.
+
+    Args:
+        name: What the user called the model.
+        where: Directory or hub id.
+        revision: Of the hub's repository.
+
+    Raises:
+        InputError: It does.
+    """
+    if Path(where).is_dir():
+        config = parse_json(Path(where) / CONFIG)
+    else:
+        with as_input_error(f"Cannot open the model {name}"):
+            config, _ = PreTrainedConfig.get_config_dict(where, revision=revision)
+    for key, value in _implementations(config):
+        fetched = "/" in value or ("flash" in value and importlib.util.find_spec("flash_attn") is None)
+        if fetched:
+            raise InputError(
+                f"The config of {name} sets {key} to {value!r}, which transformers may fetch from the hub as native "
+                "code. Remove it from config.json, or add --trust-remote-code."
+            )
+
+
+def _implementations(config: Any) -> Iterator[tuple[str, str]]:  # noqa: ANN401 - what a JSON file holds
+    """Yield the keys that choose code, in the config and in those of its parts, with each text in their values."""
+    items = config.items() if isinstance(config, dict) else enumerate(config) if isinstance(config, list) else ()
+    for key, value in items:
+        if "_implementation" in str(key):
+            yield from ((str(key), text) for text in _texts(value))
+        else:
+            yield from _implementations(value)
+
+
+def _texts(value: Any) -> Iterator[str]:  # noqa: ANN401 - what a JSON file holds
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _texts(item)
 
 
 def _loaded(name: str, where: str, **options: Any) -> PreTrainedModel:  # noqa: ANN401 - options of from_pretrained
@@ -202,6 +262,7 @@ def _converted(file: Path) -> Path:
         with tempfile.TemporaryDirectory(dir=entry.parent, prefix=".converting-") as scratch:
             made = Path(scratch) / entry.name
             _convert(file, made)
+            follow_umask(made)
             sync_folder(made)
             if not entry.is_dir():
                 made.rename(entry)

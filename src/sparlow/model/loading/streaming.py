@@ -5,7 +5,7 @@ transformers' own loader reads a part, so renamed, merged and split tensors come
 
 import copy
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from threading import Thread
@@ -138,17 +138,10 @@ class OnDisk:
 
     def _by_part(self, files: Mapping[str, Path]) -> dict[int | None, dict[str, Path]]:
         """Sort the stored tensors by where transformers puts them."""
-        renamings = [entry for entry in self._mapping if isinstance(entry, private.WeightRenaming)]
-        converters = [entry for entry in self._mapping if isinstance(entry, private.WeightConverter)]
-        expected = self._model.state_dict()
         found: dict[int | None, dict[str, Path]] = {part: {} for part in (None, *range(len(self._blocks)))}
-        for stored, file in files.items():
-            prefix = self._model.base_model_prefix
-            name, _ = private.rename_source_key(stored, renamings, converters, prefix, expected)
-            if name not in expected and stored in expected:  # as transformers decides it
-                name, _ = private.rename_source_key(stored, [], [], prefix, expected)
-            if name in expected:
-                found[self._number(name)][stored] = file
+        for stored, name in names_in_model(self._model, self._mapping, files).items():
+            if name is not None:
+                found[self._number(name)][stored] = files[stored]
         return found
 
     def _read(self, part: int | None) -> None:
@@ -185,6 +178,27 @@ class OnDisk:
     def _outside(self) -> Iterator[tuple[str, nn.Module]]:
         """All modules outside of the blocks."""
         return ((name, m) for name, m in self._model.named_modules() if self._number(name) is None)
+
+
+def names_in_model(model: PreTrainedModel, mapping: Iterable[Any], stored: Iterable[str]) -> dict[str, str | None]:
+    """Return where transformers puts each stored tensor; None where the model has no place for it.
+
+    Args:
+        model: It may be on the meta device.
+        mapping: Between names in files and in memory, see ``get_model_conversion_mapping``.
+        stored: Names in the files.
+    """
+    entries = list(mapping)
+    renamings = [entry for entry in entries if isinstance(entry, private.WeightRenaming)]
+    converters = [entry for entry in entries if isinstance(entry, private.WeightConverter)]
+    expected, prefix = model.state_dict(), model.base_model_prefix
+    found: dict[str, str | None] = {}
+    for given in stored:
+        name, _ = private.rename_source_key(given, renamings, converters, prefix, expected)
+        if name not in expected and given in expected:  # as transformers decides it
+            name, _ = private.rename_source_key(given, [], [], prefix, expected)
+        found[given] = name if name in expected else None
+    return found
 
 
 def _is_parameter(tensor: Tensor) -> bool:

@@ -1,0 +1,202 @@
+"""How each compressed layer is stored, as ``quantization_config`` in config.json says it: format 2 of the artefact.
+
+Few schemes serve many layers, so that the file stays small: ``layers`` gives each layer the number of its scheme, and
+how many values it keeps. The format knows more than this release writes and reads (integer values, experts in one
+tensor, factors in int8): what is not read yet is refused by the layer's name and never guessed. docs/format.md has the
+whole layout.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+
+from sparlow.errors import InputError
+from sparlow.files import require_printable
+from sparlow.model.artefact.bitmask import mask_bytes
+
+METHOD = "sparlow"
+FORMAT = 2  # raised when an older sparlow would misread what this one writes
+FREE, DENSE = "free", "dense"  # patterns beside N:M: any entries, and all of them
+
+FLOATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+_INTEGERS = ("int8", "int4", "int3", "int2")
+_NAMES = {dtype: name for name, dtype in FLOATS.items()}
+_KEYS = ("pattern", "values", "rank", "factors")
+_LATER = "it was written by a newer sparlow, or is not supported yet. Upgrade sparlow."
+_DEEPEST, _LONGEST = 50, 500  # parts and characters of a layer's name
+_LARGEST = 2**40  # a count beyond this is no count
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What layers that are stored alike have in common.
+
+    Attributes:
+        pattern: N:M, ``free`` or ``dense``.
+        values: Type of the kept values, a key of ``FLOATS``.
+        rank: Of U V.
+        factors: Type of U and V, a key of ``FLOATS``.
+        transposed: Whether the model's own class stores the weight as (in, out).
+    """
+
+    pattern: str
+    values: str
+    rank: int
+    factors: str
+    transposed: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the scheme as config.json has it."""
+        found = {key: getattr(self, key) for key in _KEYS}
+        return found | {"transposed": True} if self.transposed else found
+
+
+@dataclass(frozen=True)
+class StoredLayer:
+    """A compressed layer: its scheme, and the number of values it keeps."""
+
+    scheme: Scheme
+    kept: int
+
+
+def stored_pattern(shape: tuple[int, int], kept: int, asked: str | None) -> str:
+    """Return the pattern that a layer of this shape (out, in) is stored under.
+
+    Args:
+        shape: Of the weight.
+        kept: Entries that are not zero.
+        asked: The pattern that the layer obeys. Where it is N:M and nothing more could be kept, every group holds
+            exactly N, so that a row's start is known without its mask; with fewer values it is stored as ``free``.
+    """
+    if kept == prod(shape):
+        return DENSE
+    groups = _groups(asked or "")
+    return asked if asked and groups and kept == _kept_of(groups, shape) else FREE
+
+
+def name_of(dtype: torch.dtype | None) -> str:
+    """Return what the format calls a float type."""
+    if dtype not in _NAMES:
+        raise InputError(f"values of type {dtype} cannot be stored.")
+    return _NAMES[dtype]
+
+
+def to_config(records: Mapping[str, StoredLayer]) -> dict[str, Any]:
+    """Return ``schemes`` and ``layers`` of config.json."""
+    numbers: dict[Scheme, int] = {}
+    layers = {name: [numbers.setdefault(row.scheme, len(numbers)), row.kept] for name, row in records.items()}
+    return {"schemes": [scheme.to_dict() for scheme in numbers], "layers": layers}
+
+
+def from_config(schemes: Any, layers: Any) -> dict[str, StoredLayer]:  # noqa: ANN401 - what a JSON file holds
+    """Read ``schemes`` and ``layers`` of config.json.
+
+    Raises:
+        InputError: They say something that this release does not know, about the layer that is named.
+    """
+    if not isinstance(schemes, list) or not isinstance(layers, dict):
+        raise InputError("quantization_config must have a list of schemes, and layers by name. Restore config.json.")
+    known: dict[int, Scheme] = {}
+    found = {}
+    for name, row in layers.items():
+        require_printable(name)
+        if "\\" in name or name.count(".") > _DEEPEST or len(name) > _LONGEST:
+            raise InputError(f"{name[:_LONGEST]!r} is not the name of a layer. Restore config.json.")
+        try:
+            number, kept = _counts(row, len(schemes))
+            if number not in known:
+                known[number] = _scheme(schemes[number])
+        except InputError as problem:
+            raise InputError(f"{name}: {problem}") from None
+        found[name] = StoredLayer(known[number], kept)
+    return found
+
+
+def _counts(row: object, schemes: int) -> tuple[int, int]:
+    if not isinstance(row, list) or len(row) != 2:  # noqa: PLR2004 - a pair
+        raise InputError("its record must be [scheme, kept]. Restore config.json.")
+    number, kept = row
+    if isinstance(kept, list):
+        raise InputError(f"its experts are stored in one tensor: {_LATER}")
+    if type(number) is not int or not 0 <= number < schemes:
+        raise InputError(f"it has the scheme {number!r}, and there are {schemes} schemes. Restore config.json.")
+    if type(kept) is not int or not 0 <= kept <= _LARGEST:
+        raise InputError(f"it keeps {kept!r} values, which is no count. Restore config.json.")
+    return number, kept
+
+
+def _scheme(data: object) -> Scheme:
+    if not isinstance(data, dict):
+        raise InputError("its scheme must be an object. Restore config.json.")
+    integers = str(data.get("values")) in _INTEGERS
+    unknown = [] if integers else sorted(data.keys() - {*_KEYS, "transposed"})
+    if unknown:
+        raise InputError(f"its scheme has {unknown[0]!r}: {_LATER}")
+    missing = [key for key in _KEYS if key not in data and not integers]
+    if missing:
+        raise InputError(f"its scheme lacks {missing[0]!r}. Restore config.json.")
+    for key in ("values", "factors"):
+        if data.get(key) not in [*FLOATS]:  # a list: what a file holds may have no hash
+            raise InputError(f"its {key} have the type {data.get(key)!r}: {_LATER}")
+    pattern, rank, transposed = data["pattern"], data["rank"], data.get("transposed", False)
+    if pattern not in [FREE, DENSE] and not _groups(pattern):
+        raise InputError(f"its pattern is {pattern!r}: {_LATER}")
+    if type(rank) is not int or not 0 <= rank <= _LARGEST or type(transposed) is not bool:
+        raise InputError("its scheme must have a count as rank, and may be transposed or not. Restore config.json.")
+    return Scheme(pattern, data["values"], rank, data["factors"], transposed)
+
+
+def packed_shapes(shape: tuple[int, int], record: StoredLayer) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a compressed layer's tensors in a file, by the last part of their names.
+
+    Raises:
+        InputError: A weight of this shape (out, in) cannot keep so many values under its pattern.
+    """
+    out, features = shape
+    pattern, rank, kept = record.scheme.pattern, record.scheme.rank, record.kept
+    groups = _groups(pattern)
+    right = kept == prod(shape) if pattern == DENSE else kept < prod(shape) or not kept
+    if not (kept == _kept_of(groups, shape) if groups else right):
+        raise InputError(f"it keeps {kept} values, which a ({out}, {features}) weight of the pattern {pattern} cannot.")
+    mask = {} if pattern == DENSE else {"mask": (out, mask_bytes(features))}
+    return {"weight": (kept,), **mask, "U": (out, rank), "V": (rank, features)}
+
+
+def packed_types(record: StoredLayer) -> dict[str, torch.dtype]:
+    """Return the types of the same tensors."""
+    values, factors = FLOATS[record.scheme.values], FLOATS[record.scheme.factors]
+    return {"weight": values, "mask": torch.uint8, "U": factors, "V": factors}
+
+
+def any_of(names: Iterable[str]) -> str:
+    """Return a regular expression, without groups that capture, of exactly these names.
+
+    What they have in common up to a dot stands once, so that thousands of names are compared part by part.
+    """
+    parts: dict[str, set[str]] = {}
+    for name in names:
+        head, dot, rest = name.partition(".")
+        parts.setdefault(head, set()).add(dot + rest)
+    branches = []
+    for head, ends in parts.items():
+        rest = any_of(end[1:] for end in sorted(ends) if end)
+        after = rf"\.{rest}" if rest else ""
+        branches.append(re.escape(head) + (f"(?:{after})?" if after and "" in ends else after))
+    return branches[0] if len(branches) == 1 else f"(?:{'|'.join(branches)})" if branches else ""
+
+
+def _groups(pattern: object) -> tuple[int, int] | None:
+    """Return N and M of a pattern N:M with 0 < N < M."""
+    found = re.fullmatch(r"([1-9]\d{0,5}):([1-9]\d{0,5})", pattern) if isinstance(pattern, str) else None
+    n, m = (int(found[1]), int(found[2])) if found else (0, 0)
+    return (n, m) if n < m else None
+
+
+def _kept_of(groups: tuple[int, int], shape: tuple[int, int]) -> int | None:
+    """Return how many entries a weight (out, in) keeps where every M columns hold N; None if M does not divide in."""
+    (n, m), (out, features) = groups, shape
+    return None if features % m else out * features // m * n
