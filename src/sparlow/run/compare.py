@@ -15,14 +15,16 @@ from sparlow.planning.feasibility import require_resources
 from sparlow.progress import Notify, labelled
 from sparlow.recipe.budgets import budgets
 from sparlow.recipe.recipe import Recipe
+from sparlow.recipe.run_options import listed
 from sparlow.report.comparison import Comparison, Row
 from sparlow.report.figures import draw, require_matplotlib
 from sparlow.run.compress import foreseen, known_ahead, open_dense, windows_to_calibrate, windows_to_evaluate
 from sparlow.run.job import Job
 from sparlow.run.output_dir import check_folder, claimed
+from sparlow.text import in_domain
 
 MATCHED = "+match"  # what a method's name ends in where it stands beside itself without matching
-TEXT = ("calibration", "samples", "seqlen", "seed")  # what the methods of one comparison must share
+TEXT = ("calibration", "samples", "seqlen", "seed", "bos", "column")  # what the methods of one comparison must share
 
 
 def recipes_for(
@@ -98,6 +100,7 @@ def compare(
         InputError: Something given cannot be used, or ``out`` holds other results.
     """
     require_matplotlib()
+    evaluate = listed(evaluate)
     out, first = Path(out), next(iter(recipes.values()))
     seqlen = evaluate_seqlen or first.seqlen
     _check(recipes, out, overwrite=overwrite)
@@ -113,10 +116,11 @@ def compare(
     opened, storage = opening(first)
     for recipe in recipes.values():
         budgets(opened.decoder, recipe)
-    windows, texts = windows_to_calibrate(None, opened, first), windows_to_evaluate(evaluate, opened, seqlen, limit)
-    found = Comparison(
-        opened.name, first.to_dict(), {"seqlen": seqlen, "windows": {n: len(w) for n, w in texts.items()}}
+    windows, texts = (
+        windows_to_calibrate(None, opened, first),
+        windows_to_evaluate(evaluate, opened, seqlen, limit, first.column),
     )
+    found = Comparison(opened.name, first.to_dict(), _evaluation(first, seqlen, texts))
     known: dict[str, float] = {}
     spoilt = False
     for name, recipe in recipes.items():
@@ -144,6 +148,15 @@ def _check(recipes: Mapping[str, Recipe], out: Path, *, overwrite: bool) -> None
         raise InputError(f"The recipes of a comparison must agree in {', '.join(TEXT)}.")
     for name in recipes:
         check_folder(out / name, overwrite=overwrite, finished=True)
+
+
+def _evaluation(recipe: Recipe, seqlen: int, texts: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What ``compare.json`` says of the texts that perplexity is measured on."""
+    return {
+        "seqlen": seqlen,
+        "windows": {name: len(windows) for name, windows in texts.items()},
+        "in_domain": in_domain(recipe.calibration, texts),
+    }
 
 
 def _run(name: str, job: Job, texts: Mapping[str, Tensor], found: Comparison) -> None:

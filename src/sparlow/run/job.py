@@ -1,6 +1,6 @@
 """One run: measure the dense model, walk its blocks, write, measure again, report."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
@@ -35,6 +35,7 @@ from sparlow.run.pipeline import compress_block
 from sparlow.run.recovery import Recovery
 from sparlow.run.sensitivity import DenseWalk, allocated_by_data
 from sparlow.text import fingerprint as text_fingerprint
+from sparlow.text import in_domain, in_domain_warning
 from sparlow.version import own_version
 
 
@@ -114,6 +115,7 @@ class Job:
         reset_peak_memory()
         if self.journal:
             self.clock.add(self.journal.seconds)
+        self.tell_in_domain(evaluation)
         with self.clock("total"):
             self.report.dense["perplexity"] = self.runner.dense(evaluation, self.known_dense, self.report.warnings)
             self.distill(*self.walk())
@@ -134,6 +136,7 @@ class Job:
         """The report of a finished run, with perplexities on this text: as recorded, or measured now and recorded."""
         all_loaded = Report.from_file(journal.folder / "report.json")
         self.report = replace(all_loaded, dense={"perplexity": {}}, compressed={"perplexity": {}})
+        self.tell_in_domain(evaluation)  # to both reports, which share their lists
         self.report.dense["perplexity"] = self.runner.dense(evaluation, self.known_dense, self.report.warnings)
         known = journal.compressed
         new = False
@@ -149,6 +152,13 @@ class Job:
             write_reports(all_loaded, journal.folder)
             journal.finish(self.known_dense, known)
         return self.report
+
+    def tell_in_domain(self, evaluation: Iterable[str]) -> None:
+        """Note in the report which texts that perplexity is measured on come from the calibration text's source."""
+        found = in_domain(self.recipe.calibration, evaluation)
+        names = [name for name in found if name not in self.report.in_domain]
+        self.report.in_domain += names
+        self.report.warnings += in_domain_warning("calibration", names)
 
     @property
     def result(self) -> Weights:

@@ -33,8 +33,8 @@ split joined by two line breaks, `ptb` the test split joined by spaces, `c4` the
 validation file joined by spaces and cut to 256 windows; everything else is joined by two line breaks.
 """
 
-from sparlow.text.beginning import beginning
-from sparlow.text.corpora import CORPORA, same_source
+from sparlow.text.beginning import WITH_BOS, beginning
+from sparlow.text.corpora import CORPORA, in_domain, in_domain_warning, same_source
 from sparlow.text.windows import (
     calibration_windows,
     evaluation_windows,
@@ -45,11 +45,14 @@ from sparlow.text.windows import (
 
 __all__ = [
     "CORPORA",
+    "WITH_BOS",
     "beginning",
     "calibration_windows",
     "evaluation_windows",
     "expected_windows",
     "fingerprint",
+    "in_domain",
+    "in_domain_warning",
     "same_source",
     "training_windows",
 ]

@@ -7,7 +7,8 @@ from sparlow.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-AUTO, ALWAYS, NEVER = WAYS = ("auto", "always", "never")
+AUTO, NEVER = "auto", "never"
+WITH_BOS = ", with BOS"  # follows the name of a corpus whose windows all begin with it, beside the published protocol
 _SOME_TEXT = "A"
 
 

@@ -2,12 +2,13 @@
 
 import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 from sparlow.errors import InputError
+from sparlow.text.beginning import WITH_BOS
 from sparlow.text.novel import Novel
 from sparlow.text.reference import LanguageReference
 from sparlow.text.sources import PLAIN, HubSplit, LocalFile, Source, require_readable
@@ -158,6 +159,26 @@ def same_source(calibration: str, evaluation: str) -> bool:
         return source is not None and source.identity == find_corpus(evaluation).evaluation.identity
     except InputError:
         return False
+
+
+def in_domain(calibration: str, measured: Iterable[str]) -> list[str]:
+    """Return the names of the texts to measure on whose source is that of the calibration text."""
+    return [name for name in measured if same_source(calibration, name.removesuffix(WITH_BOS))]
+
+
+def in_domain_warning(what: str, names: Sequence[str]) -> list[str]:
+    """Return a sentence for the report on each of the ``names`` that ``in_domain`` found.
+
+    Args:
+        what: The text that shares their source, such as "calibration".
+        names: Of corpora, those with BOS among them.
+    """
+    return [
+        f"{name} comes from the same source as the {what} text, so its perplexity flatters the result; measure on "
+        "another text too, such as --evaluate novel"
+        for name in names
+        if not name.endswith(WITH_BOS)
+    ]
 
 
 def _hub_corpus(name: str, path: str, config: str | None, column: str) -> Corpus:
