@@ -86,8 +86,9 @@ def show_comparison(found: "Comparison") -> None:
     from sparlow.report.perplexities import labelled, shown
 
     corpora = shown([found.dense.get("perplexity", {}), *(row.perplexity for row in found.rows)])
-    same = [Path(name).name for name in found.evaluation.get("in_domain", ())]
-    head = ("", *(labelled(Path(name).name, same) for name in corpora), "relative error", "seconds", "size", "bits")
+    same = found.evaluation.get("in_domain", ())
+    labels = (labelled(Path(name).name, [Path(name).name] if name in same else ()) for name in corpora)
+    head = ("", *labels, "relative error", "seconds", "size", "bits")
     rows = []
     if found.dense:
         perplexities = (f"{found.dense['perplexity'][name]:.2f}" for name in corpora)

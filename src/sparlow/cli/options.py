@@ -240,9 +240,11 @@ def _given(values: dict[str, Any], typed: set[str]) -> Given:
 
 
 def split(names: str | Iterable[str]) -> list[str]:
-    """Read a list: each text given may hold several names, separated by commas."""
-    texts = [names] if isinstance(names, str) else names
-    return [name.strip() for text in texts for name in text.split(",") if name.strip()]
+    """Read a list: each text given may hold several names, separated by commas; an empty one voids those before it."""
+    found: list[str] = []
+    for text in [names] if isinstance(names, str) else names:
+        found = [*found, *(name.strip() for name in text.split(",") if name.strip())] if text.strip() else []
+    return found
 
 
 def parse_named_pairs(pairs: Sequence[str]) -> dict[str, dict[str, str]]:

@@ -342,7 +342,7 @@ def with_calibration(recipe: Recipe, calibration: "str | Path | Tensor | None") 
     if not isinstance(calibration, torch.Tensor):
         raise InputError(
             f"Calibration text cannot be given as a {type(calibration).__name__}. Give the name of a corpus, the path "
-            "of a file (such as .txt, or .jsonl with one text a line), or a tensor (windows, seqlen) of int64 token ids."
+            "of a file (.txt, or .jsonl with one text a line), or a tensor (windows, seqlen) of int64 token ids."
         )
     if calibration.ndim != 2 or calibration.dtype != torch.int64 or calibration.numel() == 0:  # noqa: PLR2004 - a matrix
         raise InputError("Calibration windows must be a tensor (windows, seqlen) of int64 token ids.")

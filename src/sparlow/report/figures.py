@@ -7,7 +7,7 @@ from typing import Any
 from sparlow.errors import InputError
 from sparlow.files import replacing
 from sparlow.report.comparison import Comparison
-from sparlow.report.perplexities import labelled, shown
+from sparlow.report.perplexities import FLATTERS, shown
 
 PER_LINE = 4  # panels side by side
 AS_IT_IS: Any = {"parse_math": False}  # names of files may hold $, between which matplotlib reads formulas
@@ -37,7 +37,7 @@ def _against_time(found: Comparison) -> Any:  # noqa: ANN401 - matplotlib is imp
 
     dense = found.dense.get("perplexity", {})
     corpora = shown([dense, *(row.perplexity for row in found.rows)])
-    same = [Path(name).name for name in found.evaluation.get("in_domain", ())]
+    same, remark = found.evaluation.get("in_domain", ()), FLATTERS.format("calibration")
     figure = Figure(figsize=(5.5 * max(len(corpora), 1), 4))
     for panel, corpus in zip(figure.subplots(1, max(len(corpora), 1), squeeze=False)[0], corpora, strict=False):
         panel.axhline(dense[corpus], color="0.5", linestyle="--", linewidth=1)
@@ -47,7 +47,7 @@ def _against_time(found: Comparison) -> Any:  # noqa: ANN401 - matplotlib is imp
             point = (row.seconds, row.perplexity[corpus])
             panel.annotate(row.name, point, xytext=(4, 4), textcoords="offset points", **AS_IT_IS)
         panel.set(xscale="log", yscale="log", xlabel="seconds of compression", ylabel="perplexity")
-        panel.set_title(labelled(Path(corpus).name, same).removeprefix("perplexity, "), **AS_IT_IS)
+        panel.set_title(f"{Path(corpus).name}\n{remark}" if corpus in same else Path(corpus).name, **AS_IT_IS)
     return figure
 
 
