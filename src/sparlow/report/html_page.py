@@ -6,6 +6,7 @@ from pathlib import Path
 
 from sparlow.files import human_bytes, replacing
 from sparlow.machine import described
+from sparlow.report.perplexities import labelled, shown
 from sparlow.report.records import LayerRecord, Report
 
 _STYLE = """
@@ -73,14 +74,20 @@ def _finetuning(report: Report) -> list[str]:
 def perplexities_of_finetuning(report: Report) -> list[tuple[str, str, str]]:
     """A row a corpus: name, before, after."""
     before, after = (report.finetuning["perplexity"][when] for when in ("before", "after"))
-    return [(f"perplexity, {name}", _perplexity(before[name]), _perplexity(value)) for name, value in after.items()]
+    same = report.finetuning.get("in_domain", ())
+    return [
+        (labelled(name, same, "training or calibration"), _perplexity(before[name]), _perplexity(after[name]))
+        for name in shown([before, after])
+    ]
 
 
 def summary_rows(report: Report) -> list[tuple[str, str, str]]:
     """What the terminal and the page both show first: name, dense, compressed."""
+    dense, compressed = report.dense["perplexity"], report.compressed["perplexity"]
     rows = [
-        (f"perplexity, {name}", f"{dense:.2f}", _perplexity(report.compressed["perplexity"].get(name)))
-        for name, dense in report.dense["perplexity"].items()
+        (labelled(name, report.in_domain), f"{dense[name]:.2f}", _perplexity(compressed.get(name)))
+        for name in shown([dense, compressed])
+        if name in dense
     ]
     sizes = report.bytes
     values = report.values
