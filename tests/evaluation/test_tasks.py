@@ -359,11 +359,11 @@ def test_two_models_side_by_side(place, folder, capfd, tmp_path):
         "in_domain": [text],
         "baseline": baseline,
     }
-    lines = shown.out.splitlines()
+    lines, remark = shown.out.splitlines(), "(in-domain: same source as the calibration text)"
     assert lines[0].split() == ["model", "out"]
     for label, value in [
         (
-            f"perplexity (seqlen 16), {text} (in-domain: same source as the calibration text)",
+            f"perplexity (seqlen 16), {text} {remark}",
             lambda found: f"{found['perplexity'][text]:.4f}",
         ),
         ("both, acc_norm", lambda found: "{value:.4f} ± {stderr:.4f}".format(**found["tasks"]["both"])),

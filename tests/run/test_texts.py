@@ -81,17 +81,14 @@ def test_a_figure_on_the_source_of_the_calibration_text_says_so(place, tmp_path,
 
 
 def test_a_text_that_is_measured_later_says_so_too(place, tmp_path):
-    out = tmp_path / "out"
-    compressed(place, evaluate=["other.txt"], out=out)
-    assert Report.from_file(out / "report.json").in_domain == []
-    again = compressed(place, evaluate=["text.txt"], out=out)
-    stored = Report.from_file(out / "report.json")
-    for report in (again, stored):
-        assert report.in_domain == [str(place / "text.txt")]
-        assert sum("same source" in warning for warning in report.warnings) == 1
-    assert len(stored.dense["perplexity"]) == 2
-    compressed(place, evaluate=["text.txt"], out=out)
-    assert sum("same source" in warning for warning in Report.from_file(out / "report.json").warnings) == 1
+    recipes, text = {"magnitude": QUICK.changed(calibration=str(place / "text.txt"))}, str(place / "text.txt")
+    file = tmp_path / "out" / "magnitude" / "report.json"
+    for measured, expected in ((str(place / "other.txt"), []), (text, [text]), (text, [text])):
+        compare(place / "model", recipes, out=tmp_path / "out", evaluate=[measured])
+        report = Report.from_file(file)
+        assert report.in_domain == expected
+        assert sum("same source" in warning for warning in report.warnings) == len(expected)
+    assert len(report.dense["perplexity"]) == 2
 
 
 def test_the_demo_measures_on_another_source_than_it_calibrates_on():

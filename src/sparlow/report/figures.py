@@ -70,6 +70,8 @@ def _errors(found: Comparison) -> Any:  # noqa: ANN401 - matplotlib is imported 
         panel.set_ylabel("relative error")
     figure.supxlabel("block")
     if kinds:
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="lower right", frameon=False)
+        legend = figure.legend(*panels[0].get_legend_handles_labels(), loc="lower right", frameon=False)
+        for text in legend.get_texts():
+            text.set(**AS_IT_IS)
     figure.tight_layout()
     return figure
