@@ -502,7 +502,7 @@ def test_a_pipe_that_was_read_says_that_it_can_be_read_once(letters, tmp_path):
         if content:
             assert evaluation_windows(str(pipe), letters, seqlen=9).shape == (1, 9)
         else:
-            with pytest.raises(InputError, match="A pipe can be read only once: give a file"):
+            with pytest.raises(InputError, match=r"A pipe can be read only once\. Give a file"):
                 evaluation_windows(str(pipe), letters, seqlen=9)
         thread.join()
 
