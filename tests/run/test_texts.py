@@ -84,7 +84,7 @@ def test_a_text_that_is_measured_later_says_so_too(place, tmp_path):
     recipes, text = {"magnitude": QUICK.changed(calibration=str(place / "text.txt"))}, str(place / "text.txt")
     file = tmp_path / "out" / "magnitude" / "report.json"
     for measured, expected in ((str(place / "other.txt"), []), (text, [text]), (text, [text])):
-        compare(place / "model", recipes, out=tmp_path / "out", evaluate=[measured])
+        compare(place / "model", recipes, out=tmp_path / "out", options=RunOptions(evaluate=(measured,)))
         report = Report.from_file(file)
         assert report.in_domain == expected
         assert sum("same source" in warning for warning in report.warnings) == len(expected)
@@ -111,7 +111,9 @@ def test_comparing_on_the_source_of_the_calibration_text_says_so(place, tmp_path
 def test_dollars_in_the_name_of_a_text_do_not_end_a_comparison(place, tmp_path, name):
     (tmp_path / name).write_text(TEXT)
     recipes = {"magnitude": QUICK.changed(calibration=str(tmp_path / name))}
-    found = compare(place / "model", recipes, out=tmp_path / "out", evaluate=str(tmp_path / name))
+    found = compare(
+        place / "model", recipes, out=tmp_path / "out", options=RunOptions(evaluate=(str(tmp_path / name),))
+    )
     assert name in (tmp_path / "out" / "perplexity_against_time.svg").read_text()
     (row,) = found.rows
     odd = dataclasses.replace(row, name=name, layers=[(block, name, error) for block, _, error in row.layers])
