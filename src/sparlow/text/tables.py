@@ -45,8 +45,8 @@ def text_of(record: Mapping[str, Any], column: str, where: str) -> str:
 def require_column(names: Iterable[str], column: str, where: str) -> None:
     """Raise InputError, with the names that there are, if ``column`` is not one of them."""
     if column not in names:
-        hint = "" if next(iter(names), None) is None else " Choose one with --column."
-        raise InputError(f"{where}: there is no field {column!r}, only: {names_shown(names)}.{hint}")
+        hint = "Give another file" if next(iter(names), None) is None else "Choose one with --column"
+        raise InputError(f"{where}: there is no field {column!r}, only: {names_shown(names)}. {hint}.")
 
 
 def names_shown(names: Iterable[str]) -> str:

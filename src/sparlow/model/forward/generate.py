@@ -46,7 +46,7 @@ def own_windows(
     start = begin or (_beginning(model),)
     if kept and seqlen < len(start):
         raise InputError(
-            f"seqlen must be at least {len(start)}, not {seqlen}: every window begins with as many tokens."
+            f"The seqlen must be at least {len(start)}, not {seqlen}: every window begins with as many tokens."
         )
     which = f"{samples}x{seqlen}-{seed}-{'-'.join(map(str, start))}{'' if kept else '-left-out'}"
     file = cache_folder() / f"self-{fingerprint[:16]}-{which}.safetensors"
