@@ -18,7 +18,7 @@ from typing import Any
 import sparlow
 from sparlow.algorithms import find
 from sparlow.cli import display
-from sparlow.cli.evaluating import require_numbers
+from sparlow.cli.evaluating import in_domain_of, require_numbers
 from sparlow.cli.options import split
 from sparlow.errors import InputError, RunError
 from sparlow.evaluation.tasks import LoadedTasks, load_tasks
@@ -125,6 +125,7 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
         "samples": args.nsamples,
         "seqlen": args.seqlen,
         "seed": args.seed,
+        "bos": "never",  # the paper's windows hold text only
         "damping": args.percdamp,
         "relative_damping": args.hess_percdamp if args.hess_diag else 0.0,
     }
@@ -224,7 +225,7 @@ def _run(args: argparse.Namespace) -> None:
 def _fine_tuned(args: argparse.Namespace, result: str | Path) -> Path:
     tuned = Path(f"{args.output_dir}-finetuned")
     fresh = args.lora_num_ranks if find(args.compression_alg)[0].kind == "pruner" else None  # others keep their own
-    text = {"dataset": args.dataset_name, "block_size": args.block_size, "seed": args.seed}
+    text = {"dataset": args.dataset_name, "block_size": args.block_size, "seed": args.seed, "bos": "never"}
     sparlow.finetune(
         result, tuned, steps=args.train_steps, rank=fresh, evaluate=(), overwrite=args.overwrite_output_dir, **text
     )
@@ -246,7 +247,7 @@ def _evaluate(args: argparse.Namespace, result: str | Path, out: Path, tasks: Lo
     )
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "evaluation.json", {"model": str(result), **found}, indent=2)
-    display.show_evaluations({str(result): found}, args.seqlen)
+    display.show_evaluations({str(result): found}, args.seqlen, in_domain_of({str(result): found}))
     require_numbers({str(result): found})
 
 

@@ -12,9 +12,11 @@ PUBLIC = {
     "inplace=False, overwrite=False, force=False, trust_remote_code=False, notify=…",
     "decompose": "W, H, *, pattern, rank, algorithm='3basil', damping=0.005, relative_damping=0.005, **options",
     "decomposer": "name, *, aliases={}",
-    "evaluate": "model, tokenizer, *, perplexity_on=('builtin',), seqlen=2048, limit=None, tasks=(), task_path=None, "
+    "evaluate": "model, tokenizer, *, perplexity_on=('builtin',), seqlen=2048, limit=None, column='text', "
+    "tasks=(), task_path=None, "
     "fewshot=None, batch_size=8, notify=…",
-    "finetune": "folder, out, *, dataset='c4', steps=500, lr=0.0001, rank=None, block_size=1024, batch=4, "
+    "finetune": "folder, out, *, dataset='c4', steps=500, lr=0.0001, rank=None, block_size=1024, bos='auto', "
+    "column='text', batch=4, "
     "accumulate=4, bf16=False, gradient_checkpointing=False, report_to='none', peft=None, evaluate=('builtin',), "
     "limit=None, device='auto', seed=0, overwrite=False, trust_remote_code=False, notify=…",
     "load": "folder, **options",

@@ -549,10 +549,12 @@ def test_evaluate_measures_dense_and_compressed_models_alike(which, place, finis
     assert run("evaluate", model, "--perplexity", text, "--seqlen", 16, "--json", file) == 0
     shown = capsys.readouterr().out
     found = json.loads(file.read_text())
-    assert found == {"model": str(model), "seqlen": 16, "perplexity": found["perplexity"]}
+    same = {"in_domain": [text]} if which == "compressed" else {}  # of a plain model nobody knows
+    assert found == {"model": str(model), "seqlen": 16, "perplexity": found["perplexity"], **same}
     expected = getattr(report, which)["perplexity"]
     assert found["perplexity"] == pytest.approx(expected, rel=1e-6)
-    assert re.search(rf"{re.escape(text)} +{found['perplexity'][text]:.4f}\n", shown)
+    remark = r" \(in-domain: same source as the calibration text\)" if same else ""
+    assert re.search(rf"{re.escape(text)}{remark} +{found['perplexity'][text]:.4f}\n", shown)
     assert "seqlen 16" in shown
 
 

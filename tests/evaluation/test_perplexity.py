@@ -3,6 +3,7 @@ import statistics
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from torch.nn import functional
 
 import sparlow
@@ -11,6 +12,7 @@ from sparlow.errors import InputError
 from sparlow.evaluation.perplexity import TOKENS_AT_ONCE, evaluate, perplexity, require_tokenizer
 from sparlow.model.forward import capture
 from sparlow.recipe.recipe import Recipe
+from sparlow.report.perplexities import shown
 from sparlow.report.records import Perplexity
 
 TEXT = "".join(chr(32 + (5 * i * i + i // 7) % 95) for i in range(700))
@@ -187,3 +189,57 @@ def test_a_head_that_looks_at_other_tokens_is_given_all_of_them(monkeypatch):
     whole = perplexity(model, windows)
     monkeypatch.setattr(capture, "LOGITS_AT_ONCE", 2 * 7 * VOCABULARY)
     assert perplexity(model, windows).value == whole.value
+
+
+# what windows begin with, and what a caller may give
+
+
+def beginning_tokenizer():
+    """The tiny tokenizer, which puts <s> before a text by itself."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return tokenizer
+
+
+def test_the_figure_with_bos_stands_beside_the_published_one(text):
+    model = tiny("llama")
+    found = evaluate(model, beginning_tokenizer(), perplexity_on=[text], seqlen=24)["perplexity"]
+    assert list(found) == [text, f"{text}, with BOS"]
+    ids = torch.tensor(tiny_tokenizer()(TEXT).input_ids)
+    whole = torch.cat([torch.zeros(1, dtype=torch.int64), ids])
+    assert found[text] == pytest.approx(by_hand(model, whole[: len(whole) // 24 * 24].view(-1, 24)), rel=1e-5)
+    windows = ids[: len(ids) // 23 * 23].view(-1, 23)
+    begun = torch.cat([torch.zeros(len(windows), 1, dtype=torch.int64), windows], 1)
+    assert found[f"{text}, with BOS"] == pytest.approx(by_hand(model, begun), rel=1e-5)
+    assert list(evaluate(model, tiny_tokenizer(), perplexity_on=[text], seqlen=24)["perplexity"]) == [text]
+
+
+def test_the_figure_with_bos_is_shown_where_it_differs_by_more_than_two_per_cent():
+    near, far = ({"a": 10.0, "a, with BOS": 10.0 * factor} for factor in (1.019, 0.97))
+    assert shown([near]) == ["a"]
+    assert shown([far]) == shown([near, far]) == ["a", "a, with BOS"]
+    assert shown([{"a": math.inf, "a, with BOS": 3.0}]) == ["a", "a, with BOS"]
+
+
+def test_tokens_beyond_the_embedding_are_named_with_both_numbers(text):
+    model = tiny("llama")
+    model.resize_token_embeddings(90)
+    with pytest.raises(InputError, match=r"text.txt: token id 9\d is outside .* embedding has 90 rows"):
+        evaluate(model, tiny_tokenizer(), perplexity_on=[text], seqlen=24)
+
+
+def test_one_name_is_one_text_and_a_tokenizer_may_be_given_by_its_directory(text, tmp_path):
+    tiny_tokenizer().save_pretrained(tmp_path)
+    expected = evaluate(tiny("llama"), tiny_tokenizer(), perplexity_on=[text], seqlen=24)
+    assert evaluate(tiny("llama"), tmp_path, perplexity_on=text, seqlen=24) == expected
+    assert evaluate(tiny("llama"), str(tmp_path), perplexity_on="", seqlen=24) == {"perplexity": {}}
+    (tmp_path / "empty").mkdir()
+    for wrong, message in [
+        (tmp_path / "empty", "no tokenizer in"),
+        (3, "cannot be given as a int. Give a tokenizer"),
+        (None, "has no tokenizer"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            evaluate(tiny("llama"), wrong, perplexity_on=text, seqlen=24)
+    with pytest.raises(InputError, match="cannot be given as 3"):
+        evaluate(tiny("llama"), tmp_path, perplexity_on=[3], seqlen=24)

@@ -332,6 +332,34 @@ def test_lm_eval_is_silent_unless_its_logger_has_a_level(level, folder, capfd):
     assert bool(shown.err) is (level != logging.NOTSET)
 
 
+# what a task cannot be asked with
+
+
+def test_a_tokenizer_without_an_end_is_said_in_one_sentence(folder):
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = tokenizer.bos_token = None
+    for name in ("both", "written"):
+        with pytest.raises(InputError, match="no end-of-text token, which lm-eval needs"):
+            evaluate(tiny("llama"), tokenizer, perplexity_on=(), tasks=[name], task_path=folder)
+
+
+def test_a_task_that_writes_more_than_the_model_reads_is_said_in_one_sentence(folder, tmp_path):
+    for file in folder.glob("written.*"):
+        text = file.read_text().replace('"max_gen_toks": 3', '"max_gen_toks": 80').replace('"written"', '"long"')
+        (tmp_path / file.name.replace("written", "long")).write_text(text)
+    with pytest.raises(InputError, match="'long' lets the model write 80 tokens, and the model reads at most 64"):
+        evaluate(tiny("llama"), tiny_tokenizer(), perplexity_on=(), tasks=["long"], task_path=tmp_path)
+
+
+def test_a_question_with_tokens_that_the_model_lacks_is_said_in_one_sentence(folder):
+    model = tiny("llama")
+    model.resize_token_embeddings(20)
+    with pytest.raises(InputError, match=r"token id \d+, and the model's embedding has 20 rows"):
+        evaluate(model, tiny_tokenizer(), perplexity_on=(), tasks=["both"], task_path=folder)
+    assert not model._forward_hooks
+    assert not model._forward_pre_hooks
+
+
 # the command
 
 
@@ -350,12 +378,16 @@ def test_two_models_side_by_side(place, folder, capfd, tmp_path):
         "model": str(place / "out"),
         "seqlen": 16,
         **compressed,
+        "in_domain": [text],
         "baseline": baseline,
     }
-    lines = shown.out.splitlines()
+    lines, remark = shown.out.splitlines(), "(in-domain: same source as the calibration text)"
     assert lines[0].split() == ["model", "out"]
     for label, value in [
-        (f"perplexity (seqlen 16), {text}", lambda found: f"{found['perplexity'][text]:.4f}"),
+        (
+            f"perplexity (seqlen 16), {text} {remark}",
+            lambda found: f"{found['perplexity'][text]:.4f}",
+        ),
         ("both, acc_norm", lambda found: "{value:.4f} ± {stderr:.4f}".format(**found["tasks"]["both"])),
         ("inner, acc", lambda found: "{value:.4f} ± {stderr:.4f}".format(**found["tasks"]["inner"])),
         ("average", lambda found: f"{found['average']:.4f}"),

@@ -49,6 +49,7 @@ KEYS = {  # of report.json: design 4b, and which model and which version of the 
     "processes",
     "finetuning",
     "not_compressed",
+    "in_domain",
     "counts",
     "warnings",
     "model",
@@ -241,10 +242,13 @@ def test_a_perplexity_has_its_standard_error_unless_an_older_version_measured_it
     assert later.compressed == first.compressed
 
 
-def test_a_corpus_given_as_a_text_is_not_read_letter_by_letter(folder):
+def test_one_name_is_one_text_and_is_not_read_letter_by_letter(folder, text):
+    report = compress(folder, PRUNE, evaluate=str(text))
+    assert list(report.dense["perplexity"]) == list(report.compressed["perplexity"]) == [str(text)]
+    assert compress(folder, PRUNE, evaluate="").dense["perplexity"] == {}
     for call in (compress, sparlow.plan):
-        with pytest.raises(InputError, match="Give a list"):
-            call(folder, PRUNE, evaluate="builtin")
+        with pytest.raises(InputError, match=r"cannot be given as 3\. Give names"):
+            call(folder, PRUNE, evaluate=[3])
 
 
 def test_perplexity_can_be_limited_to_the_first_windows(folder, text):

@@ -1,5 +1,9 @@
+import csv
+import io
 import json
 import logging
+import os
+import threading
 from pydoc_data.topics import topics
 
 import datasets
@@ -15,7 +19,15 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from sparlow.errors import InputError
-from sparlow.text import CORPORA, calibration_windows, evaluation_windows, fingerprint
+from sparlow.text import (
+    CORPORA,
+    beginning,
+    calibration_windows,
+    evaluation_windows,
+    fingerprint,
+    same_source,
+    training_windows,
+)
 from sparlow.text.reference import LanguageReference, split_topics
 
 WORDS = 6_000
@@ -214,6 +226,8 @@ def test_a_plain_text_is_evaluated_exactly_as_it_stands(letters, write):
     content = "\ufeff one \r\n\r\n\n two\u2028 é\t\n" * 5
     windows = evaluation_windows(write("text.raw", content), letters, seqlen=5)
     whole = spell(letters, windows)
+    content = content.removeprefix("\ufeff")  # the mark of the file, not of its text
+    assert "\ufeff" in content
     assert content.encode().startswith(whole.encode())
     assert len(content.encode()) - windows.numel() < 5
 
@@ -387,6 +401,177 @@ def test_an_unknown_corpus_is_answered_with_the_list(words):
         evaluation_windows("qqqq", words, seqlen=2)
     assert all(name in str(error.value) for name in [*CORPORA, "owner/name:config"])
     assert "Did you mean" not in str(error.value)
+
+
+RECORDS = [" one, two ", "drei \n\n 'vier'", 'fünf "6"', ""]
+
+
+def as_table(kind, texts, column="text"):
+    if kind in ("csv", "tsv"):
+        file = io.StringIO(newline="")
+        table = csv.writer(file, delimiter="," if kind == "csv" else "\t")
+        table.writerows([["id", column], *enumerate(texts)])
+        return file.getvalue()
+    records = [{"url": "http://x", column: text} for text in texts]
+    if kind == "json":
+        return json.dumps(records, indent=1)
+    return "\n".join(map(json.dumps, records)) + "\n"
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "json", "jsonl", "ndjson", "CSV"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("column", ["text", "body"])
+def test_tables_are_not_read_as_raw_text(letters, write, kind, mark, column):
+    path = write(f"table.{kind}", mark + as_table(kind.lower(), RECORDS, column))
+    joined = "\n\n".join(RECORDS)
+    windows = evaluation_windows(path, letters, seqlen=len(joined.encode()), column=column)
+    assert spell(letters, windows) == joined
+    whole = "".join(RECORDS).encode()
+    calibrated = calibration_windows(path, letters, samples=1, seqlen=len(whole), seed=0, column=column)
+    assert sorted(spell(letters, calibrated).encode()) == sorted(whole)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\n\n"])
+def test_one_record_a_line_may_also_be_called_json(letters, write, end):
+    path = write("lines.json", end.join(json.dumps({"text": text}) for text in RECORDS) + end)
+    joined = "\n\n".join(RECORDS)
+    assert spell(letters, evaluation_windows(path, letters, seqlen=len(joined.encode()))) == joined
+    one = write("one.json", json.dumps({"text": "one of many lines"}, indent=2))
+    assert spell(letters, evaluation_windows(one, letters, seqlen=17)) == "one of many lines"
+
+
+def test_a_long_field_of_a_csv_file_is_read_whole(letters, write):
+    path = write("long.csv", as_table("csv", ["a" * 200_000, "b"]))
+    assert evaluation_windows(path, letters, seqlen=200_003).shape == (1, 200_003)
+    assert csv.field_size_limit() == 131_072
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", "", "line 1: there is no field 'text', only: none"),
+        ("a.csv", "id,body\n1,a\n", "only: id, body. Choose one with --column"),
+        ("a.csv", "id,text\n1,a\n2\n", "line 3: the field 'text' holds NoneType"),
+        ("a.csv", "id,text\n1,one, two\n", "line 2: there are more fields than names"),
+        ("a.csv", 'text\n"never closed\n', "not a table of fields separated by ','"),
+        ("a.tsv", 'text\n"a" b\n', "not a table of fields"),
+        ("a.csv", b"text\ncaf\xe9\n", "a.csv is not UTF-8 text"),
+        ("a.json", '[{"text": "a"}, {"text": null}]', "record 2: the field 'text' holds NoneType"),
+        ("a.json", '["a"]', "record 1: not an object"),
+        ("a.json", '{"text": ["a", "b"]}', "the field 'text' holds list"),
+        ("a.json", '[{"text": "a"}', "a.json: not JSON"),
+        ("a.json", "[" * 200_000, "nested too deeply"),
+        ("a.jsonl", '{"text": "a"}\n' + "[" * 200_000, "line 2: not JSON that can be read .it is nested too deeply"),
+        ("a.jsonl", '{"text": "a"}\n' + "9" * 5_000, "line 2: not JSON"),
+        ("a.jsonl", '{"text": "a"}\n'.encode("utf-16"), "line 1: not JSON in UTF-8. Convert it"),
+        ("a.ndjson", '{"text": "a"}\n'.encode("utf-16-le"), "line 1: not JSON in UTF-8. Convert it"),
+        ("a.txt", "a text".encode("utf-16"), "a.txt is not UTF-8 text .it seems to be UTF-16"),
+        ("a.txt", "a text".encode("utf-16-be"), "a.txt is not UTF-8 text .it seems to be UTF-16"),
+        ("a.jsonl.gz", b"\x1f\x8b", "a.jsonl.gz is compressed. Decompress it first"),
+        ("a.zst", b"", "a.zst is compressed. Decompress it first"),
+        ("a.pdf", b"%PDF", "unknown ending .pdf. Give a table"),
+    ],
+)
+def test_files_that_are_no_text_are_refused_in_one_sentence(letters, write, name, content, message):
+    path = write(name, content)
+    with pytest.raises(InputError, match=message) as error:
+        calibration_windows(path, letters, samples=1, seqlen=2, seed=0)
+    assert path in str(error.value)
+    assert len(str(error.value)) < 400 + len(path)
+
+
+def test_half_a_surrogate_pair_is_read_as_the_replacement_character(letters, write):
+    path = write("c.jsonl", '{"text": "a\\ud83d b"}')
+    assert spell(letters, evaluation_windows(path, letters, seqlen=6)) == "a\ufffd b"
+
+
+def test_a_byte_order_mark_is_no_token(letters, write):
+    with_mark, without = (
+        calibration_windows(write(name, mark + b"one text"), letters, samples=1, seqlen=8, seed=0)
+        for name, mark in (("with.txt", b"\xef\xbb\xbf"), ("without.txt", b""))
+    )
+    assert torch.equal(with_mark, without)
+
+
+def test_a_pipe_that_was_read_says_that_it_can_be_read_once(letters, tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for content in (b"some text", b""):
+        thread = threading.Thread(target=pipe.write_bytes, args=(content,))
+        thread.start()
+        if content:
+            assert evaluation_windows(str(pipe), letters, seqlen=9).shape == (1, 9)
+        else:
+            with pytest.raises(InputError, match=r"A pipe can be read only once\. Give a file"):
+                evaluation_windows(str(pipe), letters, seqlen=9)
+        thread.join()
+
+
+# Beginning of sequence
+
+
+def test_windows_begin_with_what_the_tokenizer_puts_before_a_text(words, write):
+    text = write("text.txt", count(0, 300))
+    begin = beginning(words, "auto")
+    assert begin == (BOS,)
+    for draw in (calibration_windows, training_windows):
+        windows = draw(text, words, samples=9, seqlen=20, seed=0, begin=begin)
+        assert windows.shape == (9, 20)
+        assert (windows[:, 0] == BOS).all()
+        assert (windows[:, 1:] < BOS).sum() >= 9 * 19 - 1
+        assert BOS not in windows[:, 1:]
+    windows = evaluation_windows(text, words, seqlen=20, begin=begin)
+    assert windows.shape == (300 // 19, 20)
+    assert (windows[:, 0] == BOS).all()
+    assert windows[:, 1:].flatten().tolist() == list(range(300 // 19 * 19))
+
+
+def test_the_ways_to_begin_a_window(words, letters):
+    assert beginning(words, "never") == ()
+    assert beginning(words, "always") == (BOS,)
+    plain = word_tokenizer()
+    plain.backend_tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", EOS)])
+    assert beginning(plain, "auto") == ()  # it ends a text with a token, and begins it with none
+    assert beginning(plain, "always") == (BOS,)
+    two = word_tokenizer()
+    both = [("<s>", BOS), ("</s>", EOS)]
+    two.backend_tokenizer.post_processor = TemplateProcessing(single="</s> <s> $A", special_tokens=both)
+    assert beginning(two, "auto") == (EOS, BOS)
+    assert beginning(letters, "auto") == ()
+    with pytest.raises(InputError, match=r"no beginning-of-text token\. Give --bos auto or never"):
+        beginning(letters, "always")
+
+
+def test_a_window_must_hold_more_than_its_beginning(words, write):
+    text = write("text.txt", count(0, 300))
+    with pytest.raises(InputError, match="seqlen must be at least 2, not 1"):
+        calibration_windows(text, words, samples=1, seqlen=1, seed=0, begin=(BOS,))
+
+
+# Prose of another source
+
+
+def test_the_novel_is_prose_of_another_source_than_the_reference(letters):
+    windows = evaluation_windows("novel", letters, seqlen=64)
+    assert 60_000 < windows.numel() < 100_000
+    text = spell(letters, windows)
+    assert text.startswith("Chapter 1\n\nSir Walter Elliot, of Kellynch Hall")
+    assert not any(text[i : i + 60] in topic for i in range(0, 6_000, 60) for topic in topics.values())
+    with pytest.raises(InputError, match=r"'novel' is there to measure on\. Take other text, such as: builtin, c4"):
+        calibration_windows("novel", letters, samples=1, seqlen=2, seed=0)
+
+
+def test_which_corpora_share_a_source(write, tmp_path):
+    text, other = write("a.txt", "a"), write("b.txt", "b")
+    (tmp_path / "link.txt").symlink_to(text)
+    for pair in [
+        ("builtin", "builtin"),
+        ("wikitext2", "Salesforce/wikitext:wikitext-103-raw-v1"),
+        (text, str(tmp_path / "link.txt")),
+    ]:
+        assert same_source(*pair), pair
+    for pair in [("builtin", "novel"), ("c4", "wikitext2"), (text, other), ("self", "builtin"), ("windows", "windows")]:
+        assert not same_source(*pair), pair
 
 
 # The hub

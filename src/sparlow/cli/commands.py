@@ -5,7 +5,7 @@ What is heavy is imported inside the commands, so that ``sparlow --help`` needs 
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -120,7 +120,7 @@ def evaluate(
     json_file: JsonFile = None,
 ) -> None:
     """Measure MODEL, compressed or not: its perplexity, and tasks through lm-eval."""
-    from sparlow.cli.evaluating import measured, require_numbers
+    from sparlow.cli.evaluating import in_domain_of, measured, require_numbers
     from sparlow.evaluation.tasks import load_tasks
     from sparlow.files import write_json
 
@@ -128,11 +128,14 @@ def evaluate(
     tasks = load_tasks(options.tasks, path=options.task_path, fewshot=options.fewshot)
     names = [name for name in (options.baseline, model) if name is not None]
     found = {name: measured(name, dtype, options, run, tasks) for name in names}
-    display.show_evaluations(found, options.seqlen)
+    in_domain = in_domain_of(found)
+    display.show_evaluations(found, options.seqlen, in_domain)
     if json_file:
-        baseline = options.baseline
-        beside = {} if baseline is None else {"baseline": {"model": baseline, **found[baseline]}}
-        write_json(json_file, {"model": model, "seqlen": options.seqlen, **found[model], **beside}, indent=2)
+        said: dict[str, Any] = {name: {**found[name]} for name in found}
+        for name, texts in in_domain.items():
+            said[name] |= {"in_domain": texts} if texts else {}
+        beside = {} if options.baseline is None else {"baseline": {"model": options.baseline, **said[options.baseline]}}
+        write_json(json_file, {"model": model, "seqlen": options.seqlen, **said[model], **beside}, indent=2)
     require_numbers(found)
 
 

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -99,17 +100,12 @@ def show_report(report: "Report") -> None:
 
 def show_comparison(found: "Comparison") -> None:
     """The table of a comparison: the dense model, then a line a method."""
-    corpora = list(found.dense.get("perplexity", {}))
-    head = (
-        "",
-        *(f"perplexity, {Path(name).name}" for name in corpora),
-        "relative error",
-        "seconds",
-        "size",
-        "bits",
-        "bits, whole file",
-        "of blocks",
-    )
+    from sparlow.report.perplexities import labelled, shown
+
+    corpora = shown([found.dense.get("perplexity", {}), *(row.perplexity for row in found.rows)])
+    same = found.evaluation.get("in_domain", ())
+    labels = (labelled(Path(name).name, [Path(name).name] if name in same else ()) for name in corpora)
+    head = ("", *labels, "relative error", "seconds", "size", "bits", "bits, whole file", "of blocks")
     rows = []
     if found.dense:
         perplexities = (f"{found.dense['perplexity'][name]:.2f}" for name in corpora)
@@ -189,13 +185,25 @@ def show_finetuning(report: "Report") -> None:
     )
 
 
-def show_evaluations(found: "Mapping[str, Evaluation]", seqlen: int) -> None:
-    """The result of ``sparlow evaluate``: a column a model, a line a corpus or task, then the mean of the tasks."""
+def show_evaluations(
+    found: "Mapping[str, Evaluation]", seqlen: int, in_domain: Mapping[str, Sequence[str]] = MappingProxyType({})
+) -> None:
+    """The result of ``sparlow evaluate``: a column a model, a line a corpus or task, then the mean of the tasks.
+
+    Args:
+        found: By the name of the model.
+        seqlen: Tokens in a window.
+        in_domain: Names of texts that come from the source of the model's calibration text, by the name of the model.
+    """
+    from sparlow.report.perplexities import FLATTERS, shown
+
     first = next(iter(found.values()))
-    rows = [
-        (f"perplexity (seqlen {seqlen}), {name}", *(f"{one['perplexity'][name]:.4f}" for one in found.values()))
-        for name in first["perplexity"]
-    ]
+    same = {name for names in in_domain.values() for name in names}
+    rows = []
+    for name in shown([one["perplexity"] for one in found.values()]):
+        label = f"perplexity (seqlen {seqlen}), {name}"
+        label += f" ({FLATTERS.format('calibration')})" if name in same else ""
+        rows.append((label, *(f"{one['perplexity'][name]:.4f}" for one in found.values())))
     for name, result in first.get("tasks", {}).items():
         label = f"{name}, {result['metric']}" + (f", {result['fewshot']}-shot" if result["fewshot"] else "")
         rows.append((label, *(_with_error(one["tasks"][name]) for one in found.values())))

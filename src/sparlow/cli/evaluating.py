@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 
 from sparlow.cli import display
 from sparlow.cli.options import EvaluateOptions
@@ -9,10 +10,13 @@ from sparlow.errors import RunError
 from sparlow.evaluation.perplexity import Evaluation, require_tokenizer
 from sparlow.evaluation.perplexity import evaluate as measure
 from sparlow.evaluation.tasks import LoadedTasks
+from sparlow.files import RECORD
 from sparlow.machine import pick_device
 from sparlow.model.loading.source import open_model, upcast_for_cpu
 from sparlow.progress import labelled
+from sparlow.recipe.recipe import Recipe
 from sparlow.recipe.run_options import RunOptions
+from sparlow.text import in_domain
 
 
 def measured(name: str, dtype: str, options: EvaluateOptions, run: RunOptions, tasks: LoadedTasks) -> Evaluation:
@@ -26,10 +30,18 @@ def measured(name: str, dtype: str, options: EvaluateOptions, run: RunOptions, t
             perplexity_on=options.perplexity,
             seqlen=options.seqlen,
             limit=options.limit,
+            column=options.column,
             tasks=tasks,
             batch_size=options.batch_size,
             notify=labelled(notify, after=f", {name}"),
         )
+
+
+def in_domain_of(found: Mapping[str, Evaluation]) -> dict[str, list[str]]:
+    """Return, by model, the texts from the source of its calibration text, where that is on record."""
+    files = {name: Path(name) / "recipe.toml" for name in found}
+    recipes = {name: Recipe.from_file(file) for name, file in files.items() if (file.parent / RECORD).is_file()}
+    return {name: in_domain(recipe.calibration, found[name]["perplexity"]) for name, recipe in recipes.items()}
 
 
 def require_numbers(found: Mapping[str, Evaluation]) -> None:

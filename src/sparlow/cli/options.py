@@ -72,6 +72,9 @@ class EvaluateOptions:
         at_least(1),
         EVALUATION,
     ] = None
+    column: Annotated[
+        str, Doc("Column that holds the text, where a file or a hub data set is a table."), EVALUATION
+    ] = "text"
     baseline: Annotated[
         str | None, Doc("A second model to measure and to show beside the first, such as the dense one."), EVALUATION
     ] = None

@@ -5,10 +5,11 @@ is averaged over the seqlen − 1 predictions of a window, then over windows; pe
 in exactly these choices, so figures compare only at the same text and seqlen.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
@@ -23,11 +24,13 @@ from sparlow.model.forward.capture import Recording, run_head, tokens_at_once
 from sparlow.model.forward.causality import require_causal
 from sparlow.model.forward.decoder import Decoder
 from sparlow.model.forward.stand_ins import behind_blocks
+from sparlow.model.loading.source import as_tokenizer
 from sparlow.model.loading.weights import Weights
 from sparlow.own_settings import own_settings
 from sparlow.progress import Notify
+from sparlow.recipe.run_options import listed
 from sparlow.report.records import Perplexity
-from sparlow.text import evaluation_windows
+from sparlow.text import WITH_BOS, beginning, evaluation_windows
 
 LOOKED_AT = 16  # tokens of which is seen whether logits can be taken in pieces
 TOLERANCE = 0.01  # of the largest logit: half precision rounds products of other sizes otherwise
@@ -159,11 +162,12 @@ def _perplexity(means: Sequence[Tensor], processes: Processes) -> Perplexity:
 @own_settings()
 def evaluate(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | str | Path,
     *,
-    perplexity_on: Sequence[str] = ("builtin",),
+    perplexity_on: str | Sequence[str] = ("builtin",),
     seqlen: int = 2048,
     limit: int | None = None,
+    column: str = "text",
     tasks: Sequence[str] | LoadedTasks = (),
     task_path: str | Path | None = None,
     fewshot: int | None = None,
@@ -174,10 +178,11 @@ def evaluate(
 
     Args:
         model: Any causal language model of transformers, ours included.
-        tokenizer: Its tokenizer.
+        tokenizer: Its tokenizer, or the directory or hub id it comes from.
         perplexity_on: Corpora or files, see ``sparlow.text``.
         seqlen: Tokens in a window; perplexities of different seqlen do not compare.
         limit: At most so many windows of each corpus, and so many questions of each task.
+        column: That holds the text of files and hub data sets.
         tasks: Names known to lm-eval or in ``task_path``, ``paper`` for the eight zero-shot tasks of the paper; or what
             ``sparlow.evaluation.tasks.load_tasks`` returned, to ask several models the same.
         task_path: Directory with task files (.yaml), which go before lm-eval's of the same name.
@@ -187,26 +192,70 @@ def evaluate(
         notify: Told the progress of tasks.
 
     Returns:
-        ``{"perplexity": {corpus: value}}``; with tasks also ``"tasks"``, a ``TaskResult`` by name, and ``"average"``,
-        their mean, None where a metric is no share of right answers.
+        ``{"perplexity": {corpus: value}}`` by the published protocol, and, where the tokenizer begins a text with a
+        token of its own, also ``"corpus, with BOS"``, for windows that all begin so; with tasks also ``"tasks"``, a
+        ``TaskResult`` by name, and ``"average"``, their mean, None where a metric is no share of right answers.
 
     Raises:
         InputError: Something named here does not exist or cannot be used; lm-eval is missing.
     """
     loaded = tasks if isinstance(tasks, LoadedTasks) else load_tasks(tasks, path=task_path, fewshot=fewshot)
+    perplexity_on = listed(perplexity_on)
+    tokenizer = require_tokenizer(as_tokenizer(tokenizer), "The model")
     if perplexity_on:
         require_context(model, seqlen)
         training = model.training
         require_causal(model.eval(), model.config.name_or_path or type(model).__name__)
         model.train(training)
-    found: Evaluation = {"perplexity": {}}
-    for name in perplexity_on:
-        windows = evaluation_windows(name, tokenizer, seqlen=seqlen, limit=limit)
-        found["perplexity"][name] = perplexity(model, windows).value
+    texts = texts_to_measure(perplexity_on, model, tokenizer, seqlen=seqlen, limit=limit, column=column)
+    found: Evaluation = {"perplexity": {name: perplexity(model, windows).value for name, windows in texts.items()}}
     if loaded.items:
         found["tasks"] = measure_tasks(model, tokenizer, loaded, limit=limit, batch_size=batch_size, notify=notify)
         found["average"] = average(found["tasks"])
     return found
+
+
+def texts_to_measure(
+    corpora: Sequence[str],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seqlen: int,
+    limit: int | None,
+    column: str,
+) -> dict[str, Tensor]:
+    """Return the windows (n, seqlen) int64 of each text, by its name: those of the published protocol.
+
+    Where the tokenizer begins a text with a token of its own, windows that all begin so stand beside them.
+
+    Raises:
+        InputError: A text cannot be used, or holds tokens that the model does not have.
+    """
+    begin = beginning(tokenizer, "auto") if corpora else ()
+    found = {}
+    for name in corpora:
+        cut = functools.partial(evaluation_windows, name, tokenizer, seqlen=seqlen, limit=limit, column=column)
+        found[name] = require_vocabulary(model, cut(), name)
+        if len(begin) < seqlen - 1 and begin:
+            found[name + WITH_BOS] = require_vocabulary(model, cut(begin=begin), name)
+    return found
+
+
+def require_vocabulary(model: PreTrainedModel, windows: Tensor, what: str) -> Tensor:
+    """Return token ids, of which none may lie outside of the model's embedding; ``what`` holds them.
+
+    Raises:
+        InputError: One does, with both numbers.
+    """
+    embedding: Any = model.get_input_embeddings()
+    rows = embedding.weight.shape[0]
+    least, most = int(windows.min()), int(windows.max())
+    if least < 0 or most >= rows:
+        raise InputError(
+            f"{what}: token id {least if least < 0 else most} is outside the vocabulary, for the model's embedding has "
+            f"{rows} rows. Use the tokenizer that belongs to the model."
+        )
+    return windows
 
 
 def require_context(model: PreTrainedModel, seqlen: int, option: str = "seqlen") -> None:

@@ -105,6 +105,10 @@ def measure_tasks(
 
     Returns:
         One figure a task; a group that has a figure is one entry, with its parts under ``subtasks``.
+
+    Raises:
+        InputError: The tokenizer has no end-of-text token or gives ids that the model lacks, or the model reads fewer
+            tokens than a task lets it write.
     """
     from lm_eval.models.huggingface import HFLM
 
@@ -115,8 +119,11 @@ def measure_tasks(
     with _quiet(), in_eval_mode(model), _own_head(model):
         progress = _TaskProgress(tasks, limit, notify)
         untyped: Any = HFLM
+        _require_end(tokenizer)
         # a copy: lm-eval gives a padding token to a tokenizer without one
         lm = untyped(pretrained=model, tokenizer=copy.deepcopy(tokenizer), backend="causal", batch_size=batch_size)
+        for task in (task for item in tasks.items for task in _leaves(item)):
+            _require_room(task, lm.max_gen_toks, lm.max_length)
         for item in tasks.items:
             metrics = {}
             for task in _leaves(item):
@@ -142,6 +149,39 @@ def average(results: Mapping[str, TaskResult]) -> float | None:
     if not results or any(result["metric"].partition(",")[0] not in SHARES for result in results.values()):
         return None
     return sum(result["value"] for result in results.values()) / len(results)
+
+
+def _require_end(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise InputError if the tokenizer has no end-of-text token: lm-eval ends answers and pads questions with it."""
+    if tokenizer.eos_token_id is None:
+        raise InputError(
+            "The tokenizer has no end-of-text token, which lm-eval needs for every task. Set its eos_token first."
+        )
+
+
+def _require_room(task: Any, usual: int, context: int) -> None:  # noqa: ANN401 - Task
+    """Raise InputError if a task lets the model write as many tokens as it reads, so that no question fits."""
+    if task.get_config("output_type") != "generate_until":
+        return
+    kwargs = task.get_config("generation_kwargs") or {}
+    wanted = kwargs.get("max_gen_toks") or kwargs.get("max_new_tokens") or usual
+    if wanted >= context:
+        raise InputError(
+            f"The task {task.task_name!r} lets the model write {wanted} tokens, and the model reads at most {context}, "
+            "the question included. Leave the task out, or lower max_gen_toks in a task file of yours (--task-path)."
+        )
+
+
+def _require_known(model: PreTrainedModel, given: Mapping[str, Any], first: tuple[Any, ...]) -> None:
+    """Raise InputError if a question holds token ids that the model's embedding lacks."""
+    ids = given.get("input_ids", first[0] if first else None)
+    embedding: Any = model.get_input_embeddings()
+    rows = embedding.weight.shape[0]
+    if ids is not None and int(ids.max()) >= rows:
+        raise InputError(
+            f"A question holds token id {int(ids.max())}, and the model's embedding has {rows} rows. Use the tokenizer "
+            "that belongs to the model."
+        )
 
 
 def _leaves(item: Any) -> list[Any]:  # noqa: ANN401 - Task or Group, of a library imported only here
@@ -228,11 +268,15 @@ class _TaskProgress:
             rows += len(output.logits)  # more than the requests where answers are generated, fewer where some agree
             self._tell(min(size * rows // len(task.instances), size - 1))
 
-        hook = model.register_forward_hook(count)
+        def check(_module: object, first: tuple[Any, ...], given: dict[str, Any]) -> None:
+            _require_known(model, given, first)
+
+        hooks = model.register_forward_pre_hook(check, with_kwargs=True), model.register_forward_hook(count)
         try:
             yield
         finally:
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
         self._done += size
         self._tell(0)
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sparlow.errors import InputError
-from sparlow.evaluation.perplexity import require_context, require_tokenizer
+from sparlow.evaluation.perplexity import require_context, require_tokenizer, require_vocabulary
 from sparlow.finetuning.options import FinetuneOptions
 from sparlow.finetuning.parent import Parent, Paths
 from sparlow.machine import pick_device
@@ -23,7 +23,7 @@ from sparlow.report.records import Report
 from sparlow.run.compress import windows_to_evaluate
 from sparlow.run.output_dir import claimed
 from sparlow.schema import pick
-from sparlow.text import training_windows
+from sparlow.text import beginning, training_windows
 
 
 @own_settings()
@@ -36,13 +36,15 @@ def finetune(
     lr: float = FinetuneOptions.lr,
     rank: int | None = FinetuneOptions.rank,
     block_size: int = FinetuneOptions.block_size,
+    bos: str = FinetuneOptions.bos,
+    column: str = FinetuneOptions.column,
     batch: int = FinetuneOptions.batch,
     accumulate: int = FinetuneOptions.accumulate,
     bf16: bool = FinetuneOptions.bf16,
     gradient_checkpointing: bool = FinetuneOptions.gradient_checkpointing,
     report_to: str = FinetuneOptions.report_to,
     peft: str | Path | None = None,
-    evaluate: Sequence[str] = RunOptions.evaluate,
+    evaluate: str | Sequence[str] = RunOptions.evaluate,
     limit: int | None = RunOptions.limit,
     device: str = RunOptions.device,
     seed: int = FinetuneOptions.seed,
@@ -60,6 +62,8 @@ def finetune(
         lr: Its highest learning rate. LoRA's dropout is 0 and its scale 1: see ``peft_adapter`` for other alphas.
         rank: Of the fresh adapters of a model that was only pruned, 16 if left out; no other model takes it.
         block_size: Tokens in a window of the dataset.
+        bos: Whether these begin with the beginning-of-text token: auto where the tokenizer adds one, always or never.
+        column: That holds the text of files and hub data sets, those to evaluate on among them.
         batch: Windows that pass through the model together.
         accumulate: Such batches a step.
         bf16: Compute in bfloat16 where autocast does.
@@ -97,8 +101,17 @@ def finetune(
         opened = open_model(str(folder), device=device, trust_remote_code=trust_remote_code)
         require_context(opened.model, block_size, "block-size")
         tokenizer = require_tokenizer(opened.tokenizer, opened.name)
-        windows = training_windows(dataset, tokenizer, samples=plan.windows, seqlen=block_size, seed=seed)
-        evaluation = windows_to_evaluate(evaluate, opened, parent.report.recipe["seqlen"], limit)
+        windows = training_windows(
+            dataset,
+            tokenizer,
+            samples=plan.windows,
+            seqlen=block_size,
+            seed=seed,
+            begin=beginning(tokenizer, bos),
+            column=column,
+        )
+        require_vocabulary(opened.model, windows, dataset)
+        evaluation = windows_to_evaluate(evaluate, opened, parent.report.recipe["seqlen"], limit, column)
         run = FineTuning(parent, opened, paths, plan, ranks, notify)
         run.begin(windows, overwrite=overwrite)
         return run.go(windows, evaluation)

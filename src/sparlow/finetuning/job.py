@@ -45,6 +45,7 @@ from sparlow.report.html_page import write_reports
 from sparlow.report.records import LayerRecord, Perplexity, Report
 from sparlow.run.journal import Journal
 from sparlow.text import fingerprint as text_fingerprint
+from sparlow.text import in_domain, in_domain_warning
 
 CHECKPOINTS = "checkpoints"  # Trainer's, inside the output directory until the run is finished
 
@@ -118,6 +119,9 @@ class FineTuning:
         after = {name: self.perplexity("perplexity after", text) for name, text in evaluation.items()}
         self.write()
         report = self.report()
+        trained_on = in_domain(self.plan.dataset, evaluation)
+        calibrated_on = in_domain(report.recipe["calibration"], evaluation)
+        report.warnings += in_domain_warning("training", trained_on)
         report.finetuning = {
             "parent": str(self.parent.folder),
             "parent_fingerprint": self.opened.fingerprint,
@@ -129,6 +133,7 @@ class FineTuning:
                 when: {name: one.value for name, one in found.items()}
                 for when, found in (("before", before), ("after", after))
             },
+            "in_domain": [name for name in evaluation if name in trained_on or name in calibrated_on],
             "seconds": time.perf_counter() - start,
             "machine": machine(),
             "versions": versions() | {name: version(name) for name in ("peft", "accelerate")},

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from sparlow.schema import ABOVE_0, Doc, Panel, Unset, at_least, check_fields, documented, values_of
+from sparlow.recipe.recipe import BOS
+from sparlow.schema import ABOVE_0, Choices, Doc, Panel, Unset, at_least, check_fields, documented, values_of
 
 FRESH_RANK = 16
 TEXT, TRAINING, MACHINE = Panel("Text"), Panel("Training"), Panel("Machine")
@@ -37,6 +38,16 @@ class FinetuneOptions:
     gradient_checkpointing: Annotated[
         bool, Doc("Compute activations again in the backward pass: less memory, more time."), MACHINE
     ] = False
+    bos: Annotated[
+        str,
+        Doc(
+            "Whether windows of the text begin with the beginning-of-text token, within their block size. auto does so "
+            "where the tokenizer adds one by itself."
+        ),
+        Choices("way to begin a window", BOS),
+        TEXT,
+    ] = "auto"
+    column: Annotated[str, Doc("Column that holds the text, where a file or a hub data set is a table."), TEXT] = "text"
     report_to: Annotated[
         str, Doc("Integrations of transformers' Trainer to report to, such as tensorboard; all or none."), TRAINING
     ] = "none"

@@ -1,7 +1,7 @@
 """``sparlow.plan``: what a compression keeps and needs, known before it runs, from the model's config alone."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from sparlow.planning.duration import seconds
 from sparlow.planning.memory import Disk, Stage, disk, stages
 from sparlow.planning.microbenchmarks import solver, speed, typical, workspace
 from sparlow.planning.workload import Layer, Workload, workload
-from sparlow.recipe.recipe import Recipe, with_calibration
+from sparlow.recipe.recipe import Recipe, as_recipe, with_calibration
 from sparlow.recipe.run_options import RunOptions, listed
 
 VERSION = 1  # of the keys of ``Plan.to_json``
@@ -104,11 +104,11 @@ class Plan:
 @own_settings()
 def plan(
     model: str | Path | PreTrainedModel,
-    recipe: Recipe | None = None,
+    recipe: Recipe | Mapping[str, Any] | str | Path | None = None,
     *,
     calibration: str | Path | None = None,
     out: str | Path | None = None,
-    evaluate: Sequence[str] = ("builtin",),
+    evaluate: str | Sequence[str] = ("builtin",),
     evaluate_seqlen: int | None = None,
     limit: int | None = None,
     device: str = "auto",
@@ -135,7 +135,7 @@ def plan(
     Raises:
         InputError: Something given cannot be used; what it is.
     """
-    recipe = with_calibration(recipe or Recipe(), calibration)
+    recipe = with_calibration(as_recipe(recipe), calibration)
     options = RunOptions(device, offload, listed(evaluate), evaluate_seqlen, limit, trust_remote_code)
     if isinstance(model, PreTrainedModel):
         shape, name = model, model.config.name_or_path or type(model).__name__
@@ -239,6 +239,8 @@ def _notes(work: Workload) -> list[str]:
         notes.append("A weight of a block is shared with another, so the whole model is held in memory.")
     if work.recipe.match:
         notes.append("Training may stop early, so it may take less time.")
+    if work.evaluation:
+        notes.append("Where the tokenizer begins a text with a token of its own, perplexity is measured twice.")
     if recipe.calibration != "windows":
         notes.append("The time to fetch the model and the text is not counted.")
     return notes

@@ -43,6 +43,7 @@ ALLOCATIONS = ("uniform", "owl", "error")
 MATCH_PRESETS = ("logits", "blocks", "paper")  # training_plan.PRESETS says what each of them is
 GIVEN_WINDOWS = "windows"  # what a recipe calls a calibration by token windows given directly
 OWN_TEXT = "self"  # the calibration that the model writes itself
+BOS = ("auto", "always", "never")  # text.beginning says what each of them is
 LARGEST = 1_000_000  # bytes of a recipe file; the longest that were ever seen have some thousands
 TOO_LARGE = f"The recipe is larger than {LARGEST:,} bytes. Give a TOML file with the fields of a recipe."
 KEEP, CALIBRATION, SOLVER, MATCHING = map(Panel, ("What to keep", "Calibration", "Solver", "Matching"))
@@ -152,6 +153,18 @@ class Recipe:
     samples: Annotated[int, Doc("Number of calibration windows."), at_least(1), CALIBRATION] = 128
     seqlen: Annotated[int, Doc("Tokens in each calibration window."), at_least(1), CALIBRATION] = 2048
     seed: Annotated[int, Doc("Random seed for selecting the calibration windows."), CALIBRATION] = 0
+    bos: Annotated[
+        str,
+        Doc(
+            "Whether calibration windows begin with the beginning-of-text token, within their seqlen. auto does so "
+            "where the tokenizer adds one by itself."
+        ),
+        Choices("way to begin a window", BOS),
+        CALIBRATION,
+    ] = "auto"
+    column: Annotated[
+        str, Doc("Column that holds the text, where a file or a hub data set is a table."), CALIBRATION
+    ] = "text"
     damping: Annotated[
         float, Doc("Absolute damping: adds this × mean(diag H) to the diagonal of H."), NOT_NEGATIVE, SOLVER
     ] = 0.005
@@ -337,6 +350,21 @@ def default_pattern(columns: int) -> "NM":
     return NM(size // 2, size)
 
 
+def as_recipe(given: "Recipe | Mapping[str, Any] | str | Path | None") -> Recipe:
+    """Return a recipe from what a caller may give for one: itself, its fields as a dict, the path of its file, or None.
+
+    Raises:
+        InputError: It is none of these, or holds what no recipe can.
+    """
+    if isinstance(given, str | Path):
+        return Recipe.from_file(given)
+    if isinstance(given, Mapping):
+        return Recipe.from_dict(given)
+    if given is not None and not isinstance(given, Recipe):
+        raise InputError(f"A recipe cannot be given as a {type(given).__name__}. Give a Recipe, a dict or a TOML file.")
+    return given or Recipe()
+
+
 def with_calibration(recipe: Recipe, calibration: "str | Path | Tensor | None") -> Recipe:
     """Put a calibration given beside the recipe into it."""
     if calibration is None:
@@ -345,6 +373,11 @@ def with_calibration(recipe: Recipe, calibration: "str | Path | Tensor | None") 
         return recipe.changed(calibration=str(calibration))
     import torch
 
+    if not isinstance(calibration, torch.Tensor):
+        raise InputError(
+            f"Calibration text cannot be given as a {type(calibration).__name__}. Give the name of a corpus, the path "
+            "of a file (.txt, or .jsonl with one text a line), or a tensor (windows, seqlen) of int64 token ids."
+        )
     if calibration.ndim != 2 or calibration.dtype != torch.int64 or calibration.numel() == 0:  # noqa: PLR2004 - a matrix
         raise InputError("Calibration windows must be a tensor (windows, seqlen) of int64 token ids.")
     for name, count in zip(("samples", "seqlen"), calibration.shape, strict=True):

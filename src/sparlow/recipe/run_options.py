@@ -1,11 +1,12 @@
 """How a run is done. Unlike the recipe, none of these options changes the result."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 from sparlow.errors import InputError
-from sparlow.schema import Doc, Panel, Unset, at_least, check_fields, documented
+from sparlow.schema import Doc, Panel, Unset, at_least, check_fields, documented, shown
 
 EVALUATION, MACHINE = Panel("Evaluation"), Panel("Machine")
 
@@ -50,11 +51,17 @@ class RunOptions:
                 raise InputError(f"{option} has no effect without --evaluate. Name a text to measure, or leave it out.")
 
 
-def listed(names: Sequence[str]) -> tuple[str, ...]:
-    """Return the names of corpora; InputError for a str, which would be read as a sequence of letters."""
-    if isinstance(names, str):
-        raise InputError(f"The corpora to evaluate on are given as the text {names!r}. Give a list: [{names!r}].")
-    return tuple(names)
+def listed(names: str | Sequence[str | Path]) -> tuple[str, ...]:
+    """Return the names of corpora: none for an empty text, and one name, which Python takes for letters, as one.
+
+    Raises:
+        InputError: They are no names.
+    """
+    given = (names,) if isinstance(names, str) else tuple(names) if isinstance(names, Iterable) else (names,)
+    wrong = next((name for name in given if not isinstance(name, str | Path)), None)
+    if wrong is not None or None in given:
+        raise InputError(f"A corpus to evaluate on cannot be given as {shown(wrong)}. Give names of corpora or files.")
+    return tuple(str(name) for name in given if name != "")
 
 
 DEFAULT = RunOptions()

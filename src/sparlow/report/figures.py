@@ -7,8 +7,10 @@ from typing import Any
 from sparlow.errors import InputError
 from sparlow.files import replacing
 from sparlow.report.comparison import Comparison
+from sparlow.report.perplexities import FLATTERS, shown
 
 PER_LINE = 4  # panels side by side
+AS_IT_IS: Any = {"parse_math": False}  # names of files may hold $, between which matplotlib reads formulas
 STYLE: Any = {"svg.hashsalt": "sparlow", "svg.fonttype": "none", "font.size": 9}  # the same figures give the same file
 
 
@@ -34,17 +36,18 @@ def _against_time(found: Comparison) -> Any:  # noqa: ANN401 - matplotlib is imp
     from matplotlib.figure import Figure
 
     dense = found.dense.get("perplexity", {})
-    figure = Figure(figsize=(5.5 * max(len(dense), 1), 4))
-    for panel, corpus in zip(figure.subplots(1, max(len(dense), 1), squeeze=False)[0], dense, strict=False):
+    corpora = shown([dense, *(row.perplexity for row in found.rows)])
+    same, remark = found.evaluation.get("in_domain", ()), FLATTERS.format("calibration")
+    figure = Figure(figsize=(5.5 * max(len(corpora), 1), 4))
+    for panel, corpus in zip(figure.subplots(1, max(len(corpora), 1), squeeze=False)[0], corpora, strict=False):
         panel.axhline(dense[corpus], color="0.5", linestyle="--", linewidth=1)
         panel.annotate("dense", (1, dense[corpus]), xycoords=("axes fraction", "data"), ha="right", va="bottom")
         for i, row in enumerate(found.rows):
             panel.plot(row.seconds, row.perplexity[corpus], "o", color=f"C{i % 10}")
             point = (row.seconds, row.perplexity[corpus])
-            panel.annotate(row.name, point, xytext=(4, 4), textcoords="offset points")
-        panel.set(
-            xscale="log", yscale="log", xlabel="seconds of compression", ylabel="perplexity", title=Path(corpus).name
-        )
+            panel.annotate(row.name, point, xytext=(4, 4), textcoords="offset points", **AS_IT_IS)
+        panel.set(xscale="log", yscale="log", xlabel="seconds of compression", ylabel="perplexity")
+        panel.set_title(f"{Path(corpus).name}\n{remark}" if corpus in same else Path(corpus).name, **AS_IT_IS)
     return figure
 
 
@@ -59,13 +62,16 @@ def _errors(found: Comparison) -> Any:  # noqa: ANN401 - matplotlib is imported 
         for i, row in enumerate(found.rows):
             points = [(block, error) for block, name, error in row.layers if name == kind]
             panel.plot(*zip(*points, strict=True), color=f"C{i % 10}", linewidth=1, label=row.name)
-        panel.set(yscale="log", title=kind)
+        panel.set(yscale="log")
+        panel.set_title(kind, **AS_IT_IS)
     for panel in panels[len(kinds) :]:
         panel.set_axis_off()
     for panel in panels[::PER_LINE]:
         panel.set_ylabel("relative error")
     figure.supxlabel("block")
     if kinds:
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="lower right", frameon=False)
+        legend = figure.legend(*panels[0].get_legend_handles_labels(), loc="lower right", frameon=False)
+        for text in legend.get_texts():
+            text.set(**AS_IT_IS)
     figure.tight_layout()
     return figure

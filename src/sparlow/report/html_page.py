@@ -7,6 +7,7 @@ from typing import Any
 
 from sparlow.files import human_bytes, replacing
 from sparlow.machine import described
+from sparlow.report.perplexities import labelled, shown
 from sparlow.report.records import LayerRecord, Report
 
 _STYLE = """
@@ -74,7 +75,11 @@ def _finetuning(report: Report) -> list[str]:
 def perplexities_of_finetuning(report: Report) -> list[tuple[str, str, str]]:
     """A row a corpus: name, before, after."""
     before, after = (report.finetuning["perplexity"][when] for when in ("before", "after"))
-    return [(f"perplexity, {name}", _perplexity(before[name]), _perplexity(value)) for name, value in after.items()]
+    same = report.finetuning.get("in_domain", ())
+    return [
+        (labelled(name, same, "training or calibration"), _perplexity(before[name]), _perplexity(after[name]))
+        for name in shown([before, after])
+    ]
 
 
 def summary_head(report: Report) -> tuple[str, str, str]:
@@ -86,8 +91,9 @@ def summary_rows(report: Report) -> list[tuple[str, str, str]]:
     """What the terminal and the page both show first: name, dense, and what the result is now."""
     dense = report.dense["perplexity"]
     now = report.finetuning["perplexity"]["after"] if report.finetuning else report.compressed["perplexity"]
+    same = report.finetuning.get("in_domain", ()) if report.finetuning else report.in_domain
     rows = [
-        (f"perplexity, {name}", _perplexity(dense.get(name)), _perplexity(now.get(name))) for name in {**dense, **now}
+        (labelled(name, same), _perplexity(dense.get(name)), _perplexity(now.get(name))) for name in shown([dense, now])
     ]
     sizes = report.bytes
     values = report.values

@@ -125,6 +125,7 @@ class Report:
     finetuning: dict[str, Any] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     processes: dict[str, int] = field(default_factory=dict)
+    in_domain: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     version: int = VERSION
 

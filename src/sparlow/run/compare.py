@@ -22,9 +22,10 @@ from sparlow.report.figures import draw, require_matplotlib
 from sparlow.run.compress import open_dense, windows_to_calibrate, windows_to_evaluate
 from sparlow.run.job import Job
 from sparlow.run.output_dir import check_folder, claimed
+from sparlow.text import in_domain
 
 MATCHED = "+match"  # the suffix of a method with matching, if it is compared without matching too
-TEXT = ("calibration", "samples", "seqlen", "seed")  # what the methods of one comparison must share
+TEXT = ("calibration", "samples", "seqlen", "seed", "bos", "column")  # what the methods of one comparison must share
 
 
 def recipes_for(
@@ -106,9 +107,8 @@ def compare(
     for recipe in recipes.values():
         select(opened.model, opened.decoder, recipe, storage)
     windows = windows_to_calibrate(None, opened, first)
-    texts = windows_to_evaluate(options.evaluate, opened, seqlen, options.limit)
-    evaluation = {"seqlen": seqlen, "windows": {name: len(text) for name, text in texts.items()}}
-    found = Comparison(opened.name, first.to_dict(), evaluation, _settings(recipes))
+    texts = windows_to_evaluate(options.evaluate, opened, seqlen, options.limit, first.column)
+    found = Comparison(opened.name, first.to_dict(), _evaluation(first, seqlen, texts), _settings(recipes))
     if earlier:
         found.take_over(earlier, out)
     known: dict[str, Any] = {}  # perplexities of the dense model
@@ -153,6 +153,15 @@ def _settings(recipes: Mapping[str, Recipe]) -> dict[str, dict[str, Any]]:
             own |= {key for key in recipe.to_dict() if key.startswith("match")}
         found[name] = {key: value for key, value in recipe.to_dict().items() if key not in own}
     return found
+
+
+def _evaluation(recipe: Recipe, seqlen: int, texts: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What ``compare.json`` says of the texts that perplexity is measured on."""
+    return {
+        "seqlen": seqlen,
+        "windows": {name: len(windows) for name, windows in texts.items()},
+        "in_domain": in_domain(recipe.calibration, texts),
+    }
 
 
 def _run(name: str, job: Job, texts: Mapping[str, Tensor], found: Comparison) -> None:

@@ -1,9 +1,10 @@
 """``sparlow.compress``: open the model, cut the text into windows, run the job."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,34 +12,34 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparlow.distributed import Processes, joined
 from sparlow.errors import InputError
-from sparlow.evaluation.perplexity import require_context, require_tokenizer
+from sparlow.evaluation.perplexity import require_context, require_tokenizer, require_vocabulary, texts_to_measure
 from sparlow.machine import pick_device
 from sparlow.model.artefact.dtypes import StoredDtypes
 from sparlow.model.forward.causality import require_causal
 from sparlow.model.forward.generate import own_windows
 from sparlow.model.loading.objects import in_eval_mode, require_usable
-from sparlow.model.loading.source import OpenedModel, open_model, parse_dtype, upcast_for_cpu
+from sparlow.model.loading.source import OpenedModel, as_tokenizer, open_model, parse_dtype, upcast_for_cpu
 from sparlow.model.loading.weights import all_loaded, scan
 from sparlow.own_settings import own_settings
 from sparlow.planning.feasibility import require_feasible
 from sparlow.progress import Notify
-from sparlow.recipe.recipe import GIVEN_WINDOWS, OWN_TEXT, Recipe, with_calibration
+from sparlow.recipe.recipe import GIVEN_WINDOWS, OWN_TEXT, Recipe, as_recipe, with_calibration
 from sparlow.recipe.run_options import RunOptions, listed
 from sparlow.report.records import Report
 from sparlow.run.job import Job
 from sparlow.run.output_dir import claimed
-from sparlow.text import calibration_windows, evaluation_windows
+from sparlow.text import beginning, calibration_windows
 
 
 @own_settings()
 def compress(
     model: str | Path | PreTrainedModel,
-    recipe: Recipe | None = None,
+    recipe: Recipe | Mapping[str, Any] | str | Path | None = None,
     *,
     calibration: str | Path | Tensor | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
     out: str | Path | None = None,
-    evaluate: Sequence[str] = ("builtin",),
+    evaluate: str | Sequence[str] = ("builtin",),
     evaluate_seqlen: int | None = None,
     limit: int | None = None,
     device: str = "auto",
@@ -56,9 +57,9 @@ def compress(
 
     Args:
         model: Hub id, directory, .gguf file, or a transformers model, which stays as it is unless ``inplace``.
-        recipe: What to do; the defaults of ``Recipe`` if left out.
+        recipe: What to do, as a ``Recipe``, a dict of its fields or the path of its file; its defaults if left out.
         calibration: Corpus, file, or token windows (n, seqlen) int64; instead of the recipe's.
-        tokenizer: Needed with a transformers model if text is used.
+        tokenizer: Needed with a transformers model if text is used; itself, or the directory or hub id it comes from.
         out: Directory to write as the run proceeds; an unfinished one is resumed. A model that is named is then read
             block by block and never in memory as a whole.
         evaluate: Corpora or files on which perplexity is measured, dense first and compressed at the end.
@@ -82,10 +83,11 @@ def compress(
         RunError: The run could not go on; with ``out``, the same call resumes it.
     """
     _require_place(model, out, inplace=inplace)
-    recipe = with_calibration(recipe or Recipe(), calibration)
+    recipe = with_calibration(as_recipe(recipe), calibration)
     if isinstance(model, PreTrainedModel):
         _require_as_it_is(model, recipe.dtype, device)
     options = RunOptions(device, offload, listed(evaluate), evaluate_seqlen, limit, trust_remote_code)
+    tokenizer = as_tokenizer(tokenizer)
     folder = None if out is None else Path(out)
     kept = in_eval_mode(model) if isinstance(model, PreTrainedModel) else nullcontext()
     with kept, joined() as processes, claimed_by_first(processes, folder, overwrite=overwrite):
@@ -94,7 +96,9 @@ def compress(
         opened, storage = open_dense(model, tokenizer, recipe, options, inplace=inplace)
         windows = windows_to_calibrate(calibration, opened, recipe)
         # cut before the run, so that a missing file is noticed at once
-        evaluation = windows_to_evaluate(options.evaluate, opened, evaluate_seqlen or recipe.seqlen, limit)
+        evaluation = windows_to_evaluate(
+            options.evaluate, opened, evaluate_seqlen or recipe.seqlen, limit, recipe.column
+        )
         job = Job(opened, storage, recipe, windows, notify, offload=offload, processes=processes)
         if folder is not None:
             job.with_loader = with_loader
@@ -179,31 +183,47 @@ def windows_to_calibrate(calibration: str | Path | Tensor | None, opened: Opened
     """Return the calibration windows (samples, seqlen) int64."""
     require_context(opened.model, recipe.seqlen)
     if isinstance(calibration, Tensor):
-        vocabulary = opened.model.config.get_text_config().vocab_size
-        if calibration.min() < 0 or calibration.max() >= vocabulary:
-            raise InputError(
-                f"Calibration windows hold token ids outside the vocabulary of {vocabulary}. "
-                "Use the model's own tokenizer."
-            )
+        require_vocabulary(opened.model, calibration, "Calibration windows")
         return calibration.cpu()
     if recipe.calibration == GIVEN_WINDOWS:
         raise InputError("The recipe was made for token windows given directly. Give them, or name a corpus or a file.")
-    samples, seqlen, seed = recipe.samples, recipe.seqlen, recipe.seed
     if recipe.calibration == OWN_TEXT:
-        parts, count = opened.on_disk, len(opened.decoder)
-        with all_loaded(parts, count) if parts else nullcontext():
-            return own_windows(opened.model, samples=samples, seqlen=seqlen, seed=seed, fingerprint=opened.fingerprint)
+        return _own_text(opened, recipe)
     tokenizer = require_tokenizer(opened.tokenizer, opened.name)
-    return calibration_windows(recipe.calibration, tokenizer, samples=samples, seqlen=seqlen, seed=seed)
+    windows = calibration_windows(
+        recipe.calibration,
+        tokenizer,
+        samples=recipe.samples,
+        seqlen=recipe.seqlen,
+        seed=recipe.seed,
+        begin=beginning(tokenizer, recipe.bos),
+        column=recipe.column,
+    )
+    return require_vocabulary(opened.model, windows, recipe.calibration)
+
+
+def _own_text(opened: OpenedModel, recipe: Recipe) -> Tensor:
+    """Let the model write its calibration windows, which begin as those of other text do."""
+    parts, count, own = opened.on_disk, len(opened.decoder), opened.tokenizer
+    begin = beginning(own, "auto") if own else ()
+    with all_loaded(parts, count) if parts else nullcontext():
+        return own_windows(
+            opened.model,
+            samples=recipe.samples,
+            seqlen=recipe.seqlen,
+            seed=recipe.seed,
+            fingerprint=opened.fingerprint,
+            begin=begin,
+            kept=recipe.bos == "always" or (recipe.bos == "auto" and bool(begin or own is None)),
+        )
 
 
 def windows_to_evaluate(
-    corpora: Sequence[str], opened: OpenedModel, seqlen: int, limit: int | None
+    corpora: Sequence[str], opened: OpenedModel, seqlen: int, limit: int | None, column: str
 ) -> dict[str, Tensor]:
     """Return the windows (n, seqlen) int64 of each corpus or file on which perplexity is measured."""
     require_context(opened.model, seqlen)
-    found = {}
-    for corpus in corpora:
-        tokenizer = require_tokenizer(opened.tokenizer, opened.name)
-        found[corpus] = evaluation_windows(corpus, tokenizer, seqlen=max(seqlen, 2), limit=limit)
-    return found
+    if not corpora:
+        return {}
+    tokenizer = require_tokenizer(opened.tokenizer, opened.name)
+    return texts_to_measure(corpora, opened.model, tokenizer, seqlen=max(seqlen, 2), limit=limit, column=column)

@@ -1,7 +1,7 @@
 """One run: measure the dense model, compress it block by block, write it, measure it again, report."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -39,6 +39,7 @@ from sparlow.run.pipeline import compress_block
 from sparlow.run.recovery import Recovery
 from sparlow.run.sensitivity import DenseWalk, allocate_by_data
 from sparlow.text import fingerprint as text_fingerprint
+from sparlow.text import in_domain, in_domain_warning
 
 if TYPE_CHECKING:
     from sparlow.recipe.allocation import Budget
@@ -130,6 +131,7 @@ class Job:
         reset_peak_memory()
         if self.journal:
             self.clock.add(self.journal.record.seconds)
+        self.tell_in_domain(evaluation)
         with self.clock("total"):
             self.report.dense = perplexities(self.runner.dense(evaluation, self.known_dense, self.report.warnings))
             self.distill(*self.walk())
@@ -148,7 +150,9 @@ class Job:
     def remeasure(self, journal: Journal, evaluation: Mapping[str, Tensor]) -> Report:
         """Return the report of a finished run with perplexities on these texts; measure those not on record."""
         all_loaded = Report.from_file(journal.folder / "report.json")
-        dense = self.runner.dense(evaluation, self.known_dense, all_loaded.warnings)
+        self.report = replace(all_loaded)
+        self.tell_in_domain(evaluation)  # to both reports, which share their lists
+        dense = self.runner.dense(evaluation, self.known_dense, self.report.warnings)
         known = dict(journal.record.compressed)
         measured: dict[str, Perplexity] = {}
         new = False
@@ -168,6 +172,13 @@ class Job:
             write_reports(all_loaded, journal.folder)
             journal.finish(self.known_dense, known)
         return self.report
+
+    def tell_in_domain(self, evaluation: Iterable[str]) -> None:
+        """Note in the report which texts that perplexity is measured on come from the calibration text's source."""
+        found = in_domain(self.recipe.calibration, evaluation)
+        names = [name for name in found if name not in self.report.in_domain]
+        self.report.in_domain += names
+        self.report.warnings += in_domain_warning("calibration", names)
 
     @property
     def result(self) -> Weights:

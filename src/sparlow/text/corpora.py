@@ -2,17 +2,19 @@
 
 import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 from sparlow.errors import InputError
+from sparlow.text.beginning import WITH_BOS
+from sparlow.text.novel import Novel
 from sparlow.text.reference import LanguageReference
-from sparlow.text.sources import HubSplit, LocalFile, Source
+from sparlow.text.sources import PLAIN, HubSplit, LocalFile, Source, require_readable
+from sparlow.text.tables import READERS, TEXT
 
 _HUB_ID = re.compile(r"(?P<path>[A-Za-z0-9][\w.-]*/[\w.-]+)(?::(?P<config>[^/\s]+))?")
-_FILE_ENDINGS = {".csv", ".json", ".jsonl", ".md", ".parquet", ".raw", ".text", ".tsv", ".txt"}
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Corpus:
     Attributes:
         name: What the user calls it.
         summary: One line for the help.
-        calibration: The documents that calibration windows are cut from.
+        calibration: The documents that calibration windows are cut from; None for text that is there to measure on.
         evaluation: The documents that perplexity is measured on.
         separator: Joins the documents for evaluation.
         running_text: The documents are the lines of one text, so calibration joins them as well.
@@ -33,7 +35,7 @@ class Corpus:
 
     name: str
     summary: str
-    calibration: Source
+    calibration: Source | None
     evaluation: Source
     separator: str = "\n\n"
     running_text: bool = False
@@ -43,9 +45,17 @@ class Corpus:
 
     def calibration_documents(self, seed: int) -> Iterator[str]:
         """The documents for calibration, one at a time in seeded order."""
+        source = self.require_calibration()
         if self.running_text:
-            return iter([self.separator.join(self.calibration.documents())])
-        return self.calibration.documents(seed)
+            return iter([self.separator.join(source.documents())])
+        return source.documents(seed)
+
+    def require_calibration(self) -> Source:
+        """Return where the text for calibration comes from; InputError if the corpus is for evaluation only."""
+        if self.calibration is None:
+            others = ", ".join(corpus.name for corpus in _NAMED if corpus.calibration)
+            raise InputError(f"The corpus {self.name!r} is there to measure on. Take other text, such as: {others}.")
+        return self.calibration
 
     def evaluation_text(self) -> str:
         """The whole text for evaluation."""
@@ -66,6 +76,13 @@ _NAMED = (
         calibration=LanguageReference("calibration"),
         evaluation=LanguageReference("evaluation"),
         characters=100_000,
+    ),
+    Corpus(
+        name="novel",
+        summary="six chapters of Jane Austen's Persuasion, for evaluation only; needs no network",
+        calibration=None,
+        evaluation=Novel(),
+        characters=92_000,
     ),
     Corpus(
         name="c4",
@@ -103,11 +120,15 @@ CORPORA: dict[str, str] = {corpus.name: corpus.summary for corpus in _NAMED}
 """Name → what it is, in one line. Files and hub data sets are named by their path and id instead."""
 
 
-def find_corpus(name: str) -> Corpus:
+def find_corpus(name: str, column: str = TEXT) -> Corpus:
     """Find what `name` names: a corpus of `CORPORA`, a local file or a data set on the hub.
 
+    Args:
+        name: As the package's docstring says.
+        column: That holds the text of a file or a data set; the corpora of `CORPORA` have their own.
+
     Raises:
-        InputError: There is no such corpus, or no such file.
+        InputError: There is no such corpus, no such file, or its ending is unknown.
     """
     for corpus in _NAMED:
         if corpus.name == name:
@@ -116,23 +137,56 @@ def find_corpus(name: str) -> Corpus:
     if path.is_dir():
         raise InputError(f"{name!r} is a directory. Give one text file.")
     if path.exists():
-        source = LocalFile(path)
+        require_readable(path)
+        source = LocalFile(path, column)
         return Corpus(name, "a local file", calibration=source, evaluation=source, characters=path.stat().st_size)
     ending = path.suffix.lower()
     hub_id = _HUB_ID.fullmatch(name)
-    if hub_id and ending not in _FILE_ENDINGS:
-        return _hub_corpus(name, hub_id["path"], hub_id["config"])
+    if hub_id and (not ending or ending not in {*READERS, *PLAIN}):
+        return _hub_corpus(name, hub_id["path"], hub_id["config"], column)
     if "/" in name or "\\" in name or ending:
         raise InputError(f"There is no file {name!r}. Check the path.")
     raise InputError(_unknown(name))
 
 
-def _hub_corpus(name: str, path: str, config: str | None) -> Corpus:
+def same_source(calibration: str, evaluation: str) -> bool:
+    """Whether the text of two corpora comes from one source, so that a figure measured on it flatters.
+
+    What is no corpus, such as token windows given directly, shares nothing.
+    """
+    try:
+        source = find_corpus(calibration).calibration
+        return source is not None and source.identity == find_corpus(evaluation).evaluation.identity
+    except InputError:
+        return False
+
+
+def in_domain(calibration: str, measured: Iterable[str]) -> list[str]:
+    """Return the names of the texts to measure on whose source is that of the calibration text."""
+    return [name for name in measured if same_source(calibration, name.removesuffix(WITH_BOS))]
+
+
+def in_domain_warning(what: str, names: Sequence[str]) -> list[str]:
+    """Return a sentence for the report on each of the ``names`` that ``in_domain`` found.
+
+    Args:
+        what: The text that shares their source, such as "calibration".
+        names: Of corpora, those with BOS among them.
+    """
+    return [
+        f"{name} comes from the same source as the {what} text, so its perplexity flatters the result. Measure on "
+        "another text too, such as --evaluate novel."
+        for name in names
+        if not name.endswith(WITH_BOS)
+    ]
+
+
+def _hub_corpus(name: str, path: str, config: str | None, column: str) -> Corpus:
     return Corpus(
         name,
         "a data set on the hub",
-        calibration=HubSplit(path, ("train",), config=config),
-        evaluation=HubSplit(path, ("test", "validation"), config=config),
+        calibration=HubSplit(path, ("train",), config=config, column=column),
+        evaluation=HubSplit(path, ("test", "validation"), config=config, column=column),
         first_documents=10_000,  # test splits of a few thousand records are read whole, web crawls are not
     )
 

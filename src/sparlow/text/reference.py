@@ -33,6 +33,11 @@ class LanguageReference:
         part = split_topics(topics)[self.part]
         return in_order((part[name] for name in sorted(part)), seed)
 
+    @property
+    def identity(self) -> str:
+        """See `Source.identity`; both parts are one."""
+        return "Python's language reference"
+
 
 def split_topics(topics: Mapping[str, str]) -> dict[str, dict[str, str]]:
     """Divide topics (name → text) into `calibration` and `evaluation`, whatever order they come in.

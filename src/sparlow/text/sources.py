@@ -1,8 +1,7 @@
 """Where documents come from: local files and the hub."""
 
-import json
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +9,13 @@ from textwrap import shorten
 from typing import Any, Protocol
 
 from sparlow.errors import InputError
+from sparlow.text.tables import READERS, TEXT, decoded, names_shown, text_of
 
 # Documents fetched ahead of use: enough to mix neighbours, little beside the some thousand that 128 long ones take.
 _SHUFFLE_BUFFER = 1_000
 _EXPANSION, _SMALL = 100, 2**24  # text shrinks to a tenth at best; a file may unpack to so many times its size and more
-_ROWS = 64  # of a parquet file at a time, so that a bomb is noticed early
+PLAIN = frozenset({"", ".md", ".raw", ".rst", ".tex", ".text", ".tokens", ".txt"})  # endings of plain text
+_PACKED = frozenset({".bz2", ".gz", ".lz4", ".xz", ".zip", ".zst"})
 
 
 class Source(Protocol):
@@ -22,6 +23,10 @@ class Source(Protocol):
 
     def documents(self, seed: int | None = None) -> Iterator[str]:
         """The documents one at a time: in their own order, or in the order that `seed` gives."""
+
+    @property
+    def identity(self) -> str:
+        """What tells where they come from: two sources of one identity hold text of one kind."""
 
 
 def in_order(documents: Iterable[str], seed: int | None) -> Iterator[str]:
@@ -37,10 +42,12 @@ class LocalFile:
     """A file: one document if it is plain text, else one a record.
 
     Attributes:
-        path: The file; its ending decides how it is read.
+        path: The file; its ending decides how it is read, and must be one of ``READERS`` or ``PLAIN``.
+        column: The column that holds the text, where the file is a table.
     """
 
     path: Path
+    column: str = TEXT
 
     def documents(self, seed: int | None = None) -> Iterator[str]:
         """See `Source.documents`; the whole file is read at once.
@@ -48,9 +55,9 @@ class LocalFile:
         Raises:
             InputError: The file is not what its ending says, or cannot be read.
         """
-        read = _READERS.get(self.path.suffix.lower(), _read_plain)
+        read = READERS.get(self.path.suffix.lower(), _read_plain)
         try:
-            return in_order(self._bounded(read(self.path)), seed)
+            return in_order(self._bounded(read(self.path, self.column)), seed)
         except OSError as error:
             raise InputError(f"{self.path} cannot be read: {error.strerror or error}. Give another file.") from error
 
@@ -63,49 +70,30 @@ class LocalFile:
                 raise InputError(f"{self.path} unpacks to more than {bound:,} characters. Give the text itself.")
             yield text
 
+    @property
+    def identity(self) -> str:
+        """See `Source.identity`."""
+        return f"file {self.path.resolve()}"
 
-def _read_plain(path: Path) -> Iterator[str]:
-    try:
-        yield path.read_bytes().decode("utf-8")  # bytes: text mode would change the line ends
-    except UnicodeDecodeError as error:
+
+def require_readable(path: Path) -> None:
+    """Raise InputError if the ending of a file says that it is neither plain text nor a table that can be read."""
+    ending = path.suffix.lower()
+    if ending in _PACKED:
+        raise InputError(f"{path} is compressed. Decompress it first.")
+    if ending not in READERS and ending not in PLAIN:
+        plain = ", ".join(sorted(PLAIN - {""}))
         raise InputError(
-            f"{path} is not UTF-8 text (byte {error.start:,}). Give a UTF-8 text, .jsonl or .parquet file."
-        ) from error
+            f"{path} has the unknown ending {path.suffix}. Give a table ({', '.join(READERS)}) or plain text ({plain}, "
+            "or no ending). A file of plain text can be renamed."
+        )
 
 
-def _read_jsonl(path: Path) -> Iterator[str]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            where = f"{path}, line {number:,}"
-            try:
-                record = json.loads(line)
-            except ValueError as error:  # not JSON, or not UTF-8
-                raise InputError(
-                    f'{where}: not JSON ({error}). Every line must be an object, such as {{"text": "…"}}.'
-                ) from error
-            if not isinstance(record, dict):
-                raise InputError(f'{where}: not an object. Every line must be one, such as {{"text": "…"}}.')
-            yield _text_of(record, "text", where)
-
-
-def _read_parquet(path: Path) -> Iterator[str]:
-    from pyarrow import ArrowException
-    from pyarrow.parquet import ParquetFile, read_schema
-
-    try:
-        _require_column(read_schema(path).names, "text", str(path))
-        # a value that comes again and again is stored once, and stays so in memory
-        batches = ParquetFile(path, read_dictionary=["text"]).iter_batches(_ROWS, columns=["text"])
-        records = ({"text": value.as_py()} for batch in batches for value in batch.column(0))
-        for number, record in enumerate(records, start=1):
-            yield _text_of(record, "text", f"{path}, row {number:,}")
-    except ArrowException as error:
-        raise InputError(f"{path} is not a parquet file: {error}. Give another file, or another ending.") from error
-
-
-_READERS: dict[str, Callable[[Path], Iterator[str]]] = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
+def _read_plain(path: Path, _column: str) -> Iterator[str]:
+    data = path.read_bytes()  # text mode would change the line ends
+    if not data and not path.is_file():
+        raise InputError(f"{path} gave no text. A pipe can be read only once. Give a file.")
+    yield decoded(data, str(path))
 
 
 @dataclass(frozen=True)
@@ -126,7 +114,7 @@ class HubSplit:
     config: str | None = None
     file: str | None = None
     revision: str | None = None
-    column: str = "text"
+    column: str = TEXT
 
     def documents(self, seed: int | None = None) -> Iterator[str]:
         """See `Source.documents`; with a seed, order comes from a buffer of 1,000 documents. Fetches as it is drawn.
@@ -139,7 +127,12 @@ class HubSplit:
             if seed is not None:
                 rows = rows.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
             for row in rows:
-                yield _text_of(row, self.column, f"The data set {self.path!r}")
+                yield text_of(row, self.column, f"The data set {self.path!r}")
+
+    @property
+    def identity(self) -> str:
+        """See `Source.identity`; configurations and splits of one data set count as one."""
+        return f"hub {self.path.lower()}"
 
     def _open(self) -> Any:  # noqa: ANN401 - datasets.IterableDataset, of a library imported only here
         from datasets import load_dataset
@@ -150,7 +143,7 @@ class HubSplit:
             if split in parts:
                 return parts[split]
         raise InputError(
-            f"The data set {self.path!r} has no split {' or '.join(self.splits)}. It has: {_names(parts)}."
+            f"The data set {self.path!r} has no split {' or '.join(self.splits)}. It has: {names_shown(parts)}."
         )
 
 
@@ -167,22 +160,3 @@ def _hub_failures(path: str) -> Iterator[None]:
             f"The data set {path!r} could not be read from the hub ({reason}). Check its name and the connection, "
             "or give a local .txt, .jsonl or .parquet file in its place."
         ) from error
-
-
-def _text_of(record: dict[str, Any], column: str, where: str) -> str:
-    _require_column(record, column, where)
-    text = record[column]
-    if not isinstance(text, str):
-        raise InputError(f"{where}: the field {column!r} holds {type(text).__name__}, not text. Make it text.")
-    return text
-
-
-def _require_column(names: Iterable[str], column: str, where: str) -> None:
-    if column not in names:
-        raise InputError(
-            f"{where}: there is no field {column!r}, only: {_names(names)}. Name the one with the text {column!r}."
-        )
-
-
-def _names(names: Iterable[str]) -> str:
-    return ", ".join(names) or "none"

@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+import re
 from collections.abc import Iterable
 from itertools import islice
 from typing import TYPE_CHECKING, cast
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor
 
 from sparlow.errors import InputError
-from sparlow.text.corpora import find_corpus
+from sparlow.text.corpora import Corpus, find_corpus
+from sparlow.text.tables import TEXT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -18,11 +20,19 @@ if TYPE_CHECKING:
 _CHARACTERS = 4  # a token of English, about; where a vocabulary is small, every character is one
 _SMALL_VOCABULARY = 1024
 _UNKNOWN_WINDOWS = 256  # of a text that is on the hub, as of c4
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, as in JSON that was cut; no tokenizer takes it
 _PATIENCE = 200  # documents a sample; of the first thousand of C4, 32 have 2048 tokens and 6 have 4096
 
 
 def calibration_windows(
-    corpus: str, tokenizer: "PreTrainedTokenizerBase", *, samples: int, seqlen: int, seed: int
+    corpus: str,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    samples: int,
+    seqlen: int,
+    seed: int,
+    begin: tuple[int, ...] = (),
+    column: str = TEXT,
 ) -> Tensor:
     """Draw `samples` windows of `seqlen` tokens for calibration, the same for the same seed.
 
@@ -32,6 +42,8 @@ def calibration_windows(
         samples: How many windows, at least 1.
         seqlen: Tokens in a window, at least 1.
         seed: 0 or more; decides the order of documents and the offsets of windows.
+        begin: Token ids that every window begins with, within its `seqlen` tokens; see `beginning`.
+        column: That holds the text of a file or a data set on the hub.
 
     Returns:
         Token ids (samples, seqlen), int64; no two windows overlap.
@@ -39,17 +51,25 @@ def calibration_windows(
     Raises:
         InputError: The corpus does not exist, cannot be read or has too little text, or a number is out of range.
     """
-    chosen, tokens = _draw(corpus, tokenizer, samples, seqlen, seed)
+    length = _room(seqlen, begin)
+    chosen, tokens = _draw(find_corpus(corpus, column), tokenizer, samples, length, seed)
     if len(chosen) < samples:
         raise InputError(
-            f"{corpus} holds {tokens:,} tokens; {samples} samples of {seqlen} need at least {samples * seqlen:,}. "
+            f"{corpus} holds {tokens:,} tokens; {samples} samples of {length} need at least {samples * length:,}. "
             "Lower --samples or --seqlen, or give more text."
         )
-    return torch.stack(chosen)
+    return _begun(torch.stack(chosen), begin)
 
 
 def training_windows(
-    corpus: str, tokenizer: "PreTrainedTokenizerBase", *, samples: int, seqlen: int, seed: int
+    corpus: str,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    samples: int,
+    seqlen: int,
+    seed: int,
+    begin: tuple[int, ...] = (),
+    column: str = TEXT,
 ) -> Tensor:
     """Draw windows as `calibration_windows` does, but no more than the text has: training may read them again.
 
@@ -59,16 +79,17 @@ def training_windows(
     Raises:
         InputError: The corpus does not exist, cannot be read or fills no window, or a number is out of range.
     """
-    chosen, tokens = _draw(corpus, tokenizer, samples, seqlen, seed)
+    length = _room(seqlen, begin)
+    chosen, tokens = _draw(find_corpus(corpus, column), tokenizer, samples, length, seed)
     if not chosen:
         raise InputError(
-            f"{corpus} holds {tokens:,} tokens, one window needs {seqlen:,}. Lower --block-size, or give more text."
+            f"{corpus} holds {tokens:,} tokens, one window needs {length:,}. Lower --block-size, or give more text."
         )
-    return torch.stack(chosen)
+    return _begun(torch.stack(chosen), begin)
 
 
 def _draw(
-    corpus: str, tokenizer: "PreTrainedTokenizerBase", samples: int, seqlen: int, seed: int
+    corpus: Corpus, tokenizer: "PreTrainedTokenizerBase", samples: int, seqlen: int, seed: int
 ) -> tuple[list[Tensor], int]:
     """Return at most `samples` windows, and how many tokens were read."""
     _require_at_least("samples", samples, 1)
@@ -77,7 +98,7 @@ def _draw(
     needed = samples * seqlen
     rng = random.Random(seed)  # noqa: S311 - a reproducible choice, not a secret
     # Documents of one token at least would suffice at this bound: it ends a stream of empty ones.
-    documents = islice(find_corpus(corpus).calibration_documents(seed), max(needed, _PATIENCE * samples))
+    documents = islice(corpus.calibration_documents(seed), max(needed, _PATIENCE * samples))
     tokenised = (torch.tensor(_token_ids(tokenizer, text, special=False), dtype=torch.int64) for text in documents)
     chosen, spare, pieces = _visit(tokenised, samples, seqlen, rng)
     tokens = seqlen * len(chosen + spare) + sum(map(len, pieces))
@@ -89,7 +110,13 @@ def _draw(
 
 
 def evaluation_windows(
-    corpus: str, tokenizer: "PreTrainedTokenizerBase", *, seqlen: int, limit: int | None = None
+    corpus: str,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    seqlen: int,
+    limit: int | None = None,
+    begin: tuple[int, ...] = (),
+    column: str = TEXT,
 ) -> Tensor:
     """Cut the evaluation text of a corpus into windows of `seqlen` tokens, in order.
 
@@ -98,6 +125,8 @@ def evaluation_windows(
         tokenizer: The model's, called with its default special tokens, once for the whole text.
         seqlen: Tokens in a window, at least 2: the first is predicted from nothing.
         limit: Keep the first so many windows.
+        begin: Token ids that every window begins with, within its `seqlen` tokens; the text then has no special ones.
+        column: That holds the text of a file or a data set on the hub.
 
     Returns:
         Token ids (windows, seqlen), int64.
@@ -108,14 +137,15 @@ def evaluation_windows(
     _require_at_least("seqlen", seqlen, 2)
     if limit is not None:
         _require_at_least("limit", limit, 1)
-    found = find_corpus(corpus)
-    ids = _token_ids(tokenizer, found.evaluation_text(), special=True)
-    if len(ids) < seqlen:
+    length = _room(seqlen, begin)
+    found = find_corpus(corpus, column)
+    ids = _token_ids(tokenizer, found.evaluation_text(), special=not begin)
+    if len(ids) < length:
         raise InputError(
-            f"{corpus} holds {len(ids):,} tokens, one window needs {seqlen:,}. Lower --seqlen, or give more text."
+            f"{corpus} holds {len(ids):,} tokens, one window needs {length:,}. Lower --seqlen, or give more text."
         )
-    count = min(bound for bound in (len(ids) // seqlen, found.first_windows, limit) if bound is not None)
-    return torch.tensor(ids[: count * seqlen], dtype=torch.int64).view(count, seqlen)
+    count = min(bound for bound in (len(ids) // length, found.first_windows, limit) if bound is not None)
+    return _begun(torch.tensor(ids[: count * length], dtype=torch.int64).view(count, length), begin)
 
 
 def expected_windows(corpus: str, vocabulary: int, *, seqlen: int, limit: int | None = None) -> int:
@@ -145,8 +175,22 @@ def fingerprint(windows: Tensor) -> str:
 
 def _token_ids(tokenizer: "PreTrainedTokenizerBase", text: str, *, special: bool) -> list[int]:
     # Not verbose, or it would warn that the text is longer than the model's context, which is why we cut it.
+    text = _LONE_SURROGATE.sub("\ufffd", text)
     encoding = tokenizer(text, add_special_tokens=special, return_attention_mask=False, verbose=False)
     return cast("list[int]", encoding["input_ids"])
+
+
+def _room(seqlen: int, begin: tuple[int, ...]) -> int:
+    """Return how many tokens of text a window of ``seqlen`` has beside those it begins with."""
+    if begin:
+        _require_at_least("seqlen", seqlen, len(begin) + 1)
+    return seqlen - len(begin)
+
+
+def _begun(windows: Tensor, begin: tuple[int, ...]) -> Tensor:
+    """Put ``begin`` before every window."""
+    first = torch.tensor(begin, dtype=torch.int64).expand(len(windows), -1)
+    return torch.cat([first, windows], 1) if begin else windows
 
 
 def _visit(

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import save
 from torch.nn import functional
 
 import sparlow
@@ -19,8 +20,8 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("SPARLOW_CACHE", str(tmp_path / "cache"))
 
 
-def draw(model, samples=6, seqlen=12, seed=0, fingerprint="abc"):
-    return own_windows(model, samples=samples, seqlen=seqlen, seed=seed, fingerprint=fingerprint)
+def draw(model, samples=6, seqlen=12, seed=0, fingerprint="abc", **begun):
+    return own_windows(model, samples=samples, seqlen=seqlen, seed=seed, fingerprint=fingerprint, **begun)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "bloom"])
@@ -47,6 +48,38 @@ def test_windows_are_kept_for_the_run_that_is_resumed(monkeypatch):
     first = draw(model)
     monkeypatch.setattr(generate, "_draw", lambda *_: pytest.fail("written again"))
     assert torch.equal(draw(model), first)
+
+
+def test_a_broken_or_foreign_file_in_the_cache_is_not_believed(tmp_path):
+    model = tiny("llama")
+    first = draw(model)
+    (file,) = (tmp_path / "cache").iterdir()
+    good = file.read_bytes()
+    for content in (
+        b"",
+        good[:-8],
+        b"[" * 200_000,
+        save({"windows": first.int()}),
+        save({"windows": first[:, 1:].contiguous()}),
+        save({"windows": first + 128}),
+        save({"windows": first - 1}),
+        save({"windows": first.clamp(min=5)}),
+        save({"other": first}),
+    ):
+        file.write_bytes(content)
+        assert torch.equal(draw(model), first)
+        assert file.read_bytes() == good
+
+
+def test_windows_without_their_beginning_are_what_follows_it():
+    model = tiny("llama")
+    whole = draw(model, seqlen=13)
+    assert torch.equal(draw(model, kept=False), whole[:, 1:])
+    two = draw(model, begin=(5, 0))
+    assert (two[:, :2] == torch.tensor([5, 0])).all()
+    assert two.shape == (6, 12)
+    with pytest.raises(InputError, match="seqlen must be at least 2, not 1"):
+        draw(model, begin=(5, 0), seqlen=1)
 
 
 def test_batches_are_as_large_as_they_may_be(monkeypatch):

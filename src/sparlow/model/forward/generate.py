@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -22,6 +23,8 @@ def own_windows(
     seqlen: int,
     seed: int,
     fingerprint: str,
+    begin: tuple[int, ...] = (),
+    kept: bool = True,
 ) -> Tensor:
     """Return (samples, seqlen) int64 token ids: the beginning-of-text token, then what the model goes on with.
 
@@ -34,26 +37,50 @@ def own_windows(
         seqlen: Tokens in each, the first included.
         seed: Of the draws; the global generator stays as it is.
         fingerprint: Of the model, to find the windows again.
+        begin: Token ids that a text begins with; if there are none, the model's own beginning-of-text token.
+        kept: Whether windows begin with these; if not, the model has read them, and windows hold what follows.
 
     Raises:
         InputError: The model has no beginning-of-text token.
     """
-    cached = cache_folder() / f"self-{fingerprint[:16]}-{samples}x{seqlen}-{seed}.safetensors"
-    if cached.exists():
-        return load_file(cached)["windows"]
-    start = _beginning(model)
+    start = begin or (_beginning(model),)
+    if kept and seqlen < len(start):
+        raise InputError(
+            f"The seqlen must be at least {len(start)}, not {seqlen}: every window begins with as many tokens."
+        )
+    which = f"{samples}x{seqlen}-{seed}-{'-'.join(map(str, start))}{'' if kept else '-left-out'}"
+    file = cache_folder() / f"self-{fingerprint[:16]}-{which}.safetensors"
+    cached = _cached(file, model, samples, seqlen, start if kept else ())
+    if cached is not None:
+        return cached
+    length = seqlen if kept else seqlen + len(start)
     with torch.random.fork_rng(_devices(model)):
         torch.manual_seed(seed)
-        windows = torch.cat([_draw(model, start, count, seqlen) for count in _counts(samples)])
-    _keep(windows, cached)
+        windows = torch.cat([_draw(model, start, count, length) for count in _counts(samples)])[:, -seqlen:]
+    _keep(windows, file)
     return windows
 
 
-def _draw(model: PreTrainedModel, start: int, count: int, seqlen: int) -> Tensor:
-    if seqlen == 1:
-        return torch.full((count, 1), start)
+def _cached(file: Path, model: PreTrainedModel, samples: int, seqlen: int, start: tuple[int, ...]) -> Tensor | None:
+    """Return what an earlier run wrote; None if there is nothing, or a file that is broken or of something else."""
+    embedding: Any = model.get_input_embeddings()
+    try:
+        windows = load_file(file)["windows"]
+    except (OSError, SafetensorError, KeyError):
+        return None
+    if windows.dtype != torch.int64 or windows.shape != (samples, seqlen):
+        return None
+    possible = windows.min() >= 0 and windows.max() < embedding.weight.shape[0]
+    begun = (windows[:, : len(start)] == torch.tensor(start, dtype=torch.int64)).all()
+    return windows if possible and begun else None
+
+
+def _draw(model: PreTrainedModel, start: tuple[int, ...], count: int, seqlen: int) -> Tensor:
+    ids = torch.tensor(start, device=model.device).expand(count, -1).contiguous()
+    new = seqlen - len(start)
+    if not new:
+        return ids.cpu()
     untyped: Any = model  # generate is a mixin's
-    ids = torch.full((count, 1), start, device=model.device)
     tokens: Tensor = untyped.generate(
         ids,
         attention_mask=torch.ones_like(ids),
@@ -62,9 +89,9 @@ def _draw(model: PreTrainedModel, start: int, count: int, seqlen: int) -> Tensor
         top_k=0,
         top_p=1.0,
         repetition_penalty=1.0,
-        min_new_tokens=seqlen - 1,
-        max_new_tokens=seqlen - 1,
-        pad_token_id=start,
+        min_new_tokens=new,
+        max_new_tokens=new,
+        pad_token_id=start[0],
         use_cache=True,
     )
     return tokens.cpu()

