@@ -55,7 +55,7 @@ def test_routers_gates_and_weights_that_are_read_stay_dense_with_the_reason(fami
         why: len(said)
     }
     assert {kind.pattern for kind in foreseen.layers if kind.name == layer} == {None}
-    in_memory = sparlow.compress(tiny(family), recipe, **options)
+    in_memory = sparlow.compress(tiny(family), recipe, inplace=True, **options)
     assert in_memory.not_compressed == report.not_compressed
 
 

@@ -146,10 +146,10 @@ def test_calibration_windows_begin_as_the_tokenizer_begins_a_text(
     assert report.recipe["bos"] == bos
 
 
-def test_windows_given_directly_are_taken_as_they_are(place, calibrated_on):
+def test_windows_given_directly_are_taken_as_they_are(place, calibrated_on, tmp_path):
     windows = torch.arange(2, 66).view(4, 16)
     recipe = QUICK.changed(bos="always")
-    sparlow.compress(place / "begins", recipe, calibration=windows, evaluate=())
+    sparlow.compress(place / "begins", recipe, calibration=windows, evaluate=(), out=tmp_path / "out")
     assert torch.equal(calibrated_on[0], windows)
 
 
@@ -181,7 +181,7 @@ def test_a_column_of_a_table_is_calibrated_and_measured_on(place, tmp_path, caps
 @pytest.mark.parametrize("given", [["a text", "another"], [[1, 2], [3, 4]], {"text": ["a"]}, 7])
 def test_calibration_of_another_kind_says_what_is_taken(given):
     with pytest.raises(InputError, match=r"Calibration text cannot be given as a \w+\. Give the name of a corpus"):
-        sparlow.compress(tiny("llama"), QUICK, calibration=given, tokenizer=tiny_tokenizer(), evaluate=())
+        sparlow.compress(tiny("llama"), QUICK, calibration=given, tokenizer=tiny_tokenizer(), evaluate=(), inplace=True)
 
 
 def test_a_recipe_may_be_given_as_a_dict_or_by_the_path_of_its_file(place, tmp_path):
@@ -192,7 +192,8 @@ def test_a_recipe_may_be_given_as_a_dict_or_by_the_path_of_its_file(place, tmp_p
     assert as_recipe(None) == Recipe()
     with pytest.raises(InputError, match="A recipe cannot be given as a list"):
         as_recipe([recipe])
-    found = sparlow.compress(tiny("llama"), given[1], tokenizer=str(place / "model"), evaluate=str(place / "text.txt"))
+    options = {"tokenizer": str(place / "model"), "evaluate": str(place / "text.txt")}
+    found = sparlow.compress(tiny("llama"), given[1], inplace=True, **options)
     assert list(found.dense["perplexity"]) == [str(place / "text.txt")]
     assert (
         sparlow.plan(place / "model", given[2], evaluate=str(place / "text.txt"), timed=False).recipe

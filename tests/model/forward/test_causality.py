@@ -32,7 +32,7 @@ def test_an_encoder_is_refused_before_any_work(kind, streamed, tmp_path):
 
 def test_an_encoder_is_refused_as_an_object_and_by_evaluate():
     for work in (
-        lambda model: sparlow.compress(model, RECIPE, calibration=WINDOWS, evaluate=()),
+        lambda model: sparlow.compress(model, RECIPE, calibration=WINDOWS, evaluate=(), inplace=True),
         lambda model: evaluate(model, tiny_tokenizer(), seqlen=16),
     ):
         with pytest.raises(InputError, match="is no causal language model"):
@@ -40,7 +40,7 @@ def test_an_encoder_is_refused_as_an_object_and_by_evaluate():
 
 
 def test_an_encoder_with_a_mask_of_a_decoder_is_none():
-    report = sparlow.compress(encoder("bert", is_decoder=True), RECIPE, calibration=WINDOWS, evaluate=())
+    report = sparlow.compress(encoder("bert", is_decoder=True), RECIPE, calibration=WINDOWS, evaluate=(), inplace=True)
     assert report.layers
 
 
