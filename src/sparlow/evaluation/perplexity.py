@@ -20,6 +20,7 @@ from sparlow.errors import InputError
 from sparlow.evaluation.tasks import LoadedTasks, TaskResult, average, load_tasks, measure_tasks
 from sparlow.model.forward.block_pass import BlockPass, pass_through
 from sparlow.model.forward.capture import Recording, run_head, tokens_at_once
+from sparlow.model.loading.objects import in_eval_mode
 from sparlow.model.loading.weights import Weights
 from sparlow.progress import Notify
 from sparlow.report.records import Perplexity
@@ -38,23 +39,21 @@ class Evaluation(TypedDict):
 
 @torch.no_grad()
 def perplexity(model: PreTrainedModel, windows: Tensor, advance: Callable[[int], None] = lambda _: None) -> Perplexity:
-    """Perplexity of ``model`` on ``windows`` (n, seqlen) int64; the model is put in eval mode for it.
+    """Perplexity of ``model`` on ``windows`` (n, seqlen) int64; the model is left in the mode it was in.
 
     Args:
         model: Any causal language model of transformers.
         windows: Token ids.
         advance: Called with the number of windows finished at a time, for a progress bar.
     """
-    training = model.training
-    model.eval()
     means = []
-    for batch in windows.split(max(TOKENS_AT_ONCE // windows.shape[1], 1)):
-        ids = batch.to(model.device)  # (b, seqlen)
-        logits = model(ids, use_cache=False).logits  # (b, seqlen, vocabulary)
-        pieces = _in_pieces(model, ids, logits)  # as copies of all of them would need several times their memory
-        means.append(_mean_losses(_losses(some, after) for _, after, some in pieces))
-        advance(len(ids))
-    model.train(training)
+    with in_eval_mode(model):
+        for batch in windows.split(max(TOKENS_AT_ONCE // windows.shape[1], 1)):
+            ids = batch.to(model.device)  # (b, seqlen)
+            logits = model(ids, use_cache=False).logits  # (b, seqlen, vocabulary)
+            pieces = _in_pieces(model, ids, logits)  # as copies of all of them would need several times their memory
+            means.append(_mean_losses(_losses(some, after) for _, after, some in pieces))
+            advance(len(ids))
     return _perplexity(means, ALONE)
 
 

@@ -13,6 +13,7 @@ from sparlow.files import as_json
 from sparlow.machine import device_available, disk_available, machine, memory_available
 from sparlow.model.forward.decoder import Skipped, not_compressed
 from sparlow.model.loading.meta import meta_model
+from sparlow.model.loading.objects import require_as_it_is, require_usable
 from sparlow.planning.duration import seconds
 from sparlow.planning.memory import Disk, Stage, disk, stages
 from sparlow.planning.microbenchmarks import solver, speed, typical, workspace
@@ -130,7 +131,9 @@ def plan(
     """
     recipe = with_calibration(recipe or Recipe(), calibration)
     options = RunOptions(device, offload, listed(evaluate), evaluate_seqlen, limit, trust_remote_code)
+    require_usable(model)
     if isinstance(model, PreTrainedModel):
+        require_as_it_is(model, recipe.dtype, device)
         shape, name = model, model.config.name_or_path or type(model).__name__
     else:
         shape, name = meta_model(str(model), dtype=recipe.dtype, trust_remote_code=trust_remote_code), str(model)

@@ -5,7 +5,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -15,8 +14,8 @@ from sparlow.evaluation.perplexity import require_context, require_tokenizer
 from sparlow.machine import pick_device
 from sparlow.model.artefact.dtypes import StoredDtypes
 from sparlow.model.forward.generate import own_windows
-from sparlow.model.loading.objects import in_eval_mode, require_usable
-from sparlow.model.loading.source import OpenedModel, open_model, parse_dtype, upcast_for_cpu
+from sparlow.model.loading.objects import in_eval_mode, require_as_it_is, require_usable
+from sparlow.model.loading.source import OpenedModel, open_model, upcast_for_cpu
 from sparlow.model.loading.weights import all_loaded, scan
 from sparlow.planning.feasibility import require_feasible
 from sparlow.progress import Notify
@@ -78,7 +77,7 @@ def compress(
     _require_place(model, out, inplace=inplace)
     recipe = with_calibration(recipe or Recipe(), calibration)
     if isinstance(model, PreTrainedModel):
-        _require_as_it_is(model, recipe.dtype, device)
+        require_as_it_is(model, recipe.dtype, device)
     options = RunOptions(device, offload, listed(evaluate), evaluate_seqlen, limit, trust_remote_code)
     folder = None if out is None else Path(out)
     kept = in_eval_mode(model) if isinstance(model, PreTrainedModel) else nullcontext()
@@ -104,16 +103,6 @@ def _require_place(model: object, out: str | Path | None, *, inplace: bool) -> N
     if out is None and not inplace:
         instead = "" if named else ", or inplace=True to put the compressed layers into this model"
         raise InputError(f"The result would be lost. Give out= with a directory for it{instead}.")
-
-
-def _require_as_it_is(model: PreTrainedModel, dtype: str, device: str) -> None:
-    """Raise InputError if a model object is asked to be of another type, or elsewhere, than it is."""
-    asked, here = parse_dtype(dtype), str(model.dtype).removeprefix("torch.")
-    if asked not in ("auto", model.dtype):
-        raise InputError(f"dtype {dtype} has no effect on a model object, which is {here}. Convert it first.")
-    where = model.device
-    if device != "auto" and torch.device(device) not in (where, torch.device(where.type)):
-        raise InputError(f"device {device} has no effect on a model object, which is on {where}. Move it first.")
 
 
 def claimed_by_first(processes: Processes, folder: Path | None, *, overwrite: bool) -> AbstractContextManager[None]:
