@@ -880,7 +880,7 @@ def with_nan(folder, where):
         ({"recipe": PRUNE.changed(pattern="2:5")}, "2:5"),
         ({"recipe": QUICK.changed(rank=33)}, "Rank 33"),
         ({"calibration": "no-such-file.txt"}, "no-such-file.txt"),
-        ({"calibration": torch.full((2, 8), VOCABULARY)}, "vocabulary"),
+        ({"calibration": torch.full((2, 16), VOCABULARY)}, "vocabulary"),
         ({"evaluate": ["no-such-file.txt"]}, "no-such-file.txt"),
         ({"device": "nowhere"}, "nowhere"),
     ],

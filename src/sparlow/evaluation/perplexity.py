@@ -24,6 +24,7 @@ from sparlow.model.forward.capture import Recording, run_head, tokens_at_once
 from sparlow.model.forward.causality import require_causal
 from sparlow.model.forward.decoder import Decoder
 from sparlow.model.forward.stand_ins import behind_blocks
+from sparlow.model.loading.objects import in_eval_mode
 from sparlow.model.loading.source import as_tokenizer
 from sparlow.model.loading.weights import Weights
 from sparlow.own_settings import own_settings
@@ -47,25 +48,22 @@ class Evaluation(TypedDict):
 
 @torch.no_grad()
 def perplexity(model: PreTrainedModel, windows: Tensor, advance: Callable[[int], None] = lambda _: None) -> Perplexity:
-    """Perplexity of ``model`` on ``windows`` (n, seqlen) int64; the model is put in eval mode for it.
+    """Perplexity of ``model`` on ``windows`` (n, seqlen) int64; the model is left in the mode it was in.
 
     Args:
         model: Any causal language model of transformers.
         windows: Token ids.
         advance: Called with the number of windows finished at a time, for a progress bar.
     """
-    training = model.training
-    model.eval()
     means = []
     batches = windows.split(max(TOKENS_AT_ONCE // windows.shape[1], 1))
-    apart = tokens_at_once(model, len(batches[0])) < windows.shape[1] and _has_head_apart(
-        model, windows[:1, :LOOKED_AT]
-    )
-    for batch in batches:
-        ids = batch.to(model.device)  # (b, seqlen)
-        means.append(_mean_losses(_losses_apart(model, ids) if apart else _losses_together(model, ids)))
-        advance(len(ids))
-    model.train(training)
+    with in_eval_mode(model):
+        few = tokens_at_once(model, len(batches[0])) < windows.shape[1]
+        apart = few and _has_head_apart(model, windows[:1, :LOOKED_AT])
+        for batch in batches:
+            ids = batch.to(model.device)  # (b, seqlen)
+            means.append(_mean_losses(_losses_apart(model, ids) if apart else _losses_together(model, ids)))
+            advance(len(ids))
     return _perplexity(means, ALONE)
 
 

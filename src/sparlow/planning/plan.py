@@ -14,6 +14,7 @@ from sparlow.machine import device_available, disk_available, machine, memory_av
 from sparlow.model.forward.decoder import Skipped, not_compressed
 from sparlow.model.loading.left_out import left_out
 from sparlow.model.loading.meta import meta_model
+from sparlow.model.loading.objects import require_as_it_is, require_usable
 from sparlow.own_settings import own_settings
 from sparlow.planning.duration import seconds
 from sparlow.planning.memory import Disk, Stage, disk, stages
@@ -137,7 +138,9 @@ def plan(
     """
     recipe = with_calibration(as_recipe(recipe), calibration)
     options = RunOptions(device, offload, listed(evaluate), evaluate_seqlen, limit, trust_remote_code)
+    require_usable(model)
     if isinstance(model, PreTrainedModel):
+        require_as_it_is(model, recipe.dtype, device)
         shape, name = model, model.config.name_or_path or type(model).__name__
     else:
         shape, name = meta_model(str(model), dtype=recipe.dtype, trust_remote_code=trust_remote_code), str(model)

@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -17,8 +16,8 @@ from sparlow.machine import pick_device
 from sparlow.model.artefact.dtypes import StoredDtypes
 from sparlow.model.forward.causality import require_causal
 from sparlow.model.forward.generate import own_windows
-from sparlow.model.loading.objects import in_eval_mode, require_usable
-from sparlow.model.loading.source import OpenedModel, as_tokenizer, open_model, parse_dtype, upcast_for_cpu
+from sparlow.model.loading.objects import in_eval_mode, require_as_it_is, require_usable
+from sparlow.model.loading.source import OpenedModel, as_tokenizer, open_model, upcast_for_cpu
 from sparlow.model.loading.weights import all_loaded, scan
 from sparlow.own_settings import own_settings
 from sparlow.planning.feasibility import require_feasible
@@ -85,7 +84,7 @@ def compress(
     _require_place(model, out, inplace=inplace)
     recipe = with_calibration(as_recipe(recipe), calibration)
     if isinstance(model, PreTrainedModel):
-        _require_as_it_is(model, recipe.dtype, device)
+        require_as_it_is(model, recipe.dtype, device)
     options = RunOptions(device, offload, listed(evaluate), evaluate_seqlen, limit, trust_remote_code)
     tokenizer = as_tokenizer(tokenizer)
     folder = None if out is None else Path(out)
@@ -115,16 +114,6 @@ def _require_place(model: object, out: str | Path | None, *, inplace: bool) -> N
     if out is None and not inplace:
         instead = "" if named else ", or inplace=True to put the compressed layers into this model"
         raise InputError(f"The result would be lost. Give out= with a directory for it{instead}.")
-
-
-def _require_as_it_is(model: PreTrainedModel, dtype: str, device: str) -> None:
-    """Raise InputError if a model object is asked to be of another type, or elsewhere, than it is."""
-    asked, here = parse_dtype(dtype), str(model.dtype).removeprefix("torch.")
-    if asked not in ("auto", model.dtype):
-        raise InputError(f"dtype {dtype} has no effect on a model object, which is {here}. Convert it first.")
-    where = model.device
-    if device != "auto" and torch.device(device) not in (where, torch.device(where.type)):
-        raise InputError(f"device {device} has no effect on a model object, which is on {where}. Move it first.")
 
 
 def claimed_by_first(processes: Processes, folder: Path | None, *, overwrite: bool) -> AbstractContextManager[None]:

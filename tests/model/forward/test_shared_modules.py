@@ -23,7 +23,9 @@ def test_an_mlp_that_two_blocks_share_does_not_vanish_from_the_record(tmp_path):
         sparlow.compress(with_one_mlp_in_two_blocks(), recipe, calibration=windows, out=tmp_path / "o", evaluate=())
     assert not (tmp_path / "o").exists()
     with pytest.raises(InputError, match="is shared with another layer"):
-        sparlow.compress(with_one_mlp_in_two_blocks(), recipe, calibration=windows, evaluate=(), force=True, inplace=True)
+        sparlow.compress(
+            with_one_mlp_in_two_blocks(), recipe, calibration=windows, evaluate=(), force=True, inplace=True
+        )
 
 
 def test_every_name_of_a_shared_weight_is_given():

@@ -105,7 +105,8 @@ def test_a_loss_that_is_not_finite_stops():
 
 def run(folder, out, **options):
     recipe = Recipe(algorithm="wanda", match=True, match_epochs=2, seed=3)
-    return sparlow.compress(folder, recipe, calibration=WINDOWS, evaluate=(), out=out, **options)
+    options |= {"calibration": WINDOWS, "evaluate": (), "out": out, "inplace": out is None}
+    return sparlow.compress(folder, recipe, **options)
 
 
 @pytest.fixture(scope="module")

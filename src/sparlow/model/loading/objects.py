@@ -4,10 +4,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from sparlow.errors import InputError
+from sparlow.model.loading.source import parse_dtype
 
 
 def require_usable(model: object) -> None:
@@ -29,6 +31,16 @@ def require_usable(model: object) -> None:
             f"The model's weights are not in memory ({away} is on the meta device, as with device_map or cpu_offload). "
             "Give the directory or hub id instead: it is read block by block."
         )
+
+
+def require_as_it_is(model: PreTrainedModel, dtype: str, device: str) -> None:
+    """Raise InputError if a model object is asked to be of another type, or elsewhere, than it is."""
+    asked, here = parse_dtype(dtype), str(model.dtype).removeprefix("torch.")
+    if asked not in ("auto", model.dtype):
+        raise InputError(f"dtype {dtype} has no effect on a model object, which is {here}. Convert it first.")
+    where = model.device
+    if device != "auto" and torch.device(device) not in (where, torch.device(where.type)):
+        raise InputError(f"device {device} has no effect on a model object, which is on {where}. Move it first.")
 
 
 def _adapter_in(model: nn.Module) -> str | None:
