@@ -42,9 +42,8 @@ def temporary(tmp_path, monkeypatch):
 
 
 def compressed(model, out, notify=lambda _: None, recipe=RECIPE):
-    return sparlow.compress(
-        model, recipe, calibration=IDS, out=out, evaluate=(), device="cpu", offload="disk", notify=notify
-    )
+    where = {"out": out, "device": "cpu"} if out else {"inplace": True}
+    return sparlow.compress(model, recipe, calibration=IDS, evaluate=(), offload="disk", notify=notify, **where)
 
 
 def test_they_lie_in_out_and_a_killed_run_leaves_nothing_of_them(folder, tmp_path, temporary):
@@ -71,9 +70,9 @@ def test_what_a_killed_run_has_left_is_cleared_when_the_next_begins(folder, tmp_
     sparlow.load(out)
 
 
-def test_without_out_nothing_has_a_name_either(folder, temporary):
+def test_without_out_nothing_has_a_name_either(temporary):
     seen = []
-    compressed(folder, None, lambda _: seen.append(list(temporary.iterdir())))
+    compressed(tiny("llama"), None, lambda _: seen.append(list(temporary.iterdir())))
     assert seen
     assert not any(seen)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -120,6 +120,7 @@ def _own_environment() -> Iterator[None]:
     for name in before:
         if name.startswith(ACCELERATE):
             del os.environ[name]
+    shared = [(state._shared_state, dict(state._shared_state)) for state in (AcceleratorState, PartialState)]  # noqa: SLF001 - there is no other way
     AcceleratorState._reset_state(reset_partial_state=True)  # noqa: SLF001 - else an earlier Accelerator decides
     try:
         yield
@@ -128,6 +129,8 @@ def _own_environment() -> Iterator[None]:
             del os.environ[name]
         os.environ.update({name: value for name, value in before.items() if name.startswith(ACCELERATE)})
         AcceleratorState._reset_state(reset_partial_state=True)  # noqa: SLF001 - the caller's next one is not Trainer's
+        for now, content in shared:  # the caller's own Accelerator reads it
+            now.update(content)
 
 
 def _arguments(plan: FinetuneOptions, wrapped: "PeftModel", folder: Path) -> TrainingArguments:

@@ -146,7 +146,7 @@ def test_a_model_in_memory_ends_alike(whole):
 @pytest.mark.parametrize("family", ["llama", "opt"])  # the second has dropout
 def test_a_model_in_memory_is_in_eval_mode_afterwards(family):
     model = tiny(family)
-    run(model, None)
+    run(model, None, inplace=True)
     assert not [name for name, module in model.named_modules() if module.training]
 
 

@@ -156,11 +156,11 @@ def behind_blocks(model: PreTrainedModel, decoder: Decoder, ids: Tensor) -> tupl
     finally:
         hook.remove()
     if len(found) != 1 or not isinstance(hidden_state(found[0]), Tensor):
-        raise InputError("the last block is not called once: the model's blocks are no chain")
+        raise InputError("The last block is not called once, so the model's blocks are no chain. Give another model.")
     state = hidden_state(found[0])
     axis = _axis(state, ids.shape)
     if axis < 0:
-        raise InputError("the last block gives no hidden state of shape (windows, seqlen, features)")
+        raise InputError("The last block gives no hidden state of shape (windows, seqlen, features). Give another model.")
     rest = rebuilt(_with_state(found[0], None), torch.zeros_like)
     return Form(rest, axis), from_block(state, axis)
 
