@@ -4,8 +4,9 @@
     python benchmarks/families.py llama mixtral jamba
 
 Each type is tried in a process of its own, for a foreign model may end it. A tiny model with random weights is saved,
-compressed with 80 windows in two micro-batches, evaluated and opened again. A row is right if the dense perplexity of the
-report equals that of a plain forward to 1e-5, and the logits of the opened result those of the compressed model.
+compressed with 80 windows in two micro-batches, evaluated and opened again. A row is right if the dense perplexity
+taken block by block equals that of a plain forward to 1e-5, and the logits of the opened result those of the compressed
+model.
 """
 
 import argparse
@@ -206,10 +207,10 @@ def page(rows: list[dict[str, Any]]) -> str:
     lines = [
         "# Families",
         "",
-        f"Every model type that `AutoModelForCausalLM` of transformers {transformers.__version__} knows, built tiny with",
-        "random weights and tried by `python benchmarks/families.py`. *Dense* compares the perplexity measured block by",
-        "block with a plain forward's, *reload* the logits of the result, opened again, with those of the model compressed",
-        "in memory. *Compressed* is the share of the decoder blocks' parameters.",
+        f"Every model type that `AutoModelForCausalLM` of transformers {transformers.__version__} knows, built tiny",
+        "with random weights and tried by `python benchmarks/families.py`. *Dense* compares the perplexity measured",
+        "block by block with a plain forward's, *reload* the logits of the result, opened again, with those of the",
+        "model compressed in memory. *Compressed* is the share of the decoder blocks' parameters.",
         "",
         (
             f"{len(rows)} types: {len(whole)} compressed ({len(wrong)} of them wrong), {states['refused']} refused, "
