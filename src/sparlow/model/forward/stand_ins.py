@@ -160,7 +160,7 @@ def behind_blocks(model: PreTrainedModel, decoder: Decoder, ids: Tensor) -> tupl
     state = hidden_state(found[0])
     axis = _axis(state, ids.shape)
     if axis < 0:
-        raise InputError(
+        raise InputError("The last block gives no state of shape (windows, seqlen, features). Give another model.")
             "The last block gives no hidden state of shape (windows, seqlen, features). Give another model."
         )
     rest = rebuilt(_with_state(found[0], None), torch.zeros_like)
