@@ -48,7 +48,8 @@ def require_feasible(
             works[folder] = workload(
                 shape, recipe, options, streamed=folder is not None, processes=processes, out=folder
             )
-    require_resources(works)
+    if works:
+        require_resources(works)
 
 
 def known_ahead(model: str | Path | PreTrainedModel, dtype: str, *, trust_remote_code: bool) -> PreTrainedModel | None:
