@@ -30,7 +30,7 @@ from sparlow.model.loading.source import open_model
 from sparlow.model.training.block_matching import BlockOutputs, loss_on, match
 from sparlow.model.training.loop import MicroBatches
 from sparlow.progress import Clock
-from sparlow.recipe.budgets import budgets
+from sparlow.recipe.budgets import select
 from sparlow.recipe.recipe import Recipe
 from sparlow.recipe.run_options import RunOptions
 from sparlow.recipe.training_plan import HELD_OUT, PRESETS, training_of
@@ -73,7 +73,8 @@ def matched(args: argparse.Namespace, recipe: Recipe) -> list[dict[str, Any]]:
     """Both presets, block by block."""
     opened, storage = open_dense(args.model, None, recipe, RunOptions(device="cpu"), streamed=False)
     decoder, blocks = opened.decoder, opened.decoder.blocks
-    allowed, windows = budgets(decoder, recipe), windows_to_calibrate(None, opened, recipe)
+    allowed = select(opened.model, decoder, recipe, storage).budgets
+    windows = windows_to_calibrate(None, opened, recipe)
     apart = max(len(windows) // HELD_OUT, 1)  # neither is trained on these
     batch = PRESETS["blocks"].plan.batch
     recording = capture_block_inputs(opened.model, windows, micro_batch=batch, apart=apart)

@@ -9,7 +9,7 @@ import sparlow
 RUN = "evaluate=('builtin',), evaluate_seqlen=None, limit=None, device='auto', offload='auto', "
 PUBLIC = {
     "compress": f"model, recipe=None, *, calibration=None, tokenizer=None, out=None, {RUN}"
-    "inplace=False, overwrite=False, force=False, trust_remote_code=False, notify=…",
+    "inplace=False, overwrite=False, force=False, trust_remote_code=False, with_loader=False, notify=…",
     "decompose": "W, H, *, pattern, rank, algorithm='3basil', damping=0.005, relative_damping=0.005, **options",
     "decomposer": "name, *, aliases={}",
     "evaluate": "model, tokenizer, *, perplexity_on=('builtin',), seqlen=2048, limit=None, column='text', "

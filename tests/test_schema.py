@@ -164,7 +164,7 @@ TAKEN = {  # the dataclasses whose options a command has
     "finetune": (FinetuneOptions,),
     "evaluate": (EvaluateOptions,),
 }
-OWN = {"compare": {"algorithm", "match"}}  # what a command has in a form of its own
+OWN = {"compare": {"algorithm", "match", "with_loader"}}  # what a command has in a form of its own
 
 
 @pytest.mark.parametrize("name", TAKEN)

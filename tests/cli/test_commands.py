@@ -720,4 +720,4 @@ def test_an_accelerator_that_is_full_ends_in_one_sentence(place, tmp_path, monke
         main(["compress", str(place / "model"), "--out", str(tmp_path / "out")])
     assert stop.value.code == 1
     said = " ".join(capsys.readouterr().err.split())
-    assert "Out of device memory (CUDA out of memory). Reduce --samples" in said
+    assert "The accelerator has too little memory (CUDA out of memory). Reduce --samples" in said

@@ -117,8 +117,8 @@ def test_a_rank_that_was_asked_for_is_obeyed_and_warned_about(tmp_path):
     report = sparlow.compress(tmp_path, recipe, calibration=WINDOWS, evaluate=(), out=tmp_path / "out")
     assert {row.rank for row in report.layers} == {12}
     said = [w for w in report.warnings if "layers take more than dense" in w]
-    most = "21 of 21 layers take more than dense, the most model.layers.0.self_attn.k_proj with 166%: "
-    assert said == [f"{most}give them a lower rank or a sparser pattern, or leave them out with --ignore"]
+    most = "21 of 21 layers take more than dense, the most model.layers.0.self_attn.k_proj with 166%. "
+    assert said == [f"{most}Give them a lower rank or a sparser pattern, or leave them out with --ignore."]
     assert said[0] in foresee(tmp_path, recipe).notes
 
 
@@ -130,7 +130,7 @@ def test_a_compression_never_takes_more_than_dense(compression):
     for name, budget in found.budgets.items():
         assert budget.bytes(shapes[name], 2) <= 2 * math.prod(shapes[name])
     with pytest.raises(
-        InputError, match=r"Every layer stays dense, model\.layers\.0.* that would take more than dense"
+        InputError, match=r"every layer stays dense, model\.layers\.0.* that would take more than dense"
     ):
         chosen(model, compression=0.01, pattern="0.03")
 
@@ -146,6 +146,6 @@ def test_layers_whose_inputs_no_default_pattern_divides_stay_dense_and_others_ar
     found = chosen(model, rank=4)
     why = "linear layer of 46 inputs, no multiple of 4 as the default patterns need"
     assert found.dense == {f"model.layers.{i}.mlp.down_proj": why for i in range(3)}
-    assert "of 18 layers 3 take 8:16, because 32 does not divide their inputs" in found.warnings
+    assert "Of 18 layers 3 take 8:16, because 32 does not divide their inputs." in found.warnings
     with pytest.raises(InputError, match=r"down_proj: Pattern 2:4 needs a multiple of 4"):
         chosen(model, rank=4, pattern="2:4")

@@ -17,6 +17,7 @@ from sparlow.linalg.gram import Gram
 from sparlow.model.artefact.layers import compressed_layers
 from sparlow.model.forward.decoder import Decoder
 from sparlow.model.loading.source import open_model
+from sparlow.recipe.allocation import Rule
 from sparlow.recipe.recipe import Recipe
 from sparlow.run.verify import verify_artefact
 
@@ -139,7 +140,9 @@ def mixed(tmp_path):
 
 def test_a_layer_is_stored_in_the_type_of_its_weight(mixed, tmp_path):
     folder, exact = mixed
-    sparlow.compress(folder, Recipe(algorithm="magnitude"), calibration=WINDOWS, evaluate=(), out=tmp_path / "out")
+    rules = [Rule(name, pattern="2:4") for name in exact]  # a router stays dense unless a rule names it
+    recipe = Recipe(algorithm="magnitude", layers=rules)
+    sparlow.compress(folder, recipe, calibration=WINDOWS, evaluate=(), out=tmp_path / "out")
     layers = compressed_layers(sparlow.load(tmp_path / "out"))
     for shard in (tmp_path / "out").glob("*.safetensors"):
         with safe_open(shard, framework="pt") as file:

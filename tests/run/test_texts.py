@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -58,7 +60,9 @@ def calibrated_on(monkeypatch):
 
 def compressed(place, which="model", *, evaluate=(), calibration="text.txt", out=None, **changes):
     recipe = QUICK.changed(calibration=str(place / calibration) if "." in calibration else calibration, **changes)
-    return sparlow.compress(place / which, recipe, evaluate=[str(place / name) for name in evaluate], out=out)
+    texts = [str(place / name) for name in evaluate]
+    with tempfile.TemporaryDirectory() as scratch:
+        return sparlow.compress(place / which, recipe, evaluate=texts, out=out or Path(scratch) / "out")
 
 
 # source

@@ -44,15 +44,17 @@ class SolveStats(Mapping[str, Number]):
         return cls(**known, more={name: value for name, value in given.items() if name not in _FIELDS})  # type: ignore[arg-type]
 
     def __getitem__(self, name: str) -> Number:
-        value: Number = getattr(self, name) if name in _FIELDS else self.more[name]
+        value: Number | None = getattr(self, name) if name in _FIELDS else self.more[name]
+        if value is None:
+            raise KeyError(name)
         return value
 
     def __iter__(self) -> Iterator[str]:
-        yield from _FIELDS
+        yield from (name for name in _FIELDS if getattr(self, name) is not None)
         yield from self.more
 
     def __len__(self) -> int:
-        return len(_FIELDS) + len(self.more)
+        return sum(1 for _ in self)
 
 
 _FIELDS = tuple(f.name for f in fields(SolveStats) if f.name != "more")

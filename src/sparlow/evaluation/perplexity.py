@@ -202,9 +202,8 @@ def evaluate(
     tokenizer = require_tokenizer(as_tokenizer(tokenizer), "The model")
     if perplexity_on:
         require_context(model, seqlen)
-        training = model.training
-        require_causal(model.eval(), model.config.name_or_path or type(model).__name__)
-        model.train(training)
+        with in_eval_mode(model):
+            require_causal(model, model.config.name_or_path or type(model).__name__)
     texts = texts_to_measure(perplexity_on, model, tokenizer, seqlen=seqlen, limit=limit, column=column)
     found: Evaluation = {"perplexity": {name: perplexity(model, windows).value for name, windows in texts.items()}}
     if loaded.items:

@@ -122,17 +122,17 @@ def _warnings(found: Sequence[_Layer], recipe: Recipe) -> Iterator[str]:
     patterns = Counter(str(b.pattern) for name, b in kept.items() if recipe.takes_default_pattern(name))
     others = [f"{count} take {pattern}" for pattern, count in patterns.items() if pattern != usual]
     if others:
-        yield f"of {len(kept)} layers {' and '.join(others)}, because {DEFAULT_GROUPS[0]} does not divide their inputs"
+        yield f"Of {len(kept)} layers {' and '.join(others)}, because {DEFAULT_GROUPS[0]} does not divide their inputs."
     if recipe.compression is None and recipe.found_algorithm.kind != "pruner":
         ranks = [b.rank for name, b in kept.items() if not recipe.gives_rank(name) and b.rank < DEFAULT_RANK]
         if ranks:
             yield (
                 f"{len(ranks)} of {len(kept)} layers have a rank from {min(ranks)} to {max(ranks)} and not the default "
-                f"of {DEFAULT_RANK}, which is too large for them"
+                f"of {DEFAULT_RANK}, which is too large for them."
             )
     grown = sorted((layer for layer in found if layer.share > 1), key=lambda layer: -layer.share)
     if grown:
         yield (
             f"{len(grown)} of {len(kept)} layers take more than dense, the most {grown[0].name} with "
-            f"{grown[0].share:.0%}: give them a lower rank or a sparser pattern, or leave them out with --ignore"
+            f"{grown[0].share:.0%}. Give them a lower rank or a sparser pattern, or leave them out with --ignore."
         )

@@ -151,7 +151,7 @@ def test_a_model_with_a_buffer_that_nothing_initialises_is_not_streamed(tmp_path
     monkeypatch.setattr(FalconH1PreTrainedModel, "_init_weights", functools.partialmethod(plain))
     opened = open_model(str(tmp_path), streamed=True)
     assert opened.on_disk is None
-    said = "the whole model was held in memory, because nothing initialises the buffer model.layers.0.mamba.mup_vector"
+    said = "The whole model was held in memory, because nothing initialises the buffer model.layers.0.mamba.mup_vector."
     assert opened.warnings == (said,)
 
 

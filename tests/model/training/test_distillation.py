@@ -139,7 +139,7 @@ def test_a_run_writes_what_it_trained(whole, tmp_path):
 
 def test_a_model_in_memory_ends_alike(whole):
     model = open_model(str(whole[0])).model.float()
-    report = run(model, None)
+    report = run(model, None, inplace=True)
     assert report.distillation["loss_after"] == pytest.approx(whole[2].distillation["loss_after"], rel=0.02)
 
 

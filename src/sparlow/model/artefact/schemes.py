@@ -26,7 +26,7 @@ FLOATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, 
 _INTEGERS = ("int8", "int4", "int3", "int2")
 _NAMES = {dtype: name for name, dtype in FLOATS.items()}
 _KEYS = ("pattern", "values", "rank", "factors")
-_LATER = "it was written by a newer sparlow, or is not supported yet. Upgrade sparlow."
+_LATER = "which was written by a newer sparlow, or is not supported yet. Upgrade sparlow."
 _DEEPEST, _LONGEST = 50, 500  # parts and characters of a layer's name
 _LARGEST = 2**40  # a count beyond this is no count
 
@@ -118,35 +118,35 @@ def from_config(schemes: Any, layers: Any) -> dict[str, StoredLayer]:  # noqa: A
 
 def _counts(row: object, schemes: int) -> tuple[int, int]:
     if not isinstance(row, list) or len(row) != 2:  # noqa: PLR2004 - a pair
-        raise InputError("its record must be [scheme, kept]. Restore config.json.")
+        raise InputError("Its record must be [scheme, kept]. Restore config.json.")
     number, kept = row
     if isinstance(kept, list):
-        raise InputError(f"its experts are stored in one tensor: {_LATER}")
+        raise InputError(f"Its experts are stored in one tensor, {_LATER}")
     if type(number) is not int or not 0 <= number < schemes:
-        raise InputError(f"it has the scheme {number!r}, and there are {schemes} schemes. Restore config.json.")
+        raise InputError(f"It has the scheme {number!r}, and there are {schemes} schemes. Restore config.json.")
     if type(kept) is not int or not 0 <= kept <= _LARGEST:
-        raise InputError(f"it keeps {kept!r} values, which is no count. Restore config.json.")
+        raise InputError(f"It keeps {kept!r} values, which is no count. Restore config.json.")
     return number, kept
 
 
 def _scheme(data: object) -> Scheme:
     if not isinstance(data, dict):
-        raise InputError("its scheme must be an object. Restore config.json.")
+        raise InputError("Its scheme must be an object. Restore config.json.")
     integers = str(data.get("values")) in _INTEGERS
     unknown = [] if integers else sorted(data.keys() - {*_KEYS, "transposed"})
     if unknown:
-        raise InputError(f"its scheme has {unknown[0]!r}: {_LATER}")
+        raise InputError(f"Its scheme has {unknown[0]!r}, {_LATER}")
     missing = [key for key in _KEYS if key not in data and not integers]
     if missing:
-        raise InputError(f"its scheme lacks {missing[0]!r}. Restore config.json.")
+        raise InputError(f"Its scheme lacks {missing[0]!r}. Restore config.json.")
     for key in ("values", "factors"):
         if data.get(key) not in [*FLOATS]:  # a list: what a file holds may have no hash
-            raise InputError(f"its {key} have the type {data.get(key)!r}: {_LATER}")
+            raise InputError(f"Its {key} have the type {data.get(key)!r}, {_LATER}")
     pattern, rank, transposed = data["pattern"], data["rank"], data.get("transposed", False)
     if pattern not in [FREE, DENSE] and not _groups(pattern):
-        raise InputError(f"its pattern is {pattern!r}: {_LATER}")
+        raise InputError(f"Its pattern is {pattern!r}, {_LATER}")
     if type(rank) is not int or not 0 <= rank <= _LARGEST or type(transposed) is not bool:
-        raise InputError("its scheme must have a count as rank, and may be transposed or not. Restore config.json.")
+        raise InputError("Its scheme must have a count as rank, and may be transposed or not. Restore config.json.")
     return Scheme(pattern, data["values"], rank, data["factors"], transposed)
 
 
@@ -161,7 +161,7 @@ def packed_shapes(shape: tuple[int, int], record: StoredLayer) -> dict[str, tupl
     groups = _groups(pattern)
     right = kept == prod(shape) if pattern == DENSE else kept < prod(shape) or not kept
     if not (kept == _kept_of(groups, shape) if groups else right):
-        raise InputError(f"it keeps {kept} values, which a ({out}, {features}) weight of the pattern {pattern} cannot.")
+        raise InputError(f"It keeps {kept} values, which a ({out}, {features}) weight of the pattern {pattern} cannot.")
     mask = {} if pattern == DENSE else {"mask": (out, mask_bytes(features))}
     return {"weight": (kept,), **mask, "U": (out, rank), "V": (rank, features)}
 

@@ -161,8 +161,6 @@ def behind_blocks(model: PreTrainedModel, decoder: Decoder, ids: Tensor) -> tupl
     axis = _axis(state, ids.shape)
     if axis < 0:
         raise InputError("The last block gives no state of shape (windows, seqlen, features). Give another model.")
-            "The last block gives no hidden state of shape (windows, seqlen, features). Give another model."
-        )
     rest = rebuilt(_with_state(found[0], None), torch.zeros_like)
     return Form(rest, axis), from_block(state, axis)
 

@@ -12,7 +12,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from sparlow.model import _transformers as private
@@ -69,7 +69,7 @@ def left_out(model: PreTrainedModel, where: str, revision: str | None = None) ->
     try:
         with as_transformers_reads():
             sentences += _of_tensors(_missing_tensors(model, stored_tensors(where, revision)))
-    except CannotStreamError:
+    except (CannotStreamError, SafetensorError):  # a damaged file is told of where it is opened
         sentences.append("It is unknown whether the model's class lacks tensors of the checkpoint.")
     if Path(where).is_dir():
         others = [

@@ -109,7 +109,7 @@ def open_model(
     rounded = functools.partial(narrowed, where=where, revision=revision) if dtype == "auto" else lambda _: ()
     loading = functools.partial(_loaded, name, where, dtype=wanted, use_safetensors=True, **options)
     warnings: tuple[str, ...] = ()
-    with as_input_error(f"cannot open the model {name}"):
+    with as_input_error(f"Cannot open the model {name}"):
         require_decoder_only(AutoConfig.from_pretrained(where, **options), name)
     opened = None
     if streamed:
