@@ -99,7 +99,7 @@ class TestErrors:
     @pytest.mark.parametrize("config", ["{", "{}", '{"model_type": "unheard-of"}'])
     def test_unusable_config(self, config, folder):
         (folder / "config.json").write_text(config)
-        with pytest.raises(InputError, match="Cannot open the model|config.json cannot be read"):
+        with pytest.raises(InputError, match=r"Cannot open the model|config\.json cannot be read"):
             open_model(str(folder))
 
     def test_corrupt_weights(self, folder):

@@ -81,7 +81,7 @@ def stored_pattern(shape: tuple[int, int], kept: int, asked: str | None) -> str:
 def name_of(dtype: torch.dtype | None) -> str:
     """Return what the format calls a float type."""
     if dtype not in _NAMES:
-        raise InputError(f"values of type {dtype} cannot be stored.")
+        raise InputError(f"Values of type {dtype} cannot be stored.")
     return _NAMES[dtype]
 
 
