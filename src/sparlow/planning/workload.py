@@ -1,7 +1,7 @@
 """The work of a run in numbers: layers and their budgets, sizes of the model, tokens. From shapes alone."""
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -274,14 +274,9 @@ def workload(
     storage = StoredDtypes.of(model)
     selection = select(model, decoder, recipe, storage)
     found = _blocks(model, decoder, selection.budgets)
-    if not there:
-        require_chain(model)
-    require_own_weights(model, decoder)
-    stored = storage.dtype
-    config = model.config.get_text_config()
     seqlen = max(options.evaluate_seqlen or recipe.seqlen, 2)
-    for tokens in (recipe.seqlen, seqlen if evaluate else recipe.seqlen):
-        require_context(model, tokens)
+    _require_possible(model, decoder, [recipe.seqlen, *([seqlen] if evaluate else [])])
+    stored, config = storage.dtype, model.config.get_text_config()
     return Workload(
         name=decoder.name,
         blocks=found,
@@ -306,6 +301,15 @@ def workload(
         stays_dense=selection.dense,
         warnings=selection.warnings,
     )
+
+
+def _require_possible(model: PreTrainedModel, decoder: Decoder, lengths: Sequence[int]) -> None:
+    """Raise InputError unless the blocks can be replayed and written one by one, on windows of these lengths."""
+    if next(model.parameters()).is_meta:
+        require_chain(model)
+    require_own_weights(model, decoder)
+    for tokens in lengths:
+        require_context(model, tokens)
 
 
 FUSED = ("sdpa", "flash", "flex")  # how the names of attention kernels begin that never hold all weights

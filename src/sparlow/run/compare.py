@@ -98,7 +98,6 @@ def compare(
     require_one("A comparison")
     require_matplotlib()
     out, first = Path(out), next(iter(recipes.values()))
-    seqlen = options.evaluate_seqlen or first.seqlen
     _check(recipes, out, overwrite=overwrite)
     earlier = None if overwrite else Comparison.found_in(out)
     if not force:
@@ -107,6 +106,7 @@ def compare(
     for recipe in recipes.values():
         select(opened.model, opened.decoder, recipe, storage)
     windows = windows_to_calibrate(None, opened, first)
+    seqlen = options.evaluate_seqlen or first.seqlen
     texts = windows_to_evaluate(options.evaluate, opened, seqlen, options.limit, first.column)
     found = Comparison(opened.name, first.to_dict(), _evaluation(first, seqlen, texts), _settings(recipes))
     if earlier:
@@ -125,8 +125,7 @@ def compare(
         found.write(out)
         spoilt = opened.changes
         del job
-        if name in found.failed:
-            free_memory()  # which tensors of what failed have left
+        free_memory()  # of what failed, too
         if spoilt:  # compressed in place; freed before the next is opened
             del opened
     draw(found, out)
