@@ -20,7 +20,7 @@ TEN = (
 @pytest.mark.parametrize("family", TEN)
 def test_a_structure_from_end_to_end(family, tmp_path):
     model = save_tiny(family, tmp_path / "dense")
-    plain = perplexity(model, WINDOWS)
+    plain = perplexity(model, WINDOWS).value
     opened = open_model(str(tmp_path / "dense"), streamed=True)
     with opened.weights.outside_blocks(), opened.weights.block(0):
         recording = capture_block_inputs(opened.model, WINDOWS, micro_batch=2)

@@ -420,7 +420,7 @@ def test_what_only_a_newer_sparlow_writes_is_named_as_such(folder, opening, chan
 
 def test_experts_in_one_tensor_are_named_as_not_supported_yet(folder, opening):
     edit(folder / "config.json", lambda config: config["quantization_config"]["layers"].update({LAYER: [0, [3, 4]]}))
-    with pytest.raises(InputError, match=rf"{re.escape(LAYER)}: its experts are stored in one tensor.*not supported"):
+    with pytest.raises(InputError, match=rf"{re.escape(LAYER)}: Its experts are stored in one tensor.*not supported"):
         opening(folder)
 
 
@@ -432,7 +432,7 @@ def test_an_unknown_key_of_the_config(folder, opening):
 
 def test_a_model_of_another_size(folder, opening):
     edit(folder / "config.json", lambda config: config.update(intermediate_size=56))
-    with pytest.raises(InputError, match=r"down_proj: it keeps 768 values, which a \(32, 56\) weight"):
+    with pytest.raises(InputError, match=r"down_proj: It keeps 768 values, which a \(32, 56\) weight"):
         opening(folder)
 
 
