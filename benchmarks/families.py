@@ -139,7 +139,7 @@ def judged(folder: Path, windows: "Tensor", report: "Report") -> dict[str, Any]:
     opened = open_model(str(folder / "dense"), streamed=True)
     with opened.weights.outside_blocks(), opened.weights.block(0):
         recording = capture_block_inputs(opened.model, windows, micro_batch=64)
-    found = perplexity_by_blocks(opened.model, recording, opened.weights)
+    found = perplexity_by_blocks(opened.model, recording, opened.weights).value
     whole = open_model(str(folder / "dense")).model
     with torch.no_grad():
         losses = []
@@ -148,7 +148,8 @@ def judged(folder: Path, windows: "Tensor", report: "Report") -> dict[str, Any]:
             losses.append(torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten(), reduction="none"))
         plain = exp(torch.cat(losses).double().mean().item())
         in_memory = whole
-        sparlow.compress(in_memory, sparlow.Recipe.from_dict(report.recipe), calibration=windows, evaluate=())
+        recipe = sparlow.Recipe.from_dict(report.recipe)
+        sparlow.compress(in_memory, recipe, calibration=windows, evaluate=(), inplace=True)
         expected = in_memory(windows[:2], use_cache=False).logits
         again = sparlow.load(folder / "out")
         difference = (again(windows[:2], use_cache=False).logits - expected).abs().max() / expected.abs().max()
