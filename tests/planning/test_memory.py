@@ -20,7 +20,7 @@ plan = sparlow.plan(sys.argv[1], recipe, evaluate=(), device="cpu", offload="cpu
 print(json.dumps({stage.name: stage.cpu for stage in plan.stages}))
 """
 MEASURED = """
-import json, sys, psutil, torch, sparlow
+import json, sys, psutil, torch, sparlow.run.compress
 recipe = sparlow.Recipe(**json.loads(sys.argv[2]))
 ids = torch.randint(512, (recipe.samples, recipe.seqlen), generator=torch.Generator().manual_seed(0))
 before = psutil.Process().memory_info().rss
