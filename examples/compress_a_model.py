@@ -10,7 +10,7 @@ import sparlow
 
 def main(model: str, out: str) -> None:
     """Compress ``model`` to 16:32 + rank 16 with text that needs no network."""
-    recipe = sparlow.Recipe(pattern="16:32", rank=16, calibration="builtin", samples=32, seqlen=512)
+    recipe = sparlow.Recipe(rank=16, calibration="builtin", samples=32, seqlen=512)
     report = sparlow.compress(model, recipe, out=out, notify=show)
     for corpus, dense in report.dense["perplexity"].items():
         print(f"{corpus}: {dense:.2f} dense, {report.compressed['perplexity'][corpus]:.2f} compressed")
