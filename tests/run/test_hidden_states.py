@@ -46,6 +46,19 @@ def compressed(model, out, notify=lambda _: None, recipe=RECIPE):
     return sparlow.compress(model, recipe, calibration=IDS, evaluate=(), offload="disk", notify=notify, **where)
 
 
+def test_a_shard_that_a_killed_run_was_writing_is_removed(folder, tmp_path):
+    out = tmp_path / "out"
+
+    def stop(_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compressed(folder, out, stop)
+    (out / ".tmpXdNInr").write_bytes(b"half of a shard")  # the name that safetensors renames
+    compressed(folder, out)
+    assert not (out / ".tmpXdNInr").exists()
+
+
 def test_they_lie_in_out_and_a_killed_run_leaves_nothing_of_them(folder, tmp_path, temporary):
     out, seen = tmp_path / "out", []
 

@@ -1,6 +1,7 @@
 """The output directory: whether it may be written to, and by one process at a time."""
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,6 +15,7 @@ from sparlow.files import HIDDEN, RECORD, partial_of, read_json
 NAME = RECORD
 LOCK = ".sparlow.lock"  # there only while a process writes, or after one that was killed; the lock itself dies with it
 _BEFORE_THE_FIRST_RECORD = {LOCK, HIDDEN, partial_of(Path(NAME)).name}  # what a run leaves that is killed so early
+_WRITTEN_BY_SAFETENSORS = re.compile(r"\.tmp\w{6}")  # it writes every file under such a name, then renames it
 _KEYS = {"format", "finished", "fingerprint", "blocks_name", "dense", "shards", "blocks"}
 
 
@@ -21,7 +23,8 @@ _KEYS = {"format", "finished", "fingerprint", "blocks_name", "dense", "shards", 
 def claimed(folder: Path, *, overwrite: bool, finished: bool = False) -> Iterator[None]:
     """Check ``folder`` as ``check_folder`` does, make it, and keep every other process out of it.
 
-    Hidden states that a killed run has left are removed. A directory that is still empty at the end is removed again.
+    What a killed run has left is removed: hidden states, and a shard that was being written. A directory that is still
+    empty at the end is removed again.
 
     Raises:
         InputError: It may not be written to, cannot be locked, or another process writes there.
@@ -39,7 +42,7 @@ def claimed(folder: Path, *, overwrite: bool, finished: bool = False) -> Iterato
     except (OSError, NotImplementedError) as error:
         raise InputError(f"{folder} cannot be written to and locked ({error}). Choose another --out.") from error
     try:
-        shutil.rmtree(folder / HIDDEN, ignore_errors=True)  # of a run that was killed
+        _remove_leftovers(folder)
         yield
     finally:
         shutil.rmtree(folder / HIDDEN, ignore_errors=True)
@@ -49,6 +52,15 @@ def claimed(folder: Path, *, overwrite: bool, finished: bool = False) -> Iterato
         with suppress(OSError):  # not empty: the rule
             for path in made:
                 path.rmdir()
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what only a run that was killed leaves; nobody else writes here now."""
+    shutil.rmtree(folder / HIDDEN, ignore_errors=True)
+    for path in folder.iterdir():
+        if _WRITTEN_BY_SAFETENSORS.fullmatch(path.name) and path.is_file():
+            with suppress(OSError):
+                path.unlink()
 
 
 def check_folder(folder: Path, *, overwrite: bool, finished: bool = False) -> None:
