@@ -6,6 +6,8 @@ from dataclasses import dataclass, field, fields
 
 from torch import Tensor
 
+from sparlow.linalg.grid import FactorScales, GridValues
+
 Number = float | int | str | bool
 
 
@@ -87,12 +89,16 @@ class Decomposition:
         U: Left factor of the low-rank part (out, rank).
         V: Right factor of the low-rank part (rank, in).
         stats: How the solve went; an algorithm may give a plain mapping.
+        values: The grid that the kept entries of S lie on; None if any number will do.
+        factors: The scales of U and V where these are in int8; None if any number will do.
     """
 
     S: Tensor
     U: Tensor
     V: Tensor
     stats: SolveStats = field(default_factory=SolveStats)
+    values: GridValues | None = None
+    factors: FactorScales | None = None
 
     def __post_init__(self) -> None:
         """Make a record of a plain mapping."""

@@ -17,6 +17,7 @@ from sparlow.errors import InputError, RunError
 from sparlow.schema import LARGEST, shown
 
 if TYPE_CHECKING:  # torch would come with it, and the command line reads a recipe's fields without
+    from sparlow.linalg.grid import Grid
     from sparlow.linalg.patterns import Pattern
 
 Shape = tuple[int, int]  # (out, in)
@@ -24,10 +25,19 @@ Shape = tuple[int, int]  # (out, in)
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What one layer may keep."""
+    """What one layer may keep.
+
+    Attributes:
+        pattern: Which entries of S.
+        rank: Of U V.
+        grid: That the entries of S lie on; None for the type that the weight has.
+        int8_factors: Whether U and V are stored in int8.
+    """
 
     pattern: "Pattern"
     rank: int
+    grid: "Grid | None" = None
+    int8_factors: bool = False
 
     def values(self, shape: Shape) -> int:
         """Numbers kept of a weight (out, in): entries of S, U and V."""
