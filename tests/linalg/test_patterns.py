@@ -185,6 +185,8 @@ def test_a_choice_within_rows_does_not_violate_the_pattern_it_is_made_for(patter
         ("4:4", NM(4, 4)),
         ("0.5", Unstructured(0.5)),
         ("0", Unstructured(0.0)),
+        ("0.0", Unstructured(0.0)),
+        ("dense", Unstructured(0.0)),
         ("7e-1", Unstructured(0.7)),
     ],
 )
@@ -192,9 +194,24 @@ def test_parse_pattern(text, pattern):
     assert parse_pattern(text) == pattern
 
 
-@pytest.mark.parametrize("pattern", [p for p in PATTERNS if p != Unstructured(0.5, per_row=True)], ids=str)
+@pytest.mark.parametrize(
+    "pattern", [*(p for p in PATTERNS if p != Unstructured(0.5, per_row=True)), Unstructured(0.0)], ids=str
+)
 def test_parse_pattern_reads_what_str_prints(pattern):
     assert parse_pattern(str(pattern)) == pattern
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(0.0), Unstructured(0.0, per_row=True)])
+def test_dense_keeps_everything_and_nothing_violates_it(pattern):
+    X = gaussian(6, 13)  # no width is refused
+    X[2, 5] = 0
+    pattern.check((6, 13))
+    assert str(pattern) == "dense"
+    assert pattern.kept((6, 13)) == 78
+    assert pattern.density == 1
+    assert pattern.mask(X.abs()).all()
+    assert torch.equal(projected(pattern.projector(), X), X)
+    assert pattern.violation("layer", X) is None
 
 
 @pytest.mark.parametrize(
@@ -202,6 +219,7 @@ def test_parse_pattern_reads_what_str_prints(pattern):
     [
         "",
         "half",
+        "Dense",
         "2:4:8",
         ":4",
         "2:",

@@ -395,7 +395,9 @@ def test_pruners_have_no_low_rank_part(algorithm, tmp_path):
     assert report.bytes["compressed"] == stored_bytes(tmp_path)
 
 
-@pytest.mark.parametrize(("pattern", "density"), [("4:8", 0.5), ("1:4", 0.25), ("0.5", 0.5), ("0.7", 0.3)])
+@pytest.mark.parametrize(
+    ("pattern", "density"), [("4:8", 0.5), ("1:4", 0.25), ("0.5", 0.5), ("0.7", 0.3), ("dense", 1.0)]
+)
 def test_the_density_is_that_of_the_pattern(pattern, density):
     report = compress(tiny("llama"), PRUNE.changed(pattern=pattern))
     for row in report.layers:

@@ -11,6 +11,7 @@ from families import tiny
 from sparlow.errors import InputError
 from sparlow.files import sha256
 from sparlow.recipe.recipe import Recipe
+from sparlow.report.records import Report
 from sparlow.run.output_dir import NAME
 from sparlow.run.verify import recorded_patterns, verify_artefact
 
@@ -70,6 +71,18 @@ def set_nan(tensors):
 
 def test_a_result_as_it_was_written_has_no_problems(finished):
     assert verify_artefact(finished) == []
+
+
+def test_dense_is_written_read_and_verified_under_its_name(tmp_path):
+    rules = [{"match": "o_proj", "pattern": "dense"}]
+    recipe = Recipe(pattern="dense", rank=2, layers=rules, options={"max_steps": 3})
+    windows = torch.randint(2, 97, (8, 16), generator=torch.Generator().manual_seed(0))
+    sparlow.compress(tiny("llama"), recipe, calibration=windows, out=tmp_path / "out", evaluate=())
+    again = Recipe.from_file(tmp_path / "out" / "recipe.toml")
+    assert (again.pattern, again.layers[0].pattern) == ("dense", "dense")
+    assert {layer.pattern for layer in Report.from_file(tmp_path / "out" / "report.json").layers} == {"dense"}
+    assert {*recorded_patterns(tmp_path / "out").values()} == {"dense"}
+    assert verify_artefact(tmp_path / "out") == []
 
 
 def test_patterns_come_from_the_record(finished, tmp_path):

@@ -125,7 +125,7 @@ def show_plan(found: "Plan") -> None:
             kind.name,
             str(kind.count),
             f"{kind.shape[0]} × {kind.shape[1]}",
-            kind.pattern or "dense",
+            kind.pattern or "–",
             str(kind.rank),
             f"{kind.parameters:,}",
             f"{kind.bytes_dense:,}",

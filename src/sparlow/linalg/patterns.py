@@ -15,6 +15,7 @@ from torch import Tensor
 from sparlow.errors import InputError
 from sparlow.schema import shown
 
+EVERYTHING = "dense"  # the pattern that prunes nothing
 Projector = Callable[[Tensor, Tensor], Tensor]  # (X, out), contiguous → out: X, zero where it is pruned
 
 
@@ -35,7 +36,7 @@ class Unstructured:
             raise InputError(f"A sparsity of {self.sparsity:g} is not possible. Give a fraction from 0 up to below 1.")
 
     def __str__(self) -> str:
-        return str(self.sparsity)
+        return str(self.sparsity) if self.sparsity else EVERYTHING
 
     @property
     def density(self) -> float:
@@ -86,7 +87,9 @@ class Unstructured:
         Approximate: an exact top-k costs more than an iteration's product, so the threshold is estimated from a sample.
         Finish with an exact ``mask``.
         """
-        return self._project if self.per_row or self.sparsity == 0 else _SampleProjector(self.density)
+        if self.sparsity == 0:
+            return _copy
+        return self._project if self.per_row else _SampleProjector(self.density)
 
     def _project(self, X: Tensor, out: Tensor) -> Tensor:
         return out.copy_(self.mask(X.abs())).mul_(X)
@@ -164,7 +167,13 @@ Pattern = Unstructured | NM
 
 
 def parse_pattern(text: str) -> Pattern:
-    """Read ``"2:4"`` (keep 2 of every 4) or ``"0.5"`` (remove half); raise InputError for anything else."""
+    """Read ``"2:4"`` (keep 2 of every 4), ``"0.5"`` (remove half) or ``"dense"`` (remove nothing).
+
+    Raises:
+        InputError: It is anything else.
+    """
+    if text == EVERYTHING:
+        return Unstructured(0.0)
     try:
         if ":" in text:
             n, m = text.split(":")
@@ -174,13 +183,18 @@ def parse_pattern(text: str) -> Pattern:
         raise
     except ValueError:
         raise InputError(
-            f"Pattern {shown(text)} is not understood. Give N:M such as 2:4, or the fraction removed, such as 0.5."
+            f"Pattern {shown(text)} is not understood. Give N:M such as 2:4, the fraction removed, such as 0.5, or "
+            f"{EVERYTHING}."
         ) from None
 
 
 def within_rows(pattern: Pattern) -> Pattern:
     """Return the pattern with scores compared within each row, as some papers do. N:M always does."""
     return replace(pattern, per_row=True) if isinstance(pattern, Unstructured) else pattern
+
+
+def _copy(X: Tensor, out: Tensor) -> Tensor:
+    return out.copy_(X)
 
 
 def _largest(scores: Tensor, count: int) -> Tensor:

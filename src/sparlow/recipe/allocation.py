@@ -147,9 +147,10 @@ def ratio_share(compression: float, pattern: "Pattern") -> float:
     """
     share = (1 - compression - pattern.density) / (1 - compression)
     if share <= 0:
+        below = f"compression below {1 - pattern.density:g}" if pattern.density < 1 else "sparser pattern"
         raise InputError(
             f"Pattern {pattern} alone keeps {pattern.density:g} of the values, so nothing is left for a low-rank part "
-            f"at a compression of {compression:g}. Give a compression below {1 - pattern.density:g}."
+            f"at a compression of {compression:g}. Give a {below}."
         )
     return share
 

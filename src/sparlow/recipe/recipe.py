@@ -68,7 +68,10 @@ class Recipe:
     ] = field(default_factory=dict)
     pattern: Annotated[
         str | None,
-        Doc("Pattern of the sparse part: N:M such as 16:32 or 2:4, or the fraction removed such as 0.5."),
+        Doc(
+            "Pattern of the sparse part: N:M such as 16:32 or 2:4, or the fraction removed such as 0.5. dense keeps "
+            "every entry: for values on a grid."
+        ),
         Unset("16:32, or 8:16, 4:8, 2:4 where 32 does not divide the inputs of a layer"),
         KEEP,
     ] = None
@@ -203,7 +206,7 @@ class Recipe:
         if self.compression is not None and self.pattern is not None and prunes:
             raise InputError(f"{self.algorithm} only prunes. Give --pattern or --compression, not both.")
         uniform = self._uniform((1, 1))
-        if isinstance(uniform.pattern, NM) and self.allocate == "owl":
+        if self.allocate == "owl" and (isinstance(uniform.pattern, NM) or uniform.pattern.density == 1):
             raise InputError("OWL gives every block a density of its own. Give an unstructured --pattern such as 0.5.")
         if isinstance(uniform.pattern, NM) and self.allocate == "error" and not (uniform.rank or self.compression):
             raise InputError(
