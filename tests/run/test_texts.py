@@ -12,6 +12,7 @@ from tokenizers.processors import TemplateProcessing
 import sparlow
 from command_line import run, run_and_fail
 from families import save_tiny, tiny, tiny_tokenizer
+from samples import few_of
 from sparlow.errors import InputError
 from sparlow.recipe.recipe import Recipe, as_recipe
 from sparlow.recipe.run_options import RunOptions, listed
@@ -133,19 +134,25 @@ def test_dollars_in_the_name_of_a_text_do_not_end_a_comparison(place, tmp_path):
 
 # beginning of sequence
 
+BEGINNINGS = [
+    ("begins", "auto", True),
+    ("begins", "always", True),
+    ("begins", "never", False),
+    ("model", "auto", False),
+    ("model", "always", True),
+    ("model", "never", False),
+]
+
 
 @pytest.mark.parametrize(
-    ("which", "bos", "begins"),
-    [
-        ("begins", "auto", True),
-        ("begins", "always", True),
-        ("begins", "never", False),
-        ("model", "auto", False),
-        ("model", "always", True),
-        ("model", "never", False),
-    ],
+    ("which", "bos", "begins", "calibration"),
+    few_of(
+        [(*case, calibration) for case in BEGINNINGS for calibration in ("text.txt", "self")],
+        *[(*case, "text.txt") for case in BEGINNINGS],
+        ("begins", "auto", True, "self"),
+        ("model", "auto", False, "self"),
+    ),
 )
-@pytest.mark.parametrize("calibration", ["text.txt", "self"])
 def test_calibration_windows_begin_as_the_tokenizer_begins_a_text(
     which, bos, begins, calibration, place, calibrated_on, tmp_path, monkeypatch
 ):

@@ -203,9 +203,7 @@ def stranger(tmp_path_factory):
         return said.rpartition("\r")[2]  # what comes before are progress bars
 
     command = [sys.executable, "-c", WAITING]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-    ) as server:
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as server:
         yield run
         server.stdin.close()
 
