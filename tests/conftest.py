@@ -1,5 +1,6 @@
 """No test may reach a hub, and two workers must not fight over the cores."""
 
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -10,6 +11,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import pytest
 import torch
+
+
+def pytest_collection_finish():
+    # a run of sparlow collects garbage between blocks, and would look at all objects of torch, transformers and pytest
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items):

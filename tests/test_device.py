@@ -49,6 +49,7 @@ def steps(device, monkeypatch, tmp_path):
     return begin
 
 
+@pytest.mark.slow
 def test_every_step_runs_in_its_smallest_form_without_an_accelerator_repository_or_installation(tmp_path):
     copy = tmp_path / "copy"
     for name in ("benchmarks", "src", "tests"):

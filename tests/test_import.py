@@ -8,6 +8,7 @@ import pytest
 
 import sparlow
 from families import save_tiny
+from samples import few_of
 from sparlow.recipe.recipe import Recipe
 
 REGISTERED = "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as found; assert 'sparlow' in found; "
@@ -44,15 +45,11 @@ def compressed(tmp_path_factory):
     return place / "out"
 
 
-@pytest.mark.parametrize(
-    "imports",
-    [
-        "import sparlow, transformers; ",
-        "import transformers, sparlow; ",
-        "import transformers.quantizers.auto; import sparlow; ",
-        LOOKED_FOR,
-    ],
-)
+SPARLOW_FIRST, QUANTIZERS_FIRST = "import sparlow, transformers; ", "import transformers.quantizers.auto, sparlow; "
+ORDERS = (SPARLOW_FIRST, "import transformers, sparlow; ", QUANTIZERS_FIRST, LOOKED_FOR)
+
+
+@pytest.mark.parametrize("imports", few_of(ORDERS, SPARLOW_FIRST, QUANTIZERS_FIRST))
 def test_from_pretrained_opens_a_compressed_model_whatever_is_imported_first(imports, compressed):
     opened = "from transformers import AutoModelForCausalLM; m = AutoModelForCausalLM.from_pretrained(sys.argv[1]); "
     density = "print(float((m.model.layers[0].mlp.up_proj.S != 0).float().mean()))"
@@ -102,7 +99,10 @@ def test_every_public_name_is_there():
     for name in sparlow.__all__:
         assert getattr(sparlow, name).__module__.startswith("sparlow")
     assert set(sparlow.__all__) == {name for names in sparlow._MODULES.values() for name in names}
-    assert run("from sparlow import *; print(Recipe, compress.__name__)").endswith("compress\n")
+    found = {}
+    exec("from sparlow import *", found)  # noqa: S102 - the statement is what is tried
+    assert set(sparlow.__all__) <= found.keys()
+    assert found["compress"].__name__ == "compress"
     with pytest.raises(AttributeError, match="has no attribute 'compres'"):
         _ = sparlow.compres
     with pytest.raises(ImportError, match="compres"):

@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import sparlow
 from families import tiny
+from samples import few_of
 from sparlow.errors import InputError
 from sparlow.own_settings import own_settings
 from sparlow.recipe.recipe import GIVEN_WINDOWS, Recipe
@@ -122,6 +123,10 @@ def whole():
     return model.state_dict()
 
 
+FEW = [SETTINGS[name] for name in ("another device by default", "autocast", "inference mode", "products in bfloat16")]
+
+
+@pytest.mark.parametrize("setting", few_of(SETTINGS.values(), *FEW), ids=SETTINGS)
 def test_compressed_and_trained_models_have_the_same_bits_under_any_setting(setting, whole):
     model = tiny("llama")
     with setting():

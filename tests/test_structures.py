@@ -5,6 +5,7 @@ import torch
 
 import sparlow
 from families import save_tiny, tiny
+from samples import few_of
 from sparlow.evaluation.perplexity import perplexity, perplexity_by_blocks
 from sparlow.model.artefact.layers import compressed_layers
 from sparlow.model.forward.capture import capture_block_inputs
@@ -18,7 +19,7 @@ TEN = (
 )
 
 
-@pytest.mark.parametrize("family", TEN)
+@pytest.mark.parametrize("family", few_of(TEN, "gemma4_text", "gemma4_moe", "qwen3_next", "falcon_h1", "jamba"))
 def test_a_structure_from_end_to_end(family, tmp_path):
     model = save_tiny(family, tmp_path / "dense")
     plain = perplexity(model, WINDOWS).value

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 import sparlow
 from families import save_tiny, tiny
+from samples import few_of
 from sparlow.errors import InputError
 from sparlow.model import _transformers as private
 from sparlow.model.artefact.hf_quantizer import SparlowConfig
@@ -148,12 +149,13 @@ print(json.dumps(results))
 
 
 @pytest.fixture(scope="module")
-def without(tmp_path_factory):
-    """What happens where a name is missing, by the name."""
+def without(request, tmp_path_factory):
+    """What happens where a name is missing, by the name; for all that the tests of this session ask for."""
+    asked = {item.callspec.params["name"] for item in request.session.items if "without" in item.fixturenames}
     folder = tmp_path_factory.mktemp("without")
     save_tiny("llama", folder / "dense")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    arguments = [folder / "dense", json.dumps([pair for pair in NAMES if pair[1] not in TRAINING])]
+    arguments = [folder / "dense", json.dumps([pair for pair in NAMES if pair[1] in asked])]
     command = [sys.executable, "-c", WITHOUT_A_NAME, *arguments]
     ended = subprocess.run(command, check=True, env=environment, capture_output=True, text=True, timeout=300)
     return json.loads(ended.stdout)
@@ -170,7 +172,11 @@ STREAMING = {  # what only reading part by part needs
 }
 
 
-@pytest.mark.parametrize("name", [name for _, name in NAMES if name not in TRAINING])
+MISSING = [name for _, name in NAMES if name not in TRAINING]
+QUICK_TO_TRY = [next(name for name in MISSING if (name in STREAMING) is streaming) for streaming in (True, False)]
+
+
+@pytest.mark.parametrize("name", few_of(MISSING, *QUICK_TO_TRY))
 def test_a_name_that_is_missing(name, without):
     found = without[name]
     assert found["decomposes"]  # what needs no model works

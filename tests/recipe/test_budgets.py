@@ -7,6 +7,7 @@ import torch
 
 import sparlow
 from families import save_tiny, tiny
+from samples import few_of
 from sparlow.errors import InputError
 from sparlow.model.artefact.dtypes import StoredDtypes
 from sparlow.model.forward.decoder import Decoder
@@ -38,7 +39,7 @@ def foresee(folder, recipe):
     return sparlow.plan(folder, recipe.changed(samples=4, seqlen=16), timed=False, evaluate=())
 
 
-@pytest.mark.parametrize("family", DECIDING)
+@pytest.mark.parametrize("family", few_of(DECIDING, "afmoe", "qwen2_moe", "mamba"))  # one for each reason
 def test_routers_gates_and_weights_that_are_read_stay_dense_with_the_reason(family, tmp_path):
     layer, why = DECIDING[family]
     save_tiny(family, tmp_path / "dense")

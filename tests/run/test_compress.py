@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 import oracles
 import sparlow
 from families import VOCABULARY, linears, save_tiny, tiny, tiny_tokenizer
+from samples import few_of
 from sparlow.errors import InputError
 from sparlow.model.artefact.describe import describe
 from sparlow.model.artefact.layers import compressed_layers
@@ -340,7 +341,10 @@ def test_steps_are_told_in_order(text):
 # Any family
 
 
-@pytest.mark.parametrize("family", ["llama", "opt", "gpt_neox", "gemma3_text", "mixtral", "falcon", "bloom"])
+FAMILIES = ("llama", "opt", "gpt_neox", "gemma3_text", "mixtral", "falcon", "bloom")
+
+
+@pytest.mark.parametrize("family", few_of(FAMILIES, "llama", "opt", "mixtral", "bloom"))
 def test_every_family_end_to_end(family, tmp_path):
     model, dense = tiny(family), tiny(family)
     expected = {name: dense.get_submodule(name) for name, _ in Decoder.of(dense).layers()}

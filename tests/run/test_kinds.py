@@ -1,6 +1,7 @@
 """Whole runs over what is unlike a Llama: transposed weights, blocks that the text speaks to, types of their own."""
 
 import inspect
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import sparlow
 from families import _SIZES, linears, save_tiny, tiny
+from samples import few_of
 from sparlow.algorithms import _registry, pruner
 from sparlow.errors import InputError
 from sparlow.linalg.gram import Gram
@@ -26,7 +28,7 @@ WANDA = Recipe(algorithm="wanda", samples=10, seqlen=16)
 NARROW = ("altup.*_coefs",)  # of Gemma-3n: four inputs
 
 
-@pytest.mark.parametrize("match", [False, True])
+@pytest.mark.parametrize("match", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_model_of_transposed_weights_is_compressed_written_and_opened(match, tmp_path):
     dense = save_tiny("gpt2", tmp_path / "model")
     recipe = Recipe(rank=4, samples=10, seqlen=16, options={"effort": 0.1}, match=match)
@@ -66,8 +68,17 @@ def test_what_is_kept_of_a_transposed_weight_is_what_the_definition_says():
         assert torch.equal(layer.bias, dense.get_submodule(name).bias)
 
 
-@pytest.mark.parametrize("recipe", [WANDA, WANDA.changed(match=True), WANDA.changed(match=True, match_preset="blocks")])
-@pytest.mark.parametrize("family", ["gemma4_text", "gemma3n_text"])
+PLAIN, WHOLE, BLOCKS = WANDA, WANDA.changed(match=True), WANDA.changed(match=True, match_preset="blocks")
+
+
+@pytest.mark.parametrize(
+    ("family", "recipe"),
+    few_of(
+        product(["gemma4_text", "gemma3n_text"], [PLAIN, WHOLE, BLOCKS]),
+        ("gemma4_text", WHOLE),
+        ("gemma3n_text", BLOCKS),
+    ),
+)
 def test_blocks_that_depend_on_the_text_or_share_what_they_write(family, recipe, tmp_path):
     dense = save_tiny(family, tmp_path / "model")
     recipe = recipe.changed(ignore=NARROW if family == "gemma3n_text" else ())

@@ -3,6 +3,7 @@
 import copy
 import json
 import tempfile
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 
 import sparlow
 from families import save_tiny, tiny, tiny_tokenizer
+from samples import few_of
 from sparlow.errors import InputError
 from sparlow.model.artefact.layers import compressed_layers
 from sparlow.model.loading.source import open_model
@@ -67,8 +69,10 @@ def test_a_result_that_would_be_lost_is_not_computed(given, folder, tmp_path, mo
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("match", [None, "blocks", "logits"])
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    ("match", "training"),
+    few_of(product([None, "blocks", "logits"], [True, False]), (None, False), ("blocks", True), ("logits", False)),
+)
 def test_a_model_object_stays_as_it_is_unless_it_is_said_in_place(match, training, text, tmp_path):
     model = tiny("llama")
     model.train(training)
@@ -157,10 +161,17 @@ def test_weights_that_opening_rounds_are_told(tmp_path):
         assert compress(tmp_path / "model", PRUNE.changed(dtype=dtype)).warnings == []
 
 
+UNDONE, LARGE_STEPS, EXACT = ("bfloat16", 1e-6, True), ("bfloat16", 1e-2, False), ("float32", 1e-6, False)
+
+
 @pytest.mark.parametrize(
-    ("dtype", "lr", "undone"), [("bfloat16", 1e-6, True), ("bfloat16", 1e-2, False), ("float32", 1e-6, False)]
+    ("dtype", "lr", "undone", "preset"),
+    few_of(
+        [(*case, preset) for case in (UNDONE, LARGE_STEPS, EXACT) for preset in ("blocks", "logits")],
+        *[(*case, "blocks") for case in (UNDONE, LARGE_STEPS, EXACT)],
+        (*UNDONE, "logits"),
+    ),
 )
-@pytest.mark.parametrize("preset", ["blocks", "logits"])
 def test_training_that_rounding_undid_is_told(dtype, lr, undone, preset, tmp_path):
     save_tiny("llama", tmp_path, dtype=getattr(torch, dtype))
     recipe = QUICK.changed(match=True, match_preset=preset, match_lr=lr)

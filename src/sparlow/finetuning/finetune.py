@@ -10,12 +10,14 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from torch import Tensor
+
 from sparlow.errors import InputError
 from sparlow.evaluation.perplexity import require_context, require_tokenizer, require_vocabulary
 from sparlow.finetuning.options import FinetuneOptions
 from sparlow.finetuning.parent import Parent, Paths
 from sparlow.machine import pick_device
-from sparlow.model.loading.source import open_model
+from sparlow.model.loading.source import OpenedModel, open_model
 from sparlow.own_settings import own_settings
 from sparlow.progress import Notify
 from sparlow.recipe.run_options import RunOptions, listed
@@ -99,22 +101,28 @@ def finetune(
         parent = Parent.read(paths.folder)
         ranks = parent.ranks_to_train(rank)
         opened = open_model(str(folder), device=device, trust_remote_code=trust_remote_code)
-        require_context(opened.model, block_size, "block-size")
-        tokenizer = require_tokenizer(opened.tokenizer, opened.name)
-        windows = training_windows(
-            dataset,
-            tokenizer,
-            samples=plan.windows,
-            seqlen=block_size,
-            seed=seed,
-            begin=beginning(tokenizer, bos),
-            column=column,
-        )
-        require_vocabulary(opened.model, windows, dataset)
+        windows = _windows_to_train_on(opened, plan)
         evaluation = windows_to_evaluate(evaluate, opened, parent.report.recipe["seqlen"], limit, column)
         run = FineTuning(parent, opened, paths, plan, ranks, notify)
         run.begin(windows, overwrite=overwrite)
         return run.go(windows, evaluation)
+
+
+def _windows_to_train_on(opened: OpenedModel, plan: FinetuneOptions) -> Tensor:
+    """Return token ids (windows, block size) int64 that the model can read; raise InputError if there are none."""
+    require_context(opened.model, plan.block_size, "block-size")
+    tokenizer = require_tokenizer(opened.tokenizer, opened.name)
+    windows = training_windows(
+        plan.dataset,
+        tokenizer,
+        samples=plan.windows,
+        seqlen=plan.block_size,
+        seed=plan.seed,
+        begin=beginning(tokenizer, plan.bos),
+        column=plan.column,
+    )
+    require_vocabulary(opened.model, windows, plan.dataset)
+    return windows
 
 
 def _require_packages() -> None:

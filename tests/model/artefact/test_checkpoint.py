@@ -122,17 +122,37 @@ def test_needs_to_know_no_architecture(family, tmp_path, ids):
         assert torch.equal(model(ids).logits, again(ids).logits)
 
 
-def test_opens_in_a_new_process(model, folder, ids, tmp_path):
+def test_opens_in_a_new_process_and_a_shard_that_is_cut_off_ends_none_in_a_bus_error(model, folder, ids, tmp_path):
+    """What is mapped and read past the end of its file ends in SIGBUS; read by both of what maps files."""
     code = (
         "import sys, torch; import sparlow; from transformers import AutoModelForCausalLM\n"
-        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
-        "torch.save(model(torch.load(sys.argv[2])).logits, sys.argv[3])"
+        "from pathlib import Path; from sparlow.model.artefact.describe import describe\n"
+        "folder, ids, logits, *cut_off = map(Path, sys.argv[1:])\n"
+        "torch.save(AutoModelForCausalLM.from_pretrained(folder)(torch.load(ids)).logits, logits)\n"
+        "for read in (sparlow.load, describe):\n"
+        "    for each in cut_off:\n"
+        "        try: read(each)\n"
+        "        except sparlow.InputError as error: print(error)"
     )
     torch.save(ids, tmp_path / "ids")
+    data = (folder / SHARD).read_bytes()
+    cut_off = [tmp_path / f"without {lost} bytes" for lost in (1, 100, len(data) // 2, int(0.99 * len(data)))]
+    for each in cut_off:
+        shutil.copytree(folder, each)
+        (each / SHARD).write_bytes(data[: -int(each.name.split()[1])])
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    arguments = [sys.executable, "-c", code, folder, tmp_path / "ids", tmp_path / "logits"]
-    subprocess.run(arguments, check=True, env=environment, timeout=120)
+    arguments = [sys.executable, "-c", code, folder, tmp_path / "ids", tmp_path / "logits", *cut_off]
+    run = subprocess.run(  # noqa: PLW1510 - asserted below
+        arguments, env=environment, timeout=120, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
     assert torch.equal(torch.load(tmp_path / "logits"), model(ids).logits)
+    said = run.stdout.splitlines()
+    assert len(said) == 2 * len(cut_off)
+    for each, line in zip(2 * cut_off, said, strict=True):
+        assert SHARD in line
+        assert "damaged" in line
+        assert str(each) in line
 
 
 def test_opens_without_the_head_and_in_another_dtype(model, folder, ids):
@@ -468,25 +488,6 @@ def test_damaged_layers(folder, opening, change, message):
     spoil(folder / SHARD, change)
     with pytest.raises(InputError, match=message):
         opening(folder)
-
-
-@pytest.mark.parametrize("lost", [1, 100, 0.5, 0.99])
-def test_a_shard_that_is_cut_off_ends_no_process_in_a_bus_error(folder, lost):
-    """What is mapped and read past the end of its file ends in SIGBUS; read by both of what maps files."""
-    data = (folder / SHARD).read_bytes()
-    (folder / SHARD).write_bytes(data[: -lost if isinstance(lost, int) else int(len(data) * (1 - lost))])
-    code = (
-        "import sys, sparlow; from sparlow.model.artefact.describe import describe\n"
-        "for read in (sparlow.load, describe):\n"
-        "    try: read(__import__('pathlib').Path(sys.argv[1]))\n"
-        "    except sparlow.InputError as error: print(error)"
-    )
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    run = subprocess.run(  # noqa: PLW1510 - asserted below
-        [sys.executable, "-c", code, folder], env=environment, timeout=120, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr
-    assert [SHARD in line and "damaged" in line for line in run.stdout.splitlines()] == [True, True]
 
 
 def test_missing_and_broken_shards(folder, opening):

@@ -165,23 +165,62 @@ else:
     print("OPENED", found)
 assert "sparlow" not in sys.modules
 """
+# Has imported plain transformers, which takes seconds, and computed nothing; forks itself for every program
+WAITING = """
+import json, os, sys, traceback
+import torch, transformers.pipelines, transformers.models.llama.modeling_llama
+for line in sys.stdin:
+    arguments, code, path, output = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        file = os.open(output, os.O_WRONLY | os.O_CREAT)
+        os.dup2(file, 1), os.dup2(file, 2)
+        sys.argv[1:], sys.path[:0] = arguments, path
+        try:
+            exec(code, {"__name__": "__main__"})
+            sys.stdout.flush()
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(1)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
 
 
-def stranger(how, folder, code=STRANGER, path=()):
-    """What a process of its own says that knows plain transformers only."""
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PYTHONPATH": os.pathsep.join(path)}
-    run = subprocess.run(  # noqa: PLW1510 - asserted below
-        [sys.executable, "-c", code, how, str(folder)], capture_output=True, text=True, env=environment, timeout=300
-    )
-    assert run.returncode == 0, run.stderr
-    return run.stdout
+@pytest.fixture(scope="module")
+def stranger(tmp_path_factory):
+    """Runs a program in a process of its own that knows plain transformers only; gives what it says."""
+    place = tmp_path_factory.mktemp("stranger")
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_MODULES_CACHE": str(place / "code")}
+
+    def run(how, folder, code=STRANGER, path=()):
+        print(json.dumps([[how, str(folder)], code, list(path), str(place / "said")]), file=server.stdin, flush=True)
+        ended = server.stdout.readline().strip()
+        said = (place / "said").read_text()
+        (place / "said").unlink()
+        assert ended == "0", said
+        return said.rpartition("\r")[2]  # what comes before are progress bars
+
+    command = [sys.executable, "-c", WAITING]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as server:
+        yield run
+        server.stdin.close()
+
+
+@pytest.fixture(scope="module")
+def unknown(tmp_path_factory):
+    """A compressed model of each pattern, for reading only."""
+    return {
+        pattern: written("llama", tmp_path_factory.mktemp("unknown"), dtype=torch.bfloat16, pattern=pattern)
+        for pattern in ("2:4", "0.0")
+    }
 
 
 @pytest.mark.parametrize("how", ["model", "body", "pipeline"])
 @pytest.mark.parametrize("pattern", ["2:4", "0.0"])
-def test_a_stranger_gets_an_error_and_no_random_weights(how, pattern, tmp_path):
-    folder = written("llama", tmp_path, dtype=torch.bfloat16, pattern=pattern)
-    said = stranger(how, folder)
+def test_a_stranger_gets_an_error_and_no_random_weights(how, pattern, unknown, stranger):
+    said = stranger(how, unknown[pattern])
     assert "OPENED" not in said
     assert said.split()[0] in ("RuntimeError", "ValueError")  # a pipeline wraps the one in the other
     assert "RuntimeError" in said
@@ -223,22 +262,20 @@ def with_loader(tmp_path_factory):
 
 
 @pytest.mark.parametrize("how", ["model", "pipeline"])
-def test_the_loader_opens_the_model_where_nobody_imports_sparlow(how, with_loader, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path))
+def test_the_loader_opens_the_model_where_nobody_imports_sparlow(how, with_loader, stranger):
     expected = sparlow.load(with_loader)(torch.arange(12)[None]).logits.sum().item()
     said = stranger(how, with_loader, TRUSTING, sys.path)
     assert said.startswith("logits"), said
     assert float(said.split()[1]) == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_loader_names_the_package_that_is_missing(with_loader, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path))
+def test_the_loader_names_the_package_that_is_missing(with_loader, stranger):
     said = stranger("model", with_loader, WITHOUT_SPARLOW + TRUSTING, sys.path)
     assert said.startswith("ImportError")
     assert "sparlow" in said
 
 
-def test_a_directory_with_the_loader_is_like_any_other(with_loader, tmp_path):
+def test_a_directory_with_the_loader_is_like_any_other(with_loader, tmp_path, stranger):
     assert len((with_loader / "modeling_sparlow.py").read_text().splitlines()) == 3
     assert json.loads((with_loader / "config.json").read_text())["auto_map"] == {
         "AutoModelForCausalLM": "modeling_sparlow.LlamaForCausalLM"

@@ -10,6 +10,7 @@ from transformers.models.falcon_h1.modeling_falcon_h1 import FalconH1PreTrainedM
 
 import sparlow
 from families import EXTRAS, FAMILIES, save_tiny, tiny, tiny_tokenizer
+from samples import few_of
 from sparlow import machine
 from sparlow.evaluation.perplexity import evaluate, perplexity
 from sparlow.model.forward.activation_store import ActivationStore, place
@@ -70,7 +71,7 @@ def test_parts_are_those_of_the_whole_model(name, dtype, tmp_path):
     assert all(p.is_meta for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", ["llama", "opt", "gemma3_text", "mixtral", "falcon_alibi"])
+@pytest.mark.parametrize("name", few_of(["llama", "opt", "gemma3_text", "mixtral", "falcon_alibi"], "llama", "mixtral"))
 def test_a_streamed_run_gives_the_bytes_of_one_in_memory(name, tmp_path, monkeypatch):
     save_tiny(name, tmp_path / "dense", dtype=torch.bfloat16)
     options = {"calibration": WINDOWS, "evaluate": ()}

@@ -8,6 +8,7 @@ import torch
 
 import sparlow
 from families import linears, save_tiny, tiny
+from samples import few_of
 from sparlow.errors import RunError
 from sparlow.model.artefact.layers import SparseLowRankLinear, compressed_layers
 from sparlow.model.forward.activation_store import ActivationStore
@@ -301,7 +302,7 @@ def run(folder, out, **changes):
     return sparlow.compress(folder, recipe.changed(**changes), calibration=WINDOWS, evaluate=(), out=out)
 
 
-@pytest.mark.parametrize("algorithm", ["magnitude", "wanda", "3basil"])
+@pytest.mark.parametrize("algorithm", few_of(["magnitude", "wanda", "3basil"], "wanda", "3basil"))
 def test_matching_leaves_every_support_as_the_method_found_it(algorithm, tmp_path):
     save_tiny("llama", tmp_path / "model")
     changes = {"algorithm": algorithm} | ({} if algorithm == "3basil" else {"rank": None, "options": {}})

@@ -9,6 +9,7 @@ from torch.nn import functional
 
 import sparlow
 from families import linears, save_tiny, tiny
+from samples import few_of
 from sparlow.errors import RunError
 from sparlow.model.artefact.layers import SparseLowRankLinear, compressed_layers
 from sparlow.model.forward.block_pass import BlockPass, pass_through
@@ -180,7 +181,7 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bits(when, whole, tmp_path, mo
     assert verify_artefact(tmp_path / "out") == []
 
 
-@pytest.mark.parametrize("kept", [1, 5, 7, 10])  # five steps an epoch
+@pytest.mark.parametrize("kept", few_of([1, 5, 7, 10], 5, 7))  # five steps an epoch
 def test_a_run_that_is_killed_within_the_training_goes_on_there(kept, whole, tmp_path, monkeypatch):
     model, out, report = whole
     monkeypatch.setattr("sparlow.model.training.resume_state.EVERY", 0)
