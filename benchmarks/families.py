@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import sys
 import tempfile
+import traceback
 from collections import Counter
 from math import exp
 from multiprocessing.connection import Connection
@@ -25,7 +26,7 @@ if TYPE_CHECKING:  # each process brings torch for itself
 
     from sparlow.report.records import Report
 
-SECONDS = 300  # for one type
+SECONDS = 90  # for one type
 SIZES = {  # what makes a config tiny, by the names that configs have for it
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), 128),
     **dict.fromkeys(
@@ -194,6 +195,7 @@ def send(kind: str, to: Connection) -> None:
     try:
         row = tried(kind)
     except Exception as error:  # noqa: BLE001 - what went wrong is a row too
+        traceback.print_exc()
         row = {"kind": kind, "state": "failed", "why": f"{type(error).__name__}: {first_line(error)}"}
     to.send(row)
 
