@@ -10,11 +10,14 @@ model.
 """
 
 import argparse
+import hashlib
 import json
 import multiprocessing
 import sys
 import tempfile
+import traceback
 from collections import Counter
+from functools import cache
 from math import exp
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -25,47 +28,96 @@ if TYPE_CHECKING:  # each process brings torch for itself
 
     from sparlow.report.records import Report
 
-SECONDS = 300  # for one type
+SECONDS = 90  # for one type
 SIZES = {  # what makes a config tiny, by the names that configs have for it
-    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), 128),
-    **dict.fromkeys(
-        ("hidden_size", "d_model", "n_embd", "word_embed_proj_dim", "embedding_size", "attention_hidden_size"), 32
-    ),
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "audio_vocab_size"), 128),
+    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "word_embed_proj_dim", "embedding_size", "embed_dim"), 32),
+    **dict.fromkeys(("attention_hidden_size", "out_hidden_size", "projection_dim", "lru_width", "output_dim"), 32),
+    **dict.fromkeys(("vision_output_dim", "hidden_size_global", "output_proj_dims", "text_hidden_size"), 32),
+    **dict.fromkeys(("adapter_out_dim", "adapter_in_dim", "adapter_input_size", "downsample_hidden_size"), 32),
     **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "decoder_ffn_dim", "encoder_ffn_dim", "dff"), 48),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers"), 4),
-    **dict.fromkeys(
-        ("num_attention_heads", "n_head", "n_heads", "decoder_attention_heads", "encoder_attention_heads"), 4
-    ),
+    **dict.fromkeys(("num_decoder_layers", "num_encoder_layers"), 4),
+    **dict.fromkeys(("depth", "num_global_layers", "num_blocks"), 2),  # of the towers of other modalities
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads"), 4),
+    **dict.fromkeys(("encoder_attention_heads", "num_decoder_attention_heads", "num_encoder_attention_heads"), 4),
+    **dict.fromkeys(("attention_heads",), 4),
     **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "linear_num_key_heads", "num_global_key_value_heads"), 2),
+    **dict.fromkeys(("swa_num_key_value_heads",), 2),
     **dict.fromkeys(("head_dim", "global_head_dim", "kv_channels", "linear_key_head_dim", "linear_value_head_dim"), 8),
     **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "rotary_dim", "swa_head_dim"), 8),
-    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "o_lora_rank"), 16),
+    **dict.fromkeys(("swa_v_head_dim", "hidden_size_per_layer_input", "laurel_rank"), 8),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "o_lora_rank", "hc_lowrank"), 16),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "ffn_hidden_size"), 24),
+    **dict.fromkeys(("expert_ffn_hidden_size", "moe_shared_expert_intermediate_size", "router_hidden_size"), 24),
+    **dict.fromkeys(("intermediate_size_mlp", "ple_embed_dim"), 24),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 8),
     **dict.fromkeys(("num_experts_per_tok", "moe_topk", "moe_top_k", "moe_k", "top_k_experts"), 2),
     **dict.fromkeys(("n_group", "topk_group", "num_expert_group", "first_k_dense_replace", "num_dense_layers"), 1),
+    **dict.fromkeys(("zero_expert_num",), 2),
+    **dict.fromkeys(("n_shared_experts",), 1),
+    **dict.fromkeys(("shared_experts_intermediate_size",), 24),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length"), 128),
+    **dict.fromkeys(("num_position_embeddings", "ngram_vocab_size_base"), 64),
     **dict.fromkeys(("sliding_window", "attention_chunk_size", "window_size", "attention_window_size"), 16),
     **dict.fromkeys(("mamba_d_state", "state_size", "ssm_state_size", "mamba_n_groups", "n_groups"), 4),
     **dict.fromkeys(("mamba_n_heads", "mamba_num_heads", "n_mamba_heads", "linear_num_value_heads"), 4),
     **dict.fromkeys(("mamba_d_head", "mamba_head_dim", "mamba_headdim"), 16),
     **dict.fromkeys(("mamba_chunk_size", "chunk_size"), 16),
     **dict.fromkeys(("time_step_rank", "mamba_dt_rank"), 12),
-    **dict.fromkeys(("lru_width",), 32),
     **dict.fromkeys(("num_kv_shared_layers", "bos_token_id"), 0),
-    **dict.fromkeys(("hidden_size_per_layer_input", "laurel_rank", "index_head_dim", "index_topk"), 8),
-    **dict.fromkeys(("query_pre_attn_scalar",), 8),
+    **dict.fromkeys(("index_head_dim", "index_topk", "query_pre_attn_scalar", "indexer_head_dim"), 8),
+    **dict.fromkeys(("image_size", "patch_size"), 8),
     **dict.fromkeys(("eos_token_id",), 1),
     **dict.fromkeys(("decoder_start_token_id",), 2),
-    **dict.fromkeys(("index_n_heads",), 4),
+    **dict.fromkeys(("index_n_heads", "indexer_n_heads"), 4),
     **dict.fromkeys(("mamba_d_ssm",), 64),
 }
+NEEDED = ("head_dim", "num_key_value_heads", "n_routed_experts", "num_experts_per_tok", "n_shared_experts")  # also where the default leaves them open
+TOKENS = ("pad_token_id", "image_token_id", "audio_token_id", "video_token_id", "image_token_index", "audio_token_index")
+LARGEST = 5_000_000  # parameters of a model that is still tiny
+_ASSISTANT = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0, "num_kv_shared_layers": 4}
+_ROPE = {"rope_type": "default", "rope_theta": 1e4}
+_SWA = {"swa_head_dim": 16, "swa_qk_nope_head_dim": 8, "swa_v_head_dim": 8, "swa_q_lora_rank": 16, "swa_kv_lora_rank": 16}
+_DOTS = _SWA | {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "head_dim": 16, "num_key_value_heads": 4}
+_INDEXER = {"indexer_budget": 16, "indexer_compress_ratio": 4, "indexer_n_heads": 4, "indexer_kv_heads": 1}
+_QWEN4 = _INDEXER | {"indexer_head_dim": 8, "split_ngram_parts": 2, "heads_per_ngram": 2}
 BY_TYPE: dict[str, dict[str, Any]] = {  # what a type needs beyond that
     "bloom": {"n_head": 4},
-    "mamba2": {"num_heads": 16, "head_dim": 4, "n_groups": 1, "state_size": 4},
+    "blt": {"encoder_hash_byte_group_vocab": 64},
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "rope_parameters": {"sliding_attention": _ROPE, "full_attention": _ROPE},
+    },
+    "dbrx": {
+        "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 24, "moe_num_experts": 8, "moe_top_k": 2},
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+    },
+    "dots3_note": {"text_config": _DOTS},
+    "dots3_note_text": _DOTS,
     "falcon_h1": {"mamba_n_groups": 1, "mamba_n_heads": 4},
+    "gemma4_assistant": {"text_config": _ASSISTANT},
+    "gemma4_unified_assistant": {"text_config": _ASSISTANT},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "use_mamba_kernels": False},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "mamba2": {"num_heads": 16, "head_dim": 4, "n_groups": 1, "state_size": 4},
     "opt": {"num_attention_heads": 4, "pad_token_id": 1},
+    "qwen4_exp": {"text_config": _QWEN4},
+    "qwen4_exp_text": _QWEN4,
+    "reformer": {
+        "feed_forward_size": 48,
+        "attention_head_size": 8,
+        "axial_pos_shape": [8, 16],
+        "axial_pos_embds_dim": [16, 16],
+        "num_buckets": 4,
+        "local_attn_chunk_length": 16,
+        "lsh_attn_chunk_length": 16,
+        "hash_seed": 0,
+    },
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {"attention_hidden_size": 64, "attention_head_dim": 16, "num_key_value_heads": 4, "mamba_dt_rank": 4},
+    "zamba2": {"attention_hidden_size": 64, "attention_head_dim": 16, "num_key_value_heads": 4},
+    "zaya": {"num_experts_per_tok": 1},
 }
 
 
@@ -73,15 +125,41 @@ def tiny_config(kind: str) -> Any:  # noqa: ANN401 - a foreign config
     """The default config of a type, with everything in it that has a size made small."""
     from transformers import AutoConfig
 
-    plain = AutoConfig.for_model(kind)
-    changes = {name: size for name, size in SIZES.items() if getattr(plain, name, None) is not None}
-    if getattr(plain, "layer_types", None):
-        kinds = list(dict.fromkeys(plain.layer_types))
-        changes["layer_types"] = (kinds * 4)[:4]
-    for name in ("pad_token_id", "image_token_id", "audio_token_id"):
-        if isinstance(getattr(plain, name, None), int):
-            changes[name] = 1
-    return AutoConfig.for_model(kind, **(changes | BY_TYPE.get(kind, {})))
+    values = tiny_values(AutoConfig.for_model(kind))
+    for name, value in BY_TYPE.get(kind, {}).items():  # of a config within the config, what differs
+        values[name] = values[name] | value if isinstance(values.get(name), dict) else value
+    return AutoConfig.for_model(kind, **values)
+
+
+def tiny_values(plain: Any) -> dict[str, Any]:  # noqa: ANN401 - a foreign config
+    """What to give to the class of a config so that it is tiny, the configs within it included."""
+    held = vars(plain)
+    given = {plain.attribute_map.get(name, name): size for name, size in SIZES.items()}
+    changes = {name: n for name, n in given.items() if held.get(name) is not None or (name in held and name in NEEDED)}
+    if held.get("kv_lora_rank"):  # keys are as many as queries
+        changes |= {name: 4 for name in ("num_key_value_heads",) if name in held}
+    depths = {held.get(name) for name in ("num_hidden_layers", "n_layer", "num_layers", "n_layers")}
+    for name, value in held.items():
+        if isinstance(value, list) and len(value) in depths and not name.startswith("_"):  # of every layer its kind
+            changes[name] = (list(dict.fromkeys(value)) * 4)[:4]
+        elif hasattr(value, "attribute_map"):
+            whole = {key: part for key, part in value.to_dict().items() if key != "per_layer_config"}
+            changes[name] = whole | tiny_values(value)
+    if "is_decoder" in held:  # the same class reads in both directions otherwise
+        changes["is_decoder"] = True
+    return changes | {name: 1 for name in TOKENS if isinstance(held.get(name), int)}
+
+
+def require_tiny(config: Any) -> None:  # noqa: ANN401 - a foreign config
+    """Stop before a model takes the memory of a whole one."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    untyped: Any = AutoModelForCausalLM
+    with torch.device("meta"):
+        size = sum(p.numel() for p in untyped.from_config(config).parameters())
+    if size > LARGEST:
+        raise ValueError(f"{size:,} parameters with the sizes that make other types tiny")
 
 
 def build(kind: str, folder: Path) -> None:
@@ -91,7 +169,9 @@ def build(kind: str, folder: Path) -> None:
 
     torch.manual_seed(0)
     untyped: Any = AutoModelForCausalLM
-    model = untyped.from_config(tiny_config(kind)).float().eval()
+    config = tiny_config(kind)
+    require_tiny(config)
+    model = untyped.from_config(config).float().eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in model.parameters():  # norms near one, everything else large enough to change what passes
@@ -119,7 +199,8 @@ def tried(kind: str) -> dict[str, Any]:
             report = sparlow.compress(folder / "dense", recipe, calibration=windows, evaluate=(), out=folder / "out")
         except InputError as error:
             return {"kind": kind, "state": "refused", "why": first_line(error)}
-        return {"kind": kind, "state": "compressed", **judged(folder, windows, report)}
+        found = judged(folder, windows, report)
+        return {"kind": kind, "state": "compressed" if found["right"] else "wrong", **found}
 
 
 def first_line(error: Exception) -> str:
@@ -194,8 +275,30 @@ def send(kind: str, to: Connection) -> None:
     try:
         row = tried(kind)
     except Exception as error:  # noqa: BLE001 - what went wrong is a row too
+        traceback.print_exc()
         row = {"kind": kind, "state": "failed", "why": f"{type(error).__name__}: {first_line(error)}"}
     to.send(row)
+
+
+@cache
+def state_of_the_code() -> str:
+    """A digest of everything of sparlow's, and of this script, that decides a row."""
+    import transformers
+
+    import sparlow
+
+    files = [Path(__file__), *sorted(Path(sparlow.__file__).parent.rglob("*.py"))]
+    digest = hashlib.sha256(transformers.__version__.encode())
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def kept_row(keep: Path | None, kind: str) -> dict[str, Any] | None:
+    """The row of a type in a file of rows, if the code that made it is the code that is here."""
+    lines = keep.read_text(encoding="utf-8").splitlines() if keep and keep.exists() else []
+    rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
+    return next((row for row in rows if row["kind"] == kind and row["by"] == state_of_the_code()), None)
 
 
 def page(rows: list[dict[str, Any]]) -> str:
@@ -203,8 +306,7 @@ def page(rows: list[dict[str, Any]]) -> str:
     import transformers
 
     states = Counter(row["state"] for row in rows)
-    whole = [row for row in rows if row["state"] == "compressed"]
-    wrong = [row for row in whole if not row["right"]]
+    whole = [row for row in rows if row["state"] in ("compressed", "wrong")]
     lines = [
         "# Families",
         "",
@@ -214,7 +316,7 @@ def page(rows: list[dict[str, Any]]) -> str:
         "model compressed in memory. *Compressed* is the share of the decoder blocks' parameters.",
         "",
         (
-            f"{len(rows)} types: {len(whole)} compressed ({len(wrong)} of them wrong), {states['refused']} refused, "
+            f"{len(rows)} types: {len(whole)} compressed ({states['wrong']} of them wrong), {states['refused']} refused, "
             f"{states['failed']} failed, {states['not built']} not built tiny."
         ),
         "",
@@ -237,6 +339,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kinds", nargs="*", help="model types; all of AutoModelForCausalLM if left out")
     parser.add_argument("--out", type=Path, help="where the page is written; printed if left out")
+    parser.add_argument("--keep", type=Path, help="file of rows, read and written: those by the same code are not tried again")
     args = parser.parse_args()
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -244,8 +347,12 @@ def main() -> None:
 
     rows = []
     for kind in args.kinds or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
-        rows.append(in_own_process(kind))
-        print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+        row = kept_row(args.keep, kind) or in_own_process(kind) | {"by": state_of_the_code()}
+        print(json.dumps(row), file=sys.stderr, flush=True)
+        rows.append(row)
+        if args.keep:
+            with args.keep.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
     text = page(rows)
     if args.out:
         args.out.write_text(text, encoding="utf-8")

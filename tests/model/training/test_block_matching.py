@@ -184,6 +184,24 @@ def test_training_leaves_routers_experts_and_ignored_layers_as_they_are(preset, 
     }
 
 
+@pytest.mark.parametrize(
+    ("family", "vectors"),
+    [("mamba2", "A_log D dt_bias"), ("gpt_oss", "sinks"), ("gemma4_moe", "scale per_expert_scale layer_scalar")],
+)
+def test_matching_leaves_vectors_that_are_no_norms_as_they_are(family, vectors, tmp_path):
+    model = save_tiny(family, tmp_path / "model")
+    recipe = Recipe(algorithm="magnitude", pattern="0.5", match=True, match_preset="blocks", match_lr=1e-2)
+    report = sparlow.compress(tmp_path / "model", recipe, calibration=WINDOWS, evaluate=(), out=tmp_path / "out")
+    dense, trained = leaves(model), leaves(sparlow.load(tmp_path / "out"))
+    names = [name for name in dense if name.rpartition(".")[2] in vectors.split()]
+    assert names
+    assert [name for name in names if not torch.equal(dense[name], trained[name])] == []
+    for row in report.not_compressed:  # the report says what happened
+        own = [name for name in dense if name.rpartition(".")[0] == row["name"]]
+        assert row["trained"] == any(not torch.equal(dense[name], trained[name]) for name in own), row
+    assert any(row["trained"] for row in report.not_compressed)
+
+
 def test_a_block_without_anything_to_train_is_measured_and_left_alone():
     block, calls, inputs, targets = problem()
     for name in compressed_layers(block):

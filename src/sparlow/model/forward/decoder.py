@@ -4,7 +4,7 @@ A decoder is a chain: embedding → block 0 → block 1 → … → norm and hea
 each block is called. After that, ``block_pass`` and ``input_statistics`` need only one block at a time.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,14 +126,19 @@ def not_compressed(
         if own:
             seen |= own
             why = reasons.get(name) or _why(model, module, own)
-            trained = trained_in is not None and trained_in.holds(name) and holds_vectors(own)
+            trained = trained_in is not None and trained_in.holds(name) and is_norm(module)
             rows.append(Skipped(name or "(the model itself)", sum(p.numel() for p in own), why, trained))
     return rows
 
 
-def holds_vectors(own: Iterable[nn.Parameter]) -> bool:
-    """Whether the parameters that a module has of its own are a norm or biases: what training a block trains too."""
-    return all(p.ndim <= 1 for p in own)
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a norm, or adds a bias: what training a block trains beside the compressed layers.
+
+    Its weight and its bias, vectors both, are all that it has. A vector of another meaning, such as the decay of a state
+    space, the sinks of an attention or the shape of an activation, has another name, or stands beside parts that compute.
+    """
+    own = dict(module.named_parameters())
+    return bool(own) and own.keys() <= {"weight", "bias"} and all(p.ndim <= 1 for p in own.values())
 
 
 def output_head(model: PreTrainedModel) -> nn.Module | None:
@@ -151,6 +156,7 @@ def _why(model: PreTrainedModel, module: nn.Module, own: Collection[nn.Parameter
         return "embedding and output head, tied" if head is not None and head.weight in own else "embedding"
     if weight_of(model, "", module) is not None:
         return "linear layer that was not selected"
-    if holds_vectors(own):
+    if is_norm(module):
         return "norm or bias"
-    return f"weights of {type(module).__name__}, not a plain linear layer"
+    kind = "vectors" if all(p.ndim <= 1 for p in own) else "weights"
+    return f"{kind} of {type(module).__name__}, not a plain linear layer"

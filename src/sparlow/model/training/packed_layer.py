@@ -1,8 +1,9 @@
 """A compressed block while it is trained: of S only the kept entries are parameters, so zeros stay zero.
 
 Trained are the compressed layers (S on its support, U, V, bias) and the norms. All else that a block holds stays as it
-is, to the bit: layers that were left dense, routers, fused experts, convolutions. A few windows are too little to train
-what the report calls unchanged, and routers least of all.
+is, to the bit: layers that were left dense, routers, fused experts, convolutions, and vectors of another meaning than a
+norm's, such as the decays of a state space. A few windows are too little to train what the report calls unchanged, and
+routers least of all.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sparlow.model.artefact.layers import SparseLowRankLinear, compressed_layers
-from sparlow.model.forward.decoder import holds_vectors
+from sparlow.model.forward.decoder import is_norm
 
 LARGEST_POWER = 30  # of two, by which columns of U are scaled
 
@@ -97,12 +98,11 @@ def packed(block: nn.Module) -> Iterator[list[nn.Parameter]]:
 
 
 def trained_parameters(block: nn.Module) -> list[nn.Parameter]:
-    """What is trained of a block with packed layers: those, and the modules that hold a norm or biases only."""
+    """What is trained of a block with packed layers: those, and norms."""
     found: dict[nn.Parameter, None] = {}  # each once, however many modules share it
     for module in block.modules():
-        own = [p for p in module.parameters(recurse=False) if p.numel()]
-        if isinstance(module, Packed) or holds_vectors(own):
-            found |= dict.fromkeys(own)
+        if isinstance(module, Packed) or is_norm(module):
+            found |= dict.fromkeys(p for p in module.parameters(recurse=False) if p.numel())
     return list(found)
 
 
