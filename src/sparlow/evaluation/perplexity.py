@@ -151,8 +151,11 @@ def _width_of_head(model: PreTrainedModel, window: Tensor) -> int | None:
         piece = run_head(model, form, ids[:, half:], hidden[:, half:]).float()
     except InputError:  # no chain of blocks, which is no fault of a model that is only measured
         return None
-    same = piece.shape == whole.shape and bool((piece - whole).abs().max() <= TOLERANCE * whole.abs().max())
-    return piece.shape[-1] if same else None
+    if piece.shape != whole.shape:
+        return None
+    difference = (piece - whole).masked_fill_(piece == whole, 0).abs().max()  # infinite ones may be the same, too
+    largest = whole.nan_to_num(0, 0, 0).abs().max()
+    return piece.shape[-1] if bool(difference <= TOLERANCE * largest) else None
 
 
 @torch.no_grad()
@@ -245,11 +248,13 @@ class Baseline:
         predictions = self._kept.get(text)
         return Dense(self.model, predictions) if predictions else None
 
-    def release_blocks(self) -> None:
-        """Free the weights of the blocks. From now on there are only the predictions that were kept."""
-        if any(self._kept.values()):
+    def release_blocks(self) -> bool:
+        """Free the weights of the blocks; return whether any predictions were kept, which are all there is from now."""
+        kept = any(self._kept.values())
+        if kept:
             Decoder.of(self.model).blocks.to_empty(device="meta")
         self._whole = False
+        return kept
 
 
 def _beside_baseline(model: PreTrainedModel, windows: Tensor, dense: Baseline | None) -> Measured:
