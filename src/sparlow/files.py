@@ -8,6 +8,7 @@ import os
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict, is_dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -178,6 +179,8 @@ def plain(value: Any) -> Any:  # noqa: ANN401 - anything JSON holds
     """Return ``value`` for JSON, with text for what is not finite, such as the perplexity of a ruined model."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
     if isinstance(value, Mapping):
         return {name: plain(item) for name, item in value.items()}
     return [plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -369,10 +369,19 @@ def test_two_models_side_by_side(place, folder, capfd, tmp_path):
     assert run("evaluate", place / "out", "--baseline", place / "model", *options) == 0
     shown = capfd.readouterr()
     dense, compressed = (
-        evaluate(model, tiny_tokenizer(), perplexity_on=[text], seqlen=16, tasks=["both", "inner"], task_path=folder)
-        for model in (tiny("llama"), sparlow.load(place / "out"))
+        evaluate(
+            model,
+            tiny_tokenizer(),
+            perplexity_on=[text],
+            seqlen=16,
+            tasks=["both", "inner"],
+            task_path=folder,
+            baseline=baseline,
+        )
+        for model, baseline in ((tiny("llama"), None), (sparlow.load(place / "out"), tiny("llama")))
     )
     assert dense != compressed
+    compressed["agreement"] = {text: vars(compressed["agreement"][text])}
     baseline = {"model": str(place / "model"), **dense}
     assert json.loads(file.read_text()) == {
         "model": str(place / "out"),
@@ -394,7 +403,7 @@ def test_two_models_side_by_side(place, folder, capfd, tmp_path):
     ]:
         row = f"{re.escape(label)} +{re.escape(value(dense))} +{re.escape(value(compressed))}"
         assert any(re.fullmatch(row, line) for line in lines), label
-    assert len(lines) == 5
+    assert len(lines) == 8  # three of the agreement
     assert shown.err.splitlines() == [f"tasks, {place / which}: 24 of 24" for which in ("model", "out")]
 
 

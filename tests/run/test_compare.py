@@ -68,7 +68,7 @@ def counted(monkeypatch):
         monkeypatch.setattr(module, name, wrapper)
 
     counting(pipeline, "solve", "layers")
-    counting(passes, "perplexity_by_blocks", "perplexities")
+    counting(passes, "behind_all", "perplexities")
     return counts
 
 
@@ -146,7 +146,7 @@ def test_what_is_finished_is_not_done_again(place, tmp_path, monkeypatch):
     assert again.rows == first.rows
     assert again.dense == first.dense
     more = run(place, tmp_path / "out")
-    assert counts == {"layers": 21, "perplexities": 1}  # the dense model's is known
+    assert counts == {"layers": 21, "perplexities": 2}  # the dense model's is known, but its predictions are not
     assert more.rows[:2] == first.rows
 
 
@@ -173,7 +173,7 @@ def test_a_comparison_that_was_stopped_goes_on(place, done, tmp_path, monkeypatc
     before = Report.from_file(tmp_path / "out" / "wanda" / "report.json").seconds
     counts = counted(monkeypatch)
     found = run(place, tmp_path / "out")
-    assert counts == {"layers": 7, "perplexities": 1}
+    assert counts == {"layers": 7, "perplexities": 2}
     assert [row.perplexity for row in found.rows] == [row.perplexity for row in done[1].rows]
     assert Report.from_file(tmp_path / "out" / "wanda" / "report.json").seconds == before
     solved = Report.from_file(tmp_path / "out" / "3basil" / "report.json")

@@ -32,6 +32,7 @@ PRUNE = Recipe(algorithm="magnitude", pattern="2:4", seqlen=16)
 TEXT = "".join(chr(32 + (7 * i * i + i // 3) % 95) for i in range(600))
 KEYS = {  # of report.json: design 4b, and which model and which version of the keys it is
     "recipe",
+    "agreement",
     "versions",
     "machine",
     "dense",
@@ -669,7 +670,7 @@ def test_the_dense_perplexity_is_not_measured_twice(folder, text, tmp_path):
         measured(folder, text, tmp_path / "out", notify=Stop("blocks", 1))
     stages = []
     report = measured(folder, text, tmp_path / "out", notify=lambda step: stages.append(step.stage))
-    assert set(stages) == {"blocks", "compressed perplexity"}
+    assert set(stages) == {"dense predictions", "blocks", "compressed perplexity"}
     assert comparable(report) == comparable(measured(folder, text, tmp_path / "new"))
 
 

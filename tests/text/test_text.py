@@ -241,6 +241,62 @@ def test_records_are_joined_by_two_line_breaks(letters, write, tmp_path):
         assert spell(letters, windows) == joined[: len(joined) // 2 * 2]
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_records_of_a_table_are_named_with_both_ends(letters, tmp_path, kind):
+    texts = [f"{chr(97 + i)}" * 9 for i in range(7)]
+    path = tmp_path / f"some.{kind}"
+    if kind == "jsonl":
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    elif kind == "csv":
+        path.write_text("\n".join(["text", *texts]))
+    else:
+        pq.write_table(pa.table({"text": texts}), path)
+
+    def read(part):
+        return evaluation_windows(f"{path}#{part}", letters, seqlen=9).flatten().tolist()
+
+    def expected(first, last):
+        (tmp_path / "part.txt").write_text("\n\n".join(texts[first - 1 : last]))
+        return evaluation_windows(str(tmp_path / "part.txt"), letters, seqlen=9).flatten().tolist()
+
+    assert read("3-5") == expected(3, 5)
+    assert read("1-1") == expected(1, 1)
+    assert read("7-7") == expected(7, 7)
+    assert read("1-7") == expected(1, 7)
+    for part, said in [
+        ("6-8", "holds 7 records, so there is no #6-8"),
+        ("0-3", "#0-3 names no records: they count from 1"),
+        ("5-3", "#5-3 names no records"),
+    ]:
+        with pytest.raises(InputError, match=said):
+            read(part)
+
+
+def test_records_are_of_tables_and_a_file_of_that_name_goes_first(letters, tmp_path):
+    plain, table = tmp_path / "plain.txt", tmp_path / "table.jsonl"
+    plain.write_text("some text")
+    table.write_text(json.dumps({"text": "z" * 20}) + "\n")
+    with pytest.raises(InputError, match=r"plain\.txt is no table, so it has no records 1 to 2\. Give a table"):
+        evaluation_windows(f"{plain}#1-2", letters, seqlen=4)
+    (tmp_path / "table.jsonl#1-1").mkdir()
+    with pytest.raises(InputError, match="is a directory"):
+        evaluation_windows(f"{table}#1-1", letters, seqlen=4)
+    for part in ("#1", "#1-", "#-1", "#a-b"):
+        with pytest.raises(InputError, match="There is no file"):
+            evaluation_windows(f"{table}{part}", letters, seqlen=4)
+
+
+def test_records_of_one_file_are_of_one_source_and_counted_by_themselves(letters, tmp_path):
+    path = tmp_path / "some.jsonl"
+    path.write_text("".join(json.dumps({"text": "a" * length}) + "\n" for length in (4000, 40, 40)))
+    assert in_domain(f"{path}#1-1", [f"{path}#2-3"]) == [f"{path}#2-3"]
+    assert expected_windows(f"{path}#2-3", 100, seqlen=8) == 10
+    windows = calibration_windows(f"{path}#2-3", letters, samples=2, seqlen=30, seed=0)
+    assert windows.shape == (2, 30)
+    with pytest.raises(InputError, match="holds 80 tokens"):
+        calibration_windows(f"{path}#2-3", letters, samples=3, seqlen=30, seed=0)
+
+
 def test_evaluation_windows_follow_one_another_and_the_rest_is_dropped(words, write):
     text = write("text.txt", count(0, 109))  # 110 tokens with BOS
     windows = evaluation_windows(text, words, seqlen=25)

@@ -120,16 +120,15 @@ def evaluate(
     json_file: JsonFile = None,
 ) -> None:
     """Measure MODEL, compressed or not: its perplexity, and tasks through lm-eval."""
-    from sparlow.cli.evaluating import in_domain_of, measured, require_numbers
+    from sparlow.cli.evaluating import in_domain_of, measured_beside, require_numbers, unknown_agreement
     from sparlow.evaluation.tasks import load_tasks
     from sparlow.files import write_json
 
     _require_folder(json_file)
     tasks = load_tasks(options.tasks, path=options.task_path, fewshot=options.fewshot)
-    names = [name for name in (options.baseline, model) if name is not None]
-    found = {name: measured(name, dtype, options, run, tasks) for name in names}
+    found = measured_beside(model, dtype, options, run, tasks)
     in_domain = in_domain_of(found)
-    display.show_evaluations(found, options.seqlen, in_domain)
+    display.show_evaluations(found, options.seqlen, in_domain, unknown_agreement(found, options.baseline))
     if json_file:
         said: dict[str, Any] = {name: {**found[name]} for name in found}
         for name, texts in in_domain.items():

@@ -100,21 +100,26 @@ def show_report(report: "Report") -> None:
 
 def show_comparison(found: "Comparison") -> None:
     """The table of a comparison: the dense model, then a line a method."""
-    from sparlow.report.perplexities import labelled, shown
+    from sparlow.report.perplexities import labelled, shown, with_error
 
     corpora = shown([found.dense.get("perplexity", {}), *(row.perplexity for row in found.rows)])
     same = found.evaluation.get("in_domain", ())
-    labels = (labelled(Path(name).name, [Path(name).name] if name in same else ()) for name in corpora)
+    labels = [labelled(Path(name).name, [Path(name).name] if name in same else ()) for name in corpora]
+    divergences = [name for name in corpora if any(row.agreement.get(name) for row in found.rows)]
+    labels += [f"divergence, {Path(name).name}" for name in divergences]
     head = ("", *labels, "relative error", "seconds", "size", "bits", "bits, whole file", "of blocks")
     rows = []
     if found.dense:
         perplexities = (f"{found.dense['perplexity'][name]:.2f}" for name in corpora)
-        rows.append(("dense", *perplexities, "0", "–", human_bytes(found.dense["bytes"]), "–", "–", "–"))
+        none = ("0",) * len(divergences)
+        rows.append(("dense", *perplexities, *none, "0", "–", human_bytes(found.dense["bytes"]), "–", "–", "–"))
     for row in found.rows:
         perplexities = (f"{row.perplexity[name]:.2f}" for name in corpora)
+        known = (row.agreement.get(name) for name in divergences)
+        apart = (with_error(one.divergence, one.divergence_stderr) if one else "–" for one in known)
         measured = (f"{row.mean_relative_error:.5f}", f"{row.seconds:.0f}", human_bytes(row.bytes))
         bits = (f"{row.bits_per_weight:.2f}", f"{row.bits_per_parameter:.2f}", f"{row.share_compressed:.1%}")
-        rows.append((row.name, *perplexities, *measured, *bits))
+        rows.append((row.name, *perplexities, *apart, *measured, *bits))
     out.print(_table(head, rows))
 
 
@@ -186,16 +191,20 @@ def show_finetuning(report: "Report") -> None:
 
 
 def show_evaluations(
-    found: "Mapping[str, Evaluation]", seqlen: int, in_domain: Mapping[str, Sequence[str]] = MappingProxyType({})
+    found: "Mapping[str, Evaluation]",
+    seqlen: int,
+    in_domain: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    notes: Sequence[str] = (),
 ) -> None:
-    """The result of ``sparlow evaluate``: a column a model, a line a corpus or task, then the mean of the tasks.
+    """The result of ``sparlow evaluate``: a column a model, lines a corpus or task, then the mean of the tasks.
 
     Args:
         found: By the name of the model.
         seqlen: Tokens in a window.
         in_domain: Names of texts that come from the source of the model's calibration text, by the name of the model.
+        notes: Sentences to add.
     """
-    from sparlow.report.perplexities import FLATTERS, shown
+    from sparlow.report.perplexities import FLATTERS, agreement_rows, shown
 
     first = next(iter(found.values()))
     same = {name for names in in_domain.values() for name in names}
@@ -204,6 +213,9 @@ def show_evaluations(
         label = f"perplexity (seqlen {seqlen}), {name}"
         label += f" ({FLATTERS.format('calibration')})" if name in same else ""
         rows.append((label, *(f"{one['perplexity'][name]:.4f}" for one in found.values())))
+        beside = [one["agreement"] for one in found.values() if "agreement" in one]  # of the last, if there are two
+        for agreement in beside:
+            rows += [(what, "–", value) for what, value in agreement_rows(name, agreement[name])]
     for name, result in first.get("tasks", {}).items():
         label = f"{name}, {result['metric']}" + (f", {result['fewshot']}-shot" if result["fewshot"] else "")
         rows.append((label, *(_with_error(one["tasks"][name]) for one in found.values())))
@@ -212,6 +224,8 @@ def show_evaluations(
         rows.append(("average", *(f"{mean:.4f}" for mean in means)))
     short = [Path(name).name or name for name in found]
     out.print(_table(("", *(short if len(set(short)) == len(short) else found)), rows))
+    for note in notes:
+        out.print(f"note: {escape(note)}", highlight=False)
 
 
 def _with_error(result: "TaskResult") -> str:

@@ -62,7 +62,12 @@ class EvaluateOptions:
     """What ``sparlow evaluate`` measures."""
 
     perplexity: Annotated[
-        tuple[str, ...], Doc('Corpora or files to measure perplexity on. An empty "" stands for none.'), EVALUATION
+        tuple[str, ...],
+        Doc(
+            "Corpora or files to measure perplexity on. FILE#601-800 stands for records 601 to 800 of a table. An "
+            'empty "" stands for none.'
+        ),
+        EVALUATION,
     ] = ("builtin",)
     seqlen: Annotated[int, Doc("Tokens in each window of these texts."), at_least(2), EVALUATION] = 2048
     limit: Annotated[
@@ -76,7 +81,9 @@ class EvaluateOptions:
         str, Doc("Column that holds the text, where a file or a hub data set is a table."), EVALUATION
     ] = "text"
     baseline: Annotated[
-        str | None, Doc("A second model to measure and to show beside the first, such as the dense one."), EVALUATION
+        str | None,
+        Doc("A second model to measure, such as the dense one; the first one's predictions are compared with it."),
+        EVALUATION,
     ] = None
     tasks: Annotated[
         tuple[str, ...],

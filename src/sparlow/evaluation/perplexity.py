@@ -6,8 +6,9 @@ in exactly these choices, so figures compare only at the same text and seqlen.
 """
 
 import functools
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from itertools import repeat
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -18,20 +19,23 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparlow.distributed import ALONE, Processes
 from sparlow.errors import InputError
+from sparlow.evaluation.agreement import Dense, Figures, Measured, Predictions, beside
 from sparlow.evaluation.tasks import LoadedTasks, TaskResult, average, load_tasks, measure_tasks
+from sparlow.model.forward.activation_store import ActivationStore
 from sparlow.model.forward.block_pass import BlockPass, pass_through
 from sparlow.model.forward.capture import Recording, run_head, tokens_at_once
 from sparlow.model.forward.causality import require_causal
 from sparlow.model.forward.decoder import Decoder
-from sparlow.model.forward.stand_ins import behind_blocks
+from sparlow.model.forward.stand_ins import Form, behind_blocks
 from sparlow.model.loading.objects import in_eval_mode
 from sparlow.model.loading.source import as_tokenizer
 from sparlow.model.loading.weights import Weights
 from sparlow.own_settings import own_settings
 from sparlow.progress import Notify
 from sparlow.recipe.run_options import listed
-from sparlow.report.records import Perplexity
+from sparlow.report.records import Agreement, Perplexity
 from sparlow.text import WITH_BOS, beginning, evaluation_windows
+from sparlow.text import fingerprint as text_fingerprint
 
 LOOKED_AT = 16  # tokens of which is seen whether logits can be taken in pieces
 TOLERANCE = 0.01  # of the largest logit: half precision rounds products of other sizes otherwise
@@ -39,9 +43,10 @@ TOKENS_AT_ONCE = 2048  # that pass through a model or a block at a time
 
 
 class Evaluation(TypedDict):
-    """What ``evaluate`` found: perplexities by corpus, and, when asked for, tasks by name and their mean."""
+    """What ``evaluate`` found: perplexities by corpus, and, when asked for, agreement, tasks by name and their mean."""
 
     perplexity: dict[str, float]
+    agreement: NotRequired[dict[str, Agreement | None]]
     tasks: NotRequired[dict[str, TaskResult]]
     average: NotRequired[float | None]
 
@@ -55,42 +60,102 @@ def perplexity(model: PreTrainedModel, windows: Tensor, advance: Callable[[int],
         windows: Token ids.
         advance: Called with the number of windows finished at a time, for a progress bar.
     """
-    means = []
+    return measure(model, windows, advance)[0].perplexity
+
+
+@torch.no_grad()
+def measure(
+    model: PreTrainedModel,
+    windows: Tensor,
+    advance: Callable[[int], None] = lambda _: None,
+    *,
+    dense: Dense | None = None,
+    keep: bool = False,
+) -> tuple[Measured, Predictions | None]:
+    """Measure perplexity and agreement of ``model`` on ``windows`` (n, seqlen) int64, and return its predictions too.
+
+    Args:
+        model: Any causal language model of transformers, left in the mode it was in.
+        windows: Token ids.
+        advance: Called with the number of windows finished at a time, for a progress bar.
+        dense: What it shall agree with. No agreement is found where the two have not the same vocabulary, or the head
+            of ``model`` cannot be run apart from its blocks.
+        keep: Whether predictions are wanted. There are none where the head cannot be run apart.
+    """
+    found, states = Figures(), ActivationStore("cpu")
     batches = windows.split(max(TOKENS_AT_ONCE // windows.shape[1], 1))
-    with in_eval_mode(model):
-        few = tokens_at_once(model, len(batches[0])) < windows.shape[1]
-        apart = few and _has_head_apart(model, windows[:1, :LOOKED_AT])
-        for batch in batches:
+    with in_eval_mode(model), in_eval_mode(dense.model) if dense else nullcontext():
+        apart = keep or dense is not None or tokens_at_once(model, len(batches[0])) < windows.shape[1]
+        width = _width_of_head(model, windows[:1, :LOOKED_AT]) if apart else None
+        if dense and width != dense.predictions.logits.shape[-1]:
+            dense = None
+        form = None
+        for i, batch in enumerate(batches):
             ids = batch.to(model.device)  # (b, seqlen)
-            means.append(_mean_losses(_losses_apart(model, ids) if apart else _losses_together(model, ids)))
+            if width is None:
+                found.add(_losses_together(model, ids))
+            else:
+                form, hidden = behind_blocks(model, Decoder.of(model), ids)
+                found.add(_at_head(model, form, ids, hidden, dense, i))
+                if keep:
+                    states.append(hidden)
             advance(len(ids))
-    return _perplexity(means, ALONE)
+        kept = Predictions.of(model, form, batches, states) if keep and form else None
+    return Measured(found.perplexity(), found.agreement() if dense else None), kept
 
 
 def _losses_together(model: PreTrainedModel, ids: Tensor) -> Iterator[Tensor]:
-    """Losses (b, n) of a few positions at a time, from the logits of all."""
+    """Losses (1, b, n) of a few positions at a time, from the logits of all."""
     logits = model(ids, use_cache=False).logits  # (b, seqlen, vocabulary)
     pieces = _in_pieces(model, ids, logits)  # as copies of all of them would need several times their memory
-    return (_losses(some, after) for _, after, some in pieces)
+    return (_losses(some, after)[None] for _, after, some in pieces)
 
 
-def _losses_apart(model: PreTrainedModel, ids: Tensor) -> Iterator[Tensor]:
-    """Losses (b, n) of a few positions at a time, whose logits alone are there."""
-    form, hidden = behind_blocks(model, Decoder.of(model), ids)
-    pieces = _in_pieces(model, ids, hidden)
-    return (_losses(run_head(model, form, some, state), after) for some, after, state in pieces)
+def _at_head(
+    model: PreTrainedModel, form: Form, ids: Tensor, hidden: Tensor, dense: Dense | None, number: int
+) -> Iterator[Tensor]:
+    """Figures (1 or 4, b, n) of a few positions at a time, whose logits alone are there.
+
+    Args:
+        model: Its head.
+        form: Of what its blocks return.
+        ids: (b, seqlen).
+        hidden: (b, seqlen, …) behind the last block.
+        dense: What it shall agree with, if anything.
+        number: Of this batch among the dense model's predictions.
+    """
+
+    def figures(some: Tensor, after: Tensor, state: Tensor, true_state: Tensor | None) -> Tensor:
+        logits = run_head(model, form, some, state)
+        losses = _losses(logits, after)
+        if dense is None or true_state is None:
+            return losses[None]
+        return beside(losses, logits, dense.logits(some, true_state), after)
+
+    truths: Iterable[Tensor | None] = repeat(None)
+    if dense is not None:
+        truths = dense.predictions.hidden[number][:, :-1].split(tokens_at_once(model, len(ids)), 1)
+    for (some, after, state), true_state in zip(_in_pieces(model, ids, hidden), truths, strict=False):
+        yield figures(some, after, state, true_state)
 
 
-def _has_head_apart(model: PreTrainedModel, window: Tensor) -> bool:
-    """Whether logits can be taken of a few tokens at a time, which is tried: of the last half of ``window`` (1, n)."""
+def _width_of_head(model: PreTrainedModel, window: Tensor) -> int | None:
+    """Return how many logits a head has that can be run apart; None if it cannot.
+
+    That is tried: on the last half of ``window`` (1, n).
+    """
     ids, half = window.to(model.device), window.shape[1] // 2
     whole = model(ids, use_cache=False).logits[:, half:].float()
     try:
         form, hidden = behind_blocks(model, Decoder.of(model), ids)
         piece = run_head(model, form, ids[:, half:], hidden[:, half:]).float()
     except InputError:  # no chain of blocks, which is no fault of a model that is only measured
-        return False
-    return piece.shape == whole.shape and bool((piece - whole).abs().max() <= TOLERANCE * whole.abs().max())
+        return None
+    if piece.shape != whole.shape:
+        return None
+    difference = (piece - whole).masked_fill_(piece == whole, 0).abs().max()  # infinite ones may be the same, too
+    largest = whole.nan_to_num(0, 0, 0).abs().max()
+    return piece.shape[-1] if bool(difference <= TOLERANCE * largest) else None
 
 
 @torch.no_grad()
@@ -110,19 +175,39 @@ def perplexity_by_blocks(
         advance: Called with 1 after each block and at the end.
         processes: Those that each have a part of the recording.
     """
+    hidden = behind_all(recording, parts, advance)
+    with parts.outside_blocks():
+        found = figures_of(model, recording, hidden).perplexity(processes)
+    advance(1)
+    return found
+
+
+def behind_all(recording: Recording, parts: Weights, advance: Callable[[int], None]) -> ActivationStore:
+    """Run the blocks one after the other, each on all windows; return what leaves the last."""
     hidden = recording.hidden
     for i, calls in enumerate(recording.calls):
         with parts.block(i) as block:
             hidden = pass_through(BlockPass(block, calls, hidden))
         advance(1)
-    means = []
-    with parts.outside_blocks():
-        for ids, x in ((ids, x) for ids, x in zip(recording.ids, hidden, strict=True) if len(ids)):
-            pieces = _in_pieces(model, ids, x)
-            losses = (_losses(run_head(model, recording.output, some, state), after) for some, after, state in pieces)
-            means.append(_mean_losses(losses))
-    advance(1)
-    return _perplexity(means, processes)
+    return hidden
+
+
+def figures_of(
+    model: PreTrainedModel, recording: Recording, hidden: Sequence[Tensor], dense: Dense | None = None
+) -> Figures:
+    """Return the figures of this process's windows from the states behind the last block.
+
+    Args:
+        model: Its head must be there.
+        recording: Of the windows.
+        hidden: (windows, seqlen, …) for each micro-batch.
+        dense: What the model shall agree with, if anything, with predictions of the same micro-batches.
+    """
+    found = Figures()
+    for i, (ids, x) in enumerate(zip(recording.ids, hidden, strict=True)):
+        if len(ids):
+            found.add(_at_head(model, recording.output, ids, x, dense, i))
+    return found
 
 
 def _in_pieces(model: PreTrainedModel, ids: Tensor, hidden: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -138,23 +223,45 @@ def _losses(logits: Tensor, after: Tensor) -> Tensor:
     return losses.view(after.shape)
 
 
-def _mean_losses(pieces: Iterable[Tensor]) -> Tensor:
-    """Mean over the positions of each window (b,) float64, on the CPU."""
-    return torch.cat(list(pieces), 1).mean(1).double().cpu()
+class Baseline:
+    """A dense model to compare others with. Its predictions are kept, so that not all of it need stay in memory.
+
+    Args:
+        model: It, open.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self._kept: dict[str, Predictions | None] = {}  # by fingerprint of the windows
+        self._whole = True
+
+    def measure(self, windows: Tensor) -> Perplexity:
+        """Measure perplexity on windows (n, seqlen), and keep the predictions."""
+        found, self._kept[text_fingerprint(windows)] = measure(self.model, windows, keep=True)
+        return found.perplexity
+
+    def on(self, windows: Tensor) -> Dense | None:
+        """Return what to compare with on windows (n, seqlen); None where there are no predictions, and can be none."""
+        text = text_fingerprint(windows)
+        if text not in self._kept and self._whole:
+            self.measure(windows)
+        predictions = self._kept.get(text)
+        return Dense(self.model, predictions) if predictions else None
+
+    def release_blocks(self) -> bool:
+        """Free the weights of the blocks; return whether any predictions were kept, which are all there is from now."""
+        kept = any(self._kept.values())
+        if kept:
+            Decoder.of(self.model).blocks.to_empty(device="meta")
+        self._whole = False
+        return kept
 
 
-def _perplexity(means: Sequence[Tensor], processes: Processes) -> Perplexity:
-    """Return exp of the mean over all windows of all processes, with its standard error."""
-    sums = [sum(part.sum().item() for part in means), sum(len(part) for part in means)]
-    total, count = processes.totals(sums)
-    mean = total / count
-    (spread,) = processes.totals([sum((part - mean).square().sum().item() for part in means)])
-    try:
-        value = math.exp(mean)
-    except OverflowError:
-        return Perplexity(math.inf)
-    stderr = value * math.sqrt(spread / (count - 1) / count) if count > 1 else math.nan
-    return Perplexity(value, stderr if math.isfinite(stderr) else None)
+def _beside_baseline(model: PreTrainedModel, windows: Tensor, dense: Baseline | None) -> Measured:
+    """Measure a model beside a baseline, if there is one; if that is the model itself, keep its predictions."""
+    if dense is not None and dense.model is model:
+        return Measured(dense.measure(windows))
+    return measure(model, windows, dense=dense.on(windows) if dense else None)[0]
 
 
 @own_settings()
@@ -170,6 +277,7 @@ def evaluate(
     task_path: str | Path | None = None,
     fewshot: int | None = None,
     batch_size: int = 8,
+    baseline: PreTrainedModel | Baseline | None = None,
     notify: Notify = lambda _: None,
 ) -> Evaluation:
     """Measure a model; works on compressed and plain ones alike.
@@ -187,11 +295,14 @@ def evaluate(
         fewshot: Examples shown before each question; by default as the task says, else 5 for ``mmlu`` and none for the
             rest.
         batch_size: Sequences in one pass of the model, for tasks.
+        baseline: The dense model to compare the predictions with; or what is left of one, see ``Baseline``, which may
+            also be that of ``model`` itself, to keep its predictions.
         notify: Told the progress of tasks.
 
     Returns:
         ``{"perplexity": {corpus: value}}`` by the published protocol, and, where the tokenizer begins a text with a
-        token of its own, also ``"corpus, with BOS"``, for windows that all begin so; with tasks also ``"tasks"``, a
+        token of its own, also ``"corpus, with BOS"``, for windows that all begin so; with a baseline also
+        ``"agreement"``, by corpus, None where the two models cannot be compared; with tasks also ``"tasks"``, a
         ``TaskResult`` by name, and ``"average"``, their mean, None where a metric is no share of right answers.
 
     Raises:
@@ -205,7 +316,11 @@ def evaluate(
         with in_eval_mode(model):
             require_causal(model, model.config.name_or_path or type(model).__name__)
     texts = texts_to_measure(perplexity_on, model, tokenizer, seqlen=seqlen, limit=limit, column=column)
-    found: Evaluation = {"perplexity": {name: perplexity(model, windows).value for name, windows in texts.items()}}
+    dense = Baseline(baseline) if isinstance(baseline, PreTrainedModel) else baseline
+    measured = {name: _beside_baseline(model, windows, dense) for name, windows in texts.items()}
+    found: Evaluation = {"perplexity": {name: one.perplexity.value for name, one in measured.items()}}
+    if dense is not None and dense.model is not model:
+        found["agreement"] = {name: one.agreement for name, one in measured.items()}
     if loaded.items:
         found["tasks"] = measure_tasks(model, tokenizer, loaded, limit=limit, batch_size=batch_size, notify=notify)
         found["average"] = average(found["tasks"])

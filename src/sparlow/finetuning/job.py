@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from sparlow.algorithms import REVISION
 from sparlow.errors import InputError, RunError
+from sparlow.evaluation.agreement import Measured
 from sparlow.evaluation.perplexity import perplexity
 from sparlow.files import follow_umask, read_json, write_json
 from sparlow.finetuning.options import FinetuneOptions
@@ -141,7 +142,7 @@ class FineTuning:
         if self.paths.peft:
             self.write_base(self.paths.peft)
         write_reports(report, self.paths.out)
-        found = {text_fingerprint(text): after[name] for name, text in evaluation.items()}
+        found = {text_fingerprint(text): Measured(after[name]) for name, text in evaluation.items()}
         self.journal.finish(self.journal.record.dense, found)
         self.remove_checkpoints()
         return report

@@ -80,11 +80,11 @@ class _Counted:
         return read + 2 * work.parameters * work.tokens / self.speed.products
 
     def evaluating(self) -> float:
-        """Measuring the dense model, then the compressed one."""
+        """Measuring the dense model, then the compressed one, with the dense model's head beside it."""
         work, total = self.work, 0.0
         for windows in work.evaluation.values():
             tokens = windows * work.evaluate_seqlen
-            head = 2 * tokens * (2 * work.vocabulary * work.features / self.speed.products)
+            head = 3 * tokens * (2 * work.vocabulary * work.features / self.speed.products)
             blocks = sum(
                 self._pass(block, tokens, work.evaluate_seqlen, low_rank=low_rank)
                 for block in work.blocks

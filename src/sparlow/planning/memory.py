@@ -24,7 +24,7 @@ LOADED_LATE = 30 * 10**6  # bytes of libraries that are loaded when they are fir
 LARGEST_HELD = 2**25  # bytes: freed tensors of up to so many teach glibc to hold twice as much on its heap
 WALKED = 3  # copies of the hidden states while a block passes them on: of the first block, the inputs, the outputs
 WAITING = 2  # copies otherwise
-LOGITS = 3  # of a piece at a time: as they come, in float32, their logarithms
+LOGITS = 5  # of a piece at a time: as they come and in float32, of two models, and the logarithms of one
 LOOKED_AT = 3  # bytes an entry that a look for NaN takes beside a tensor's own copy
 ADAM = 4 * FLOAT  # a number that is trained: itself, its gradient, two moments
 BEST = 2 * FLOAT  # the parameters of the best epoch, and of a better one before those are let go
@@ -70,8 +70,10 @@ def disk(work: Workload) -> Disk:
         state = STATE * FLOAT * sum(block.trained for block in work.blocks)
         second = state + max(state, sum(block.kept_bytes(work.stored) for block in work.blocks))
     waiting = (WALKED + (_targets(work) > 0)) * work.hidden if work.place == "disk" else 0
-    measuring = WALKED * work.evaluated_hidden if work.where(work.evaluated_hidden) == "disk" else 0
-    return Disk(work.kept_bytes + second, second, max(waiting, measuring) * work.processes)
+    measured_there = work.where(work.evaluated_hidden) == "disk"
+    measuring = WALKED * work.evaluated_hidden if measured_there else 0
+    kept = work.predictions if measured_there else 0
+    return Disk(work.kept_bytes + second, second, (kept + max(waiting, measuring)) * work.processes)
 
 
 def written_already(folder: Path | None) -> int:
@@ -113,6 +115,7 @@ class _Counted:
         self.written = 0
         if work.out is not None and self.files_in_memory:
             self.written = max(disk(work).out - written_already(work.out), 0)
+        self.predictions = 0  # of the dense model, once it is measured
         self.always = whole + (0 if work.streamed else sum(b.low_rank for b in work.blocks) * work.computing)
 
     def all(self) -> Iterator[Stage]:
@@ -121,6 +124,8 @@ class _Counted:
         if work.recipe.calibration == OWN_TEXT:
             yield self._writing_text()
         if work.evaluated:
+            in_memory = work.where(work.evaluated_hidden) != "disk" or self.files_in_memory
+            self.predictions = work.predictions if in_memory else 0
             yield self._evaluating()
         yield self._recording()
         yield self._statistics()
@@ -136,7 +141,14 @@ class _Counted:
         self, name: str, computing: float, *, files: float = 0, hidden: float = 0, where: torch.device | str = "cpu"
     ) -> Stage:
         waiting = {"cpu": hidden, "disk": hidden if self.files_in_memory else 0.0}.get(str(where))
-        cpu = self.allocator + self.written + files + (waiting or 0) + (self.always + computing if self.on_cpu else 0)
+        cpu = (
+            self.allocator
+            + self.written
+            + self.predictions
+            + files
+            + (waiting or 0)
+            + (self.always + computing if self.on_cpu else 0)
+        )
         device = 0.0 if self.on_cpu else self.always + computing + (hidden if waiting is None else 0)
         if self.on_cpu and waiting is None:
             cpu += hidden

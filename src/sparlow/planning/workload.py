@@ -238,6 +238,15 @@ class Workload:
         return self.evaluated * max(self.carried, self.features) * self.computing // self.processes
 
     @property
+    def predictions(self) -> int:
+        """Bytes of the dense model's states that are kept for all texts until the result is measured, of one process.
+
+        Every text counts twice, for it may be measured again behind the token that a tokenizer begins a text with.
+        """
+        tokens = 2 * sum(self.evaluation.values()) * self.evaluate_seqlen
+        return tokens * max(self.carried, self.features) * self.computing // self.processes
+
+    @property
     def kept_bytes(self) -> int:
         """Of the whole result, without the shards' headers."""
         return self.outside * self.stored + sum(block.kept_bytes(self.stored) for block in self.blocks)
@@ -287,7 +296,10 @@ def workload(
         stored_in=stored,
         computed_in=stored if there else computing_dtype(stored, where),
         recipe=recipe,
-        evaluation={e: expected_windows(e, config.vocab_size, seqlen=seqlen, limit=options.limit) for e in evaluate},
+        evaluation={
+            name: expected_windows(name, config.vocab_size, seqlen=seqlen, limit=options.limit, column=recipe.column)
+            for name in evaluate
+        },
         evaluate_seqlen=seqlen,
         device=where,
         offload=options.offload,

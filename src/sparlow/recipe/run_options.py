@@ -27,7 +27,12 @@ class RunOptions:
         str, Doc("Where to keep block inputs between blocks: cpu, disk, or auto (the fastest that fits)."), MACHINE
     ] = "auto"
     evaluate: Annotated[
-        tuple[str, ...], Doc('Corpora or files to measure perplexity on. An empty "" stands for none.'), EVALUATION
+        tuple[str, ...],
+        Doc(
+            "Corpora or files to measure perplexity on. FILE#601-800 stands for records 601 to 800 of a table. An "
+            'empty "" stands for none.'
+        ),
+        EVALUATION,
     ] = ("builtin",)
     evaluate_seqlen: Annotated[
         int | None, Doc("Tokens in each window of these texts."), Unset("the recipe's seqlen"), at_least(1), EVALUATION

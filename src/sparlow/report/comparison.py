@@ -1,5 +1,6 @@
 """The record of a comparison: one row a method, and ``compare.json`` (version 1)."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 from sparlow.errors import InputError
 from sparlow.files import read_json, write_json
 from sparlow.machine import machine, versions
-from sparlow.report.records import Report
+from sparlow.report.records import Agreement, Report, agreements
 
 VERSION = 1  # of the keys of compare.json
 NAME = "compare.json"
@@ -28,6 +29,7 @@ class Row:
         share_compressed: Of the parameters of the blocks.
         peak_memory: Resident, in bytes.
         layers: Block, name within it and relative error of every layer.
+        agreement: With the dense model, by corpus; None where it is not known.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Row:
     share_compressed: float
     peak_memory: int
     layers: list[tuple[int, str, float]]
+    agreement: dict[str, Agreement | None] = field(default_factory=dict)
 
     @classmethod
     def of(cls, name: str, report: Report) -> "Row":
@@ -55,7 +58,14 @@ class Row:
             share_compressed=report.share_compressed,
             peak_memory=report.peak_memory["rss"],
             layers=[(layer.block, layer.name, layer.relative_error) for layer in report.layers],
+            agreement=report.agreement,
         )
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Row":
+        """Read what ``asdict`` gave; KeyError, TypeError or ValueError if it is something else."""
+        layers = [(block, name, error) for block, name, error in data["layers"]]
+        return cls(**{**data, "layers": layers, "agreement": agreements(data.get("agreement", {}))})
 
 
 @dataclass
@@ -96,9 +106,8 @@ class Comparison:
         if data.get("version") != VERSION:
             raise InputError(f"{path} is no comparison of this version. Choose another --out, or add --overwrite.")
         try:
-            rows = [Row(**{**row, "layers": [(i, n, e) for i, n, e in row["layers"]]}) for row in data["rows"]]
-            return cls(**{**data, "rows": rows})
-        except (KeyError, TypeError, ValueError) as error:
+            return cls(**{**data, "rows": [Row.from_dict(row) for row in data["rows"]]})
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"{path} cannot be read ({error}). Choose another --out, or add --overwrite.") from None
 
     def take_over(self, earlier: "Comparison", folder: Path) -> None:

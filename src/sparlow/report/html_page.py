@@ -7,7 +7,7 @@ from typing import Any
 
 from sparlow.files import human_bytes, replacing
 from sparlow.machine import described
-from sparlow.report.perplexities import labelled, shown
+from sparlow.report.perplexities import agreement_rows, labelled, shown
 from sparlow.report.records import LayerRecord, Report
 
 _STYLE = """
@@ -92,9 +92,11 @@ def summary_rows(report: Report) -> list[tuple[str, str, str]]:
     dense = report.dense["perplexity"]
     now = report.finetuning["perplexity"]["after"] if report.finetuning else report.compressed["perplexity"]
     same = report.finetuning.get("in_domain", ()) if report.finetuning else report.in_domain
-    rows = [
-        (labelled(name, same), _perplexity(dense.get(name)), _perplexity(now.get(name))) for name in shown([dense, now])
-    ]
+    rows = []
+    for name in shown([dense, now]):
+        rows.append((labelled(name, same), _perplexity(dense.get(name)), _perplexity(now.get(name))))
+        if name in report.agreement and not report.finetuning:  # which it was measured before
+            rows += [(what, "–", value) for what, value in agreement_rows(name, report.agreement[name])]
     sizes = report.bytes
     values = report.values
     rows.append(("values kept", f"{values['linears_dense']:,}", f"{values['linears_compressed']:,}"))

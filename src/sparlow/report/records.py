@@ -1,7 +1,7 @@
 """The report of a run: one record for each layer, and ``report.json`` (version 1)."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,36 @@ def perplexities(found: Mapping[str, Perplexity]) -> dict[str, dict[str, Any]]:
     }
 
 
+@dataclass(frozen=True)
+class Agreement:
+    """How far a model agrees with the dense one on the windows of a text. None is what is not finite, or not known.
+
+    Attributes:
+        divergence: Kullback–Leibler divergence of its predictions from the dense model's, in nats a token.
+        divergence_stderr: Standard error of that mean, over windows. None for a single window.
+        same_first_choice: Share of the tokens for which both hold the same next token for the likeliest.
+        loss_difference: Mean negative log-likelihood minus the dense model's, in nats a token.
+        loss_difference_stderr: Its standard error, over the differences of each window with itself.
+    """
+
+    divergence: float | None
+    divergence_stderr: float | None
+    same_first_choice: float | None
+    loss_difference: float | None
+    loss_difference_stderr: float | None
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Agreement":
+        """Read what ``asdict`` gave; KeyError, TypeError or ValueError if it is something else."""
+        values = {one.name: data[one.name] for one in fields(cls)}
+        return cls(**{name: None if value is None else float(value) for name, value in values.items()})
+
+
+def agreements(data: Mapping[str, Any]) -> dict[str, Agreement | None]:
+    """Read agreements by corpus, null where one is unknown; errors as of ``Agreement.from_dict``."""
+    return {name: None if found is None else Agreement.from_dict(found) for name, found in data.items()}
+
+
 @dataclass
 class Report:
     """A whole run; the fields are the keys of ``report.json``."""
@@ -110,6 +140,7 @@ class Report:
     model: str = ""
     dense: dict[str, dict[str, Any]] = field(default_factory=lambda: perplexities({}))
     compressed: dict[str, dict[str, Any]] = field(default_factory=lambda: perplexities({}))
+    agreement: dict[str, Agreement | None] = field(default_factory=dict)
     bytes: dict[str, int] = field(default_factory=dict)
     values: dict[str, int] = field(default_factory=dict)
     bits_per_weight: float = 0.0
@@ -184,6 +215,7 @@ class Report:
                 values, errors = data[which]["perplexity"], data[which].get("perplexity_stderr", {})
                 found = {name: Perplexity(float(value), errors.get(name)) for name, value in values.items()}
                 data[which] = perplexities(found)
+            data["agreement"] = agreements(data.get("agreement", {}))  # older versions did not measure it
             return cls(**{**data, "layers": [LayerRecord.from_dict(row) for row in data["layers"]]})
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, InputError):

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -23,6 +23,9 @@ from sparlow.run.compress import open_dense, windows_to_calibrate, windows_to_ev
 from sparlow.run.job import Job
 from sparlow.run.output_dir import check_folder, claimed
 from sparlow.text import in_domain
+
+if TYPE_CHECKING:
+    from sparlow.evaluation.agreement import Predictions
 
 MATCHED = "+match"  # the suffix of a method with matching, if it is compared without matching too
 TEXT = ("calibration", "samples", "seqlen", "seed", "bos", "column")  # what the methods of one comparison must share
@@ -112,6 +115,7 @@ def compare(
     if earlier:
         found.take_over(earlier, out)
     known: dict[str, Any] = {}  # perplexities of the dense model
+    predictions: dict[str, Predictions] = {}  # of the dense model, too
     spoilt = False
     for name, recipe in recipes.items():
         if spoilt:
@@ -120,8 +124,10 @@ def compare(
         with claimed(out / name, overwrite=overwrite, finished=True):
             job.write_to(out / name, overwrite=overwrite)
             job.known_dense |= known
+            job.runner.predictions |= predictions
             _run(name, job, texts, found)
         known |= job.known_dense
+        predictions |= job.runner.predictions
         found.write(out)
         spoilt = opened.changes
         del job

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sparlow.algorithms import REVISION
 from sparlow.distributed import ALONE, Processes
 from sparlow.errors import InputError, RunError
+from sparlow.evaluation.agreement import Measured
 from sparlow.files import HIDDEN
 from sparlow.machine import peak_memory, reset_peak_memory
 from sparlow.model._transformers import require_format
@@ -133,13 +134,15 @@ class Job:
             self.clock.add(self.journal.record.seconds)
         self.tell_in_domain(evaluation)
         with self.clock("total"):
-            self.report.dense = perplexities(self.runner.dense(evaluation, self.known_dense, self.report.warnings))
+            dense = self.runner.dense(evaluation, self.known_dense, self.report.warnings, evaluation)
+            self.report.dense = perplexities(dense)
             self.distill(*self.walk())
             if self.opened.changes:
                 attach(self.model, self.patterns)
             self.finish_files()
-            measured = {name: self.perplexity_after(name, windows) for name, windows in evaluation.items()}
-            self.report.compressed = perplexities(measured)
+            measured = {name: self.measure_result(name, windows) for name, windows in evaluation.items()}
+            self.report.compressed = perplexities({name: one.perplexity for name, one in measured.items()})
+            self.report.agreement = {name: one.agreement for name, one in measured.items()}
         self.complete_report()
         if self.journal and self.processes.first:
             write_reports(self.report, self.journal.folder)
@@ -148,27 +151,30 @@ class Job:
         return self.report
 
     def remeasure(self, journal: Journal, evaluation: Mapping[str, Tensor]) -> Report:
-        """Return the report of a finished run with perplexities on these texts; measure those not on record."""
+        """Return the report of a finished run on these texts; measure on those not on record."""
         all_loaded = Report.from_file(journal.folder / "report.json")
         self.report = replace(all_loaded)
         self.tell_in_domain(evaluation)  # to both reports, which share their lists
-        dense = self.runner.dense(evaluation, self.known_dense, self.report.warnings)
-        known = dict(journal.record.compressed)
-        measured: dict[str, Perplexity] = {}
-        new = False
-        for name, windows in evaluation.items():
-            text = text_fingerprint(windows)
-            if text not in known:
-                if not new:
-                    journal.require_whole()
-                new = True
-                known[text] = self.perplexity_after(name, windows)
-            measured[name] = known[text]
-        self.report = replace(all_loaded, dense=perplexities(dense), compressed=perplexities(measured))
+        known = journal.measured
+        texts = {name: text_fingerprint(windows) for name, windows in evaluation.items()}
+        new = [name for name, text in texts.items() if text not in known]
+        dense = self.runner.dense(evaluation, self.known_dense, self.report.warnings, new)
+        if new:
+            journal.require_whole()
+        for name in (name for name in new if texts[name] not in known):  # two names may be of one text
+            known[texts[name]] = self.measure_result(name, evaluation[name])
+        measured = {name: known[text] for name, text in texts.items()}
+        self.report = replace(
+            all_loaded,
+            dense=perplexities(dense),
+            compressed=perplexities({name: one.perplexity for name, one in measured.items()}),
+            agreement={name: one.agreement for name, one in measured.items()},
+        )
         if new and self.processes.first:
             for part, more in ((all_loaded.dense, self.report.dense), (all_loaded.compressed, self.report.compressed)):
                 for key, values in more.items():
                     part[key] |= values  # what was measured before stays on record
+            all_loaded.agreement |= self.report.agreement
             write_reports(all_loaded, journal.folder)
             journal.finish(self.known_dense, known)
         return self.report
@@ -185,11 +191,15 @@ class Job:
         """The compressed model: as it was written if there is a directory, else as it is in memory."""
         return Written(self.journal.folder, self.decoder, self.weights) if self.journal else self.weights
 
-    def perplexity_after(self, name: str, windows: Tensor) -> Perplexity:
-        """Measure the compressed model's perplexity; RunError if it is NaN."""
-        found = self.runner.perplexity("compressed perplexity", windows, self.result)
-        if math.isnan(found.value):
+    def measure_result(self, name: str, windows: Tensor) -> Measured:
+        """Measure the compressed model beside the dense one; RunError if its perplexity is NaN."""
+        found = self.runner.measure("compressed perplexity", windows, self.result)
+        if math.isnan(found.perplexity.value):
             raise RunError(f"The compressed model's perplexity on {name} is not a number. Use --dtype float32.")
+        if found.agreement is None:
+            self.report.warnings.append(
+                f"The agreement with the dense model on {name} is not known, for its head was changed in memory."
+            )
         return found
 
     @torch.no_grad()

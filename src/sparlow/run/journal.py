@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sparlow.distributed import Processes
 from sparlow.errors import InputError
+from sparlow.evaluation.agreement import Measured
 from sparlow.files import replacing, resolve_inside, sha256, sync_folder, write_json
 from sparlow.machine import differences, machine, versions
 from sparlow.model.artefact.checksums import small_sums
@@ -192,10 +193,18 @@ class Journal:
         self.record.shards[rest.file] = rest
         self._write()
 
-    def finish(self, dense: Mapping[str, Perplexity], compressed: Mapping[str, Perplexity]) -> None:
-        """Record that the result is finished, with perplexities by fingerprint of the text: the last write of a run."""
+    @property
+    def measured(self) -> dict[str, Measured]:
+        """What is on record of the finished result, by fingerprint of the text."""
+        agreement = self.record.agreement
+        return {text: Measured(found, agreement.get(text)) for text, found in self.record.compressed.items()}
+
+    def finish(self, dense: Mapping[str, Perplexity], result: Mapping[str, Measured]) -> None:
+        """Record that the result is finished, with what was measured by fingerprint of the text: a run's last write."""
         self.record.opens_as = self.record.opens_as or small_sums(self.folder)
-        self.record.finished, self.record.dense, self.record.compressed = True, dict(dense), dict(compressed)
+        self.record.finished, self.record.dense = True, dict(dense)
+        self.record.compressed = {text: found.perplexity for text, found in result.items()}
+        self.record.agreement = {text: found.agreement for text, found in result.items() if found.agreement}
         self._write()
 
     def _write(self) -> None:

@@ -1,7 +1,7 @@
-"""Forward passes of a run, block by block: perplexities of the dense and of the compressed model."""
+"""Forward passes of a run, block by block: the dense and the compressed model are measured on text."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 
@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from sparlow.distributed import ALONE, Processes
 from sparlow.errors import InputError
-from sparlow.evaluation.perplexity import TOKENS_AT_ONCE, perplexity_by_blocks
-from sparlow.model.forward.activation_store import place
+from sparlow.evaluation.agreement import Dense, Measured, Predictions, copy_outside
+from sparlow.evaluation.perplexity import TOKENS_AT_ONCE, behind_all, figures_of
+from sparlow.model.forward.activation_store import ActivationStore, place
 from sparlow.model.forward.capture import Recording, capture_block_inputs
 from sparlow.model.forward.chain_check import carried
 from sparlow.model.loading.source import OpenedModel
@@ -34,6 +35,7 @@ class BlockwiseRunner:
 
     Attributes:
         folder: Where hidden states lie that are kept on disk; None for the system's folder for temporary files.
+        predictions: Those of the dense model that were kept, by fingerprint of the windows.
     """
 
     folder: Path | None = None
@@ -41,6 +43,7 @@ class BlockwiseRunner:
     def __init__(
         self, opened: OpenedModel, offload: str, clock: Clock, notify: Notify, processes: Processes = ALONE
     ) -> None:
+        self.predictions: dict[str, Predictions] = {}
         self._processes = processes
         self._model, self._offload, self._clock, self._notify = opened.model, offload, clock, notify
         self._decoder, self._weights = opened.decoder, opened.weights
@@ -69,16 +72,55 @@ class BlockwiseRunner:
         return carried(self._model)
 
     @torch.no_grad()
-    def perplexity(self, stage: str, windows: Tensor, parts: Weights) -> Perplexity:
-        """Return the perplexity of the model with the weights ``parts``; the progress bar shows ``stage``."""
+    def measure(self, stage: str, windows: Tensor, parts: Weights, *, keep: bool = False) -> Measured:
+        """Measure the model with the weights ``parts``, beside the dense one if its predictions were kept.
+
+        Args:
+            stage: What the progress bar shows.
+            windows: (n, seqlen) token ids.
+            parts: What is measured.
+            keep: They are the dense model's, whose predictions are kept.
+        """
         advance = counting(self._notify, stage, len(self._decoder) + 1)
+        text = text_fingerprint(windows)
         with self._clock("evaluate"):
-            at_once = max(TOKENS_AT_ONCE // windows.shape[1], 1) * self._processes.size
-            recording = self.recorded(windows, at_once)
-            return perplexity_by_blocks(self._model, recording, parts, advance, self._processes)
+            recording = self.recorded(windows, max(TOKENS_AT_ONCE // windows.shape[1], 1) * self._processes.size)
+            hidden = behind_all(recording, parts, advance)
+            if keep:
+                with parts.outside_blocks():
+                    self.predictions[text] = Predictions.of(self._model, recording.output, recording.ids, _kept(hidden))
+            found = self._at_head(recording, hidden, parts, None if keep else self.predictions.get(text))
+            advance(1)
+        return found
+
+    def _at_head(
+        self, recording: Recording, hidden: ActivationStore, parts: Weights, known: Predictions | None
+    ) -> Measured:
+        """Measure from the states behind the last block; the dense model's head may be another than that of ``parts``.
+
+        Without that head there is no agreement.
+        """
+        with parts.outside_blocks():
+            if known is None or known.has_head(self._model):
+                return self._measured(recording, hidden, Dense(self._model, known) if known else None)
+        with self._weights.outside_blocks():
+            own = copy_outside(self._model)
+            dense = Dense(own, known) if known.has_head(own) else None
+        with parts.outside_blocks():
+            return self._measured(recording, hidden, dense)
+
+    def _measured(self, recording: Recording, hidden: ActivationStore, dense: Dense | None) -> Measured:
+        figures = figures_of(self._model, recording, hidden, dense)
+        return Measured(
+            figures.perplexity(self._processes), None if dense is None else figures.agreement(self._processes)
+        )
 
     def dense(
-        self, evaluation: Mapping[str, Tensor], known: dict[str, Perplexity], warnings: list[str]
+        self,
+        evaluation: Mapping[str, Tensor],
+        known: dict[str, Perplexity],
+        warnings: list[str],
+        compared: Container[str] = (),
     ) -> dict[str, Perplexity]:
         """Measure the dense model before it is compressed, and check that it is sane.
 
@@ -86,6 +128,8 @@ class BlockwiseRunner:
             evaluation: Token windows (n, seqlen) by name.
             known: Perplexities on record, by fingerprint of the windows. New ones are added.
             warnings: Takes a sentence for each name on which the model is no better than chance.
+            compared: Names on which the compressed model is still to be measured. The dense model's predictions on
+                them are kept, or found again where an earlier part of the run had them.
 
         Raises:
             InputError: A perplexity is not a number. The message says what is damaged.
@@ -93,7 +137,12 @@ class BlockwiseRunner:
         found = {}
         for name, windows in evaluation.items():
             text = text_fingerprint(windows)
-            known[text] = found[name] = known.get(text) or self.perplexity("dense perplexity", windows, self._weights)
+            if text not in known:
+                keep = name in compared
+                known[text] = self.measure("dense perplexity", windows, self._weights, keep=keep).perplexity
+            elif name in compared and text not in self.predictions:
+                self.measure("dense predictions", windows, self._weights, keep=True)
+            found[name] = known[text]
             value = found[name].value
             if math.isnan(value):
                 name_what_is_not_finite(self._decoder, self.dense_blocks, self.recorded(windows[:1], 1))
@@ -107,3 +156,8 @@ class BlockwiseRunner:
                     "Check that tokenizer and weights belong together."
                 )
         return found
+
+
+def _kept(hidden: ActivationStore) -> ActivationStore:
+    """Return states that will wait for the whole run: on an accelerator there is better use for the room."""
+    return hidden if hidden.on_disk else ActivationStore("cpu", hidden)

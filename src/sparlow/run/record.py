@@ -10,7 +10,7 @@ from sparlow.files import RECORD, read_json, shard_filename
 from sparlow.machine import differences
 from sparlow.model.artefact.shards import ShardRecord
 from sparlow.recipe.allocation import Budget
-from sparlow.report.records import LayerRecord, Perplexity
+from sparlow.report.records import Agreement, LayerRecord, Perplexity
 
 FORMAT = 1
 
@@ -59,6 +59,7 @@ class RunRecord:
         finished: Whether the result is whole.
         dense: Perplexities of the dense model, by fingerprint of the text.
         compressed: Those of the finished result.
+        agreement: How far the finished result agrees with the dense model, by fingerprint of the text, where known.
         allocation: Budgets that the data decided, by the layer's full name; empty if there is none.
         shards: By the name of the file.
         blocks: Those that are finished, in order.
@@ -75,6 +76,7 @@ class RunRecord:
     finished: bool = False
     dense: dict[str, Perplexity] = field(default_factory=dict)
     compressed: dict[str, Perplexity] = field(default_factory=dict)
+    agreement: dict[str, Agreement] = field(default_factory=dict)
     allocation: dict[str, Budget] = field(default_factory=dict)
     shards: dict[str, ShardRecord] = field(default_factory=dict)
     blocks: list[BlockRecord] = field(default_factory=list)
@@ -108,6 +110,7 @@ class RunRecord:
         later = {
             "dense_stderr": _errors(self.dense),
             "compressed_stderr": _errors(self.compressed),
+            "agreement": {text: asdict(found) for text, found in self.agreement.items()},
             "seconds": self.seconds,
             "training": kept,
             "distillation": self.distillation,
@@ -128,6 +131,7 @@ class RunRecord:
             finished=bool(data["finished"]),
             dense=_perplexities(data["dense"], data.get("dense_stderr", {})),
             compressed=_perplexities(data.get("compressed", {}), data.get("compressed_stderr", {})),
+            agreement={text: Agreement.from_dict(found) for text, found in data.get("agreement", {}).items()},
             allocation={name: Budget.from_dict(budget) for name, budget in data.get("allocation", {}).items()},
             shards=shards,
             blocks=[BlockRecord.from_dict(block) for block in data["blocks"]],

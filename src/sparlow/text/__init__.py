@@ -7,7 +7,8 @@ A *corpus* is named by one string:
   one object a line, `.json`, `.parquet`), of which one column is read, `text` if no other is named, and a record is one
   document; or it is plain text (`.txt`, `.md`, no ending and some others), which is one document as it stands, without
   the byte order mark. The same text serves calibration and evaluation: give two files where that matters. A file called
-  `c4` is reached as `./c4`;
+  `c4` is reached as `./c4`. `c4.jsonl#601-800` stands for these records of a table, both ends included, unless there is
+  a file of that very name;
 * a data set on the hub: `owner/name`, or `owner/name:config`. The same column is read, of the split `train` for
   calibration and of `test`, else `validation`, for evaluation (the first 10,000 documents).
 

@@ -11,10 +11,12 @@ from sparlow.errors import InputError
 from sparlow.text.beginning import WITH_BOS
 from sparlow.text.novel import Novel
 from sparlow.text.reference import LanguageReference
-from sparlow.text.sources import PLAIN, HubSplit, LocalFile, Source, require_readable
+from sparlow.text.sources import PLAIN, HubSplit, LocalFile, Source, require_readable, require_records
 from sparlow.text.tables import READERS, TEXT
 
 _HUB_ID = re.compile(r"(?P<path>[A-Za-z0-9][\w.-]*/[\w.-]+)(?::(?P<config>[^/\s]+))?")
+
+_RECORDS = re.compile(r"(?P<path>.+)#([0-9]{1,12})-([0-9]{1,12})", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,10 @@ def find_corpus(name: str, column: str = TEXT) -> Corpus:
         require_readable(path)
         source = LocalFile(path, column)
         return Corpus(name, "a local file", calibration=source, evaluation=source, characters=path.stat().st_size)
+    part = _RECORDS.fullmatch(name)
+    if part and Path(part["path"]).is_file():
+        source = LocalFile(Path(part["path"]), column, require_records(Path(part["path"]), *map(int, part.group(2, 3))))
+        return Corpus(name, "records of a local file", calibration=source, evaluation=source)
     ending = path.suffix.lower()
     hub_id = _HUB_ID.fullmatch(name)
     if hub_id and (not ending or ending not in {*READERS, *PLAIN}):

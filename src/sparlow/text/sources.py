@@ -4,6 +4,7 @@ import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, Protocol
@@ -44,10 +45,12 @@ class LocalFile:
     Attributes:
         path: The file; its ending decides how it is read, and must be one of ``READERS`` or ``PLAIN``.
         column: The column that holds the text, where the file is a table.
+        records: First and last record to read of a table, counted from 1; all if left out.
     """
 
     path: Path
     column: str = TEXT
+    records: tuple[int, int] | None = None
 
     def documents(self, seed: int | None = None) -> Iterator[str]:
         """See `Source.documents`; the whole file is read at once.
@@ -57,7 +60,7 @@ class LocalFile:
         """
         read = READERS.get(self.path.suffix.lower(), _read_plain)
         try:
-            return in_order(self._bounded(read(self.path, self.column)), seed)
+            return in_order(self._chosen(self._bounded(read(self.path, self.column))), seed)
         except OSError as error:
             raise InputError(f"{self.path} cannot be read: {error.strerror or error}. Give another file.") from error
 
@@ -70,10 +73,32 @@ class LocalFile:
                 raise InputError(f"{self.path} unpacks to more than {bound:,} characters. Give the text itself.")
             yield text
 
+    def _chosen(self, documents: Iterator[str]) -> Iterator[str]:
+        """Leave out the records that are not asked for; refuse those that are not there."""
+        if self.records is None:
+            yield from documents
+            return
+        (first, last), count = self.records, 0
+        for count, text in enumerate(islice(documents, last), start=1):
+            if count >= first:
+                yield text
+        if count < last:
+            raise InputError(f"{self.path} holds {count:,} records, so there is no #{first}-{last}. Name others.")
+
     @property
     def identity(self) -> str:
-        """See `Source.identity`."""
+        """See `Source.identity`; all records of a file count as one."""
         return f"file {self.path.resolve()}"
+
+
+def require_records(path: Path, first: int, last: int) -> tuple[int, int]:
+    """Return a range of records of a file; InputError if the file has no records, or the range none."""
+    if path.suffix.lower() not in READERS:
+        tables = ", ".join(READERS)
+        raise InputError(f"{path} is no table, so it has no records {first} to {last}. Give a table ({tables}).")
+    if not 1 <= first <= last:
+        raise InputError(f"{path}#{first}-{last} names no records: they count from 1. Put the first before the last.")
+    return first, last
 
 
 def require_readable(path: Path) -> None:

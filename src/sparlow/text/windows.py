@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sparlow.errors import InputError
 from sparlow.text.corpora import Corpus, find_corpus
+from sparlow.text.sources import LocalFile
 from sparlow.text.tables import TEXT
 
 if TYPE_CHECKING:
@@ -148,21 +149,25 @@ def evaluation_windows(
     return _begun(torch.tensor(ids[: count * length], dtype=torch.int64).view(count, length), begin)
 
 
-def expected_windows(corpus: str, vocabulary: int, *, seqlen: int, limit: int | None = None) -> int:
-    """Return about how many windows `evaluation_windows` will cut, before any text is read.
+def expected_windows(corpus: str, vocabulary: int, *, seqlen: int, limit: int | None = None, column: str = TEXT) -> int:
+    """Return about how many windows `evaluation_windows` will cut, before any text is read but records of a table.
 
     Args:
         corpus: A name of `CORPORA`, the path of a file, or a hub data set.
         vocabulary: Tokens there are.
         seqlen: Tokens in a window.
         limit: At most so many windows.
+        column: That holds the text of a file.
 
     Raises:
-        InputError: There is no such corpus, or no such file.
+        InputError: There is no such corpus, file or record.
     """
-    found = find_corpus(corpus)
-    tokens = (found.characters or 0) // (_CHARACTERS if vocabulary > _SMALL_VOCABULARY else 1)
-    cut = _UNKNOWN_WINDOWS if found.characters is None else max(tokens // seqlen, 1)
+    found = find_corpus(corpus, column)
+    characters = found.characters
+    if isinstance(found.evaluation, LocalFile) and found.evaluation.records:  # a part of a file is counted
+        characters = sum(map(len, found.evaluation.documents()))
+    tokens = (characters or 0) // (_CHARACTERS if vocabulary > _SMALL_VOCABULARY else 1)
+    cut = _UNKNOWN_WINDOWS if characters is None else max(tokens // seqlen, 1)
     return min(bound for bound in (cut, found.first_windows, limit) if bound is not None)
 
 

@@ -37,7 +37,7 @@ def same(found, expected):
 
 def by_blocks(opened, offload="auto", notify=lambda _: None):
     runner = BlockwiseRunner(opened, offload, Clock(), notify)
-    return runner.perplexity("dense perplexity", WINDOWS, opened.weights).value
+    return runner.measure("dense perplexity", WINDOWS, opened.weights).perplexity.value
 
 
 def checksums(folder):

@@ -71,6 +71,11 @@ class ActivationStore(Sequence[Tensor]):
         """Return an empty one in the same place."""
         return ActivationStore(self.place)
 
+    @property
+    def on_disk(self) -> bool:
+        """Whether the tensors lie in a file."""
+        return self._file is not None
+
     def __len__(self) -> int:
         return len(self._shared)
 
