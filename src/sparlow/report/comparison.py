@@ -7,7 +7,7 @@ from typing import Any
 from sparlow.errors import InputError
 from sparlow.files import read_json, write_json
 from sparlow.machine import machine, versions
-from sparlow.report.records import Report
+from sparlow.report.records import MODEL, Report
 
 VERSION = 1  # of the keys of compare.json
 NAME = "compare.json"
@@ -28,6 +28,7 @@ class Row:
         share_compressed: Of the parameters of the blocks.
         peak_memory: Resident, in bytes.
         layers: Block, name within it and relative error of every layer.
+        values: Types of the values kept.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Row:
     share_compressed: float
     peak_memory: int
     layers: list[tuple[int, str, float]]
+    values: str = MODEL
 
     @classmethod
     def of(cls, name: str, report: Report) -> "Row":
@@ -55,6 +57,7 @@ class Row:
             share_compressed=report.share_compressed,
             peak_memory=report.peak_memory["rss"],
             layers=[(layer.block, layer.name, layer.relative_error) for layer in report.layers],
+            values=report.value_types,
         )
 
 
