@@ -73,12 +73,31 @@ SIZES = {  # what makes a config tiny, by the names that configs have for it
     **dict.fromkeys(("index_n_heads", "indexer_n_heads"), 4),
     **dict.fromkeys(("mamba_d_ssm",), 64),
 }
-NEEDED = ("head_dim", "num_key_value_heads", "n_routed_experts", "num_experts_per_tok", "n_shared_experts")  # also where the default leaves them open
-TOKENS = ("pad_token_id", "image_token_id", "audio_token_id", "video_token_id", "image_token_index", "audio_token_index")
+NEEDED = (
+    "head_dim",
+    "num_key_value_heads",
+    "n_routed_experts",
+    "num_experts_per_tok",
+    "n_shared_experts",
+)  # also where the default leaves them open
+TOKENS = (
+    "pad_token_id",
+    "image_token_id",
+    "audio_token_id",
+    "video_token_id",
+    "image_token_index",
+    "audio_token_index",
+)
 LARGEST = 5_000_000  # parameters of a model that is still tiny
 _ASSISTANT = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0, "num_kv_shared_layers": 4}
 _ROPE = {"rope_type": "default", "rope_theta": 1e4}
-_SWA = {"swa_head_dim": 16, "swa_qk_nope_head_dim": 8, "swa_v_head_dim": 8, "swa_q_lora_rank": 16, "swa_kv_lora_rank": 16}
+_SWA = {
+    "swa_head_dim": 16,
+    "swa_qk_nope_head_dim": 8,
+    "swa_v_head_dim": 8,
+    "swa_q_lora_rank": 16,
+    "swa_kv_lora_rank": 16,
+}
 _DOTS = _SWA | {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "head_dim": 16, "num_key_value_heads": 4}
 _INDEXER = {"indexer_budget": 16, "indexer_compress_ratio": 4, "indexer_n_heads": 4, "indexer_kv_heads": 1}
 _QWEN4 = _INDEXER | {"indexer_head_dim": 8, "split_ngram_parts": 2, "heads_per_ngram": 2}
@@ -339,7 +358,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kinds", nargs="*", help="model types; all of AutoModelForCausalLM if left out")
     parser.add_argument("--out", type=Path, help="where the page is written; printed if left out")
-    parser.add_argument("--keep", type=Path, help="file of rows, read and written: those by the same code are not tried again")
+    parser.add_argument(
+        "--keep", type=Path, help="file of rows, read and written: those by the same code are not tried again"
+    )
     args = parser.parse_args()
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 

@@ -87,12 +87,13 @@ def test_owl_counts_each_block_by_its_weights():
 @pytest.mark.parametrize("kept", [0.4, 0.6])
 def test_an_allocation_that_keeps_another_total_stops_the_run(kept):
     shapes = {"a": (100, 100), "b": (10, 100)}
-    even = {name: Budget(Unstructured(0.5), 0) for name in shapes}
-    require_total(even, shapes, 5500)
+    a, b = (Budget(Unstructured(0.5), 0).values(shape) for shape in shapes.values())
+    require_total([a, b], 5500)
+    other = Budget(Unstructured(1 - kept), 0).values(shapes["a"])
     with pytest.raises(RunError, match="where 5,500 were asked for"):
-        require_total(even | {"a": Budget(Unstructured(1 - kept), 0)}, shapes, 5500)
+        require_total([other, b], 5500)
     if kept < 0.5:
-        require_total(even | {"a": Budget(Unstructured(1 - kept), 0)}, shapes, 5500, exactly=False)
+        require_total([other, b], 5500, exactly=False)
 
 
 def test_owl_keeps_the_sparsity_that_was_asked_for_where_blocks_differ():
@@ -143,14 +144,16 @@ def test_an_offer_above_the_line_between_its_neighbours_is_never_taken():
 
 
 def test_offers_lie_around_the_uniform_budget():
-    found = offered(Budget(Unstructured(0.5), 8), (64, 48), low_rank=True)
+    found = offered(Budget(Unstructured(0.5), 8), (64, 48), 2, low_rank=True)
     assert {pattern.sparsity for pattern in found} == {0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7}
     assert found[Unstructured(0.7)] == list(
         range(0, 18, 2)
     )  # 18 * (64 + 48) and a mask is more than the weight has to spare
-    assert offered(Budget(NM(2, 4), 8), (64, 48), low_rank=True) == {NM(2, 4): list(range(0, 14, 2))}
-    assert offered(Budget(NM(2, 4), 0), (64, 48), low_rank=True) == {NM(2, 4): [0]}
-    assert offered(Budget(NM(2, 4), 13), (16, 12), low_rank=True)[NM(2, 4)][-1] == 13  # what was asked for is offered
+    assert offered(Budget(NM(2, 4), 8), (64, 48), 2, low_rank=True) == {NM(2, 4): list(range(0, 14, 2))}
+    assert offered(Budget(NM(2, 4), 0), (64, 48), 2, low_rank=True) == {NM(2, 4): [0]}
+    assert (
+        offered(Budget(NM(2, 4), 13), (16, 12), 2, low_rank=True)[NM(2, 4)][-1] == 13
+    )  # what was asked for is offered
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "0.5", "0.512345678901", "dense"])

@@ -107,17 +107,17 @@ def show_comparison(found: "Comparison") -> None:
     labels = [labelled(Path(name).name, [Path(name).name] if name in same else ()) for name in corpora]
     divergences = [name for name in corpora if any(row.agreement.get(name) for row in found.rows)]
     labels += [f"divergence, {Path(name).name}" for name in divergences]
-    head = ("", *labels, "relative error", "seconds", "size", "bits", "bits, whole file", "of blocks")
+    head = ("", *labels, "relative error", "values", "seconds", "size", "bits", "bits, whole file", "of blocks")
     rows = []
     if found.dense:
         perplexities = (f"{found.dense['perplexity'][name]:.2f}" for name in corpora)
         none = ("0",) * len(divergences)
-        rows.append(("dense", *perplexities, *none, "0", "–", human_bytes(found.dense["bytes"]), "–", "–", "–"))
+        rows.append(("dense", *perplexities, *none, "0", "–", "–", human_bytes(found.dense["bytes"]), "–", "–", "–"))
     for row in found.rows:
         perplexities = (f"{row.perplexity[name]:.2f}" for name in corpora)
         known = (row.agreement.get(name) for name in divergences)
         apart = (with_error(one.divergence, one.divergence_stderr) if one else "–" for one in known)
-        measured = (f"{row.mean_relative_error:.5f}", f"{row.seconds:.0f}", human_bytes(row.bytes))
+        measured = (f"{row.mean_relative_error:.5f}", row.values, f"{row.seconds:.0f}", human_bytes(row.bytes))
         bits = (f"{row.bits_per_weight:.2f}", f"{row.bits_per_parameter:.2f}", f"{row.share_compressed:.1%}")
         rows.append((row.name, *perplexities, *apart, *measured, *bits))
     out.print(_table(head, rows))
@@ -131,6 +131,7 @@ def show_plan(found: "Plan") -> None:
             str(kind.count),
             f"{kind.shape[0]} × {kind.shape[1]}",
             kind.pattern or "–",
+            kind.values,
             str(kind.rank),
             f"{kind.parameters:,}",
             f"{kind.bytes_dense:,}",
@@ -138,7 +139,7 @@ def show_plan(found: "Plan") -> None:
         )
         for kind in found.layers
     ]
-    out.print(_table(("layer", "count", "shape", "pattern", "rank", "parameters", "bytes", "kept"), kinds))
+    out.print(_table(("layer", "count", "shape", "pattern", "values", "rank", "parameters", "bytes", "kept"), kinds))
     rows = [(row["name"], str(row["count"]), f"{row['parameters']:,}", row["why"]) for row in found.not_compressed]
     out.print(_table(("not compressed", "count", "parameters", "why"), rows))
     _show_sizes(found)
@@ -239,13 +240,14 @@ def show_layers(layers: "Sequence[LayerInfo]", patterns: Mapping[str, str]) -> N
             layer.name,
             f"{layer.shape[0]} × {layer.shape[1]}",
             patterns.get(layer.name, "–"),
+            layer.dtype,
             f"{layer.density:.4f}",
             str(layer.rank),
             f"{layer.bytes:,}",
         )
         for layer in layers
     ]
-    out.print(_table(("layer", "shape", "pattern", "density", "rank", "bytes"), rows))
+    out.print(_table(("layer", "shape", "pattern", "values", "density", "rank", "bytes"), rows))
 
 
 def show_algorithms(algorithms: "Iterable[Algorithm]") -> None:

@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -178,7 +178,7 @@ def _error_curve_peak(W: Tensor, H: Tensor, budget: Budget) -> int:
     with _LiveBytes(W, H) as seen:
         gram = Gram.damped(H)
         shape = (W.shape[0], W.shape[1])
-        for pattern, ranks in offered(budget, shape, low_rank=budget.rank > 0).items():
+        for pattern, ranks in offered(budget, shape, W.element_size(), low_rank=budget.rank > 0).items():
             error_curve(W.float(), gram, pattern, ranks)
     return int(seen.peak)
 
@@ -238,7 +238,7 @@ def _scaled(like: tuple[Shape, Budget], shape: Shape) -> Budget:
     """The budget of a smaller layer: the same pattern, and a rank that is as large beside its sides."""
     whole, budget = like
     rank = min(round(budget.rank * min(shape) / min(whole)), *shape)
-    return Budget(budget.pattern, max(rank, 1) if budget.rank else 0)
+    return replace(budget, rank=max(rank, 1) if budget.rank else 0)
 
 
 def _problem(shape: Shape, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -253,7 +253,7 @@ def _problem(shape: Shape, device: torch.device) -> tuple[Tensor, Tensor]:
 
 def _solve(recipe: Recipe, W: Tensor, H: Tensor, budget: Budget, *, remember: int = RIDGES_KEPT) -> Gram:
     gram = Gram.damped(H, absolute=recipe.damping, relative=recipe.relative_damping, remember=remember)
-    solve(recipe.found_algorithm, W, gram, budget.pattern, budget.rank, recipe.parsed_options)
+    solve(recipe.found_algorithm, W, gram, budget.pattern, budget.rank, recipe.parsed_options, **budget.on_grid)
     return gram
 
 

@@ -22,6 +22,7 @@ from sparlow.planning.microbenchmarks import solver, speed, typical, workspace
 from sparlow.planning.workload import Layer, Workload, workload
 from sparlow.recipe.recipe import Recipe, as_recipe, with_calibration
 from sparlow.recipe.run_options import RunOptions, listed
+from sparlow.report.records import MODEL
 
 VERSION = 1  # of the keys of ``Plan.to_json``
 
@@ -35,6 +36,7 @@ class Kind:
         shape: (out, in).
         pattern: As typed, such as 2:4; None if they stay dense.
         rank: Of U V.
+        values: Type of the values of S, ``model`` or ``int4`` and the like with levels and group.
         count: How many there are.
         parameters: Of all of them, biases included.
         bytes_dense: Of all of them, as the model has them.
@@ -45,6 +47,7 @@ class Kind:
     shape: tuple[int, int]
     pattern: str | None
     rank: int
+    values: str
     count: int
     parameters: int
     bytes_dense: int
@@ -208,6 +211,7 @@ def _kinds(work: Workload) -> list[Kind]:
             shape=shape,
             pattern=str(budget.pattern) if budget else None,
             rank=budget.rank if budget else 0,
+            values=budget.shown_values if budget else MODEL,
             count=len(layers),
             parameters=sum(layer.parameters for layer in layers),
             bytes_dense=sum(layer.parameters for layer in layers) * work.stored,

@@ -12,7 +12,6 @@ from transformers import PretrainedConfig, PreTrainedModel
 from sparlow.evaluation.perplexity import require_context
 from sparlow.machine import check_device, computing_dtype, pick_device
 from sparlow.model._transformers import NO_STREAMING
-from sparlow.model.artefact.bitmask import mask_bytes
 from sparlow.model.artefact.dtypes import StoredDtypes
 from sparlow.model.forward.activation_store import place
 from sparlow.model.forward.chain_check import carried, require_chain
@@ -68,9 +67,7 @@ class Layer:
         """Bytes as stored, numbers of ``size`` bytes each: what ``StoredDtypes.packed_bytes`` will find."""
         if self.budget is None:
             return self.parameters * size
-        rows, columns = self.shape
-        mask = 0 if self.budget.pattern.kept(self.shape) == self.weights else rows * mask_bytes(columns)
-        return self.trained * size + mask
+        return self.budget.bytes(self.shape, size) + self.shape[0] * self.bias * size
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,8 @@ def select(model: PreTrainedModel, decoder: Decoder, recipe: Recipe, storage: St
         raise InputError(f"There is nothing to compress: every layer stays dense, {first}. Give another model.")
     if recipe.compression is not None:
         free = {layer.name: layer.shape for layer in found if layer.budget and not recipe.has_rule(layer.name)}
-        require_total(budgets, free, (1 - recipe.compression) * sum(map(math.prod, free.values())), exactly=False)
+        kept = [budgets[name].values(shape) for name, shape in free.items()]
+        require_total(kept, (1 - recipe.compression) * sum(map(math.prod, free.values())), exactly=False)
     dense = {layer.name: layer.why for layer in found if not layer.budget}
     return Selection(budgets, dense, tuple(_warnings(found, recipe)))
 
@@ -100,7 +101,7 @@ def _fitted(layer: _Layer, budget: Budget, recipe: Recipe) -> _Layer:
         return replace(layer, why=NO_PATTERN.format(shape[1]))
     if not recipe.gives_rank(layer.name):
         most = min(budget.rank, *shape, _largest_rank(budget, shape, layer.size))
-        budget = Budget(budget.pattern, max(most, 0))
+        budget = replace(budget, rank=max(most, 0))
         if most < 0 and recipe.compression is not None and not recipe.has_rule(layer.name):
             return replace(layer, why=NO_GAIN)
     try:
@@ -112,8 +113,8 @@ def _fitted(layer: _Layer, budget: Budget, recipe: Recipe) -> _Layer:
 
 def _largest_rank(budget: Budget, shape: Shape, size: int) -> int:
     """The largest rank with which a layer takes no more than dense; negative if its sparse part alone takes more."""
-    left = shape[0] * shape[1] * size - Budget(budget.pattern, 0).bytes(shape, size)
-    return left // (sum(shape) * size)
+    left = shape[0] * shape[1] * size - budget.sparse_bytes(shape, size)
+    return left // replace(budget, rank=1).low_rank_bytes(shape, size)
 
 
 def _warnings(found: Sequence[_Layer], recipe: Recipe) -> Iterator[str]:

@@ -9,7 +9,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from sparlow.errors import InputError
-from sparlow.recipe.allocation import Budget, Rule, Shape, matches, ratio_rank, ratio_share, ratio_sparsity
+from sparlow.recipe.allocation import (
+    LEVELS,
+    VALUES,
+    Budget,
+    Rule,
+    Shape,
+    matches,
+    ratio_rank,
+    ratio_share,
+    ratio_sparsity,
+)
+from sparlow.report.records import MODEL
 from sparlow.schema import (
     ABOVE_0,
     FRACTION,
@@ -34,11 +45,13 @@ if TYPE_CHECKING:  # the command line reads the fields without torch, see the im
     from torch import Tensor
 
     from sparlow.algorithms import Algorithm
+    from sparlow.linalg.grid import Grid
     from sparlow.linalg.patterns import NM, Pattern
 
 # Columns of a group where no pattern is asked for. 16:32 costs the bytes of 2:4, and keeps better weights.
 DEFAULT_GROUPS = (32, 16, 8, 4)
 DEFAULT_RANK = 64  # of methods with a low-rank part: 2.4 % of the linear weights of an 8B Llama
+FACTORS = ("auto", MODEL, "int8")
 ALLOCATIONS = ("uniform", "owl", "error")
 MATCH_PRESETS = ("logits", "blocks", "paper")  # training_plan.PRESETS says what each of them is
 GIVEN_WINDOWS = "windows"  # what a recipe calls a calibration by token windows given directly
@@ -92,6 +105,37 @@ class Recipe:
     rank_share: Annotated[
         float | None, Doc("Share of the kept values that goes to the low-rank part."), FRACTION, KEEP
     ] = None
+    values: Annotated[
+        str | None,
+        Doc(
+            "Type of the values of S: model (that of the model's weights), or whole numbers of so many bits times a "
+            "scale, which the algorithm takes into account while it solves."
+        ),
+        Choices("type of values", VALUES),
+        Unset("model"),
+        KEEP,
+    ] = None
+    levels: Annotated[
+        str,
+        Doc(
+            "Levels of int values: integer (the only ones that other programs read), half (integers and a half, so no "
+            "zero), book (learned for each layer), auto (integer for int8, half for int4, book below)."
+        ),
+        Choices("kind of levels", LEVELS),
+        KEEP,
+    ] = "auto"
+    group: Annotated[
+        str | None,
+        Doc("Columns of a row that share a scale of int values: a number such as 64, or row for all."),
+        Unset("128"),
+        KEEP,
+    ] = None
+    factors: Annotated[
+        str,
+        Doc("Type of U and V: model, int8, or auto (int8 where the values of S are int)."),
+        Choices("type of factors", FACTORS),
+        KEEP,
+    ] = "auto"
     allocate: Annotated[
         str,
         Doc(
@@ -144,7 +188,7 @@ class Recipe:
     ] = ()
     layers: Annotated[
         Sequence[Rule],
-        Doc("Rules for single layers, as [[layers]] tables with match, pattern and rank. A later rule wins."),
+        Doc("Rules for single layers, as [[layers]] tables with match, pattern, rank and values. A later rule wins."),
         FileOnly(),
         KEEP,
     ] = ()
@@ -179,6 +223,9 @@ class Recipe:
     ] = "auto"
 
     def __post_init__(self) -> None:
+        group: object = self.group
+        if type(group) is int:  # as a number in TOML or Python
+            object.__setattr__(self, "group", str(group))
         check_fields(self, "a recipe")
         algorithm = self.found_algorithm
         _ = self.parsed_options  # raises for one that is wrong
@@ -190,6 +237,29 @@ class Recipe:
             [name for name, option in options_of(Recipe).items() if values[name] != option.default], values, Recipe
         )
         self._check_budget()
+        self._check_values()
+
+    def _check_values(self) -> None:
+        """Check that what is said of values and factors has an effect."""
+        grids = [
+            values for values in (self.values, *(rule.values for rule in self.layers)) if values not in (None, MODEL)
+        ]
+        for option, given in (("levels", self.levels != "auto"), ("group", self.group is not None)):
+            if given and not grids:
+                raise InputError(
+                    f"--{option} has no effect without --values int4 or the like. Add it, or leave --{option} out."
+                )
+        for values in grids:
+            self._grid(values)  # raises for one that is wrong
+        ranks = [self._uniform((1, 1)).rank or self.compression, *(rule.rank for rule in self.layers)]
+        if self.factors != "auto" and (self.found_algorithm.kind == "pruner" or not any(ranks)):
+            raise InputError("--factors has no effect without a low-rank part. Give a --rank, or leave --factors out.")
+
+    def _grid(self, values: str | None) -> "Grid | None":
+        """The grid that values of this type lie on."""
+        from sparlow.linalg.grid import GROUP, make_grid
+
+        return make_grid(values or MODEL, self.levels, GROUP if self.group is None else self.group)
 
     def _check_budget(self) -> None:
         """Check that pattern and rank, or the compression they follow from, are given without contradiction."""
@@ -226,12 +296,19 @@ class Recipe:
         if any(matches(pattern, name) for pattern in self.ignore):
             return None
         uniform = self._uniform(shape)
-        pattern, rank = uniform.pattern, uniform.rank
+        pattern, rank, values = uniform.pattern, uniform.rank, self.values
         for rule in self.layers:
             if matches(rule.match, name):
                 pattern = pattern if rule.pattern is None else parse_pattern(rule.pattern)
                 rank = rank if rule.rank is None else rule.rank
-        return Budget(pattern, rank)
+                values = values if rule.values is None else rule.values
+        grid = self._grid(values)
+        return Budget(pattern, rank, grid, self.int8_factors(grid))
+
+    def int8_factors(self, grid: "Grid | None") -> bool:
+        """Whether U and V of a layer whose values lie on this grid are stored in int8."""
+        wanted = self.factors == "int8" or (self.factors == "auto" and grid is not None)
+        return wanted and self.found_algorithm.kind != "pruner"
 
     def has_rule(self, name: str) -> bool:
         """Whether a rule says anything about the layer of this full name."""

@@ -8,7 +8,7 @@ from typing import Any
 from sparlow.errors import InputError
 from sparlow.files import read_json, write_json
 from sparlow.machine import machine, versions
-from sparlow.report.records import Agreement, Report, agreements
+from sparlow.report.records import MODEL, Agreement, Report, agreements
 
 VERSION = 1  # of the keys of compare.json
 NAME = "compare.json"
@@ -30,6 +30,7 @@ class Row:
         peak_memory: Resident, in bytes.
         layers: Block, name within it and relative error of every layer.
         agreement: With the dense model, by corpus; None where it is not known.
+        values: Types of the values kept.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Row:
     peak_memory: int
     layers: list[tuple[int, str, float]]
     agreement: dict[str, Agreement | None] = field(default_factory=dict)
+    values: str = MODEL
 
     @classmethod
     def of(cls, name: str, report: Report) -> "Row":
@@ -59,6 +61,7 @@ class Row:
             peak_memory=report.peak_memory["rss"],
             layers=[(layer.block, layer.name, layer.relative_error) for layer in report.layers],
             agreement=report.agreement,
+            values=report.value_types,
         )
 
     @classmethod

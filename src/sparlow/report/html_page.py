@@ -8,7 +8,7 @@ from typing import Any
 from sparlow.files import human_bytes, replacing
 from sparlow.machine import described
 from sparlow.report.perplexities import agreement_rows, labelled, shown
-from sparlow.report.records import LayerRecord, Report
+from sparlow.report.records import MODEL, LayerRecord, Report
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1c2530; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
@@ -31,7 +31,8 @@ def html(report: Report) -> str:
     """The whole page."""
     recipe = report.recipe
     patterns = dict.fromkeys(layer.pattern for layer in report.layers)
-    title = f"{report.model}: {recipe['algorithm']}, {next(iter(patterns)) if len(patterns) == 1 else 'mixed patterns'}"
+    pattern = next(iter(patterns)) if len(patterns) == 1 else "mixed patterns"
+    title = f"{report.model}: {recipe['algorithm']}, {pattern}, {report.value_types} values"
     parts = [
         f"<h1>{escape(title)}</h1>",
         _table(summary_head(report), summary_rows(report)),
@@ -100,6 +101,7 @@ def summary_rows(report: Report) -> list[tuple[str, str, str]]:
     sizes = report.bytes
     values = report.values
     rows.append(("values kept", f"{values['linears_dense']:,}", f"{values['linears_compressed']:,}"))
+    rows.append(("type of these values", MODEL, report.value_types))
     rows.append(("linear layers", human_bytes(sizes["linears_dense"]), human_bytes(sizes["linears_compressed"])))
     rows.append(("whole model", human_bytes(sizes["dense"]), human_bytes(sizes["compressed"])))
     dense_bits = report.bits_per_weight * sizes["linears_dense"] / max(sizes["linears_compressed"], 1)
@@ -138,6 +140,7 @@ _LAYER_HEAD = (
     "shape",
     "pattern",
     "density",
+    "values",
     "rank",
     "relative error",
     "each token by its size",
@@ -150,7 +153,8 @@ def _layer_row(layer: LayerRecord) -> tuple[str, ...]:
     shape = f"{layer.shape[0]} × {layer.shape[1]}"
     per_token = "–" if layer.relative_error_per_token is None else f"{layer.relative_error_per_token:.5f}"
     numbers = (f"{layer.relative_error:.5f}", per_token, str(layer.iterations), f"{layer.seconds:.1f}")
-    return (str(layer.block), layer.name, shape, layer.pattern, f"{layer.density:.4f}", str(layer.rank), *numbers)
+    kept = (layer.pattern, f"{layer.density:.4f}", layer.shown_values, str(layer.rank))
+    return (str(layer.block), layer.name, shape, *kept, *numbers)
 
 
 def _skipped_row(row: Mapping[str, Any]) -> tuple[str, ...]:

@@ -10,6 +10,12 @@ from sparlow.files import as_json, parse_json
 from sparlow.machine import machine, versions
 
 VERSION = 1  # of the keys of report.json
+MODEL = "model"  # values in the type of the model's weights
+
+
+def shown_values(value_type: str, levels: str | None, group: int | None) -> str:
+    """Return a type of values for tables: ``model``, or ``int4 half, 128 columns a scale``."""
+    return value_type if levels is None else f"{value_type} {levels}, {group or 'all'} columns a scale"
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,10 @@ class LayerRecord:
         settled: Whether the solver had, when it ended.
         relative_error_per_token: Σ |R x|² / Σ |W x|² over some hundred tokens x, each scaled to length one, so that a
             few huge ones do not hide the others; None of a layer that no token reached.
+        value_type: Of the values of S: ``model`` for the type of the model's weights, or ``int4`` and the like.
+        levels: The kind of levels of int values; None for ``model``.
+        group: Columns of a row that share a scale; None for the whole row, and for ``model``.
+        factor_type: Of U and V: ``model`` or ``int8``.
     """
 
     block: int
@@ -50,6 +60,15 @@ class LayerRecord:
     dead_inputs: int = 0
     settled: bool = True
     relative_error_per_token: float | None = None
+    value_type: str = MODEL
+    levels: str | None = None
+    group: int | None = None
+    factor_type: str = MODEL
+
+    @property
+    def shown_values(self) -> str:
+        """The type of the values for tables: ``model``, or ``int4 half, 128 columns a scale``."""
+        return shown_values(self.value_type, self.levels, self.group)
 
     @property
     def values(self) -> int:
@@ -72,7 +91,9 @@ class LayerRecord:
 _KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("block", "rank", "iterations", "tokens", "dead_inputs"), (int,)),
     **dict.fromkeys(("density", "relative_error", "seconds", "damping"), (float, int)),
-    **dict.fromkeys(("name", "pattern"), (str,)),
+    **dict.fromkeys(("name", "pattern", "value_type", "factor_type"), (str,)),
+    "levels": (str, type(None)),
+    "group": (int, type(None)),
     "settled": (bool,),
     "relative_error_per_token": (float, int, type(None)),
 }
@@ -159,6 +180,13 @@ class Report:
     in_domain: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     version: int = VERSION
+
+    @property
+    def value_types(self) -> str:
+        """Types of the values of S, such as ``int4``; of factors too where these are not ``model``."""
+        sparse = dict.fromkeys(layer.value_type for layer in self.layers)
+        factors = dict.fromkeys(layer.factor_type for layer in self.layers if layer.rank)
+        return " and ".join(sparse) + (f", U and V {' and '.join(factors)}" if {*factors} - {MODEL} else "")
 
     @property
     def mean_relative_error(self) -> float:

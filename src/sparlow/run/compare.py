@@ -62,7 +62,12 @@ def recipes_for(
     for name in names:
         changes: dict[str, Any] = {"algorithm": name, "options": options.get(name, {})}
         if find(name)[0].kind == "pruner":
-            changes |= {"rank": None, "rank_share": None, "compression": None if base.pattern else base.compression}
+            changes |= {
+                "rank": None,
+                "rank_share": None,
+                "factors": "auto",
+                "compression": None if base.pattern else base.compression,
+            }
             if base.allocate == "error" and isinstance(base.pattern_of_all, NM):
                 changes["allocate"] = "uniform"  # without ranks there is nothing to move
         for matching in matched[match]:
@@ -153,7 +158,7 @@ def _settings(recipes: Mapping[str, Recipe]) -> dict[str, dict[str, Any]]:
     for name, recipe in recipes.items():
         own = {"algorithm", "options"}
         if recipe.found_algorithm.kind == "pruner":
-            own |= {"rank", "rank_share", "compression", "allocate"}
+            own |= {"rank", "rank_share", "compression", "allocate", "factors"}
         if name.endswith(MATCHED):
             own |= {key for key in recipe.to_dict() if key.startswith("match")}
         found[name] = {key: value for key, value in recipe.to_dict().items() if key not in own}

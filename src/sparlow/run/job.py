@@ -315,7 +315,7 @@ class Job:
             advance = counting(self.notify, "allocation", len(self.decoder))
             walk = DenseWalk(self.decoder, self.runner.dense_blocks, recording, advance, self.processes)
             with self.clock("statistics"):
-                self.allocated = allocate_by_data(walk, self.recipe, self.budgets)
+                self.allocated = allocate_by_data(walk, self.recipe, self.budgets, self.storage)
         self.budgets |= self.allocated
 
     def restore_block(self, i: int, block: nn.Module) -> tuple[list[LayerRecord], list[dict[str, Any]]]:

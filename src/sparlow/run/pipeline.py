@@ -20,7 +20,7 @@ from sparlow.model.forward.input_statistics import Observation, collect_statisti
 from sparlow.progress import Clock
 from sparlow.recipe.allocation import Budget
 from sparlow.recipe.recipe import Recipe
-from sparlow.report.records import LayerRecord
+from sparlow.report.records import MODEL, LayerRecord
 from sparlow.run.exchange import exchange_layers
 
 Sums = TypeVar("Sums", bound=GramAccumulator)
@@ -82,6 +82,7 @@ def compress_block(
                     budget.pattern,
                     budget.rank,
                     recipe.parsed_options,
+                    **budget.on_grid,
                 )
             except RunError as error:
                 raise RunError(f"{full}: {error}") from error
@@ -161,6 +162,10 @@ def _record(block: int, weight: CompressibleWeight, budget: Budget, found: Decom
         tokens=tokens,
         dead_inputs=found.stats.dead_columns,
         settled=found.stats.converged,
+        value_type=budget.value_type,
+        levels=budget.grid.levels if budget.grid else None,
+        group=budget.grid.group if budget.grid else None,
+        factor_type="int8" if budget.int8_factors and budget.rank else MODEL,
     )
 
 

@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -11,11 +12,12 @@ from sparlow.distributed import ALONE, Processes
 from sparlow.linalg.error_curves import error_curve
 from sparlow.linalg.gram import EvenGramAccumulator, SquareAccumulator
 from sparlow.linalg.patterns import Unstructured
+from sparlow.model.artefact.dtypes import StoredDtypes
 from sparlow.model.forward.block_pass import BlockPass
 from sparlow.model.forward.capture import Recording
 from sparlow.model.forward.decoder import Decoder
 from sparlow.model.forward.input_statistics import Kind, Observation, collect_statistics
-from sparlow.recipe.allocation import Budget, Offer, Shape, error_driven, offered, owl_densities, require_total
+from sparlow.recipe.allocation import Budget, Offer, cost, error_driven, offered, owl_densities, require_total
 from sparlow.recipe.recipe import Recipe
 from sparlow.run.pipeline import with_grams
 
@@ -50,15 +52,20 @@ class DenseWalk:
 
 
 @torch.no_grad()
-def allocate_by_data(walk: DenseWalk, recipe: Recipe, budgets: Mapping[str, Budget]) -> dict[str, Budget]:
+def allocate_by_data(
+    walk: DenseWalk, recipe: Recipe, budgets: Mapping[str, Budget], storage: StoredDtypes
+) -> dict[str, Budget]:
     """Return the budgets that ``recipe.allocate`` derives from the data. Layers that a rule decides are left alone.
 
     Args:
         walk: The dense model and its inputs.
         recipe: The recipe.
         budgets: What each layer may keep without allocation, by its full name.
+        storage: The types of the result.
     """
-    return {"owl": _outlier_weighed, "error": _error_driven}[recipe.allocate](walk, recipe, budgets)
+    if recipe.allocate == "owl":
+        return _outlier_weighed(walk, recipe, budgets)
+    return _error_driven(walk, recipe, budgets, storage)
 
 
 def _outlier_weighed(walk: DenseWalk, recipe: Recipe, budgets: Mapping[str, Budget]) -> dict[str, Budget]:
@@ -76,12 +83,12 @@ def _outlier_weighed(walk: DenseWalk, recipe: Recipe, budgets: Mapping[str, Budg
     given = [shares[label] for label in sizes]
     densities = owl_densities(given, [*sizes.values()], 1 - recipe.pattern_of_all.density, recipe.owl_spread)
     found = {
-        name: Budget(Unstructured(round(1 - density, 12)), budgets[name].rank)
+        name: replace(budgets[name], pattern=Unstructured(round(1 - density, 12)))
         for label, density in zip(sizes, densities, strict=True)
         for name in free[label]
     }
     asked = sum(budgets[name].values(shapes[name]) for name in found)
-    require_total(found, {name: shapes[name] for name in found}, asked)
+    require_total([budget.values(shapes[name]) for name, budget in found.items()], asked)
     return found
 
 
@@ -90,20 +97,22 @@ def _free_of_rules(label: str, recipe: Recipe, budgets: Mapping[str, Budget]) ->
     return [name for name in budgets if name.startswith(f"{label}.") and not recipe.rules_pattern(name)]
 
 
-def _error_driven(walk: DenseWalk, recipe: Recipe, budgets: Mapping[str, Budget]) -> dict[str, Budget]:
-    """Assign ranks and densities where the layers' relative errors fall most per value kept, for the same total.
+def _error_driven(
+    walk: DenseWalk, recipe: Recipe, budgets: Mapping[str, Budget], storage: StoredDtypes
+) -> dict[str, Budget]:
+    """Assign ranks and densities where the layers' relative errors fall most for what they cost, for the same total.
 
     Each token counts by its own size here: where a few are huge, a layer would look done as soon as they are right.
     Solvers see to those, as they work on what the tokens add up to.
     """
     low_rank = recipe.found_algorithm.kind != "pruner"
     offers: dict[str, list[Offer]] = {}
-    shapes: dict[str, Shape] = {}
-    values = 0
+    costs: dict[str, Callable[[Budget], int]] = {}
     for through, seen in walk.observed(EvenGramAccumulator):
         names = {n: through.layer_name(n) for n in through.weights}
         free = {n: w for n, w in through.weights.items() if names[n] in budgets and not recipe.has_rule(names[n])}
-        asked = {n: offered(budgets[names[n]], weight.shape, low_rank=low_rank) for n, weight in free.items()}
+        sizes = {n: storage.of_layer(names[n]).itemsize for n in free}
+        asked = {n: offered(budgets[names[n]], weight.shape, sizes[n], low_rank=low_rank) for n, weight in free.items()}
         who = walk.processes.assign({n: float(math.prod(weight.shape)) for n, weight in free.items()})
         errors = {
             n: [error_curve(free[n].read().float(), gram, pattern, ranks) for pattern, ranks in asked[n].items()]
@@ -111,13 +120,16 @@ def _error_driven(walk: DenseWalk, recipe: Recipe, budgets: Mapping[str, Budget]
         }
         errors = {n: curves for own in walk.processes.all_gather(errors) for n, curves in own.items()}
         for n, weight in free.items():
-            shapes[names[n]] = weight.shape
-            values += budgets[names[n]].values(weight.shape)
+            price = costs[names[n]] = partial(cost, shape=weight.shape, size=sizes[n])
             offers[names[n]] = [
-                Offer(Budget(pattern, rank), Budget(pattern, rank).values(weight.shape), error)
+                Offer(budget, price(budget), error)
                 for (pattern, ranks), curve in zip(asked[n].items(), errors[n], strict=True)
                 for rank, error in zip(ranks, curve, strict=True)
+                for budget in (replace(budgets[names[n]], pattern=pattern, rank=rank),)
             ]
-    found = error_driven(offers, values)
-    require_total(found, {name: shapes[name] for name in found}, values, exactly=False)
+    total = sum(price(budgets[name]) for name, price in costs.items())
+    found = error_driven(offers, total)
+    fewer = any(budget.grid or budget.int8_factors for budget in found.values())
+    kept = [price(found[name]) for name, price in costs.items()]
+    require_total(kept, total, "bytes" if fewer else "values", exactly=False)
     return found
