@@ -22,7 +22,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from sparlow.errors import InputError
-from sparlow.evaluation.perplexity import perplexity, require_tokenizer
+from sparlow.evaluation.perplexity import perplexity
+from sparlow.evaluation.texts import require_tokenizer
 from sparlow.files import replacing
 from sparlow.finetuning.finetune import Parent
 from sparlow.finetuning.options import FinetuneOptions

@@ -89,6 +89,11 @@ def test_two_processes_find_what_one_finds(family, mode, models, tmp_path):
     for part in ("dense", "compressed"):
         (one,), (other,) = (getattr(report, part)["perplexity"].values() for report in (alone, two))
         assert other == pytest.approx(one, rel=1e-5 if part == "dense" else 5e-3)
+    (one,), (other,) = (report.agreement.values() for report in (alone, two))
+    assert other.divergence == pytest.approx(one.divergence, rel=0.02)
+    assert other.divergence_stderr == pytest.approx(one.divergence_stderr, rel=0.05)
+    assert other.same_first_choice == pytest.approx(one.same_first_choice, abs=0.02)
+    assert other.loss_difference == pytest.approx(one.loss_difference, abs=5e-3)
     assert [row["epochs"] for row in alone.matching] == [row["epochs"] for row in two.matching]
     assert two.processes["count"] == 2
     assert two.processes["bytes_per_block"] > 0

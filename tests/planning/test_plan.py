@@ -155,6 +155,23 @@ def test_hidden_states_are_counted_where_they_wait(folder):
     assert counted(matched)["solving"] - counted(here)["solving"] == copy
 
 
+def test_what_the_dense_model_predicts_is_counted_where_it_waits(folder, tmp_path):
+    (tmp_path / "long.txt").write_text("x" * 2**16)
+    recipe, texts = RECIPES["rank"].changed(samples=8, seqlen=64), (str(tmp_path / "long.txt"), "novel")
+    here, away = (
+        workload(meta_model(str(folder)), recipe, RunOptions("cpu", offload, evaluate=texts, limit=9))
+        for offload in ("cpu", "disk")
+    )
+    states = 2 * sum(here.evaluation.values()) * 64 * 32 * 4
+    assert here.predictions == states > 0
+    without = replace(here, evaluation={})
+    assert counted(here)["solving"] - counted(without)["solving"] == states
+    assert counted(here)["opening"] == counted(without)["opening"]
+    assert counted(away)["solving"] < counted(here)["solving"] - states
+    assert disk(away).hidden == states + 3 * max(away.hidden, away.evaluated_hidden)
+    assert disk(here).hidden == 0
+
+
 def test_each_option_that_takes_memory_is_counted(folder):
     plain = counted(worked(folder, RECIPES["rank"]))
     more = worked(folder, RECIPES["rank"].changed(match=True, calibration="self"))

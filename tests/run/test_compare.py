@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 import xml.etree.ElementTree as ET  # our own files
 
 import pytest
@@ -9,7 +10,9 @@ import sparlow.report.figures
 from families import save_tiny
 from sparlow.algorithms import algorithms, find, variants
 from sparlow.cli.commands import main
+from sparlow.cli.display import show_comparison
 from sparlow.errors import InputError, RunError
+from sparlow.files import RECORD
 from sparlow.recipe.recipe import Recipe
 from sparlow.recipe.run_options import RunOptions
 from sparlow.report.comparison import NAME
@@ -78,6 +81,8 @@ def test_every_method_has_a_row_with_the_figures_of_its_own_report(done):
     for row in found.rows:
         report = Report.from_file(out / row.name / "report.json")
         assert row.perplexity == report.compressed["perplexity"]
+        assert row.agreement == report.agreement
+        assert all(one.divergence > 0 for one in row.agreement.values())
         assert row.mean_relative_error == report.mean_relative_error
         assert row.bytes == report.bytes["compressed"] < found.dense["bytes"]
         assert 0 < row.seconds < report.seconds["total"]
@@ -116,6 +121,23 @@ def test_a_row_is_what_compress_gives_alone(done, place, tmp_path):
     assert found.rows[2].perplexity == report.compressed["perplexity"]
     for shard in (tmp_path / "alone").glob("*.safetensors"):
         assert shard.read_bytes() == (out / "3basil" / shard.name).read_bytes()
+
+
+def test_rows_of_an_older_version_have_no_agreement(place, done, tmp_path, capsys):
+    shutil.copytree(done[0], tmp_path / "out")
+    for file in (
+        tmp_path / "out" / NAME,
+        *(tmp_path / "out").glob(f"*/{RECORD}"),
+        *(tmp_path / "out").glob("*/report.json"),
+    ):
+        data = json.loads(file.read_text())
+        for each in (data, *data.get("rows", [])):
+            each.pop("agreement", None)
+        file.write_text(json.dumps(data))
+    found = run(place, tmp_path / "out", METHODS[:2])
+    assert [list(row.agreement.values()) for row in found.rows] == [[], [None], [None]]
+    show_comparison(found)
+    assert "divergence" not in capsys.readouterr().out
 
 
 def test_the_file_holds_what_the_figures_are_drawn_from(done):
@@ -342,7 +364,10 @@ def test_the_command_prints_the_table(place, tmp_path, capsys):
     assert rows["dense"][1] == f"{data['dense']['perplexity'][corpus]:.2f}"
     for row in data["rows"]:
         assert rows[row["name"]][1] == f"{row['perplexity'][corpus]:.2f}"
-        assert rows[row["name"]][2] == f"{row['mean_relative_error']:.5f}"
+        apart = row["agreement"][corpus]
+        assert rows[row["name"]][2:5] == [f"{apart['divergence']:.4f}", "±", f"{apart['divergence_stderr']:.4f}"]
+        assert rows[row["name"]][5] == f"{row['mean_relative_error']:.5f}"
+    assert rows["dense"][2] == "0"
     assert data["evaluation"]["windows"] == {corpus: 9}
 
 

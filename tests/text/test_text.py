@@ -24,7 +24,9 @@ from sparlow.text import (
     beginning,
     calibration_windows,
     evaluation_windows,
+    expected_windows,
     fingerprint,
+    in_domain,
     same_source,
     training_windows,
 )

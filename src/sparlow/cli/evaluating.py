@@ -8,9 +8,10 @@ from pathlib import Path
 from sparlow.cli import display
 from sparlow.cli.options import EvaluateOptions
 from sparlow.errors import RunError
-from sparlow.evaluation.perplexity import Baseline, Evaluation, require_tokenizer
+from sparlow.evaluation.perplexity import Baseline, Evaluation
 from sparlow.evaluation.perplexity import evaluate as measure
 from sparlow.evaluation.tasks import LoadedTasks
+from sparlow.evaluation.texts import require_tokenizer
 from sparlow.files import RECORD
 from sparlow.machine import pick_device
 from sparlow.model.loading.source import OpenedModel, open_model, upcast_for_cpu

@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from sparlow.errors import InputError
-from sparlow.evaluation.perplexity import require_context, require_tokenizer, require_vocabulary
+from sparlow.evaluation.texts import require_context, require_tokenizer, require_vocabulary
 from sparlow.finetuning.options import FinetuneOptions
 from sparlow.finetuning.parent import Parent, Paths
 from sparlow.machine import pick_device

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from sparlow.evaluation.perplexity import require_context
+from sparlow.evaluation.texts import require_context
 from sparlow.machine import check_device, computing_dtype, pick_device
 from sparlow.model._transformers import NO_STREAMING
 from sparlow.model.artefact.dtypes import StoredDtypes

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparlow.distributed import Processes, joined
 from sparlow.errors import InputError
-from sparlow.evaluation.perplexity import require_context, require_tokenizer, require_vocabulary, texts_to_measure
+from sparlow.evaluation.texts import require_context, require_tokenizer, require_vocabulary, texts_to_measure
 from sparlow.machine import pick_device
 from sparlow.model.artefact.dtypes import StoredDtypes
 from sparlow.model.forward.causality import require_causal
