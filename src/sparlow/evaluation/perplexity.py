@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sparlow.distributed import ALONE, Processes
 from sparlow.errors import InputError
 from sparlow.evaluation.tasks import LoadedTasks, TaskResult, average, load_tasks, measure_tasks
+from sparlow.model.forward.attention import unfused_heads, windows_at_once
 from sparlow.model.forward.block_pass import BlockPass, pass_through
 from sparlow.model.forward.capture import Recording, run_head, tokens_at_once
 from sparlow.model.forward.causality import require_causal
@@ -35,7 +36,6 @@ from sparlow.text import WITH_BOS, beginning, evaluation_windows
 
 LOOKED_AT = 16  # tokens of which is seen whether logits can be taken in pieces
 TOLERANCE = 0.01  # of the largest logit: half precision rounds products of other sizes otherwise
-TOKENS_AT_ONCE = 2048  # that pass through a model or a block at a time
 
 
 class Evaluation(TypedDict):
@@ -56,7 +56,8 @@ def perplexity(model: PreTrainedModel, windows: Tensor, advance: Callable[[int],
         advance: Called with the number of windows finished at a time, for a progress bar.
     """
     means = []
-    batches = windows.split(max(TOKENS_AT_ONCE // windows.shape[1], 1))
+    heads = unfused_heads(model.config.get_text_config())
+    batches = windows.split(windows_at_once(windows.shape[1], heads))
     with in_eval_mode(model):
         few = tokens_at_once(model, len(batches[0])) < windows.shape[1]
         apart = few and _has_head_apart(model, windows[:1, :LOOKED_AT])
@@ -258,7 +259,7 @@ def require_vocabulary(model: PreTrainedModel, windows: Tensor, what: str) -> Te
 def require_context(model: PreTrainedModel, seqlen: int, option: str = "seqlen") -> None:
     """Raise InputError if windows of ``seqlen`` tokens, so given by ``option``, are longer than the model reads."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if context is not None and seqlen > context:
+    if context is not None and 0 < context < seqlen:  # some say -1 where nothing bounds it
         raise InputError(f"The model reads at most {context} tokens, and {option} is {seqlen}. Lower --{option}.")
 
 

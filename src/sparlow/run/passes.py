@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from sparlow.distributed import ALONE, Processes
 from sparlow.errors import InputError
-from sparlow.evaluation.perplexity import TOKENS_AT_ONCE, perplexity_by_blocks
+from sparlow.evaluation.perplexity import perplexity_by_blocks
 from sparlow.model.forward.activation_store import place
+from sparlow.model.forward.attention import unfused_heads, windows_at_once
 from sparlow.model.forward.capture import Recording, capture_block_inputs
 from sparlow.model.forward.chain_check import carried
 from sparlow.model.loading.source import OpenedModel
@@ -73,8 +74,8 @@ class BlockwiseRunner:
         """Return the perplexity of the model with the weights ``parts``; the progress bar shows ``stage``."""
         advance = counting(self._notify, stage, len(self._decoder) + 1)
         with self._clock("evaluate"):
-            at_once = max(TOKENS_AT_ONCE // windows.shape[1], 1) * self._processes.size
-            recording = self.recorded(windows, at_once)
+            at_once = windows_at_once(windows.shape[1], unfused_heads(self._model.config.get_text_config()))
+            recording = self.recorded(windows, at_once * self._processes.size)
             return perplexity_by_blocks(self._model, recording, parts, advance, self._processes)
 
     def dense(
