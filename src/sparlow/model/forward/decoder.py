@@ -34,7 +34,7 @@ class Decoder:
         """Find the decoder's blocks.
 
         Raises:
-            InputError: No ModuleList of the decoder, or more than one, is ``num_hidden_layers`` long, or that is unknown.
+            InputError: No ModuleList of the decoder, or more than one, is as long as its config says, if it does.
         """
         depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
         if depth is None:
