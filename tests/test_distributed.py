@@ -158,7 +158,7 @@ def test_other_commands_say_that_they_are_for_one_process(monkeypatch):
 def test_steps_that_more_processes_make_wider_are_told():
     recipe, ids = Recipe(match=True, match_batch=3), torch.zeros(32, 16, dtype=torch.int64)
     storage = StoredDtypes.of(tiny("llama"))
-    three, four = (Recovery(recipe, storage, "model.layers", ids, Processes(0, size)) for size in (3, 4))
+    three, four = (Recovery(recipe, storage, "model.layers", ids, 0, Processes(0, size)) for size in (3, 4))
     assert (three.training.plan.batch, three.warnings) == (3, [])
     assert (four.training.plan.batch, four.warnings) == (4, ["4 processes train on 4 windows in each step, not on 3."])
 

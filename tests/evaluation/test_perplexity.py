@@ -9,9 +9,10 @@ from torch.nn import functional
 import sparlow
 from families import VOCABULARY, tiny, tiny_tokenizer
 from sparlow.errors import InputError
-from sparlow.evaluation.perplexity import TOKENS_AT_ONCE, evaluate, perplexity
+from sparlow.evaluation.perplexity import evaluate, perplexity
 from sparlow.evaluation.texts import require_tokenizer
 from sparlow.model.forward import capture
+from sparlow.model.forward.attention import TOKENS_AT_ONCE
 from sparlow.recipe.recipe import Recipe
 from sparlow.report.perplexities import shown
 from sparlow.report.records import Perplexity

@@ -213,7 +213,7 @@ def test_the_plan_passes_as_many_windows_at_a_time_as_the_run(changes, windows, 
     work = worked(folder, recipe, processes=4)
     assert work.batch == windows * 64
     ids = torch.zeros(recipe.samples, recipe.seqlen, dtype=torch.int64)
-    run = Recovery(recipe, StoredDtypes.of(meta_model(str(folder))), "layers", ids, Processes(0, 4))
+    run = Recovery(recipe, StoredDtypes.of(meta_model(str(folder))), "layers", ids, 0, Processes(0, 4))
     assert work.batch == len(Processes(0, 4).local_rows(ids[: run.micro_batch])) * 64
     if work.together:
         assert work.together.plan == run.training.plan

@@ -368,6 +368,11 @@ def test_a_run_with_whole_blocks_ignored_is_resumed(ignored, tmp_path):
     [
         ({"ignore": ("kproj",)}, "No layer's name ends in 'kproj'. The first layer is model.layers.0"),
         ({"layers": [Rule("mlp.gate", rank=1)]}, "No layer's name ends in 'mlp.gate'"),
+        ({"layers": [Rule("q_proj", rank=1)], "ignore": ("self_attn.*",)}, "'q_proj' has no effect: every layer it"),
+        (
+            {"layers": [Rule("q_proj", rank=1), Rule("self_attn.*", rank=2)]},
+            "'q_proj' has no effect: later rules decide",
+        ),
         ({"ignore": ("*",)}, "ignores every layer"),
         ({"layers": [Rule("down_proj", rank=99)]}, "model.layers.0.mlp.down_proj: Rank 99 is not possible"),
         ({"layers": [Rule("down_proj", pattern="2:5")]}, "model.layers.0.mlp.down_proj: Pattern 2:5"),

@@ -22,6 +22,7 @@ from sparlow.evaluation.agreement import Dense, Figures, Measured, Predictions, 
 from sparlow.evaluation.tasks import LoadedTasks, TaskResult, average, load_tasks, measure_tasks
 from sparlow.evaluation.texts import require_context, require_tokenizer, texts_to_measure
 from sparlow.model.forward.activation_store import ActivationStore
+from sparlow.model.forward.attention import unfused_heads, windows_at_once
 from sparlow.model.forward.block_pass import BlockPass, pass_through
 from sparlow.model.forward.capture import Recording, run_head, tokens_at_once
 from sparlow.model.forward.causality import require_causal
@@ -38,7 +39,6 @@ from sparlow.text import fingerprint as text_fingerprint
 
 LOOKED_AT = 16  # tokens of which is seen whether logits can be taken in pieces
 TOLERANCE = 0.01  # of the largest logit: half precision rounds products of other sizes otherwise
-TOKENS_AT_ONCE = 2048  # that pass through a model or a block at a time
 
 
 class Evaluation(TypedDict):
@@ -82,7 +82,8 @@ def measure(
         keep: Whether predictions are wanted. There are none where the head cannot be run apart.
     """
     found, states = Figures(), ActivationStore("cpu")
-    batches = windows.split(max(TOKENS_AT_ONCE // windows.shape[1], 1))
+    heads = unfused_heads(model.config.get_text_config())
+    batches = windows.split(windows_at_once(windows.shape[1], heads))
     with in_eval_mode(model), in_eval_mode(dense.model) if dense else nullcontext():
         apart = keep or dense is not None or tokens_at_once(model, len(batches[0])) < windows.shape[1]
         width = _width_of_head(model, windows[:1, :LOOKED_AT]) if apart else None

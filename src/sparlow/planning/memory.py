@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 
-from sparlow.evaluation.perplexity import TOKENS_AT_ONCE
 from sparlow.machine import lies_in_memory
 from sparlow.model.forward.capture import LOGITS_AT_ONCE
 from sparlow.model.forward.generate import AT_ONCE
@@ -203,7 +202,7 @@ class _Counted:
         work = self.work
         hidden = work.evaluated_hidden
         where = work.where(hidden)
-        tokens = min(max(TOKENS_AT_ONCE, work.evaluate_seqlen), work.evaluated)
+        tokens = min(work.at_once(work.evaluate_seqlen) * work.evaluate_seqlen, work.evaluated)
         passes, mapped = self._parts(rest=False)
         passes += max(
             self._activations(tokens, block, work.evaluate_seqlen) + self._formed(block) for block in work.blocks

@@ -7,13 +7,14 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from sparlow.evaluation.texts import require_context
 from sparlow.machine import check_device, computing_dtype, pick_device
 from sparlow.model._transformers import NO_STREAMING
 from sparlow.model.artefact.dtypes import StoredDtypes
 from sparlow.model.forward.activation_store import place
+from sparlow.model.forward.attention import unfused_heads, windows_at_once
 from sparlow.model.forward.chain_check import carried, require_chain
 from sparlow.model.forward.decoder import Decoder, require_own_weights
 from sparlow.model.loading.meta import shared_inputs
@@ -132,7 +133,7 @@ class Workload:
         processes: Those that divide the calibration windows.
         carried: Numbers of a token in a copy of the hidden states, if more than features. What else the text decides of
             the blocks' arguments is there once; it is counted here with half, as there are two copies at least.
-        heads: Of the attention of a block, where it forms all its weights at once, without a fused kernel; else 0.
+        heads: Of the attention of a block, where it holds all scores, see ``attention.unfused_heads``; else 0.
         out: Directory that is written. Hidden states that wait on disk lie there, or in the folder of temporary files.
         stays_dense: Why a layer stays dense that the recipe does not ignore, by its full name.
         warnings: What is to be said of the budgets.
@@ -212,8 +213,12 @@ class Workload:
     @property
     def batch(self) -> int:
         """Tokens of the calibration text that pass through a block at a time, in one process."""
-        windows = min(micro_batch(self.recipe, self.recipe.seqlen, self.processes), self.recipe.samples)
+        windows = min(micro_batch(self.recipe, self.at_once(self.recipe.seqlen), self.processes), self.recipe.samples)
         return -(-windows // self.processes) * self.recipe.seqlen
+
+    def at_once(self, seqlen: int) -> int:
+        """Return how many windows of so many tokens pass through a block together, in one process."""
+        return windows_at_once(seqlen, self.heads)
 
     @cached_property
     def place(self) -> torch.device | str:
@@ -305,7 +310,7 @@ def workload(
         copied=there and streamed,
         processes=processes,
         carried=carried(model),
-        heads=_heads(config),
+        heads=unfused_heads(config),
         out=out,
         stays_dense=selection.dense,
         warnings=selection.warnings,
@@ -319,15 +324,6 @@ def _require_possible(model: PreTrainedModel, decoder: Decoder, lengths: Sequenc
     require_own_weights(model, decoder)
     for tokens in lengths:
         require_context(model, tokens)
-
-
-FUSED = ("sdpa", "flash", "flex")  # how the names of attention kernels begin that never hold all weights
-
-
-def _heads(config: PretrainedConfig) -> int:
-    """Heads whose attention weights, (seqlen, seqlen) each, are all in memory at once; 0 with a fused kernel."""
-    kernel = str(getattr(config, "_attn_implementation", None) or FUSED[0]).rpartition("|")[2]
-    return 0 if kernel.startswith(FUSED) else int(getattr(config, "num_attention_heads", None) or 0)
 
 
 def _blocks(model: PreTrainedModel, decoder: Decoder, kept: Mapping[str, Budget]) -> tuple[Block, ...]:

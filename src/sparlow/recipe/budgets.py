@@ -12,7 +12,7 @@ from sparlow.errors import InputError
 from sparlow.model.artefact.dtypes import StoredDtypes
 from sparlow.model.forward.decoder import Decoder
 from sparlow.model.forward.roles import kept_dense
-from sparlow.recipe.allocation import Budget, Shape, matches, require_total
+from sparlow.recipe.allocation import Budget, Rule, Shape, matches, require_total
 from sparlow.recipe.recipe import DEFAULT_GROUPS, DEFAULT_RANK, Recipe
 
 NO_PATTERN = f"linear layer of {{}} inputs, no multiple of {DEFAULT_GROUPS[-1]} as the default patterns need"
@@ -69,9 +69,7 @@ def select(model: PreTrainedModel, decoder: Decoder, recipe: Recipe, storage: St
     named = [(name, weight.shape) for name, weight in decoder.layers()]
     if not named:
         raise InputError("There is nothing to compress: the model's decoder blocks have no plain linear layer.")
-    for pattern in (*recipe.ignore, *(rule.match for rule in recipe.layers)):
-        if not any(matches(pattern, name) for name, _ in named):
-            raise InputError(f"No layer's name ends in {pattern!r}. The first layer is {named[0][0]}.")
+    _require_effect(recipe, [name for name, _ in named])
     roles = kept_dense(model, decoder)
     found = []
     for name, shape in named:
@@ -80,8 +78,6 @@ def select(model: PreTrainedModel, decoder: Decoder, recipe: Recipe, storage: St
             why = "" if recipe.has_rule(name) else roles.get(name, "")
             layer = _Layer(name, shape, storage.of_layer(name).itemsize, None, why)
             found.append(layer if why else _fitted(layer, budget, recipe))
-    if not found:
-        raise InputError("There is nothing to compress: the recipe ignores every layer. Shorten --ignore.")
     budgets = {layer.name: layer.budget for layer in found if layer.budget}
     if not budgets:
         first = f"{found[0].name} as a {found[0].why}"
@@ -92,6 +88,41 @@ def select(model: PreTrainedModel, decoder: Decoder, recipe: Recipe, storage: St
         require_total(kept, (1 - recipe.compression) * sum(map(math.prod, free.values())), exactly=False)
     dense = {layer.name: layer.why for layer in found if not layer.budget}
     return Selection(budgets, dense, tuple(_warnings(found, recipe)))
+
+
+def _require_effect(recipe: Recipe, names: Sequence[str]) -> None:
+    """Raise InputError for what a recipe says of layers by their names and what changes nothing.
+
+    Args:
+        recipe: What is done.
+        names: Of all layers in full.
+    """
+    for pattern in (*recipe.ignore, *(rule.match for rule in recipe.layers)):
+        if not any(matches(pattern, name) for name in names):
+            raise InputError(f"No layer's name ends in {pattern!r}. The first layer is {names[0]}.")
+    kept = [name for name in names if not any(matches(pattern, name) for pattern in recipe.ignore)]
+    if not kept:
+        raise InputError("There is nothing to compress: the recipe ignores every layer. Shorten --ignore.")
+    for i, rule in enumerate(recipe.layers):
+        own = [name for name in kept if matches(rule.match, name)]
+        if not own:
+            raise InputError(
+                f"The rule for {rule.match!r} has no effect: every layer it names is ignored. "
+                "Remove the rule, or shorten --ignore."
+            )
+        if all(_overruled(rule, name, recipe.layers[i + 1 :]) for name in own):
+            raise InputError(
+                f"The rule for {rule.match!r} has no effect: later rules decide of every layer it names. "
+                "Remove it, or put it behind them."
+            )
+
+
+def _overruled(rule: Rule, name: str, later: Sequence[Rule]) -> bool:
+    """Whether rules behind this one decide all that it says of the layer of this name."""
+    found = [other for other in later if matches(other.match, name)]
+    pattern = rule.pattern is None or any(other.pattern is not None for other in found)
+    rank = rule.rank is None or any(other.rank is not None for other in found)
+    return bool(found) and pattern and rank
 
 
 def _fitted(layer: _Layer, budget: Budget, recipe: Recipe) -> _Layer:

@@ -8,7 +8,6 @@ from sparlow.model.training.distillation import Logits
 from sparlow.model.training.loop import TrainingPlan
 from sparlow.recipe.recipe import Recipe
 
-MICRO_BATCH_TOKENS = 2048  # that pass through a block at a time; twice as many take a tenth longer on a CPU
 HELD_OUT = 16  # one calibration window of so many judges the training
 
 
@@ -63,9 +62,15 @@ def training_of(recipe: Recipe, processes: int = 1) -> Training | None:
     return replace(preset, plan=plan)
 
 
-def micro_batch(recipe: Recipe, seqlen: int, processes: int = 1) -> int:
-    """Return the windows in a micro-batch of all processes; while training, no more than a step has."""
-    windows = max(MICRO_BATCH_TOKENS // seqlen, 1) * processes
+def micro_batch(recipe: Recipe, at_once: int, processes: int = 1) -> int:
+    """Return the windows in a micro-batch of all processes; while training, no more than a step has.
+
+    Args:
+        recipe: What is done.
+        at_once: Windows that pass through a block together in one process.
+        processes: Those that divide every micro-batch.
+    """
+    windows = at_once * processes
     training = training_of(recipe, processes)
     return min(windows, training.plan.batch) if training else windows
 

@@ -22,6 +22,7 @@ from sparlow.model.artefact.hf_quantizer import attach
 from sparlow.model.artefact.layers import compressed_layers
 from sparlow.model.artefact.schemes import FORMAT
 from sparlow.model.forward.activation_store import ActivationStore
+from sparlow.model.forward.attention import unfused_heads
 from sparlow.model.forward.block_pass import BlockPass, pass_through
 from sparlow.model.forward.capture import Recording
 from sparlow.model.forward.decoder import not_compressed, require_own_weights
@@ -95,7 +96,8 @@ class Job:
             "model": sum(p.numel() for p in self.model.parameters()),
             "blocks": sum(p.numel() for p in self.decoder.blocks.parameters()),
         }
-        self.recovery = Recovery(recipe, storage, self.decoder.name, windows, processes)
+        config = self.model.config.get_text_config()
+        self.recovery = Recovery(recipe, storage, self.decoder.name, windows, unfused_heads(config), processes)
         self.report.warnings += self.recovery.warnings
         self.known_dense: dict[str, Perplexity] = {}  # by fingerprint of the windows
         self.allocated: dict[str, Budget] = {}  # those of the budgets that the data decided

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from sparlow.distributed import ALONE, Processes
 from sparlow.errors import InputError
 from sparlow.evaluation.agreement import Dense, Measured, Predictions, copy_outside
-from sparlow.evaluation.perplexity import TOKENS_AT_ONCE, behind_all, figures_of
+from sparlow.evaluation.perplexity import behind_all, figures_of
 from sparlow.model.forward.activation_store import ActivationStore, place
+from sparlow.model.forward.attention import unfused_heads, windows_at_once
 from sparlow.model.forward.capture import Recording, capture_block_inputs
 from sparlow.model.forward.chain_check import carried
 from sparlow.model.loading.source import OpenedModel
@@ -84,7 +85,8 @@ class BlockwiseRunner:
         advance = counting(self._notify, stage, len(self._decoder) + 1)
         text = text_fingerprint(windows)
         with self._clock("evaluate"):
-            recording = self.recorded(windows, max(TOKENS_AT_ONCE // windows.shape[1], 1) * self._processes.size)
+            at_once = windows_at_once(windows.shape[1], unfused_heads(self._model.config.get_text_config()))
+            recording = self.recorded(windows, at_once * self._processes.size)
             hidden = behind_all(recording, parts, advance)
             if keep:
                 with parts.outside_blocks():

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from sparlow.distributed import Processes
 from sparlow.model.artefact.dtypes import StoredDtypes
 from sparlow.model.forward.activation_store import ActivationStore
+from sparlow.model.forward.attention import windows_at_once
 from sparlow.model.forward.block_pass import BlockPass
 from sparlow.model.forward.capture import Recording
 from sparlow.model.training.block_matching import match
@@ -31,18 +32,25 @@ class Recovery:
         storage: The types of the result, to which trained weights are rounded.
         blocks_name: Name of the list of decoder blocks in the model.
         windows: Calibration token ids (samples, seqlen).
+        heads: Of attention that has no fused kernel, see ``attention.unfused_heads``.
         processes: The processes that divide the windows. Each step has at least one window for each process.
     """
 
     def __init__(
-        self, recipe: Recipe, storage: StoredDtypes, blocks_name: str, windows: Tensor, processes: Processes
+        self,
+        recipe: Recipe,
+        storage: StoredDtypes,
+        blocks_name: str,
+        windows: Tensor,
+        heads: int,
+        processes: Processes,
     ) -> None:
         self._recipe, self._storage, self._blocks_name = recipe, storage, blocks_name
         self._processes = processes
         self.training = training_of(recipe, processes.size)
         # a plan that never stops early trains on all windows
         self.held_out = len(windows) // HELD_OUT if self.training and self.training.plan.patience else 0
-        self.micro_batch = micro_batch(recipe, windows.shape[1], processes.size)
+        self.micro_batch = micro_batch(recipe, windows_at_once(windows.shape[1], heads), processes.size)
 
     @property
     def by_block(self) -> bool:

@@ -52,14 +52,14 @@ def calibration_windows(
     Raises:
         InputError: The corpus does not exist, cannot be read or has too little text, or a number is out of range.
     """
-    length = _room(seqlen, begin)
-    chosen, tokens = _draw(find_corpus(corpus, column), tokenizer, samples, length, seed)
-    if len(chosen) < samples:
+    windows, tokens = _draw(find_corpus(corpus, column), tokenizer, samples, seqlen, seed, begin)
+    if len(windows) < samples:
+        length = _room(seqlen, begin)
         raise InputError(
             f"{corpus} holds {tokens:,} tokens; {samples} samples of {length} need at least {samples * length:,}. "
             "Lower --samples or --seqlen, or give more text."
         )
-    return _begun(torch.stack(chosen), begin)
+    return windows
 
 
 def training_windows(
@@ -80,34 +80,41 @@ def training_windows(
     Raises:
         InputError: The corpus does not exist, cannot be read or fills no window, or a number is out of range.
     """
-    length = _room(seqlen, begin)
-    chosen, tokens = _draw(find_corpus(corpus, column), tokenizer, samples, length, seed)
-    if not chosen:
+    windows, tokens = _draw(find_corpus(corpus, column), tokenizer, samples, seqlen, seed, begin)
+    if not len(windows):
+        length = _room(seqlen, begin)
         raise InputError(
             f"{corpus} holds {tokens:,} tokens, one window needs {length:,}. Lower --block-size, or give more text."
         )
-    return _begun(torch.stack(chosen), begin)
+    return windows
 
 
 def _draw(
-    corpus: Corpus, tokenizer: "PreTrainedTokenizerBase", samples: int, seqlen: int, seed: int
-) -> tuple[list[Tensor], int]:
-    """Return at most `samples` windows, and how many tokens were read."""
+    corpus: Corpus,
+    tokenizer: "PreTrainedTokenizerBase",
+    samples: int,
+    seqlen: int,
+    seed: int,
+    begin: tuple[int, ...],
+) -> tuple[Tensor, int]:
+    """Return at most `samples` windows (n, seqlen), each begun with `begin`, and how many tokens were read."""
     _require_at_least("samples", samples, 1)
     _require_at_least("seqlen", seqlen, 1)
     _require_at_least("seed", seed, 0)
-    needed = samples * seqlen
+    length = _room(seqlen, begin)
+    needed = samples * length
     rng = random.Random(seed)  # noqa: S311 - a reproducible choice, not a secret
     # Documents of one token at least would suffice at this bound: it ends a stream of empty ones.
     documents = islice(corpus.calibration_documents(seed), max(needed, _PATIENCE * samples))
     tokenised = (torch.tensor(_token_ids(tokenizer, text, special=False), dtype=torch.int64) for text in documents)
-    chosen, spare, pieces = _visit(tokenised, samples, seqlen, rng)
-    tokens = seqlen * len(chosen + spare) + sum(map(len, pieces))
+    chosen, spare, pieces = _visit(tokenised, samples, length, rng)
+    tokens = length * len(chosen + spare) + sum(map(len, pieces))
     if len(chosen) < samples:
-        spare += _pack(pieces, tokenizer.eos_token_id, seqlen)
+        spare += _pack(pieces, tokenizer.eos_token_id, length)
         rng.shuffle(spare)
         chosen += spare[: samples - len(chosen)]
-    return chosen, tokens
+    drawn = torch.stack(chosen) if chosen else torch.zeros(0, length, dtype=torch.int64)
+    return _begun(drawn, begin), tokens
 
 
 def evaluation_windows(

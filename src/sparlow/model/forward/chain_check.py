@@ -1,19 +1,19 @@
 """See without weights whether the blocks of a model can be replayed one by one, and what the text brings to them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from sparlow.errors import InputError
 from sparlow.model.forward.arguments import tensors_in
 from sparlow.model.forward.decoder import Decoder
 from sparlow.model.forward.stand_ins import depends_on_blocks, first_look
+from sparlow.model.forward.weightless import TensorWatch
 
 TOKENS = 8  # of each of two windows that pass around the blocks
 
@@ -83,7 +83,7 @@ def require_chain(model: PreTrainedModel) -> Brought | None:
     return None
 
 
-class _Derived(TorchFunctionMode):
+class _Derived(TensorWatch):
     """Knows which tensors were computed from some."""
 
     def __init__(self) -> None:
@@ -94,14 +94,7 @@ class _Derived(TorchFunctionMode):
         """Begin with these too."""
         self.held |= {id(tensor): tensor for tensor in tensors_in(value)}
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,  # noqa: ANN401 - torch's signature
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:  # noqa: ANN401 - the same
-        result = func(*args, **(kwargs or {}))
-        if any(id(tensor) in self.held for tensor in tensors_in((args, dict(kwargs or {})))):
+    def saw(self, given: Iterator[Tensor], result: Any) -> None:  # noqa: ANN401 - whatever a function returns
+        """See ``TensorWatch``."""
+        if any(id(tensor) in self.held for tensor in given):
             self.add(result)
-        return result

@@ -34,9 +34,13 @@ class Decoder:
         """Find the decoder's blocks.
 
         Raises:
-            InputError: No ModuleList of the decoder, or more than one, is ``num_hidden_layers`` long.
+            InputError: No ModuleList of the decoder, or more than one, is as long as its config says, if it does.
         """
-        depth = model.config.get_text_config().num_hidden_layers
+        depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+        if depth is None:
+            raise InputError(
+                "The model's config has no num_hidden_layers, so its blocks are unknown. Give another model."
+            )
         untyped: Any = model  # transformers does not annotate this method
         inside = set(untyped.get_decoder().modules())  # the towers of other modalities may be as deep
         found: dict[str, nn.ModuleList] = {}
@@ -134,8 +138,9 @@ def not_compressed(
 def is_norm(module: nn.Module) -> bool:
     """Whether a module is a norm, or adds a bias: what training a block trains beside the compressed layers.
 
-    Its weight and its bias, vectors both, are all that it has. A vector of another meaning, such as the decay of a state
-    space, the sinks of an attention or the shape of an activation, has another name, or stands beside parts that compute.
+    Its weight and its bias, vectors both, are all that it has. A vector of another meaning, such as the decay of a
+    state space, the sinks of an attention or the shape of an activation, has another name, or stands beside parts that
+    compute.
     """
     own = dict(module.named_parameters())
     return bool(own) and own.keys() <= {"weight", "bias"} and all(p.ndim <= 1 for p in own.values())

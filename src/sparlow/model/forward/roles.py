@@ -4,7 +4,6 @@ A router's small errors send tokens to other experts, a gate of a few outputs sa
 other code reads, instead of calling it, never shows what it is multiplied by.
 """
 
-import copy
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -12,14 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-from sparlow.model.forward.arguments import tensors_in
 from sparlow.model.forward.calls import Given
 from sparlow.model.forward.compressible import compressible
 from sparlow.model.forward.decoder import Decoder
 from sparlow.model.forward.stand_ins import run_with_stand_ins
+from sparlow.model.forward.weightless import TensorWatch, without_weights
 
 TOKENS = 8  # of each of two windows that pass around the blocks where there are no weights
 
@@ -82,7 +80,7 @@ def _read_elsewhere(model: PreTrainedModel) -> set[str]:
     Every block runs once without values. What stops half-way, as experts that are chosen by values do, has shown what
     came before.
     """
-    twin = _without_weights(model)
+    twin = without_weights(model)
     decoder = Decoder.of(twin)
     forwards = [block.forward for block in decoder.blocks]
     mask = torch.ones(1, 1, TOKENS, TOKENS, dtype=torch.bool, device="meta")  # most models look into one of their own
@@ -141,16 +139,7 @@ def _runs_whole(
     return whole
 
 
-def _without_weights(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a copy on the meta device; nothing of the model's own is copied but its structure."""
-    memo: dict[int, Any] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        empty = torch.empty_like(tensor, device="meta")
-        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-    return copy.deepcopy(model, memo)
-
-
-class _Watch(TorchFunctionMode):
+class _Watch(TensorWatch):
     """Sees which parameters are computed with while the layers they belong to are not running."""
 
     def __init__(self) -> None:
@@ -168,15 +157,8 @@ class _Watch(TorchFunctionMode):
     def _ended(self) -> None:
         self._running.pop()
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,  # noqa: ANN401 - torch's signature
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:  # noqa: ANN401 - the same
-        result = func(*args, **(kwargs or {}))
+    def saw(self, given: Iterator[Tensor], result: Any) -> None:  # noqa: ANN401 - whatever a function returns
+        """See ``TensorWatch``."""
         if isinstance(result, Tensor):  # a look at its type or size is no reading
-            names = {self._names.get(id(tensor)) for tensor in tensors_in((args, dict(kwargs or {})))}
+            names = {self._names.get(id(tensor)) for tensor in given}
             self.found |= {name for name in names if name and name not in self._running}
-        return result

@@ -97,7 +97,13 @@ def first_look(
             returned((output, new))
         return output
 
+    modules = list(map(id, decoder.blocks.modules()))
     run_with_stand_ins(model, decoder, ids, answer, options)
+    if list(map(id, decoder.blocks.modules())) != modules:
+        raise InputError(
+            "The model's code replaces modules of its blocks while it runs, so the blocks cannot be replayed one by "
+            "one. Give a config with which it need not."
+        )
     rest = rebuilt(_with_state(output, None), torch.zeros_like)
     return FirstLook(Form(rest, _axis(hidden, ids.shape)), hidden, found)
 

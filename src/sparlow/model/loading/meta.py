@@ -13,6 +13,7 @@ from sparlow.errors import InputError, as_input_error
 from sparlow.model.forward.causality import require_decoder_only
 from sparlow.model.forward.compressible import CompressibleWeight, compressible
 from sparlow.model.forward.decoder import Decoder
+from sparlow.model.forward.weightless import without_weights
 from sparlow.model.loading.source import parse_dtype, require_no_kernel, resolve_model_path
 
 
@@ -68,17 +69,21 @@ def _config(name: str, *, trust_remote_code: bool) -> tuple[Any, torch.dtype]:
 def shared_inputs(model: PreTrainedModel) -> list[dict[str, str]]:
     """Tell for each block which of its weights read the same tensor, as ``collect_statistics`` will find it.
 
+    Args:
+        model: Its weights may be anywhere; it stays as it is, for its code runs in a copy without weights.
+
     Returns:
         For each block, for each of its weights by name, the first that reads the same; itself where that could
         not be seen without weights, which is the most that statistics can take.
     """
-    blocks = Decoder.of(model).blocks
+    twin = without_weights(model)
+    blocks = Decoder.of(twin).blocks
     seen: list[dict[str, Tensor]] = [{} for _ in blocks]
     ids = torch.zeros(1, TOKENS, dtype=torch.int64, device="meta")
     with ExitStack() as stack:
         for hook in _hooks(blocks, seen):
             stack.callback(hook.remove)
-        _ = any(_runs(model, ids, given) for given in _ways())
+        _ = any(_runs(twin, ids, given) for given in _ways())
     # where it stopped half-way, as at experts that choose by values, the first block stands for the others
     return [_owners(compressible(block), inputs or seen[0]) for block, inputs in zip(blocks, seen, strict=True)]
 
