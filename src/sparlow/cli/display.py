@@ -96,6 +96,8 @@ def show_report(report: "Report") -> None:
         out.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False)
     if len(report.warnings) > 10:  # noqa: PLR2004 - a screenful
         out.print(f"and {len(report.warnings) - 10} more warnings in report.json", highlight=False)
+    for note in report.notes:
+        out.print(escape(note), highlight=False)
 
 
 def show_comparison(found: "Comparison") -> None:

@@ -22,7 +22,7 @@ from sparlow.planning.microbenchmarks import solver, speed, typical, workspace
 from sparlow.planning.workload import Layer, Workload, workload
 from sparlow.recipe.recipe import Recipe, as_recipe, with_calibration
 from sparlow.recipe.run_options import RunOptions, listed
-from sparlow.report.records import MODEL
+from sparlow.report.value_types import MODEL
 
 VERSION = 1  # of the keys of ``Plan.to_json``
 
@@ -238,7 +238,7 @@ def _skipped(model: PreTrainedModel, work: Workload) -> list[dict[str, Any]]:
 
 def _notes(work: Workload) -> list[str]:
     recipe = work.recipe
-    notes = list(work.warnings)
+    notes = [*([work.picked] if work.picked else []), *work.warnings]
     if recipe.allocate != "uniform":
         moved = "densities" if recipe.allocate == "owl" else "ranks and densities"
         notes.append(f"--allocate {recipe.allocate} moves {moved} between layers, and the total stays about the same.")

@@ -137,6 +137,7 @@ class Workload:
         out: Directory that is written. Hidden states that wait on disk lie there, or in the folder of temporary files.
         stays_dense: Why a layer stays dense that the recipe does not ignore, by its full name.
         warnings: What is to be said of the budgets.
+        picked: What was chosen for a number of bits; empty if none was given.
     """
 
     name: str
@@ -161,6 +162,7 @@ class Workload:
     out: Path | None = None
     stays_dense: Mapping[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    picked: str = ""
 
     @property
     def stored(self) -> int:
@@ -314,6 +316,7 @@ def workload(
         out=out,
         stays_dense=selection.dense,
         warnings=selection.warnings,
+        picked=selection.picked,
     )
 
 

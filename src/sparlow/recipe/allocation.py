@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from sparlow.errors import InputError, RunError
-from sparlow.report.records import MODEL, shown_values
+from sparlow.report.value_types import MODEL, shown_values
 from sparlow.schema import LARGEST, shown, unknown
 
 if TYPE_CHECKING:  # torch would come with it, and the command line reads a recipe's fields without

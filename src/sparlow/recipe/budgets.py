@@ -2,20 +2,23 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from transformers import PreTrainedModel
 
 from sparlow.algorithms import check_budget
 from sparlow.errors import InputError
+from sparlow.files import human_bytes
 from sparlow.model.artefact.dtypes import StoredDtypes
 from sparlow.model.forward.decoder import Decoder
 from sparlow.model.forward.roles import kept_dense
 from sparlow.recipe.allocation import Budget, Rule, Shape, matches, require_total
+from sparlow.recipe.bits import Asked, Layer, alternatives, pick
 from sparlow.recipe.recipe import DEFAULT_GROUPS, DEFAULT_RANK, Recipe
 
 NO_PATTERN = f"linear layer of {{}} inputs, no multiple of {DEFAULT_GROUPS[-1]} as the default patterns need"
+SMALLER = (4.5, 3.5)  # bits that a run without --bits ends by naming
 NO_GAIN = "linear layer that would take more than dense"
 
 
@@ -27,16 +30,20 @@ class Selection:
         budgets: What each layer may keep, by its full name; those that stay dense are not there.
         dense: Why a layer stays dense that the recipe does not ignore, by its full name.
         warnings: What a user should know of it, one sentence each.
+        picked: What was chosen for a number of bits, and what else would have taken as many; empty if none was given.
+        layers: What is compressed, as ``bits.pick`` looks at it.
     """
 
     budgets: dict[str, Budget]
     dense: dict[str, str]
     warnings: tuple[str, ...]
+    picked: str = ""
+    layers: Mapping[str, Layer] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """One layer, and what it may keep once that was fitted to it; None if it stays dense."""
+    """One layer, and what it may keep; once that was fitted to it, None if it stays dense."""
 
     name: str
     shape: Shape
@@ -71,13 +78,16 @@ def select(model: PreTrainedModel, decoder: Decoder, recipe: Recipe, storage: St
         raise InputError("There is nothing to compress: the model's decoder blocks have no plain linear layer.")
     _require_effect(recipe, [name for name, _ in named])
     roles = kept_dense(model, decoder)
-    found = []
-    for name, shape in named:
-        budget = recipe.budget(name, shape)
-        if budget is not None:
-            why = "" if recipe.has_rule(name) else roles.get(name, "")
-            layer = _Layer(name, shape, storage.of_layer(name).itemsize, None, why)
-            found.append(layer if why else _fitted(layer, budget, recipe))
+    known = [
+        _Layer(
+            name, shape, storage.of_layer(name).itemsize, budget, "" if recipe.has_rule(name) else roles.get(name, "")
+        )
+        for name, shape in named
+        if (budget := recipe.budget(name, shape)) is not None
+    ]
+    layers = _as_layers(known, recipe)
+    known, picked = _chosen(known, layers, recipe) if recipe.chooses else (known, "")
+    found = [replace(layer, budget=None) if layer.why else _fitted(layer, recipe) for layer in known]
     budgets = {layer.name: layer.budget for layer in found if layer.budget}
     if not budgets:
         first = f"{found[0].name} as a {found[0].why}"
@@ -87,7 +97,7 @@ def select(model: PreTrainedModel, decoder: Decoder, recipe: Recipe, storage: St
         kept = [budgets[name].values(shape) for name, shape in free.items()]
         require_total(kept, (1 - recipe.compression) * sum(map(math.prod, free.values())), exactly=False)
     dense = {layer.name: layer.why for layer in found if not layer.budget}
-    return Selection(budgets, dense, tuple(_warnings(found, recipe)))
+    return Selection(budgets, dense, tuple(_warnings(found, recipe)), picked, layers)
 
 
 def _require_effect(recipe: Recipe, names: Sequence[str]) -> None:
@@ -120,21 +130,44 @@ def _require_effect(recipe: Recipe, names: Sequence[str]) -> None:
 def _overruled(rule: Rule, name: str, later: Sequence[Rule]) -> bool:
     """Whether rules behind this one decide all that it says of the layer of this name."""
     found = [other for other in later if matches(other.match, name)]
-    pattern = rule.pattern is None or any(other.pattern is not None for other in found)
-    rank = rule.rank is None or any(other.rank is not None for other in found)
-    return bool(found) and pattern and rank
+    given = [key for key in rule.to_dict() if key != "match"]
+    return bool(found) and all(any(getattr(other, key) is not None for other in found) for key in given)
 
 
-def _fitted(layer: _Layer, budget: Budget, recipe: Recipe) -> _Layer:
+def _chosen(known: Sequence[_Layer], layers: Mapping[str, Layer], recipe: Recipe) -> tuple[list[_Layer], str]:
+    """Return layers with the budgets that were chosen for the bits asked for, and what is to be said of the choice."""
+    if not layers:
+        return [*known], ""
+    asked = recipe.asked(recipe.bits or 0.0)
+    choice = pick(layers, asked)
+    others = "; ".join(map(str, alternatives(layers, asked, choice)))
+    said = f"--bits {recipe.bits:g} picked {choice}." + (f" Others would have been: {others}." if others else "")
+    return [replace(layer, budget=choice.budgets.get(layer.name, layer.budget)) for layer in known], said
+
+
+def _as_layers(layers: Sequence[_Layer], recipe: Recipe) -> dict[str, Layer]:
+    """Return what is compressed, as a choice looks at it."""
+
+    def ruled(layer: _Layer) -> Callable[[Budget], Budget] | None:
+        if not recipe.has_rule(layer.name):
+            return None
+        return lambda budget: recipe.budget(layer.name, layer.shape, budget) or budget
+
+    return {layer.name: Layer(layer.shape, layer.size, ruled(layer)) for layer in layers if not layer.why}
+
+
+def _fitted(layer: _Layer, recipe: Recipe) -> _Layer:
     """Cut what was not asked for down to what the layer can use; InputError if what was asked for is not possible."""
-    shape = layer.shape
+    shape, budget = layer.shape, layer.budget
+    if budget is None:
+        return layer
     if recipe.takes_default_pattern(layer.name) and shape[1] % DEFAULT_GROUPS[-1]:
-        return replace(layer, why=NO_PATTERN.format(shape[1]))
+        return replace(layer, budget=None, why=NO_PATTERN.format(shape[1]))
     if not recipe.gives_rank(layer.name):
         most = min(budget.rank, *shape, _largest_rank(budget, shape, layer.size))
         budget = replace(budget, rank=max(most, 0))
         if most < 0 and recipe.compression is not None and not recipe.has_rule(layer.name):
-            return replace(layer, why=NO_GAIN)
+            return replace(layer, budget=None, why=NO_GAIN)
     try:
         check_budget(recipe.found_algorithm, shape, budget.pattern, budget.rank)
     except InputError as error:
@@ -155,7 +188,7 @@ def _warnings(found: Sequence[_Layer], recipe: Recipe) -> Iterator[str]:
     others = [f"{count} take {pattern}" for pattern, count in patterns.items() if pattern != usual]
     if others:
         yield f"Of {len(kept)} layers {' and '.join(others)}, because {DEFAULT_GROUPS[0]} does not divide their inputs."
-    if recipe.compression is None and recipe.found_algorithm.kind != "pruner":
+    if recipe.compression is None and not recipe.chooses and recipe.found_algorithm.kind != "pruner":
         ranks = [b.rank for name, b in kept.items() if not recipe.gives_rank(name) and b.rank < DEFAULT_RANK]
         if ranks:
             yield (
@@ -168,3 +201,23 @@ def _warnings(found: Sequence[_Layer], recipe: Recipe) -> Iterator[str]:
             f"{len(grown)} of {len(kept)} layers take more than dense, the most {grown[0].name} with "
             f"{grown[0].share:.0%}. Give them a lower rank or a sparser pattern, or leave them out with --ignore."
         )
+
+
+def would_take(layers: Mapping[str, Layer], recipe: Recipe, outside: int) -> list[str]:
+    """Say in one line how large the model would be at fewer bits.
+
+    Args:
+        layers: That are compressed.
+        recipe: Says whether the method has a low-rank part.
+        outside: Bytes of all that is not compressed.
+    """
+    free = {name: replace(layer, ruled=None) for name, layer in layers.items()}
+    low_rank = recipe.found_algorithm.kind != "pruner"
+    parts = []
+    for bits in SMALLER:
+        try:
+            size = pick(free, Asked(bits, low_rank=low_rank)).bytes + outside
+        except InputError:  # layers too small for it, or a model that takes as few bits already
+            continue
+        parts.append(f"--bits {bits} would take {human_bytes(size)}")
+    return [f"The whole model in fewer bits: sparlow compress … {', '.join(parts)}."] if parts else []

@@ -20,7 +20,8 @@ from sparlow.recipe.allocation import (
     ratio_share,
     ratio_sparsity,
 )
-from sparlow.report.records import MODEL
+from sparlow.recipe.contradictions import require_budget, require_values
+from sparlow.report.value_types import MODEL
 from sparlow.schema import (
     ABOVE_0,
     FRACTION,
@@ -47,6 +48,7 @@ if TYPE_CHECKING:  # the command line reads the fields without torch, see the im
     from sparlow.algorithms import Algorithm
     from sparlow.linalg.grid import Grid
     from sparlow.linalg.patterns import NM, Pattern
+    from sparlow.recipe.bits import Asked
 
 # Columns of a group where no pattern is asked for. 16:32 costs the bytes of 2:4, and keeps better weights.
 DEFAULT_GROUPS = (32, 16, 8, 4)
@@ -94,6 +96,15 @@ class Recipe:
         Unset(f"{DEFAULT_RANK}, or less where a layer would take more than dense; 0 if the algorithm only prunes"),
         KEEP,
     ] = None
+    bits: Annotated[
+        float | None,
+        Doc(
+            "Bits that a compressed weight may take, over all layers and with everything that is stored of them. "
+            "Pattern, values and ranks are chosen for it, as far as they are not given."
+        ),
+        ABOVE_0,
+        KEEP,
+    ] = None
     compression: Annotated[
         float | None,
         Doc(
@@ -112,7 +123,7 @@ class Recipe:
             "scale, which the algorithm takes into account while it solves."
         ),
         Choices("type of values", VALUES),
-        Unset("model"),
+        Unset("model, or what --bits chooses"),
         KEEP,
     ] = None
     levels: Annotated[
@@ -127,7 +138,7 @@ class Recipe:
     group: Annotated[
         str | None,
         Doc("Columns of a row that share a scale of int values: a number such as 64, or row for all."),
-        Unset("128"),
+        Unset("128, or fewer where --bits chooses so"),
         KEEP,
     ] = None
     factors: Annotated[
@@ -236,74 +247,58 @@ class Recipe:
         require_effect(
             [name for name, option in options_of(Recipe).items() if values[name] != option.default], values, Recipe
         )
-        self._check_budget()
-        self._check_values()
+        require_budget(self)
+        require_values(self)
 
-    def _check_values(self) -> None:
-        """Check that what is said of values and factors has an effect."""
-        grids = [
-            values for values in (self.values, *(rule.values for rule in self.layers)) if values not in (None, MODEL)
-        ]
-        for option, given in (("levels", self.levels != "auto"), ("group", self.group is not None)):
-            if given and not grids:
-                raise InputError(
-                    f"--{option} has no effect without --values int4 or the like. Add it, or leave --{option} out."
-                )
-        for values in grids:
-            self._grid(values)  # raises for one that is wrong
-        ranks = [self._uniform((1, 1)).rank or self.compression, *(rule.rank for rule in self.layers)]
-        if self.factors != "auto" and (self.found_algorithm.kind == "pruner" or not any(ranks)):
-            raise InputError("--factors has no effect without a low-rank part. Give a --rank, or leave --factors out.")
-
-    def _grid(self, values: str | None) -> "Grid | None":
+    def grid_of(self, values: str | None) -> "Grid | None":
         """The grid that values of this type lie on."""
         from sparlow.linalg.grid import GROUP, make_grid
 
         return make_grid(values or MODEL, self.levels, GROUP if self.group is None else self.group)
 
-    def _check_budget(self) -> None:
-        """Check that pattern and rank, or the compression they follow from, are given without contradiction."""
-        from sparlow.linalg.patterns import NM
+    @property
+    def chooses(self) -> bool:
+        """Whether pattern, values and ranks are chosen for a number of bits."""
+        return self.bits is not None
 
-        prunes = self.found_algorithm.kind == "pruner"
-        if self.rank_share is not None and (prunes or self.compression is None):
-            why = f"{self.algorithm} has no low-rank part" if prunes else "it is a share of what --compression leaves"
-            raise InputError(f"--rank-share cannot be used here: {why}.")
-        if self.compression is not None and self.rank is not None:
-            raise InputError("Give --pattern and --rank, or --compression. A rank follows from the compression.")
-        if self.compression is not None and (self.pattern is None) == (self.rank_share is None) and not prunes:
-            raise InputError("Beside --compression give either --rank-share or --pattern. The rest follows.")
-        if self.compression is not None and self.pattern is not None and prunes:
-            raise InputError(f"{self.algorithm} only prunes. Give --pattern or --compression, not both.")
-        uniform = self._uniform((1, 1))
-        if self.allocate == "owl" and (isinstance(uniform.pattern, NM) or uniform.pattern.density == 1):
-            raise InputError("OWL gives every block a density of its own. Give an unstructured --pattern such as 0.5.")
-        if isinstance(uniform.pattern, NM) and self.allocate == "error" and not (uniform.rank or self.compression):
-            raise InputError(
-                f"With {uniform.pattern} an allocation by error moves ranks, and there is no low-rank part here. "
-                "Give a --rank, or an unstructured --pattern such as 0.5."
-            )
+    def asked(self, bits: float) -> "Asked":
+        """What a choice for so many bits must keep to."""
+        from sparlow.linalg.patterns import parse_pattern
+        from sparlow.recipe.bits import Asked
 
-    def budget(self, name: str, shape: Shape) -> Budget | None:
+        return Asked(
+            bits,
+            low_rank=self.found_algorithm.kind != "pruner",
+            pattern=None if self.pattern is None else parse_pattern(self.pattern),
+            values=self.values,
+            levels=self.levels,
+            group=self.group,
+            factors=self.factors,
+            rank=self.rank,
+        )
+
+    def budget(self, name: str, shape: Shape, uniform: Budget | None = None) -> Budget | None:
         """Return the budget of a layer before any allocation by data; None if it stays dense.
 
         Args:
             name: Its full name in the model.
             shape: (out, in).
+            uniform: What it gets unless a rule says otherwise; the recipe's own if left out.
         """
         from sparlow.linalg.patterns import parse_pattern
 
         if any(matches(pattern, name) for pattern in self.ignore):
             return None
-        uniform = self._uniform(shape)
-        pattern, rank, values = uniform.pattern, uniform.rank, self.values
+        found = uniform or self._on(self.grid_of(self.values), self.uniform(shape))
         for rule in self.layers:
             if matches(rule.match, name):
-                pattern = pattern if rule.pattern is None else parse_pattern(rule.pattern)
-                rank = rank if rule.rank is None else rule.rank
-                values = values if rule.values is None else rule.values
-        grid = self._grid(values)
-        return Budget(pattern, rank, grid, self.int8_factors(grid))
+                pattern = found.pattern if rule.pattern is None else parse_pattern(rule.pattern)
+                found = dataclasses.replace(found, pattern=pattern, rank=found.rank if rule.rank is None else rule.rank)
+                found = found if rule.values is None else self._on(self.grid_of(rule.values), found)
+        return found
+
+    def _on(self, grid: "Grid | None", budget: Budget) -> Budget:
+        return dataclasses.replace(budget, grid=grid, int8_factors=self.int8_factors(grid))
 
     def int8_factors(self, grid: "Grid | None") -> bool:
         """Whether U and V of a layer whose values lie on this grid are stored in int8."""
@@ -320,7 +315,8 @@ class Recipe:
 
     def takes_default_pattern(self, name: str) -> bool:
         """Whether nothing that was asked for decides the pattern of the layer of this full name."""
-        return self.pattern is None and self.compression is None and not self.rules_pattern(name)
+        chosen = self.chooses or self.compression is not None
+        return self.pattern is None and not chosen and not self.rules_pattern(name)
 
     def gives_rank(self, name: str) -> bool:
         """Whether the rank of the layer of this full name was asked for; else it is a default or a consequence."""
@@ -330,9 +326,10 @@ class Recipe:
     @property
     def pattern_of_all(self) -> "Pattern":
         """The pattern of S where no rule says otherwise."""
-        return self._uniform((1, 1)).pattern
+        return self.uniform((1, 1)).pattern
 
-    def _uniform(self, shape: Shape) -> Budget:
+    def uniform(self, shape: Shape) -> Budget:
+        """Return the pattern and the rank of a layer (out, in) for which nothing else was chosen."""
         from sparlow.linalg.patterns import Unstructured, parse_pattern
 
         if self.compression is None:

@@ -8,7 +8,8 @@ from typing import Any
 from sparlow.errors import InputError
 from sparlow.files import read_json, write_json
 from sparlow.machine import machine, versions
-from sparlow.report.records import MODEL, Agreement, Report, agreements
+from sparlow.report.records import Agreement, Report, agreements
+from sparlow.report.value_types import MODEL
 
 VERSION = 1  # of the keys of compare.json
 NAME = "compare.json"

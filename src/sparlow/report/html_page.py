@@ -8,7 +8,8 @@ from typing import Any
 from sparlow.files import human_bytes, replacing
 from sparlow.machine import described
 from sparlow.report.perplexities import agreement_rows, labelled, shown
-from sparlow.report.records import MODEL, LayerRecord, Report
+from sparlow.report.records import LayerRecord, Report
+from sparlow.report.value_types import MODEL
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1c2530; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
@@ -37,6 +38,7 @@ def html(report: Report) -> str:
         f"<h1>{escape(title)}</h1>",
         _table(summary_head(report), summary_rows(report)),
         f"<p>{escape(remarks(report))}</p>",
+        *(f"<p>{escape(note)}</p>" for note in report.notes),
         *(f'<p class="warning">{escape(warning)}</p>' for warning in report.warnings),
         *_finetuning(report),
         "<h2>Relative error by layer</h2>",

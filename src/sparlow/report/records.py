@@ -8,14 +8,9 @@ from typing import Any
 from sparlow.errors import InputError
 from sparlow.files import as_json, parse_json
 from sparlow.machine import machine, versions
+from sparlow.report.value_types import MODEL, shown_values
 
 VERSION = 1  # of the keys of report.json
-MODEL = "model"  # values in the type of the model's weights
-
-
-def shown_values(value_type: str, levels: str | None, group: int | None) -> str:
-    """Return a type of values for tables: ``model``, or ``int4 half, 128 columns a scale``."""
-    return value_type if levels is None else f"{value_type} {levels}, {group or 'all'} columns a scale"
 
 
 @dataclass(frozen=True)
@@ -179,6 +174,7 @@ class Report:
     processes: dict[str, int] = field(default_factory=dict)
     in_domain: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     version: int = VERSION
 
     @property

@@ -30,7 +30,7 @@ from sparlow.model.loading.source import OpenedModel
 from sparlow.model.loading.weights import Weights, all_loaded, to_compute
 from sparlow.model.training.resume_state import TrainingCheckpoint
 from sparlow.progress import Clock, Notify, Progress, counting
-from sparlow.recipe.budgets import select
+from sparlow.recipe.budgets import select, would_take
 from sparlow.recipe.recipe import Recipe
 from sparlow.recipe.training_plan import last_read
 from sparlow.report.html_page import write_reports
@@ -85,12 +85,13 @@ class Job:
         self.runner = BlockwiseRunner(opened, offload, self.clock, self.notify, processes)
         require_own_weights(self.model, self.decoder)
         selection = select(self.model, self.decoder, recipe, storage)
-        self.budgets, self.stays_dense = dict(selection.budgets), selection.dense
+        self.budgets, self.stays_dense, self.choosable = dict(selection.budgets), selection.dense, selection.layers
         for name in (name for name, _ in self.model.named_parameters() if name in opened.damaged):
             layer, _, part = name.rpartition(".")
             raise InputError(f"{layer}: the {part} holds NaN or infinity, so the model is damaged. Fetch it anew.")
         warnings = [*opened.warnings, *selection.warnings]
         self.report = Report(recipe=recipe.to_dict(), model=opened.name, warnings=warnings)
+        self.report.notes = [selection.picked] if selection.picked else []
         self.report.bytes = {"dense": self.storage.bytes_of(self.model), "linears_dense": 0, "linears_compressed": 0}
         self.report.parameters = {
             "model": sum(p.numel() for p in self.model.parameters()),
@@ -388,6 +389,9 @@ class Job:
         """Fill in the totals over all layers, the seconds, and the peak memory."""
         report = self.report
         report.add_up()
+        if not self.recipe.chooses:
+            outside = report.bytes["dense"] - report.bytes["linears_dense"]
+            report.notes += would_take(self.choosable, self.recipe, outside)
         report.seconds, report.peak_memory = self.clock.seconds, peak_memory()
         if self.processes.size > 1:
             sent = round(self.processes.sent / len(self.decoder))

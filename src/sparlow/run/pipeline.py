@@ -20,7 +20,8 @@ from sparlow.model.forward.input_statistics import Observation, collect_statisti
 from sparlow.progress import Clock
 from sparlow.recipe.allocation import Budget
 from sparlow.recipe.recipe import Recipe
-from sparlow.report.records import MODEL, LayerRecord
+from sparlow.report.records import LayerRecord
+from sparlow.report.value_types import MODEL
 from sparlow.run.exchange import exchange_layers
 
 Sums = TypeVar("Sums", bound=GramAccumulator)
