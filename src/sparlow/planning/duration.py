@@ -54,10 +54,16 @@ class _Counted:
         self.work, self.speed = work, speed
         self.size = work.computing
 
-    def _pass(self, block: Block, tokens: int, seqlen: int, *, low_rank: bool = False) -> float:
-        """A block over so many tokens: products, attention (half of it is masked), what is not a product."""
+    def _pass(
+        self, block: Block, tokens: int, seqlen: int, *, low_rank: bool = False, parameters: int | None = None
+    ) -> float:
+        """A block over so many tokens: products, attention (half of it is masked), what is not a product.
+
+        ``parameters`` are those that the tokens pass through, where that is not all of the block.
+        """
         features = self.work.features
-        products = 2 * (block.parameters + (block.low_rank if low_rank else 0)) + 2 * seqlen * features
+        used = block.parameters if parameters is None else parameters
+        products = 2 * (used + (block.low_rank if low_rank else 0)) + 2 * seqlen * features
         widest = max((max(layer.shape) for layer in block.layers), default=features)
         moved = PASSES * (features + widest) * self.size
         return tokens * (products / self.speed.products + moved / self.speed.memory)
@@ -94,7 +100,7 @@ class _Counted:
         return total
 
     def walking(self) -> float:
-        """A pass of each dense block with its Grams, and one of each block in front of the last that is looked into."""
+        """The passes of each block with its Grams, and one of each block in front of the last that is looked into."""
         work = self.work
         tokens, seqlen = work.tokens, work.recipe.seqlen
         total = self._loading()
@@ -103,9 +109,25 @@ class _Counted:
             seen = block.compressed or work.by_block
             grams = sum(HALF * 2 * tokens * features**2 for features in block.inputs.values()) if seen else 0
             walked_before = work.recipe.allocate != "uniform"
-            total += (bool(seen) + walked_before) * self._pass(block, tokens, seqlen)
+            total += self._observing(block) * bool(seen) + walked_before * self._pass(block, tokens, seqlen)
             total += (1 + (work.recipe.allocate == "error")) * grams / self.speed.products
             total += self._pass(block, tokens, seqlen, low_rank=True) if i < last else 0.0
+        return total
+
+    def _observing(self, block: Block) -> float:
+        """All passes in which inputs are observed. With one it is the whole block; of several, each ends at its layers.
+
+        Before several, some windows show the order of the layers, and where the outputs are wanted the first is whole.
+        """
+        work, seqlen = self.work, self.work.recipe.seqlen
+        if len(block.stages) < 2:  # noqa: PLR2004 - one after the other
+            return self._pass(block, work.tokens, seqlen)
+        whole = bool(work.by_block and not work.by_block.dense_targets)
+        total = self._pass(block, work.tokens if whole else min(work.batch, work.tokens), seqlen)
+        passed = 0
+        for stage in block.stages[:-1]:
+            passed += sum(layer.parameters + layer.low_rank for layer in stage.layers)
+            total += self._pass(block, work.tokens, seqlen, parameters=passed)
         return total
 
     def _trained(self, block: Block, plan: TrainingPlan) -> float:

@@ -228,21 +228,27 @@ class _Counted:
         return (min(WAITING, len(self.work.blocks)) + _targets(self.work)) * self.work.hidden
 
     def _statistics(self) -> Stage:
-        """A pass of the dense block, of which every input of a linear layer is kept until it is added to its Gram."""
+        """A pass of the block, of which every input that is observed is kept until it is added to its Gram."""
         work = self.work
         weights, files = self._parts(rest=False)
-
-        def needs(block: Block) -> int:
-            grams = SUM * sum(features**2 for features in block.inputs.values())
-            inputs = work.batch * sum(block.inputs.values()) * self.size
-            widest = FLOAT * max((features**2 for features in block.inputs.values()), default=0)
-            # the widest is last: its sum and the second moment made of it, then that and the damped one
-            return max(
-                grams + inputs + self._activations(work.batch, block, work.recipe.seqlen), (SUM // FLOAT + 1) * widest
-            )
-
-        most = max(needs(block) for block in work.blocks)
+        most = max(self._observed(block) for block in work.blocks)
         return self._stage("Grams", weights + most, files=files, hidden=self._waiting(), where=work.place)
+
+    def _observed(self, block: Block) -> int:
+        """Of the pass that needs the most: Grams and inputs, and U and V of layers that were compressed before it."""
+        work, most, before = self.work, 0, 0
+        activations = self._activations(work.batch, block, work.recipe.seqlen)
+        for number, stage in enumerate(block.stages):
+            features = stage.inputs.values()
+            grams = SUM * sum(n**2 for n in features)
+            inputs = work.batch * sum(features) * self.size
+            formed = self._formed(block) if number else 0
+            widest = FLOAT * max(n**2 for n in features)
+            # the widest is last: its sum and the second moment made of it, then that and the damped one
+            needed = max(grams + inputs + activations + formed, (SUM // FLOAT + 1) * widest)
+            most = max(most, before * self.size + needed)
+            before += sum(layer.low_rank for layer in stage.layers)
+        return max(most, activations)
 
     def _solving(self) -> Stage:
         work = self.work
@@ -253,12 +259,13 @@ class _Counted:
     def _solve(self, block: Block) -> int:
         """Of the layer that needs the most: the Grams that are still waiting, and U and V of those that are done."""
         most, low_rank = 0, 0
-        for owner, features in sorted(block.inputs.items(), key=lambda item: item[1]):
-            waiting = SUM * sum(n**2 for other, n in block.inputs.items() if n > features and other != owner)
-            for layer in (one for one in block.compressed if one.owner == owner):
-                copied = layer.weights * self.work.stored if self.converted else 0
-                most = max(most, waiting + low_rank * self.size + copied + self.space.bytes(layer.shape))
-                low_rank += layer.low_rank
+        for stage in block.stages:
+            for owner, features in sorted(stage.inputs.items(), key=lambda item: item[1]):
+                waiting = SUM * sum(n**2 for other, n in stage.inputs.items() if n > features and other != owner)
+                for layer in (one for one in stage.layers if one.owner == owner and one.budget):
+                    copied = layer.weights * self.work.stored if self.converted else 0
+                    most = max(most, waiting + low_rank * self.size + copied + self.space.bytes(layer.shape))
+                    low_rank += layer.low_rank
         return most
 
     def _passing_on(self) -> Stage:

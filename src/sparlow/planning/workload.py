@@ -17,7 +17,7 @@ from sparlow.model.forward.activation_store import place
 from sparlow.model.forward.attention import unfused_heads, windows_at_once
 from sparlow.model.forward.chain_check import carried, require_chain
 from sparlow.model.forward.decoder import Decoder, require_own_weights
-from sparlow.model.loading.meta import shared_inputs
+from sparlow.model.loading.meta import Inputs, inputs_of
 from sparlow.recipe.allocation import Budget, Shape
 from sparlow.recipe.budgets import select
 from sparlow.recipe.recipe import Recipe
@@ -36,6 +36,7 @@ class Layer:
         owner: The first layer of the block that reads the same input; they share a Gram matrix.
         bias: Whether it has one.
         budget: What it may keep; None if it stays dense.
+        stage: Number of the pass in which its input is observed; None if it is not.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Layer:
     owner: str
     bias: bool
     budget: Budget | None
+    stage: int | None = 0
 
     @property
     def weights(self) -> int:
@@ -72,6 +74,22 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Stage:
+    """Layers of a block that are observed in one pass and compressed before the next.
+
+    Attributes:
+        layers: In module order.
+    """
+
+    layers: tuple[Layer, ...]
+
+    @property
+    def inputs(self) -> dict[str, int]:
+        """Features of each distinct input, by its owner."""
+        return {layer.owner: layer.shape[1] for layer in self.layers}
+
+
+@dataclass(frozen=True)
 class Block:
     """One decoder block.
 
@@ -94,9 +112,15 @@ class Block:
         return sum(layer.low_rank for layer in self.layers)
 
     @property
+    def stages(self) -> list["Stage"]:
+        """What is observed in one pass after the other."""
+        numbers = sorted({layer.stage for layer in self.layers if layer.stage is not None})
+        return [Stage(tuple(layer for layer in self.layers if layer.stage == number)) for number in numbers]
+
+    @property
     def inputs(self) -> dict[str, int]:
-        """Features of each distinct input, by its owner."""
-        return {layer.owner: layer.shape[1] for layer in self.layers}
+        """Features of each distinct input that is observed, by its owner."""
+        return {owner: features for stage in self.stages for owner, features in stage.inputs.items()}
 
     @property
     def trained(self) -> int:
@@ -286,7 +310,7 @@ def workload(
     decoder = Decoder.of(model)
     storage = StoredDtypes.of(model)
     selection = select(model, decoder, recipe, storage)
-    found = _blocks(model, decoder, selection.budgets)
+    found = _blocks(model, decoder, selection.budgets, recipe)
     seqlen = max(options.evaluate_seqlen or recipe.seqlen, 2)
     _require_possible(model, decoder, [recipe.seqlen, *([seqlen] if evaluate else [])])
     stored, config = storage.dtype, model.config.get_text_config()
@@ -329,12 +353,22 @@ def _require_possible(model: PreTrainedModel, decoder: Decoder, lengths: Sequenc
         require_context(model, tokens)
 
 
-def _blocks(model: PreTrainedModel, decoder: Decoder, kept: Mapping[str, Budget]) -> tuple[Block, ...]:
+def _blocks(model: PreTrainedModel, decoder: Decoder, kept: Mapping[str, Budget], recipe: Recipe) -> tuple[Block, ...]:
     found = []
-    for i, owners in enumerate(shared_inputs(model)):
+    for i, read in enumerate(inputs_of(model)):
+        own = {name: kept.get(decoder.layer_name(i, name)) for name in read.owners}
+        stages = _stages(read, own, recipe)
         layers = (
-            Layer(name, weight.shape, owners[name], weight.bias is not None, kept.get(decoder.layer_name(i, name)))
+            Layer(name, weight.shape, read.owners[name], weight.bias is not None, own[name], stages.get(name))
             for name, weight in decoder.weights(i).items()
         )
         found.append(Block(tuple(layers), sum(p.numel() for p in decoder.blocks[i].parameters())))
     return tuple(found)
+
+
+def _stages(read: Inputs, kept: Mapping[str, Budget | None], recipe: Recipe) -> dict[str, int]:
+    """Number of the pass in which each layer's input is observed."""
+    if recipe.behind == "blocks":
+        return dict.fromkeys(kept, 0)
+    stages, _ = read.dependences.stages([name for name, budget in kept.items() if budget])
+    return {name: number for number, stage in enumerate(stages) for name in stage.names}

@@ -58,6 +58,7 @@ ALLOCATIONS = ("uniform", "owl", "error")
 MATCH_PRESETS = ("logits", "blocks", "paper")  # training_plan.PRESETS says what each of them is
 GIVEN_WINDOWS = "windows"  # what a recipe calls a calibration by token windows given directly
 OWN_TEXT = "self"  # the calibration that the model writes itself
+BEHIND = ("blocks", "layers")  # what is compressed already where a layer's statistics are taken
 BOS = ("auto", "always", "never")  # text.beginning says what each of them is
 LARGEST = 1_000_000  # bytes of a recipe file; the longest that were ever seen have some thousands
 TOO_LARGE = f"The recipe is larger than {LARGEST:,} bytes. Give a TOML file with the fields of a recipe."
@@ -229,6 +230,15 @@ class Recipe:
     relative_damping: Annotated[
         float, Doc("Relative damping: adds this × diag(H) to the diagonal of H."), NOT_NEGATIVE, SOLVER
     ] = 0.005
+    behind: Annotated[
+        str,
+        Doc(
+            "What is compressed already when the inputs of a layer are observed: blocks, all blocks before its own, as "
+            "published; layers, the layers of its own block that it is computed from, too."
+        ),
+        Choices("order", BEHIND),
+        SOLVER,
+    ] = "blocks"
     dtype: Annotated[
         str, Doc("Data type of the model's weights: auto (as stored), float32, bfloat16 or float16."), Panel("Machine")
     ] = "auto"

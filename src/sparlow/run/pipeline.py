@@ -1,6 +1,7 @@
 """Compress one decoder block: collect statistics, run the algorithm on each linear layer, replace the layers."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -13,10 +14,11 @@ from sparlow.model.artefact.dtypes import StoredDtypes
 from sparlow.model.artefact.layers import SparseLowRankLinear
 from sparlow.model.forward.activation_store import ActivationStore
 from sparlow.model.forward.block_pass import BlockPass
+from sparlow.model.forward.call_order import observe_dependences
 from sparlow.model.forward.capture import Recording
 from sparlow.model.forward.compressible import CompressibleWeight
 from sparlow.model.forward.decoder import Decoder
-from sparlow.model.forward.input_statistics import Observation, collect_statistics
+from sparlow.model.forward.input_statistics import Observation, Stage, collect_statistics
 from sparlow.progress import Clock
 from sparlow.recipe.allocation import Budget
 from sparlow.recipe.recipe import Recipe
@@ -64,14 +66,20 @@ def compress_block(
 
     Raises:
         InputError: The block's numbers are not finite.
-        RunError: A solver failed; the message names the layer.
+        RunError: A solver failed, or the block's numbers are not finite once layers are compressed; the message names
+            the layer.
     """
-    with clock("statistics"):
-        seen = collect_statistics(through, GramAccumulator, outputs)
     weights = {name: weight for name, weight in through.weights.items() if through.layer_name(name) in budgets}
-    who = through.processes.assign({name: _cost(weight) for name, weight in weights.items()})
     found: dict[str, LayerRecord] = {}
-    for name, gram, tokens in with_grams(through, seen, recipe, who):
+
+    def end_stage(who: Mapping[str, int]) -> None:
+        if through.processes.size > 1:
+            own = {name: found[name] for name in who if name in found}
+            found.update(exchange_layers(through, {name: weights[name] for name in who}, own, who, storage))
+
+    with clock("statistics"):
+        stages, why = _stages(through, recipe, weights)
+    for name, gram, tokens in _grams_by_stage(through, recipe, weights, stages, outputs, clock, end_stage):
         full, weight = through.layer_name(name), weights[name]
         budget, stored = budgets[full], storage.of_layer(full)
         with clock("solve"):
@@ -90,11 +98,49 @@ def compress_block(
             found[name] = _record(through.number, weight, budget, answer, tokens)
             S, U, V = (part.to(weight.dtype) for part in (answer.S, answer.U, answer.V))
             weight.put(SparseLowRankLinear(S, U, V, weight.bias))
-            del answer, S, U, V  # the next solve needs the memory
+            del answer, S, U, V, gram  # what comes next needs the memory
         on_layer(found[name])
-    if through.processes.size > 1:
-        found = exchange_layers(through, weights, found, who, storage)
-    return [found[name] for name in weights]
+    return _with_reason([found[name] for name in weights], why)
+
+
+def _stages(
+    through: BlockPass, recipe: Recipe, weights: Mapping[str, CompressibleWeight]
+) -> tuple[list[Stage | None], str]:
+    """Return what is observed in each pass, None for all layers, and why there is only one where more were wanted."""
+    if recipe.behind == "blocks":
+        return [None], ""
+    stages, why = observe_dependences(through, weights).stages(weights)
+    return [*stages], why
+
+
+def _grams_by_stage(
+    through: BlockPass,
+    recipe: Recipe,
+    weights: Mapping[str, CompressibleWeight],
+    stages: Iterable[Stage | None],
+    outputs: ActivationStore | None,
+    clock: Clock,
+    end_stage: Callable[[Mapping[str, int]], None],
+) -> Iterator[tuple[str, Gram, int]]:
+    """Yield what ``with_grams`` does, stage by stage: each is observed after the layers before it were replaced.
+
+    ``outputs`` takes those of the first pass, in which the whole block is dense; ``end_stage`` is told who solved what.
+    """
+    for number, stage in enumerate(stages):
+        with clock("statistics"):
+            seen = collect_statistics(through, GramAccumulator, None if number else outputs, stage)
+        names = weights if stage is None else stage.names
+        who = through.processes.assign({name: _cost(weights[name]) for name in names})
+        yield from with_grams(through, seen, recipe, who)
+        end_stage(who)
+
+
+def _with_reason(records: list[LayerRecord], why: str) -> list[LayerRecord]:
+    """Put into the first record why no layer of the block was compressed behind the others."""
+    if not why:
+        return records
+    warning = f"The layers of this block were not compressed behind each other, because {why}."
+    return [replace(records[0], warnings=(*records[0].warnings, warning)), *records[1:]]
 
 
 def _cost(weight: CompressibleWeight) -> float:

@@ -5,10 +5,11 @@ from families import EXTRAS, FAMILIES, save_tiny, tiny
 from sparlow.errors import InputError
 from sparlow.linalg.gram import SquareAccumulator
 from sparlow.model.forward.block_pass import BlockPass
+from sparlow.model.forward.call_order import observe_dependences
 from sparlow.model.forward.capture import capture_block_inputs
 from sparlow.model.forward.decoder import Decoder
 from sparlow.model.forward.input_statistics import collect_statistics
-from sparlow.model.loading.meta import meta_model, shared_inputs
+from sparlow.model.loading.meta import inputs_of, meta_model
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *EXTRAS])
@@ -27,15 +28,20 @@ def test_who_reads_what_is_seen_without_weights(family, tmp_path):
     model = save_tiny(family, tmp_path)
     blocks = Decoder.of(model).blocks
     recording = capture_block_inputs(model, torch.arange(24).view(2, 12), micro_batch=2)
-    found = collect_statistics(BlockPass(blocks[0], recording.calls[0], recording.hidden), SquareAccumulator)
-    assert shared_inputs(meta_model(str(tmp_path)))[0] == found.owner
-    assert shared_inputs(model)[0] == found.owner
+    through = BlockPass(blocks[0], recording.calls[0], recording.hidden)
+    found = collect_statistics(through, SquareAccumulator)
+    order = observe_dependences(through, through.weights).stages(through.weights)
+    for told in (inputs_of(meta_model(str(tmp_path)))[0], inputs_of(model)[0]):
+        assert told.owners == found.owner
+        assert told.dependences.stages(through.weights) == order
 
 
 def test_where_nothing_runs_every_layer_stands_by_itself(monkeypatch):
     model = tiny("llama")
     monkeypatch.setattr(type(model), "forward", lambda *_, **__: 1 / 0)
-    assert all(name == owner for owners in shared_inputs(model) for name, owner in owners.items())
+    for told in inputs_of(model):
+        assert all(name == owner for name, owner in told.owners.items())
+        assert [stage.names for stage in told.dependences.stages(told.owners)[0]] == [tuple(told.owners)]
 
 
 def test_a_type_can_be_asked_for(tmp_path):

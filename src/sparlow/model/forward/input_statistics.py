@@ -1,4 +1,4 @@
-"""Run a dense block once, for both its outputs and the statistics of the inputs of its weights."""
+"""Run a block once, for both its outputs and the statistics of the inputs of its weights."""
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -9,7 +9,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from sparlow.errors import InputError
+from sparlow.errors import InputError, RunError
 from sparlow.finite import all_finite
 from sparlow.model.forward.activation_store import ActivationStore
 from sparlow.model.forward.block_pass import BlockPass, run_block
@@ -42,6 +42,21 @@ class Observation(Generic[Kind]):
     windows: int = 0
 
 
+@dataclass(frozen=True)
+class Stage:
+    """Layers of a block whose inputs are observed in one pass.
+
+    Attributes:
+        names: Of the layers.
+        called_once: No forward calls one of them twice, and so nothing is left to see once all have been called.
+        behind_others: Layers in front of them have been compressed.
+    """
+
+    names: tuple[str, ...]
+    called_once: bool = False
+    behind_others: bool = False
+
+
 class _AllSeen(Exception):  # noqa: N818 - no error, but the only way out of a foreign forward
     """Every layer has been called, so the rest of the block's forward is not needed."""
 
@@ -51,23 +66,29 @@ def collect_statistics(
     through: BlockPass,
     new_statistic: Callable[[int, torch.device], Kind],
     outputs: ActivationStore | None = None,
+    stage: Stage | None = None,
 ) -> Observation[Kind]:
     """Run a block once on all micro-batches, for both its outputs and the statistics of the inputs of its weights.
 
     Weights that read the same tensors (query, key and value; gate and up) share one statistic. If the outputs are not
-    wanted, and the first micro-batch called every layer once, later forwards stop in front of the last layer.
+    wanted, and the stage says that every layer is called once, or the first micro-batch did so, forwards stop in front
+    of the last layer.
 
     Args:
         through: The block and its inputs. With several processes, all end with the same set of statistics, each of
             them summed over its own windows only.
         new_statistic: Makes an empty statistic from the width ``in`` of inputs (..., in) and their device.
         outputs: Where to put the outputs. If left out, they are not kept.
+        stage: Says which layers are observed; all if left out.
 
     Raises:
         InputError: An output is not finite; the message names the first layer concerned.
+        RunError: An input is not finite behind layers that have been compressed.
     """
     seen: Observation[Kind] = Observation({}, {})
-    weights, windows, enough = through.weights, 0, False
+    stage = stage or Stage(tuple(through.weights))
+    weights = {name: weight for name, weight in through.weights.items() if name in stage.names}
+    windows, enough = 0, stage.called_once and outputs is None
     for i, x in enumerate(through.hidden):
         if not len(x):
             if outputs is not None:
@@ -79,10 +100,7 @@ def collect_statistics(
         with _inputs_noted(through, weights, enough=enough) as inputs, suppress(_AllSeen):
             y = run_block(through.block, x, call)
         if not all(all_finite(z) for z in (_distinct(inputs) if y is None else (y,))):
-            raise InputError(
-                f"{through.label}: {_not_finite(weights, inputs)} is not finite (NaN or inf). "
-                "Use --dtype float32, or check the model's weights."
-            )
+            raise _not_finite(through.label, weights, inputs, stage)
         if outputs is None:
             enough = enough or (inputs.keys() == weights.keys() and all(len(called) == 1 for called in inputs.values()))
         elif y is not None:
@@ -177,11 +195,22 @@ def _agreed(
     return found
 
 
-def _not_finite(weights: Mapping[str, CompressibleWeight], inputs: Mapping[str, list[Tensor]]) -> str:
-    """Name the first thing that is not finite, in the order of the calls."""
+def _not_finite(
+    label: str, weights: Mapping[str, CompressibleWeight], inputs: Mapping[str, list[Tensor]], stage: Stage
+) -> InputError | RunError:
+    """Return the error that names the first thing that is not finite, in the order of the calls."""
+    what = next(_wrong(weights, inputs), "the output")
+    if stage.behind_others:
+        return RunError(
+            f"{label}: {what} is not finite behind the block's layers that are compressed already. Raise --damping, or "
+            "use --dtype float32."
+        )
+    return InputError(f"{label}: {what} is not finite (NaN or inf). Use --dtype float32, or check the model's weights.")
+
+
+def _wrong(weights: Mapping[str, CompressibleWeight], inputs: Mapping[str, list[Tensor]]) -> Iterator[str]:
     for name, tensors in inputs.items():
         if not all(all_finite(x) for x in tensors):
-            return f"the input of {name}"
+            yield f"the input of {name}"
         if not all(all_finite(p) for p in weights[name].parameters()):
-            return f"a weight of {name}"
-    return "the output"
+            yield f"a weight of {name}"

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from sparlow.errors import InputError, as_input_error
+from sparlow.model.forward.call_order import Dependences, dependences_noted
 from sparlow.model.forward.causality import require_decoder_only
 from sparlow.model.forward.compressible import CompressibleWeight, compressible
 from sparlow.model.forward.decoder import Decoder
@@ -66,26 +68,45 @@ def _config(name: str, *, trust_remote_code: bool) -> tuple[Any, torch.dtype]:
     return config, getattr(torch, stored) if isinstance(stored, str) else stored
 
 
-def shared_inputs(model: PreTrainedModel) -> list[dict[str, str]]:
-    """Tell for each block which of its weights read the same tensor, as ``collect_statistics`` will find it.
+@dataclass(frozen=True)
+class Inputs:
+    """What the layers of a block read.
+
+    Attributes:
+        owners: For each layer by name the first that reads the same tensor, as ``collect_statistics`` will find it;
+            itself where that could not be seen without weights, which is the most that statistics can take.
+        dependences: From which layers each input is computed, as ``observe_dependences`` will find it; of a layer that
+            could not be seen, all of those that were.
+    """
+
+    owners: dict[str, str]
+    dependences: Dependences
+
+
+def inputs_of(model: PreTrainedModel) -> list[Inputs]:
+    """Tell for each block what its layers read, from a forward without values.
 
     Args:
         model: Its weights may be anywhere; it stays as it is, for its code runs in a copy without weights.
-
-    Returns:
-        For each block, for each of its weights by name, the first that reads the same; itself where that could
-        not be seen without weights, which is the most that statistics can take.
     """
     twin = without_weights(model)
     blocks = Decoder.of(twin).blocks
     seen: list[dict[str, Tensor]] = [{} for _ in blocks]
+    found = [Dependences() for _ in blocks]
     ids = torch.zeros(1, TOKENS, dtype=torch.int64, device="meta")
-    with ExitStack() as stack:
+    layers = [compressible(block) for block in blocks]
+    with ExitStack() as stack, dependences_noted([*zip(blocks, layers, found, strict=True)]):
         for hook in _hooks(blocks, seen):
             stack.callback(hook.remove)
         _ = any(_runs(twin, ids, given) for given in _ways())
     # where it stopped half-way, as at experts that choose by values, the first block stands for the others
-    return [_owners(compressible(block), inputs or seen[0]) for block, inputs in zip(blocks, seen, strict=True)]
+    rows = zip(layers, (inputs or seen[0] for inputs in seen), found, strict=True)
+    return [Inputs(_owners(own, inputs), _completed(own, of if of.before else found[0])) for own, inputs, of in rows]
+
+
+def _completed(layers: Mapping[str, CompressibleWeight], found: Dependences) -> Dependences:
+    unseen = layers.keys() - found.before.keys()
+    return Dependences({**found.before, **{name: set(found.before) for name in unseen}}, found.repeated)
 
 
 def _ways() -> Iterator[dict[str, Tensor]]:
