@@ -46,6 +46,9 @@ from sparlow.algorithms._results import Decomposition, SolveStats
 from sparlow.linalg.conjugate_gradient import fit_on_support
 from sparlow.linalg.coordinates import Coordinates
 from sparlow.linalg.gram import Gram
+from sparlow.linalg.grid_fit import finished, stored
+from sparlow.linalg.grid_projection import GridProjection
+from sparlow.linalg.grid_target import GridTarget
 from sparlow.linalg.lowrank import best_fit, orthonormal, random_factor, subspace_step, svd_fit
 from sparlow.linalg.patterns import Pattern, Projector
 from sparlow.linalg.tf32 import rounded_products
@@ -55,6 +58,7 @@ SETTLED = {
     "paper": 3e-4,
     "literal": 3e-4,
 }  # share of the support changing between two looks, below which a loop stops
+RHO, ON_GRID = 0.003, 0.05
 LEAST = 60  # steps of the joint schedule at effort 1, at least: where the support rests at once, each still gains
 REFITS = 5  # alternations of least squares on the support with the low-rank fit; more gain less than 0.1 %
 REFIT_STEPS, FEWEST = 6, 2  # conjugate-gradient steps in each, at effort 1 and at least
@@ -66,6 +70,7 @@ def three_basil(
     gram: Gram,
     pattern: Pattern,
     rank: int,
+    grid: GridTarget | None = None,
     *,
     effort: Positive = 0.5,
     schedule: Literal["joint", "paper", "literal"] = "joint",
@@ -81,6 +86,8 @@ def three_basil(
         max_steps: Bound on the number of iterations.
     """
     papers, literal = schedule != "joint", schedule == "literal"
+    if grid is not None and not papers:
+        return _joint_on_grid(W, gram, pattern, rank, grid, effort, max_steps)
     space = gram.coordinates(conditional=not papers, group=pattern.group)
     loop = _Loop(space.to_scaled(W), space, pattern, rank, rho=0.1 if papers else 0.003, exact=literal)
     run = _paper if papers else _joint
@@ -148,6 +155,12 @@ class _Loop:
         self.project(self.X, self.D)
         self._follow()
 
+    def move_to(self, project: Projector) -> None:
+        """Project to another set from now on."""
+        self.project = project
+        project(self.X, self.D)
+        self._follow()
+
     def _follow(self) -> None:
         """Let Q follow X and D."""
         torch.add(self.T, self.X, out=self.Q).sub_(self.D, alpha=2)
@@ -186,6 +199,47 @@ def _joint(loop: _Loop, effort: float, max_steps: int) -> tuple[int, float]:
 
     least = round(LEAST * effort)
     return _run(loop, step, every, lambda _: factor, SETTLED["joint"], min_steps=least, max_steps=max_steps)
+
+
+def _joint_on_grid(
+    W: Tensor, gram: Gram, pattern: Pattern, rank: int, target: GridTarget, effort: float, max_steps: int
+) -> Decomposition:
+    """The joint schedule whose projection is on pattern ∩ grid from ``ON_GRID`` on, then the finish."""
+    space = gram.coordinates(conditional=True, group=pattern.group)
+    loop = _Loop(space.to_scaled(W), space, pattern, rank, rho=RHO if target.masked else ON_GRID)
+    every = level(effort)
+    factor = 1.44 ** (every / (10 * effort))
+    points: GridProjection | None = None
+    before, change, steps = loop.D, 1.0, 0
+    while steps < max_steps:
+        if points is None and loop.rho >= ON_GRID:
+            points = GridProjection(loop.X, loop.project if target.masked else None, space, target)
+            loop.move_to(points)
+        for _ in range(every):
+            loop.fit_jointly()
+            loop.update()
+        steps += every
+        if points is not None:
+            change = (loop.D != before).float().mean().item()
+            if change < SETTLED["joint"]:
+                break
+        loop.raise_rho(factor)
+        if points is not None:
+            points.follow(loop.X)
+            before = points(loop.X, torch.empty_like(loop.X))
+    mask = pattern.mask(space.deinterleave(loop.X).abs()) if target.masked else None
+    found = points.points(loop.X, mask)
+    fit = stored(W, gram, found, loop.U, space.from_scaled(loop.V), target)
+    e0 = fit.error
+    fit = finished(W, gram, fit, target)
+    return Decomposition(
+        fit.S,
+        fit.U,
+        fit.V,
+        {"rho": loop.rho, "change": change, "iterations": steps, "e0": e0 / gram.objective(W).item()},
+        fit.values,
+        fit.factors,
+    )
 
 
 def _paper(loop: _Loop, effort: float, max_steps: int) -> tuple[int, float]:
