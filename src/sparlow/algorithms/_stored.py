@@ -43,11 +43,8 @@ def as_stored(found: Decomposition, dtype: torch.dtype, storage: Storage) -> Dec
     values, factors = None, None
     if found.values is not None:
         values = _stored_values(found.values, storage)
-        S = (
-            torch.where(S == 0, 0.0, values.decode(values.encode(S)))
-            if values.masked
-            else values.decode(values.encode(S))
-        )
+        decoded = values.decode(values.encode(S))
+        S = torch.where(S == 0, 0.0, decoded) if values.masked else decoded
     if found.factors is not None:
         scales = (found.factors.U, found.factors.V * storage.unit)
         factors = FactorScales(*(scale.to(storage.scales) for scale in scales))

@@ -14,8 +14,8 @@ def descend(
 ) -> tuple[Tensor, Tensor]:
     """Lower tr((T − S) H (T − S)ᵀ) over the levels of S, one column after the other, where S is not pruned.
 
-    With the others fixed, the error is a parabola in an entry, lowest at S_ij + ((T − S) H)_ij / H_jj, so the best level
-    is the nearest to that. No visit raises the error.
+    With the others fixed, the error is a parabola in an entry, lowest at S_ij + ((T − S) H)_ij / H_jj. So the nearest
+    level to that is the best, and no visit raises the error.
 
     Args:
         S: Where to start (out, in), on the grid; where entries are pruned, zero.

@@ -14,11 +14,10 @@ LARGEST = 127  # in int8; −128 is not used
 def stored_factors(
     M: Tensor, H: Tensor, U: Tensor, V: Tensor, storage: Storage, *, int8: bool
 ) -> tuple[Tensor, Tensor, FactorScales | None]:
-    """Return U (out, r) and V (r, in) near those given, as they will be read, with their scales if in int8
-    and there are any.
+    """Return U (out, r) and V (r, in) near those given, as they will be read, with their scales if in int8.
 
-    V is rounded first; U then follows by least squares in the metric H, which makes good for a part of that, and is
-    rounded too.
+    There are no scales of no factors. V is rounded first; U then follows by least squares in the metric H, which makes
+    good for a part of that, and is rounded too.
 
     Args:
         M: What U V approximates (out, in).
@@ -40,7 +39,7 @@ def stored_factors(
 
 
 def fitted_left(M: Tensor, H: Tensor, V: Tensor) -> Tensor:
-    """Return U (out, r) with the least tr((M − U V) H (M − U V)ᵀ): M H Vᵀ (V H Vᵀ)⁻¹, of rows of V that are not zero."""
+    """Return U (out, r) = M H Vᵀ (V H Vᵀ)⁻¹, the best for a given V; zero where V has a row of zeros."""
     HV = H @ V.T  # (in, r)
     N = V @ HV
     size = N.diagonal().clamp_min(0).sqrt()

@@ -14,7 +14,6 @@ from sparlow.linalg.gram import Gram
 from sparlow.linalg.grid import FactorScales, GridValues
 from sparlow.linalg.grid_target import GridTarget
 from sparlow.linalg.lowrank import subspace_iteration
-from sparlow.linalg.rounding import Rounding
 from sparlow.linalg.scales import learned, least_squares, unclipped
 from sparlow.linalg.sweep import saliency, swept_to_grid
 

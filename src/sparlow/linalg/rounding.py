@@ -1,8 +1,8 @@
 """Rounding to the nearest level of a grid, fast, and the code book that suits given numbers best.
 
-The levels of a grid that are in use lie evenly around zero, ±m_0 … ±m_n. Evenly spaced ones are rounded to by arithmetic,
-those of a book by counting the thresholds that |z| passes, which takes a fifth of the time of ``torch.bucketize``. Where
-entries are pruned, an entry that is zero stays zero, and every other gets a level that is not.
+The levels in use lie evenly around zero, ±m_0 … ±m_n. Evenly spaced ones are rounded to by arithmetic, those of a book
+by counting the thresholds that |z| passes, which takes a fifth of the time of ``torch.bucketize``. Where entries are
+pruned, an entry that is zero stays zero, and every other gets a level that is not.
 """
 
 import torch

@@ -39,7 +39,7 @@ def sweep(T: Tensor, A: Tensor, fix: Fix, bounds: Sequence[int]) -> None:
 
 
 def _sweep_block(T: Tensor, A: Tensor, fix: Fix, start: int, stop: int) -> Tensor:
-    """Fix the rows from ``start`` to before ``stop``, and return what each lost in units of A_jj (stop − start, out)."""
+    """Fix the rows from ``start`` to before ``stop``, and return what each lost (stop − start, out), in A_jj."""
     scale = A.diagonal()[:, None]  # (in, 1)
     errors = T.new_empty(stop - start, T.shape[1])
     for j in range(start, stop):
