@@ -39,6 +39,11 @@ class Algorithm:
         """The keyword-only parameters of the function, in order."""
         return dict(options_of(self.function))
 
+    @property
+    def takes_grid(self) -> bool:
+        """Whether the function has a parameter ``grid`` and puts the values of S on it itself."""
+        return "grid" in inspect.signature(self.function).parameters
+
     def plain_options(self, given: Mapping[str, object]) -> dict[str, Any]:
         """The options as a file holds them: numbers as numbers, pruners by name; checked as by ``parse_options``."""
         parsed = self.parse_options(given)
@@ -59,6 +64,9 @@ _ALGORITHMS: dict[str, Algorithm] = {}
 
 def pruner(name: str, *, aliases: Mapping[str, Mapping[str, object]] = types.MappingProxyType({})) -> Callable[[F], F]:
     """Register a function ``(W, gram, pattern, *, options) -> S`` under ``name``; or ``-> Pruned(S, stats)``.
+
+    A function that can put the values of S on a grid itself takes ``grid: GridTarget | None = None`` after the others,
+    and returns ``values`` if it did. For any other, the grid is fitted to what it found.
 
     Args:
         name: As typed on the command line.

@@ -69,10 +69,12 @@ class Pruned:
     Attributes:
         S: What is left of the weight (out, in), on its pattern.
         stats: How the solve went.
+        values: The grid that S lies on; None if any number will do.
     """
 
     S: Tensor
     stats: SolveStats = field(default_factory=SolveStats)
+    values: GridValues | None = None
 
     @classmethod
     def of(cls, answer: "Tensor | Pruned") -> "Pruned":

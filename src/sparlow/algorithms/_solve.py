@@ -11,13 +11,18 @@ from torch import Tensor
 
 from sparlow.algorithms._registry import Algorithm, find
 from sparlow.algorithms._results import Decomposition, Pruned
+from sparlow.algorithms._stored import as_stored, off_grid, on_grid
 from sparlow.errors import InputError, RunError
 from sparlow.finite import all_finite
+from sparlow.linalg.factors import stored_factors
 from sparlow.linalg.gram import Gram
-from sparlow.linalg.lowrank import balanced
+from sparlow.linalg.grid import GROUP, Grid, make_grid
+from sparlow.linalg.grid_fit import metric
+from sparlow.linalg.grid_target import GridTarget, Storage
 from sparlow.linalg.patterns import Pattern, parse_pattern
 from sparlow.linalg.tf32 import exact_products, unit
 from sparlow.own_settings import own_settings
+from sparlow.schema import unknown
 
 # Part of every run's fingerprint in the place of the package's version: a run that was begun with another number is
 # refused. Raise it whenever the same recipe, model and text may give other bits than before: a change of any algorithm
@@ -25,10 +30,21 @@ from sparlow.own_settings import own_settings
 REVISION = 1
 
 
+FACTORS = ("auto", "model", "int8")  # types of U and V
+
+
 @exact_products()
 @torch.no_grad()
 def solve(
-    algorithm: Algorithm, W: Tensor, gram: Gram, pattern: Pattern, rank: int, options: Mapping[str, Any]
+    algorithm: Algorithm,
+    W: Tensor,
+    gram: Gram,
+    pattern: Pattern,
+    rank: int,
+    options: Mapping[str, Any],
+    *,
+    grid: Grid | None = None,
+    int8_factors: bool = False,
 ) -> Decomposition:
     """Run one algorithm on one weight.
 
@@ -39,10 +55,13 @@ def solve(
         pattern: Which entries of S may survive.
         rank: Rank of the low-rank part, 0 to min(out, in).
         options: The algorithm's own, parsed.
+        grid: Which the values of S are put on; None for values of W's type.
+        int8_factors: Whether U and V are rounded to int8.
 
     Returns:
         S, U, V in W's type and device, and ``stats``, whose ``relative_error`` is that of exactly these S, U, V;
-        ``relative_error_per_token`` is there where the Gram has a sample of tokens.
+        ``relative_error_per_token`` is there where the Gram has a sample of tokens. With a grid, S is what ``values``
+        decodes to, in W's type; with factors in int8, U and V are what ``factors`` says of them, in W's type.
 
     Raises:
         InputError: W and the rest do not fit together, or W is not finite.
@@ -52,28 +71,26 @@ def solve(
     start = time.perf_counter()
     size = unit(_wide(W))  # a power of two: no bit is lost, and no factor of W can lead out of the range of float32
     weight = (_wide(W) / size).float().contiguous() * ~gram.dead  # an input that is always zero needs no weight
-    given = weight, gram.H
-    versions = [tensor._version for tensor in given]  # noqa: SLF001 - how torch counts changes in place
-    try:
-        if algorithm.kind == "pruner":
-            pruned = Pruned.of(algorithm.function(weight, gram, pattern, **options))
-            U, V = weight.new_zeros(W.shape[0], 0), weight.new_zeros(0, W.shape[1])
-            found = Decomposition(pruned.S, U, V, pruned.stats)
-        else:
-            found = algorithm.function(weight, gram, pattern, rank, **options)
-    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # it is there, and documented
-        raise RunError(f"{algorithm.name} failed in a factorisation ({error}). Raise --damping.") from error
-    if [tensor._version for tensor in given] != versions:  # noqa: SLF001 - the same
-        raise RunError(f"{algorithm.name} changed W or H in place. Let the algorithm work on a copy.")
+    storage = Storage(W.dtype, size)
+    target = GridTarget(grid, pattern.density < 1, storage, int8_factors) if grid else None
+    found = _run(algorithm, weight, gram, pattern, rank, options, target)
     check_form(algorithm, found, W, rank)
-    S, U, V = _scaled_back(found, W, size)
+    if target is not None:
+        found = on_grid(weight, gram, found, target)
+    elif int8_factors:
+        parts = stored_factors(weight - found.S, metric(gram), found.U, found.V, storage, int8=True)
+        found = replace(found, U=parts[0], V=parts[1], factors=parts[2])
+    stored = as_stored(found, W.dtype, storage)
+    S, U, V = stored.S, stored.U, stored.V
     residual = weight - (_wide(S) / size).float() - _wide(U).float() @ (_wide(V) / size).float()
+    if target is not None:
+        residual *= ~gram.dead  # a grid may have no zero
     relative_error = gram.relative_error(weight, residual)
     if not all(all_finite(part) for part in (S, U, V)) or not math.isfinite(relative_error):
         raise RunError(f"{algorithm.name} ended in values that are not finite. Raise --damping.")
-    broken = pattern.violation("S", S)
+    broken = pattern.violation("S", S) or off_grid(stored)
     if broken:
-        raise RunError(f"{algorithm.name} broke the pattern: {broken}. {_FAULT}")
+        raise RunError(f"{algorithm.name} did not keep to what was asked for: {broken} {_FAULT}")
     stats = replace(
         found.stats,
         relative_error=relative_error,
@@ -82,7 +99,7 @@ def solve(
         damping=gram.extra_damping,
         dead_columns=int(gram.dead.sum()),
     )
-    return Decomposition(S, U, V, stats)
+    return replace(stored, stats=stats)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -90,13 +107,31 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _scaled_back(found: Decomposition, W: Tensor, size: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return S, U, V of W from those of W / size, in W's type; U and V are balanced."""
-    like = _wide(W).dtype
-    U, V = balanced(found.U.to(like), found.V.to(like) * size)
-    parts = (found.S.to(like) * size, U, V)
-    S, U, V = (part.to(W.dtype).contiguous() + 0.0 for part in parts)  # + 0.0: no negative zero
-    return S, U, V
+def _run(
+    algorithm: Algorithm,
+    weight: Tensor,
+    gram: Gram,
+    pattern: Pattern,
+    rank: int,
+    options: Mapping[str, Any],
+    target: GridTarget | None,
+) -> Decomposition:
+    """Return what the algorithm finds; RunError if a factorisation failed, or its inputs were changed."""
+    given = weight, gram.H
+    versions = [tensor._version for tensor in given]  # noqa: SLF001 - how torch counts changes in place
+    grid = (target,) if target is not None and algorithm.takes_grid else ()
+    try:
+        if algorithm.kind == "pruner":
+            pruned = Pruned.of(algorithm.function(weight, gram, pattern, *grid, **options))
+            U, V = weight.new_zeros(weight.shape[0], 0), weight.new_zeros(0, weight.shape[1])
+            found = Decomposition(pruned.S, U, V, pruned.stats, pruned.values)
+        else:
+            found = algorithm.function(weight, gram, pattern, rank, *grid, **options)
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # it is there, and documented
+        raise RunError(f"{algorithm.name} failed in a factorisation ({error}). Raise --damping.") from error
+    if [tensor._version for tensor in given] != versions:  # noqa: SLF001 - the same
+        raise RunError(f"{algorithm.name} changed W or H in place. Let the algorithm work on a copy.")
+    return found
 
 
 _FAULT = "Correct the algorithm, or choose another."
@@ -138,6 +173,10 @@ def decompose(
     algorithm: str = "3basil",
     damping: float = 0.005,
     relative_damping: float = 0.005,
+    values: str = "model",
+    levels: str = "auto",
+    group: int | str = GROUP,
+    factors: str = "auto",
     **options: object,
 ) -> Decomposition:
     """Split one matrix: W ≈ S + U V in the metric of its inputs.
@@ -150,6 +189,10 @@ def decompose(
         algorithm: A name printed by ``sparlow algorithms``.
         damping: Absolute damping: this × mean(diag H) is added to the diagonal of H.
         relative_damping: Relative damping: this × diag(H) is added to the diagonal of H.
+        values: Of S: ``int8``, ``int4``, ``int3``, ``int2`` for a grid of so many bits; ``model`` for W's type.
+        levels: Of a grid: ``integer``, ``half``, ``book``; ``auto`` for the best of so many bits.
+        group: Columns of a row that share a scale of a grid, or ``row``.
+        factors: The type of U and V: ``int8``, ``model`` for W's, or ``auto``: int8 if the values are on a grid.
         options: Options of the algorithm.
 
     Returns:
@@ -161,8 +204,13 @@ def decompose(
     """
     found, implied = find(algorithm)
     parsed = found.parse_options({**implied, **options})
+    grid = make_grid(values, levels, group)
+    if factors not in FACTORS:
+        raise InputError(unknown(f"There are no factors of the type {factors!r}", factors, sorted(FACTORS)))
+    int8 = factors == "int8" or (factors == "auto" and grid is not None)
     gram = Gram.damped(H.to(W.device), absolute=damping, relative=relative_damping)
-    return solve(found, W, gram, parse_pattern(pattern) if isinstance(pattern, str) else pattern, rank, parsed)
+    chosen = parse_pattern(pattern) if isinstance(pattern, str) else pattern
+    return solve(found, W, gram, chosen, rank, parsed, grid=grid, int8_factors=int8)
 
 
 def check(algorithm: Algorithm, W: Tensor, gram: Gram, pattern: Pattern, rank: int) -> None:

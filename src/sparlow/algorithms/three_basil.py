@@ -46,6 +46,9 @@ from sparlow.algorithms._results import Decomposition, SolveStats
 from sparlow.linalg.conjugate_gradient import fit_on_support
 from sparlow.linalg.coordinates import Coordinates
 from sparlow.linalg.gram import Gram
+from sparlow.linalg.grid_fit import finished, stored
+from sparlow.linalg.grid_projection import GridProjection
+from sparlow.linalg.grid_target import GridTarget
 from sparlow.linalg.lowrank import best_fit, orthonormal, random_factor, subspace_step, svd_fit
 from sparlow.linalg.patterns import Pattern, Projector
 from sparlow.linalg.tf32 import rounded_products
@@ -55,6 +58,8 @@ SETTLED = {
     "paper": 3e-4,
     "literal": 3e-4,
 }  # share of the support changing between two looks, below which a loop stops
+RHO = 0.003  # where the joint schedule begins
+ON_GRID = 0.05  # ρ from which on it projects on a grid too; before, rounding would be all that decides
 LEAST = 60  # steps of the joint schedule at effort 1, at least: where the support rests at once, each still gains
 REFITS = 5  # alternations of least squares on the support with the low-rank fit; more gain less than 0.1 %
 REFIT_STEPS, FEWEST = 6, 2  # conjugate-gradient steps in each, at effort 1 and at least
@@ -66,6 +71,7 @@ def three_basil(
     gram: Gram,
     pattern: Pattern,
     rank: int,
+    grid: GridTarget | None = None,
     *,
     effort: Positive = 0.5,
     schedule: Literal["joint", "paper", "literal"] = "joint",
@@ -81,8 +87,10 @@ def three_basil(
         max_steps: Bound on the number of iterations.
     """
     papers, literal = schedule != "joint", schedule == "literal"
+    if grid is not None and not papers:
+        return _joint_on_grid(W, gram, pattern, rank, grid, effort, max_steps)
     space = gram.coordinates(conditional=not papers, group=pattern.group)
-    loop = _Loop(space.to_scaled(W), space, pattern, rank, rho=0.1 if papers else 0.003, exact=literal)
+    loop = _Loop(space.to_scaled(W), space, pattern, rank, rho=0.1 if papers else RHO, exact=literal)
     run = _paper if papers else _joint
     steps, change = run(loop, effort, max_steps)
     own = {"rho": loop.rho, "support_change": change}
@@ -105,6 +113,12 @@ def refits(effort: float) -> tuple[int, int]:
 def level(effort: float) -> int:
     """Steps of the joint schedule at one ρ: fewer at low effort, but each rise costs an inverse."""
     return max(round(10 * math.sqrt(effort)), 5)
+
+
+def pace(effort: float) -> tuple[int, float]:
+    """Steps of the joint schedule at one ρ, and the factor by which it rises: 1.44 in ``10·effort`` steps."""
+    every = level(effort)
+    return every, 1.44 ** (every / (10 * effort))
 
 
 class _Loop:
@@ -148,6 +162,12 @@ class _Loop:
         self.project(self.X, self.D)
         self._follow()
 
+    def move_to(self, project: Projector) -> None:
+        """Project to another set from now on."""
+        self.project = project
+        project(self.X, self.D)
+        self._follow()
+
     def _follow(self) -> None:
         """Let Q follow X and D."""
         torch.add(self.T, self.X, out=self.Q).sub_(self.D, alpha=2)
@@ -176,9 +196,8 @@ def _selection(pattern: Pattern, space: Coordinates) -> Projector:
 
 
 def _joint(loop: _Loop, effort: float, max_steps: int) -> tuple[int, float]:
-    """Raise ρ by 1.44 in ``10·effort`` steps; take ``LEAST``·effort at least, so that more effort never means fewer."""
-    every = level(effort)
-    factor = 1.44 ** (every / (10 * effort))
+    """Raise ρ at its pace; take ``LEAST``·effort at least, so that more effort never means fewer."""
+    every, factor = pace(effort)
 
     def step() -> None:
         loop.fit_jointly()
@@ -186,6 +205,53 @@ def _joint(loop: _Loop, effort: float, max_steps: int) -> tuple[int, float]:
 
     least = round(LEAST * effort)
     return _run(loop, step, every, lambda _: factor, SETTLED["joint"], min_steps=least, max_steps=max_steps)
+
+
+def _joint_on_grid(
+    W: Tensor, gram: Gram, pattern: Pattern, rank: int, target: GridTarget, effort: float, max_steps: int
+) -> Decomposition:
+    """The joint schedule, its projection on pattern ∩ grid from ``ON_GRID`` on, then the finish.
+
+    Where everything is kept, nothing happens before the grid begins, so it begins at once.
+    """
+    space = gram.coordinates(conditional=True, group=pattern.group)
+    loop = _Loop(space.to_scaled(W), space, pattern, rank, rho=RHO if target.masked else ON_GRID)
+    steps = _raise_to(loop, ON_GRID, effort, max_steps)
+    points = GridProjection(loop.X, loop.project if target.masked else None, space, target)
+    loop.move_to(points)
+    every, factor = pace(effort)
+    change, before = 1.0, loop.D.clone()
+    while steps < max_steps:
+        for _ in range(every):
+            loop.fit_jointly()
+            loop.update()
+        steps += every
+        change = torch.ne(loop.D, before).float().mean().item()
+        if change < SETTLED["joint"]:
+            break
+        loop.raise_rho(factor)
+        points.follow(loop.X)
+        before = points(loop.X, before)
+    own = {"rho": loop.rho, "support_change": change}
+    stats = SolveStats(steps, converged=change < SETTLED["joint"], more=own)
+    mask = pattern.mask(space.deinterleave(loop.X).abs()) if target.masked else None
+    S, U, V = points.points(loop.X, mask), loop.U, space.from_scaled(loop.V)
+    del loop, points  # frees memory for the finish
+    fit = finished(W, gram, stored(W, gram, S, U, V, target), target)
+    return Decomposition(fit.S, fit.U, fit.V, stats, fit.values, fit.factors)
+
+
+def _raise_to(loop: _Loop, rho: float, effort: float, max_steps: int) -> int:
+    """Take the joint schedule until ρ reaches ``rho``; return the steps taken."""
+    every, factor = pace(effort)
+    steps = 0
+    while loop.rho < rho and steps < max_steps:
+        for _ in range(every):
+            loop.fit_jointly()
+            loop.update()
+        steps += every
+        loop.raise_rho(factor)
+    return steps
 
 
 def _paper(loop: _Loop, effort: float, max_steps: int) -> tuple[int, float]:
