@@ -1,8 +1,8 @@
 """One run: measure the dense model, compress it block by block, write it, measure it again, report."""
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,18 +14,17 @@ from sparlow.distributed import ALONE, Processes
 from sparlow.errors import InputError, RunError
 from sparlow.evaluation.agreement import Measured
 from sparlow.files import HIDDEN
-from sparlow.machine import peak_memory, reset_peak_memory
+from sparlow.machine import reset_peak_memory
 from sparlow.model._transformers import require_format
 from sparlow.model.artefact.checkpoint import CheckpointWriter, Written, read_block
 from sparlow.model.artefact.dtypes import StoredDtypes
 from sparlow.model.artefact.hf_quantizer import attach
-from sparlow.model.artefact.layers import compressed_layers
 from sparlow.model.artefact.schemes import FORMAT
 from sparlow.model.forward.activation_store import ActivationStore
 from sparlow.model.forward.attention import unfused_heads
 from sparlow.model.forward.block_pass import BlockPass, pass_through
 from sparlow.model.forward.capture import Recording
-from sparlow.model.forward.decoder import not_compressed, require_own_weights
+from sparlow.model.forward.decoder import require_own_weights
 from sparlow.model.loading.source import OpenedModel
 from sparlow.model.loading.weights import Weights, all_loaded, to_compute
 from sparlow.model.training.resume_state import TrainingCheckpoint
@@ -35,13 +34,13 @@ from sparlow.recipe.recipe import Recipe
 from sparlow.recipe.training_plan import last_read
 from sparlow.report.html_page import write_reports
 from sparlow.report.records import LayerRecord, Perplexity, Report, perplexities
+from sparlow.run import accounts
 from sparlow.run.journal import DISTILLED, Journal
 from sparlow.run.passes import BlockwiseRunner
 from sparlow.run.pipeline import compress_block
 from sparlow.run.recovery import Recovery
 from sparlow.run.sensitivity import DenseWalk, allocate_by_data
 from sparlow.text import fingerprint as text_fingerprint
-from sparlow.text import in_domain, in_domain_warning
 
 if TYPE_CHECKING:
     from sparlow.recipe.allocation import Budget
@@ -89,17 +88,11 @@ class Job:
         for name in (name for name, _ in self.model.named_parameters() if name in opened.damaged):
             layer, _, part = name.rpartition(".")
             raise InputError(f"{layer}: the {part} holds NaN or infinity, so the model is damaged. Fetch it anew.")
-        warnings = [*opened.warnings, *selection.warnings]
-        self.report = Report(recipe=recipe.to_dict(), model=opened.name, warnings=warnings)
-        self.report.notes = [selection.picked] if selection.picked else []
-        self.report.bytes = {"dense": self.storage.bytes_of(self.model), "linears_dense": 0, "linears_compressed": 0}
-        self.report.parameters = {
-            "model": sum(p.numel() for p in self.model.parameters()),
-            "blocks": sum(p.numel() for p in self.decoder.blocks.parameters()),
-        }
         config = self.model.config.get_text_config()
         self.recovery = Recovery(recipe, storage, self.decoder.name, windows, unfused_heads(config), processes)
-        self.report.warnings += self.recovery.warnings
+        warnings = [*opened.warnings, *selection.warnings, *self.recovery.warnings]
+        self.report = accounts.begun(recipe, opened, storage, warnings)
+        self.report.notes = [selection.picked] if selection.picked else []
         self.known_dense: dict[str, Perplexity] = {}  # by fingerprint of the windows
         self.allocated: dict[str, Budget] = {}  # those of the budgets that the data decided
         self.journal: Journal | None = None
@@ -135,7 +128,7 @@ class Job:
         reset_peak_memory()
         if self.journal:
             self.clock.add(self.journal.record.seconds)
-        self.tell_in_domain(evaluation)
+        accounts.tell_in_domain(self.report, self.recipe.calibration, evaluation)
         with self.clock("total"):
             dense = self.runner.dense(evaluation, self.known_dense, self.report.warnings, evaluation)
             self.report.dense = perplexities(dense)
@@ -146,7 +139,10 @@ class Job:
             measured = {name: self.measure_result(name, windows) for name, windows in evaluation.items()}
             self.report.compressed = perplexities({name: one.perplexity for name, one in measured.items()})
             self.report.agreement = {name: one.agreement for name, one in measured.items()}
-        self.complete_report()
+        accounts.complete(self.report, self.opened, self.recovery, self.stays_dense, self.clock, self.processes)
+        if not self.recipe.chooses:
+            outside = self.report.bytes["dense"] - self.report.bytes["linears_dense"]
+            self.report.notes += would_take(self.choosable, self.recipe, outside)
         if self.journal and self.processes.first:
             write_reports(self.report, self.journal.folder)
             found = {text_fingerprint(windows): measured[name] for name, windows in evaluation.items()}
@@ -157,7 +153,8 @@ class Job:
         """Return the report of a finished run on these texts; measure on those not on record."""
         all_loaded = Report.from_file(journal.folder / "report.json")
         self.report = replace(all_loaded)
-        self.tell_in_domain(evaluation)  # to both reports, which share their lists
+        # to both reports, which share their lists
+        accounts.tell_in_domain(self.report, self.recipe.calibration, evaluation)
         known = journal.measured
         texts = {name: text_fingerprint(windows) for name, windows in evaluation.items()}
         new = [name for name, text in texts.items() if text not in known]
@@ -181,13 +178,6 @@ class Job:
             write_reports(all_loaded, journal.folder)
             journal.finish(self.known_dense, known)
         return self.report
-
-    def tell_in_domain(self, evaluation: Iterable[str]) -> None:
-        """Note in the report which texts that perplexity is measured on come from the calibration text's source."""
-        found = in_domain(self.recipe.calibration, evaluation)
-        names = [name for name in found if name not in self.report.in_domain]
-        self.report.in_domain += names
-        self.report.warnings += in_domain_warning("calibration", names)
 
     @property
     def result(self) -> Weights:
@@ -222,7 +212,7 @@ class Job:
         last_read = self.last_read
         for i, calls in enumerate(recording.calls):
             done = self.block_is_done(i)
-            dense = {name: self.bytes_of(i, name) for name in self.decoder.weights(i)}
+            dense = accounts.dense_bytes(self.storage, self.decoder, i)
             with self.weights.block(i, load=not done or truth is not None) as block:
                 through = BlockPass(block, calls, hidden, self.decoder.label(i), i, self.processes)
                 if truth is not None:
@@ -242,7 +232,7 @@ class Job:
                 if i < last_read:
                     with self.clock("walk"):
                         hidden = pass_through(through, check=True)
-                self.add_to_report(i, layers, matching, dense)
+                accounts.add_block(self.report, self.storage, self.decoder, i, layers, matching, dense)
             self.notify(Progress("blocks", i + 1, len(self.decoder)))
         return recording, truth
 
@@ -351,25 +341,6 @@ class Job:
                 shard = self.writer.write_block(i, block)
             self.journal.note_block(shard, layers, matching, self.clock.so_far())
 
-    def bytes_of(self, i: int, name: str) -> int:
-        """Bytes of a dense layer of block i as stored."""
-        return self.storage.bytes_of_weight(self.decoder.weights(i)[name], self.decoder.layer_name(i, name))
-
-    def add_to_report(
-        self,
-        i: int,
-        layers: list[LayerRecord],
-        matching: list[dict[str, Any]],
-        dense: Mapping[str, int],
-    ) -> None:
-        """Add a finished block to the report; ``dense`` holds the bytes of its dense layers by name."""
-        sparse = compressed_layers(self.decoder.blocks[i]).items()
-        packed = (self.storage.packed_bytes(layer, self.decoder.layer_name(i, name)) for name, layer in sparse)
-        self.report.bytes["linears_compressed"] += sum(packed)
-        self.report.bytes["linears_dense"] += sum(dense[layer.name] for layer in layers)
-        self.report.layers += layers
-        self.report.matching += matching
-
     def finish_files(self) -> None:
         """Write the weights outside the blocks, and the files that make the directory a model."""
         if self.journal and self.writer:
@@ -384,21 +355,3 @@ class Job:
                 )
                 self.journal.note_rest(rest, self.recipe.to_toml())
         self.processes.barrier()  # the others read what the first has written
-
-    def complete_report(self) -> None:
-        """Fill in the totals over all layers, the seconds, and the peak memory."""
-        report = self.report
-        report.add_up()
-        if not self.recipe.chooses:
-            outside = report.bytes["dense"] - report.bytes["linears_dense"]
-            report.notes += would_take(self.choosable, self.recipe, outside)
-        report.seconds, report.peak_memory = self.clock.seconds, peak_memory()
-        if self.processes.size > 1:
-            sent = round(self.processes.sent / len(self.decoder))
-            report.processes = {"count": self.processes.size, "bytes_per_block": sent}
-        names = {layer: self.decoder.layer_name(layer.block, layer.name) for layer in report.layers}
-        report.warnings += [f"{names[layer]}: {warning}" for layer in report.layers for warning in layer.warnings]
-        report.warnings += self.recovery.undone([*report.matching, report.distillation])
-        trained_in = self.decoder if self.recovery.training else None
-        rows = not_compressed(self.model, names.values(), self.stays_dense, trained_in)
-        report.not_compressed = [asdict(row) for row in rows]

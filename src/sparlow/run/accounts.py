@@ -1,0 +1,82 @@
+"""The report of a run as it grows: before the first block, with every block, and at the end."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+from sparlow.distributed import Processes
+from sparlow.machine import peak_memory
+from sparlow.model.artefact.dtypes import StoredDtypes
+from sparlow.model.artefact.layers import compressed_layers
+from sparlow.model.forward.decoder import Decoder, not_compressed
+from sparlow.model.loading.source import OpenedModel
+from sparlow.progress import Clock
+from sparlow.recipe.recipe import Recipe
+from sparlow.report.records import LayerRecord, Report
+from sparlow.run.recovery import Recovery
+from sparlow.text import in_domain, in_domain_warning
+
+
+def begun(recipe: Recipe, opened: OpenedModel, storage: StoredDtypes, warnings: Iterable[str]) -> Report:
+    """Return the report of a run before its first block: what it starts from, and what is known to be amiss."""
+    report = Report(recipe=recipe.to_dict(), model=opened.name, warnings=[*warnings])
+    report.bytes = {"dense": storage.bytes_of(opened.model), "linears_dense": 0, "linears_compressed": 0}
+    report.parameters = {
+        "model": sum(p.numel() for p in opened.model.parameters()),
+        "blocks": sum(p.numel() for p in opened.decoder.blocks.parameters()),
+    }
+    return report
+
+
+def tell_in_domain(report: Report, calibration: str, evaluation: Iterable[str]) -> None:
+    """Note which texts that perplexity is measured on come from the calibration text's source."""
+    names = [name for name in in_domain(calibration, evaluation) if name not in report.in_domain]
+    report.in_domain += names
+    report.warnings += in_domain_warning("calibration", names)
+
+
+def dense_bytes(storage: StoredDtypes, decoder: Decoder, i: int) -> dict[str, int]:
+    """Bytes of the dense layers of block i as stored, by name."""
+    weights = decoder.weights(i)
+    return {name: storage.bytes_of_weight(weight, decoder.layer_name(i, name)) for name, weight in weights.items()}
+
+
+def add_block(
+    report: Report,
+    storage: StoredDtypes,
+    decoder: Decoder,
+    i: int,
+    layers: list[LayerRecord],
+    matching: list[dict[str, Any]],
+    dense: Mapping[str, int],
+) -> None:
+    """Add block i, which is finished; ``dense`` is what ``dense_bytes`` said before it was begun."""
+    sparse = compressed_layers(decoder.blocks[i]).items()
+    packed = (storage.packed_bytes(layer, decoder.layer_name(i, name)) for name, layer in sparse)
+    report.bytes["linears_compressed"] += sum(packed)
+    report.bytes["linears_dense"] += sum(dense[layer.name] for layer in layers)
+    report.layers += layers
+    report.matching += matching
+
+
+def complete(
+    report: Report,
+    opened: OpenedModel,
+    recovery: Recovery,
+    stays_dense: Mapping[str, str],
+    clock: Clock,
+    processes: Processes,
+) -> None:
+    """Fill in the totals over all layers, the seconds, and the peak memory."""
+    decoder = opened.decoder
+    report.add_up()
+    report.seconds, report.peak_memory = clock.seconds, peak_memory()
+    if processes.size > 1:
+        sent = round(processes.sent / len(decoder))
+        report.processes = {"count": processes.size, "bytes_per_block": sent}
+    names = {layer: decoder.layer_name(layer.block, layer.name) for layer in report.layers}
+    report.warnings += [f"{names[layer]}: {warning}" for layer in report.layers for warning in layer.warnings]
+    report.warnings += recovery.undone([*report.matching, report.distillation])
+    trained_in = decoder if recovery.training else None
+    rows = not_compressed(opened.model, names.values(), stays_dense, trained_in)
+    report.not_compressed = [asdict(row) for row in rows]
