@@ -15,6 +15,7 @@ from families import _SIZES, linears, save_tiny, tiny
 from samples import few_of
 from sparlow.algorithms import _registry, pruner
 from sparlow.errors import InputError
+from sparlow.evaluation.perplexity import require_context
 from sparlow.linalg.gram import Gram
 from sparlow.model.artefact.layers import compressed_layers
 from sparlow.model.forward.decoder import Decoder
@@ -135,6 +136,45 @@ def test_blocks_that_give_each_other_more_than_their_state_are_refused_before_we
     ):
         with pytest.raises(InputError, match="depends on what the blocks before it compute"):
             run()
+
+
+def untouched(kind, **changes):
+    """A model of a type that the families of these tests lack, as transformers initialises it."""
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **changes)).eval()
+
+
+def test_a_model_in_memory_whose_code_moves_a_table_to_the_device_of_the_tokens_keeps_it():
+    sizes = {"vocab_size": 128, "n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 8, "n_positions": 64}
+    model = untouched("gptj", **sizes)
+    tables = {name: table.clone() for name, table in model.named_buffers()}
+    assert any(name.endswith("embed_positions") for name in tables)
+    sparlow.compress(model, WANDA, calibration=WINDOWS, evaluate=(), inplace=True)
+    assert all(torch.equal(table, tables[name]) for name, table in model.named_buffers())
+
+
+def test_a_model_that_exchanges_modules_of_its_blocks_while_it_runs_is_refused(tmp_path):
+    sizes = {"is_decoder": True, "attention_type": "block_sparse", "pad_token_id": 1}
+    untouched("big_bird", **(_SIZES | sizes)).save_pretrained(tmp_path / "model")
+    with pytest.raises(InputError, match="replaces modules of its blocks"):
+        sparlow.compress(tmp_path / "model", WANDA, calibration=WINDOWS, evaluate=(), out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_whose_config_does_not_say_how_many_blocks_it_has_is_refused():
+    model = tiny("llama")
+    del model.config.num_hidden_layers
+    with pytest.raises(InputError, match="has no num_hidden_layers"):
+        sparlow.compress(model, WANDA, calibration=WINDOWS, evaluate=(), inplace=True)
+
+
+def test_a_model_that_says_minus_one_for_its_longest_text_reads_any():
+    model = tiny("llama")
+    model.config.max_position_embeddings = -1
+    require_context(model, 10**6)
+    model.config.max_position_embeddings = 16
+    with pytest.raises(InputError, match="at most 16 tokens"):
+        require_context(model, 17)
 
 
 @pytest.fixture
