@@ -1,7 +1,8 @@
 """One run: measure the dense model, compress it block by block, write it, measure it again, report."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -29,8 +30,9 @@ from sparlow.model.loading.weights import Weights, all_loaded, to_compute
 from sparlow.model.training.resume_state import TrainingCheckpoint
 from sparlow.progress import Clock, Notify, Progress, counting
 from sparlow.recipe.budgets import select, would_take
-from sparlow.recipe.recipe import Recipe
+from sparlow.recipe.recipe import KEEP_ENDS, Recipe
 from sparlow.recipe.training_plan import last_read
+from sparlow.recipe.whole_file import ends_of
 from sparlow.report.html_page import write_reports
 from sparlow.report.records import LayerRecord, Perplexity, Report, perplexities
 from sparlow.run.journal import DISTILLED, Journal
@@ -89,8 +91,10 @@ class Job:
             raise InputError(f"{layer}: the {part} holds NaN or infinity, so the model is damaged. Fetch it anew.")
         warnings = [*opened.warnings, *selection.warnings]
         self.report = Report(recipe=recipe.to_dict(), model=opened.name, warnings=warnings)
+        self.ends = selection.ends
         self.report.notes = [selection.picked] if selection.picked else []
         self.report.bytes = {"dense": self.storage.bytes_of(self.model), "linears_dense": 0, "linears_compressed": 0}
+        self.report.bytes |= {"outside_saved": self.ends.saved} if self.ends.saved else {}
         self.report.parameters = {
             "model": sum(p.numel() for p in self.model.parameters()),
             "blocks": sum(p.numel() for p in self.decoder.blocks.parameters()),
@@ -137,6 +141,7 @@ class Job:
             self.report.dense = perplexities(self.runner.dense(evaluation, self.known_dense, self.report.warnings))
             self.distill(*self.walk())
             if self.opened.changes:
+                self.round_ends()
                 attach(self.model, self.patterns)
             self.finish_files()
             measured = {name: self.perplexity_after(name, windows) for name, windows in evaluation.items()}
@@ -184,7 +189,9 @@ class Job:
     @property
     def result(self) -> Weights:
         """The compressed model: as it was written if there is a directory, else as it is in memory."""
-        return Written(self.journal.folder, self.decoder, self.weights) if self.journal else self.weights
+        if self.journal is None:
+            return self.weights
+        return Written(self.journal.folder, self.decoder, self.weights, self.model if self.ends.saved else None)
 
     def perplexity_after(self, name: str, windows: Tensor) -> Perplexity:
         """Measure the compressed model's perplexity; RunError if it is NaN."""
@@ -358,10 +365,29 @@ class Job:
         self.report.layers += layers
         self.report.matching += matching
 
+    def round_ends(self) -> None:
+        """Put the embedding and the output head of the model in memory on the grids that they are stored on."""
+        if self.ends.saved:
+            from sparlow.model.artefact.embedding import quantise
+
+            quantise(self.model, self.ends.embedding, self.ends.head, storage=self.storage)
+
+    @contextmanager
+    def rounded_ends(self) -> Iterator[None]:
+        """Within this context, the embedding and the output head are as they are stored, and all else there is."""
+        with self.weights.outside_blocks(stored=True):
+            if self.opened.changes or not self.ends.saved:
+                yield
+                return
+            from sparlow.model.artefact.embedding import quantised
+
+            with quantised(self.model, self.ends.embedding, self.ends.head, storage=self.storage):
+                yield
+
     def finish_files(self) -> None:
         """Write the weights outside the blocks, and the files that make the directory a model."""
         if self.journal and self.writer:
-            with self.clock("save"), self.weights.outside_blocks(stored=True):
+            with self.clock("save"), self.rounded_ends():
                 rest = self.writer.write_rest(self.model)
                 self.writer.finish(
                     self.model,
@@ -379,7 +405,9 @@ class Job:
         report.add_up()
         if not self.recipe.chooses:
             outside = report.bytes["dense"] - report.bytes["linears_dense"]
-            report.notes += would_take(self.choosable, self.recipe, outside)
+            report.notes += would_take(
+                self.choosable, self.recipe, outside - ends_of(self.model, Recipe(), self.storage, "int8").saved
+            )
         report.seconds, report.peak_memory = self.clock.seconds, peak_memory()
         if self.processes.size > 1:
             sent = round(self.processes.sent / len(self.decoder))
@@ -389,4 +417,10 @@ class Job:
         report.warnings += self.recovery.undone([*report.matching, report.distillation])
         trained_in = self.decoder if self.recovery.training else None
         rows = not_compressed(self.model, names.values(), self.stays_dense, trained_in)
-        report.not_compressed = [asdict(row) for row in rows]
+        report.not_compressed = [asdict(row) | self.stored_in(row.why) for row in rows]
+
+    def stored_in(self, why: str) -> dict[str, str]:
+        """How a module that is not compressed is stored, if in fewer bits, by the reason that it is not."""
+        kinds = (("embedding", self.ends.embedding), ("output head", self.ends.head))
+        found = [kind for what, kind in kinds if why.startswith(what) and kind != KEEP_ENDS]
+        return {"stored": found[0]} if found else {}
