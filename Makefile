@@ -68,4 +68,4 @@ docs-options: setup
 	$(BIN)/python -m sparlow.cli.reference > docs/options.md
 
 clean:
-	rm -rf $(VENV) $(VENV)-transformers-* dist $(DEMO)
+	rm -rf $(VENV) $(VENV)-transformers-* dist $(DEMO) $(DEMO)-4.5-bits

@@ -126,6 +126,8 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
         "seqlen": args.seqlen,
         "seed": args.seed,
         "bos": "never",  # the paper's windows hold text only
+        "embedding": "keep",  # as in the paper
+        "head": "keep",
         "damping": args.percdamp,
         "relative_damping": args.hess_percdamp if args.hess_diag else 0.0,
     }

@@ -35,7 +35,16 @@ COMMANDS = {  # as the paper's README has them, model and output directory left 
         --seqlen 2048 --nsamples 128 --percdamp 0.005 --hess_diag True --hess_percdamp 0.005 --seed 42""",
 }
 MATCHED = {"match": True, "match_preset": "paper", "match_epochs": 20, "match_lr": 2e-5, "match_batch": 8}
-COMMON = {"bos": "never", "samples": 128, "seqlen": 2048, "seed": 42, "damping": 0.005, "relative_damping": 0.005}
+KEPT = {"embedding": "keep", "head": "keep"}
+COMMON = {
+    **KEPT,
+    "bos": "never",
+    "samples": 128,
+    "seqlen": 2048,
+    "seed": 42,
+    "damping": 0.005,
+    "relative_damping": 0.005,
+}
 RECIPES = {
     "3basil 50 % + 128, matching": Recipe(pattern="0.5", rank=128, **COMMON, **MATCHED),
     "3basil 70 % + 128": Recipe(pattern="0.7", rank=128, **COMMON),
@@ -133,6 +142,7 @@ def test_the_commands_of_the_paper_word_for_word(script, name):
 )
 def test_what_an_argument_stands_for(script, words, changes):
     base = {
+        **KEPT,
         "bos": "never",
         "pattern": "0.5",
         "rank": 64,

@@ -627,15 +627,22 @@ def test_the_demo_compresses_evaluates_and_generates(place, monkeypatch, capsys,
     quick = Recipe(algorithm="magnitude", rank=0, calibration=text, samples=4, seqlen=16)
     monkeypatch.setattr(demo, "find_embedded_gguf", lambda: place / "model")
     monkeypatch.setattr(demo, "QUICK", quick)
-    monkeypatch.setattr(
-        demo, "compress", lambda *given, **options: sparlow.compress(*given, **{**options, "evaluate": (text,)})
-    )
+    monkeypatch.setattr(demo, "BITS", quick.changed(bits=6.0, rank=None))
+    monkeypatch.setattr(demo, "EVALUATION", text)
     assert run("demo", "--out", tmp_path / "demo") == 0
     shown = capsys.readouterr().out
     assert re.search(rf"^dense: +{demo.PROMPT}", shown, re.MULTILINE)
-    assert re.search(rf"^compressed: +{demo.PROMPT}", shown, re.MULTILINE)
-    assert len(describe(tmp_path / "demo")) == 12
-    assert str(tmp_path / "demo" / "report.html") in shown
+    for name in (r"16:32 \+ rank 0", "6 bits", "rounded to int4"):
+        assert re.search(rf"^{name}: +{demo.PROMPT}", shown, re.MULTILINE)
+    for folder in (tmp_path / "demo", tmp_path / f"demo{demo.SECOND}"):
+        assert len([layer for layer in describe(folder) if "layers" in layer.name]) == 12
+        assert str(folder / "report.html") in shown
+    table = {line.split("  ")[0]: line.split()[-4:] for line in shown.splitlines() if line.startswith(("perp", "bits"))}
+    assert all(float(number) > 1 for row in table.values() for number in row)
+    bits = [float(number) for number in table["bits a linear weight"]]
+    assert bits[0] == 32
+    assert bits[2] <= 6
+    assert 4 < bits[3] < bits[1]
     (full,) = [line.split(":", 1)[1] for line in shown.splitlines() if line.startswith("at default effort:")]
     # the command that is offered is one that is understood: only the windows are too long for this model
     assert "64 tokens" in run_and_fail(capsys, *shlex.split(full)[1:])

@@ -16,12 +16,14 @@ from sparlow.recipe.recipe import Recipe
 
 PUBLISHED = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
 FIELDS = [f.name for f in dataclasses.fields(Recipe)]
-RATIO = ("compression", "rank_share")  # instead of a rank
+RATIO = ("bits", "size", "compression", "rank_share")  # instead of a rank
 FULL = Recipe(
     algorithm="three-basil",
     options={"effort": 0.5, "schedule": "paper", "max_steps": 9},
     pattern="0.6",
     rank=3,
+    embedding="int8",
+    head="keep",
     values="int4",
     levels="integer",
     group="64",
@@ -51,6 +53,10 @@ WRONG = {  # field: TOML values of another type
     "options": ["'effort=1'", "1", "[1]", "true"],
     "pattern": ["0.5", "[2, 4]"],
     "rank": ["'64'", "64.0", "true"],
+    "bits": ["'4'", "true"],
+    "size": ["300", "[1]"],
+    "embedding": ["8", "true"],
+    "head": ["4", "['int8']"],
     "compression": ["'0.5'", "true"],
     "rank_share": ["'0.5'", "[0.2]"],
     "values": ["4", "true"],
@@ -107,9 +113,12 @@ def test_toml_comes_back_as_an_equal_recipe(recipe):
 
 
 def test_the_full_recipe_leaves_no_field_at_its_default():
-    by_ratio = Recipe(compression=0.5, rank_share=0.2)
+    by_ratio = [Recipe(bits=4.0), Recipe(size="35%")]
+    by_ratio += [Recipe(compression=0.5, rank_share=0.2)] * 2
     assert all(getattr(FULL, name) != getattr(Recipe(), name) for name in FIELDS if name not in RATIO)
-    assert all(getattr(by_ratio, name) != getattr(Recipe(), name) for name in RATIO)
+    for recipe, name in zip(by_ratio, RATIO, strict=True):
+        assert getattr(recipe, name) != getattr(Recipe(), name)
+        assert Recipe.from_toml(recipe.to_toml()) == recipe
     assert list(FULL.to_dict()) == [name for name in FIELDS if name not in RATIO]
 
 

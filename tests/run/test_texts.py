@@ -98,10 +98,11 @@ def test_a_text_that_is_measured_later_says_so_too(place, tmp_path, monkeypatch)
 
 
 def test_the_demo_measures_on_another_source_than_it_calibrates_on():
-    from sparlow.cli.demo import EVALUATION, QUICK
+    from sparlow.cli.demo import BITS, EVALUATION, QUICK
     from sparlow.text import same_source
 
     assert not same_source(QUICK.calibration, EVALUATION)
+    assert BITS.calibration == QUICK.calibration
 
 
 def test_comparing_on_the_source_of_the_calibration_text_says_so(place, tmp_path, capsys):

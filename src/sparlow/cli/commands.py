@@ -200,7 +200,7 @@ def demo(
     ] = Path("demo"),
     overwrite: Overwrite = False,
 ) -> None:
-    """Run the main job on a small embedded model: compress, evaluate, generate."""
+    """Run the main job on a small embedded model: compress in two ways, evaluate, generate."""
     from sparlow.cli.demo import run
 
     run(out, overwrite=overwrite)

@@ -86,7 +86,10 @@ def show_report(report: "Report") -> None:
         f"peak memory {human_bytes(report.peak_memory['rss'])}",
         highlight=False,
     )
-    still = [row["parameters"] for row in report.not_compressed if not row.get("trained")]
+    fewer = [row for row in report.not_compressed if row.get("stored")]
+    for row in fewer:
+        out.print(f"{row['parameters']:,} of the {row['why']} are stored in {row['stored']}", highlight=False)
+    still = [row["parameters"] for row in report.not_compressed if not row.get("trained") and row not in fewer]
     out.print(f"{sum(still):,} parameters in {len(still)} modules stay as they are", highlight=False)
     trained = [row["parameters"] for row in report.not_compressed if row.get("trained")]
     if trained:
@@ -98,6 +101,11 @@ def show_report(report: "Report") -> None:
         out.print(f"and {len(report.warnings) - 10} more warnings in report.json", highlight=False)
     for note in report.notes:
         out.print(escape(note), highlight=False)
+
+
+def show_columns(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A table whose first column says what the others are."""
+    out.print(_table(head, rows))
 
 
 def show_comparison(found: "Comparison") -> None:

@@ -36,6 +36,7 @@ PANELS = (  # as help shows them, after the arguments and what belongs to none
     *("What to keep", "Calibration", "Solver", "Matching", "Text", "Training"),
     *("Evaluation", "Tasks", "Machine", "Output"),
 )
+LONGEST_METAVAR = 20  # characters
 METAVARS = {int: "INTEGER", float: "NUMBER", str: "TEXT", Path: "DIRECTORY"}
 
 
@@ -158,10 +159,13 @@ def parameter(option: Option, *, negatable: bool = False) -> inspect.Parameter:
     name = f"--{option.name.replace('_', '-')}"
     kind: Any = list[str] if option.repeatable else option.kind
     doc, panel, unset = option.note(Doc), option.note(Panel), option.note(Unset)
-    metavar = "|".join(map(str, option.words)) or ("NAMES" if option.repeatable else METAVARS.get(option.kind))
+    words = "|".join(map(str, option.words))
+    fits = len(words) <= LONGEST_METAVAR  # a longer one would be broken on eighty columns
+    metavar = (words if fits else "") or ("NAMES" if option.repeatable else METAVARS.get(option.kind))
+    more = " Repeat it, or separate by commas." if option.repeatable else "" if fits else f" One of {words}."
     declaration = typer.Option(
         f"{name}/--no-{name[2:]}" if kind is bool and negatable else name,
-        help=escape(doc.text + (" Repeat it, or separate by commas." if option.repeatable else "")) if doc else None,
+        help=escape(doc.text + more) if doc else None,
         rich_help_panel=panel.title if panel else None,
         metavar=metavar,
         show_default=escape(unset.text) if option.default is None and unset else bool(option.default is not None),

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from sparlow.linalg.gram import Gram
+from sparlow.linalg.grid import Grid
 from sparlow.linalg.lowrank import random_factor, subspace_iteration
+from sparlow.linalg.nearest import nearest
 from sparlow.linalg.patterns import Pattern
 from sparlow.linalg.tf32 import unit
 
@@ -14,7 +16,7 @@ STEPS = 6  # of subspace iteration; errors are then within a few tenths of a per
 SPARE = 8  # directions followed beyond the largest rank, as randomised SVDs do
 
 
-def error_curve(W: Tensor, gram: Gram, pattern: Pattern, ranks: Sequence[int]) -> list[float]:
+def error_curve(W: Tensor, gram: Gram, pattern: Pattern, ranks: Sequence[int], grid: Grid | None = None) -> list[float]:
     """Relative errors that remain after pruning and the best low-rank part of each of the ``ranks``.
 
     The entries with the smallest |W_ij|·√H_jj are pruned, and the others are not updated. Solvers reach lower errors,
@@ -25,12 +27,14 @@ def error_curve(W: Tensor, gram: Gram, pattern: Pattern, ranks: Sequence[int]) -
         gram: Of its inputs (in, in).
         pattern: Of S.
         ranks: From 0 to min(out, in) each.
+        grid: That the entries left are rounded to; None leaves them as they are.
     """
     T, G = W / unit(W) * gram.scale, gram.correlation
     whole = ((T @ G) * T).sum()
     if not whole:
         return [0.0 for _ in ranks]
-    rest = T - T * pattern.mask(T.abs())
+    kept = T if grid is None else nearest(W / unit(W), grid) * gram.scale
+    rest = T - kept * pattern.mask(T.abs())
     followed = min(max(ranks, default=0) + SPARE, *T.shape)
     _, V = subspace_iteration(rest, random_factor(followed, T), STEPS, G)
     # with an orthonormal U, the k largest squared singular values of rest in the metric are eigenvalues of V G Vᵀ

@@ -179,7 +179,7 @@ def _error_curve_peak(W: Tensor, H: Tensor, budget: Budget) -> int:
         gram = Gram.damped(H)
         shape = (W.shape[0], W.shape[1])
         for pattern, ranks in offered(budget, shape, W.element_size(), low_rank=budget.rank > 0).items():
-            error_curve(W.float(), gram, pattern, ranks)
+            error_curve(W.float(), gram, pattern, ranks, budget.grid)
     return int(seen.peak)
 
 

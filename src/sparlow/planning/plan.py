@@ -239,6 +239,8 @@ def _skipped(model: PreTrainedModel, work: Workload) -> list[dict[str, Any]]:
 def _notes(work: Workload) -> list[str]:
     recipe = work.recipe
     notes = [*([work.picked] if work.picked else []), *work.warnings]
+    if work.ends.saved:
+        notes.append(f"Stored: {work.ends}.")
     if recipe.allocate != "uniform":
         moved = "densities" if recipe.allocate == "owl" else "ranks and densities"
         notes.append(f"--allocate {recipe.allocate} moves {moved} between layers, and the total stays about the same.")

@@ -23,6 +23,7 @@ from sparlow.recipe.budgets import select
 from sparlow.recipe.recipe import Recipe
 from sparlow.recipe.run_options import RunOptions
 from sparlow.recipe.training_plan import Training, micro_batch, training_of
+from sparlow.recipe.whole_file import AS_IT_IS, Ends
 from sparlow.text import expected_windows
 
 
@@ -162,6 +163,7 @@ class Workload:
         stays_dense: Why a layer stays dense that the recipe does not ignore, by its full name.
         warnings: What is to be said of the budgets.
         picked: What was chosen for a number of bits; empty if none was given.
+        ends: How the embedding and the output head are stored.
     """
 
     name: str
@@ -187,6 +189,7 @@ class Workload:
     stays_dense: Mapping[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     picked: str = ""
+    ends: Ends = AS_IT_IS
 
     @property
     def stored(self) -> int:
@@ -277,7 +280,9 @@ class Workload:
     @property
     def kept_bytes(self) -> int:
         """Of the whole result, without the shards' headers."""
-        return self.outside * self.stored + sum(block.kept_bytes(self.stored) for block in self.blocks)
+        return (
+            self.outside * self.stored - self.ends.saved + sum(block.kept_bytes(self.stored) for block in self.blocks)
+        )
 
 
 def workload(
@@ -341,6 +346,7 @@ def workload(
         stays_dense=selection.dense,
         warnings=selection.warnings,
         picked=selection.picked,
+        ends=selection.ends,
     )
 
 

@@ -14,8 +14,9 @@ from sparlow.model.artefact.dtypes import StoredDtypes
 from sparlow.model.forward.decoder import Decoder
 from sparlow.model.forward.roles import kept_dense
 from sparlow.recipe.allocation import Budget, Rule, Shape, matches, require_total
-from sparlow.recipe.bits import Asked, Layer, alternatives, pick
+from sparlow.recipe.bits import Asked, Choice, Layer, alternatives, pick
 from sparlow.recipe.recipe import DEFAULT_GROUPS, DEFAULT_RANK, Recipe
+from sparlow.recipe.whole_file import AS_IT_IS, Ends, bits_within, ends_for
 
 NO_PATTERN = f"linear layer of {{}} inputs, no multiple of {DEFAULT_GROUPS[-1]} as the default patterns need"
 SMALLER = (4.5, 3.5)  # bits that a run without --bits ends by naming
@@ -32,6 +33,7 @@ class Selection:
         warnings: What a user should know of it, one sentence each.
         picked: What was chosen for a number of bits, and what else would have taken as many; empty if none was given.
         layers: What is compressed, as ``bits.pick`` looks at it.
+        ends: How the embedding and the output head are stored.
     """
 
     budgets: dict[str, Budget]
@@ -39,6 +41,7 @@ class Selection:
     warnings: tuple[str, ...]
     picked: str = ""
     layers: Mapping[str, Layer] = field(default_factory=dict)
+    ends: Ends = AS_IT_IS
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,14 @@ def select(model: PreTrainedModel, decoder: Decoder, recipe: Recipe, storage: St
         if (budget := recipe.budget(name, shape)) is not None
     ]
     layers = _as_layers(known, recipe)
-    known, picked = _chosen(known, layers, recipe) if recipe.chooses else (known, "")
+    ends, picked = None, ""
+    if layers and recipe.chooses:
+        bits, ends = recipe.bits, None
+        if recipe.size is not None:
+            bits, ends = bits_within(recipe.size, layers, model, recipe, storage)
+        choice = pick(layers, recipe.asked(bits or 0.0))
+        known = [replace(layer, budget=choice.budgets.get(layer.name, layer.budget)) for layer in known]
+        picked = _said(choice, layers, recipe, ends)
     found = [replace(layer, budget=None) if layer.why else _fitted(layer, recipe) for layer in known]
     budgets = {layer.name: layer.budget for layer in found if layer.budget}
     if not budgets:
@@ -97,7 +107,8 @@ def select(model: PreTrainedModel, decoder: Decoder, recipe: Recipe, storage: St
         kept = [budgets[name].values(shape) for name, shape in free.items()]
         require_total(kept, (1 - recipe.compression) * sum(map(math.prod, free.values())), exactly=False)
     dense = {layer.name: layer.why for layer in found if not layer.budget}
-    return Selection(budgets, dense, tuple(_warnings(found, recipe)), picked, layers)
+    ends = ends or ends_for(model, recipe, storage, _bits(found))
+    return Selection(budgets, dense, tuple(_warnings(found, recipe)), picked, layers, ends)
 
 
 def _require_effect(recipe: Recipe, names: Sequence[str]) -> None:
@@ -134,15 +145,18 @@ def _overruled(rule: Rule, name: str, later: Sequence[Rule]) -> bool:
     return bool(found) and all(any(getattr(other, key) is not None for other in found) for key in given)
 
 
-def _chosen(known: Sequence[_Layer], layers: Mapping[str, Layer], recipe: Recipe) -> tuple[list[_Layer], str]:
-    """Return layers with the budgets that were chosen for the bits asked for, and what is to be said of the choice."""
-    if not layers:
-        return [*known], ""
-    asked = recipe.asked(recipe.bits or 0.0)
-    choice = pick(layers, asked)
-    others = "; ".join(map(str, alternatives(layers, asked, choice)))
-    said = f"--bits {recipe.bits:g} picked {choice}." + (f" Others would have been: {others}." if others else "")
-    return [replace(layer, budget=choice.budgets.get(layer.name, layer.budget)) for layer in known], said
+def _bits(found: Sequence[_Layer]) -> float:
+    """Bits of a compressed weight."""
+    sizes = [(math.prod(layer.shape), layer.budget.bytes(layer.shape, layer.size)) for layer in found if layer.budget]
+    return 8 * sum(size for _, size in sizes) / sum(weights for weights, _ in sizes)
+
+
+def _said(choice: Choice, layers: Mapping[str, Layer], recipe: Recipe, ends: Ends | None) -> str:
+    """Say in one line what was chosen, and what else would have taken as many bits."""
+    given = f"--bits {recipe.bits:g}" if recipe.size is None else f"--size {recipe.size}"
+    others = "; ".join(map(str, alternatives(layers, recipe.asked(choice.bits), choice)))
+    beside = f", {ends}" if ends else ""
+    return f"{given} picked {choice}{beside}." + (f" Others would have been: {others}." if others else "")
 
 
 def _as_layers(layers: Sequence[_Layer], recipe: Recipe) -> dict[str, Layer]:

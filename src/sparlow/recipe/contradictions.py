@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from sparlow.errors import InputError
+from sparlow.recipe.sizes import parse_size
 from sparlow.report.value_types import MODEL
 
 if TYPE_CHECKING:
@@ -31,14 +32,17 @@ def require_budget(recipe: "Recipe") -> None:
 
 
 def _require_choice(recipe: "Recipe") -> None:
-    """Check that a number of bits leaves something to choose, and is the only such number."""
-    for name in ("compression", "rank_share"):
+    """Check that a number of bits or bytes leaves something to choose, and is the only such number."""
+    own = "--bits" if recipe.size is None else "--size"
+    if recipe.size is not None:
+        parse_size(recipe.size, 0)
+    for name in ("bits", "compression", "rank_share") if recipe.size is not None else ("compression", "rank_share"):
         if getattr(recipe, name) is not None:
             option = f"--{name.replace('_', '-')}"
-            raise InputError(f"--bits decides how much is kept, and so does {option}. Give one of them.")
+            raise InputError(f"{own} decides how much is kept, and so does {option}. Give one of them.")
     low_rank = recipe.rank is None and recipe.found_algorithm.kind != "pruner"
     if recipe.pattern is not None and recipe.values is not None and not low_rank:
-        raise InputError("Pattern, values and rank are given, so --bits has nothing to choose. Leave one out.")
+        raise InputError(f"Pattern, values and rank are given, so {own} has nothing to choose. Leave one out.")
 
 
 def _require_allocation(recipe: "Recipe") -> None:

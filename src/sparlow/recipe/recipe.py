@@ -53,6 +53,8 @@ if TYPE_CHECKING:  # the command line reads the fields without torch, see the im
 # Columns of a group where no pattern is asked for. 16:32 costs the bytes of 2:4, and keeps better weights.
 DEFAULT_GROUPS = (32, 16, 8, 4)
 DEFAULT_RANK = 64  # of methods with a low-rank part: 2.4 % of the linear weights of an 8B Llama
+AUTO, KEEP_ENDS = "auto", "keep"
+ENDS = (AUTO, KEEP_ENDS, "int8", "int4")  # ways to store the embedding and the output head
 FACTORS = ("auto", MODEL, "int8")
 ALLOCATIONS = ("uniform", "owl", "error")
 MATCH_PRESETS = ("logits", "blocks", "paper")  # training_plan.PRESETS says what each of them is
@@ -106,6 +108,29 @@ class Recipe:
         ABOVE_0,
         KEEP,
     ] = None
+    size: Annotated[
+        str | None,
+        Doc(
+            "Bytes that the whole file may take, such as 300MB, or 35% of the dense model's. What else is stored is "
+            "subtracted, and the bits that are left are spent as by --bits."
+        ),
+        KEEP,
+    ] = None
+    embedding: Annotated[
+        str,
+        Doc(
+            "How the embedding is stored: keep (as it is), int8 or int4. auto takes int8 where the compressed weights "
+            "take below 9 bits each."
+        ),
+        Choices("way to store an embedding", ENDS),
+        KEEP,
+    ] = AUTO
+    head: Annotated[
+        str,
+        Doc("How the output head is stored, likewise; of a model that ties the two, as its embedding."),
+        Choices("way to store an output head", ENDS),
+        KEEP,
+    ] = AUTO
     compression: Annotated[
         float | None,
         Doc(
@@ -269,7 +294,7 @@ class Recipe:
     @property
     def chooses(self) -> bool:
         """Whether pattern, values and ranks are chosen for a number of bits."""
-        return self.bits is not None
+        return self.bits is not None or self.size is not None
 
     def asked(self, bits: float) -> "Asked":
         """What a choice for so many bits must keep to."""

@@ -46,7 +46,7 @@ def html(report: Report) -> str:
         "<h2>Layers</h2>",
         _table(_LAYER_HEAD, (_layer_row(layer) for layer in report.layers)),
         "<h2>Not compressed</h2>",
-        _table(("module", "parameters", "why", "trained"), map(_skipped_row, report.not_compressed)),
+        _table(("module", "parameters", "why", "stored in", "trained"), map(_skipped_row, report.not_compressed)),
         "<h2>Recipe</h2>",
         _table(("field", "value"), ((name, _text(value)) for name, value in recipe.items())),
         "<h2>Seconds</h2>",
@@ -161,7 +161,7 @@ def _layer_row(layer: LayerRecord) -> tuple[str, ...]:
 
 def _skipped_row(row: Mapping[str, Any]) -> tuple[str, ...]:
     cells = (_text(row[name]) for name in ("name", "parameters", "why"))
-    return (*cells, "yes" if row.get("trained") else "no")
+    return (*cells, str(row.get("stored", MODEL)), "yes" if row.get("trained") else "no")
 
 
 def _by_kind(layers: Sequence[LayerRecord]) -> dict[str, list[LayerRecord]]:

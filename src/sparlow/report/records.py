@@ -208,7 +208,8 @@ class Report:
             "without_data": sum(layer.tokens == 0 for layer in self.layers),
         }
         sizes = self.bytes
-        sizes["compressed"] = sizes["dense"] - sizes["linears_dense"] + sizes["linears_compressed"]
+        others = sizes["dense"] - sizes["linears_dense"] - sizes.get("outside_saved", 0)
+        sizes["compressed"] = others + sizes["linears_compressed"]
         self.values = {
             "linears_dense": sum(layer.shape[0] * layer.shape[1] for layer in self.layers),
             "linears_compressed": sum(layer.values for layer in self.layers),

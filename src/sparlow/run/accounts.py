@@ -11,7 +11,8 @@ from sparlow.model.artefact.layers import compressed_layers
 from sparlow.model.forward.decoder import Decoder, not_compressed
 from sparlow.model.loading.source import OpenedModel
 from sparlow.progress import Clock
-from sparlow.recipe.recipe import Recipe
+from sparlow.recipe.recipe import KEEP_ENDS, Recipe
+from sparlow.recipe.whole_file import Ends
 from sparlow.report.records import LayerRecord, Report
 from sparlow.run.recovery import Recovery
 from sparlow.text import in_domain, in_domain_warning
@@ -64,6 +65,7 @@ def complete(
     opened: OpenedModel,
     recovery: Recovery,
     stays_dense: Mapping[str, str],
+    ends: Ends,
     clock: Clock,
     processes: Processes,
 ) -> None:
@@ -79,4 +81,11 @@ def complete(
     report.warnings += recovery.undone([*report.matching, report.distillation])
     trained_in = decoder if recovery.training else None
     rows = not_compressed(opened.model, names.values(), stays_dense, trained_in)
-    report.not_compressed = [asdict(row) for row in rows]
+    report.not_compressed = [asdict(row) | _stored_in(row.why, ends) for row in rows]
+
+
+def _stored_in(why: str, ends: Ends) -> dict[str, str]:
+    """Return how a module that is not compressed is stored, if in fewer bits, by the reason that it is not."""
+    kinds = (("embedding", ends.embedding), ("output head", ends.head))
+    found = [kind for what, kind in kinds if why.startswith(what) and kind != KEEP_ENDS]
+    return {"stored": found[0]} if found else {}

@@ -1,7 +1,8 @@
 """One run: measure the dense model, compress it block by block, write it, measure it again, report."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -32,6 +33,7 @@ from sparlow.progress import Clock, Notify, Progress, counting
 from sparlow.recipe.budgets import select, would_take
 from sparlow.recipe.recipe import Recipe
 from sparlow.recipe.training_plan import last_read
+from sparlow.recipe.whole_file import ends_of
 from sparlow.report.html_page import write_reports
 from sparlow.report.records import LayerRecord, Perplexity, Report, perplexities
 from sparlow.run import accounts
@@ -91,7 +93,9 @@ class Job:
         config = self.model.config.get_text_config()
         self.recovery = Recovery(recipe, storage, self.decoder.name, windows, unfused_heads(config), processes)
         warnings = [*opened.warnings, *selection.warnings, *self.recovery.warnings]
+        self.ends = selection.ends
         self.report = accounts.begun(recipe, opened, storage, warnings)
+        self.report.bytes |= {"outside_saved": self.ends.saved} if self.ends.saved else {}
         self.report.notes = [selection.picked] if selection.picked else []
         self.known_dense: dict[str, Perplexity] = {}  # by fingerprint of the windows
         self.allocated: dict[str, Budget] = {}  # those of the budgets that the data decided
@@ -134,15 +138,19 @@ class Job:
             self.report.dense = perplexities(dense)
             self.distill(*self.walk())
             if self.opened.changes:
+                self.round_ends()
                 attach(self.model, self.patterns)
             self.finish_files()
             measured = {name: self.measure_result(name, windows) for name, windows in evaluation.items()}
             self.report.compressed = perplexities({name: one.perplexity for name, one in measured.items()})
             self.report.agreement = {name: one.agreement for name, one in measured.items()}
-        accounts.complete(self.report, self.opened, self.recovery, self.stays_dense, self.clock, self.processes)
+        accounts.complete(
+            self.report, self.opened, self.recovery, self.stays_dense, self.ends, self.clock, self.processes
+        )
         if not self.recipe.chooses:
             outside = self.report.bytes["dense"] - self.report.bytes["linears_dense"]
-            self.report.notes += would_take(self.choosable, self.recipe, outside)
+            saved = ends_of(self.model, Recipe(), self.storage, "int8").saved
+            self.report.notes += would_take(self.choosable, self.recipe, outside - saved)
         if self.journal and self.processes.first:
             write_reports(self.report, self.journal.folder)
             found = {text_fingerprint(windows): measured[name] for name, windows in evaluation.items()}
@@ -182,7 +190,9 @@ class Job:
     @property
     def result(self) -> Weights:
         """The compressed model: as it was written if there is a directory, else as it is in memory."""
-        return Written(self.journal.folder, self.decoder, self.weights) if self.journal else self.weights
+        if self.journal is None:
+            return self.weights
+        return Written(self.journal.folder, self.decoder, self.weights, self.model if self.ends.saved else None)
 
     def measure_result(self, name: str, windows: Tensor) -> Measured:
         """Measure the compressed model beside the dense one; RunError if its perplexity is NaN."""
@@ -341,10 +351,29 @@ class Job:
                 shard = self.writer.write_block(i, block)
             self.journal.note_block(shard, layers, matching, self.clock.so_far())
 
+    def round_ends(self) -> None:
+        """Put the embedding and the output head of the model in memory on the grids that they are stored on."""
+        if self.ends.saved:
+            from sparlow.model.artefact.embedding import quantise
+
+            quantise(self.model, self.ends.embedding, self.ends.head, storage=self.storage)
+
+    @contextmanager
+    def rounded_ends(self) -> Iterator[None]:
+        """Within this context, the embedding and the output head are as they are stored, and all else there is."""
+        with self.weights.outside_blocks(stored=True):
+            if self.opened.changes or not self.ends.saved:
+                yield
+                return
+            from sparlow.model.artefact.embedding import quantised
+
+            with quantised(self.model, self.ends.embedding, self.ends.head, storage=self.storage):
+                yield
+
     def finish_files(self) -> None:
         """Write the weights outside the blocks, and the files that make the directory a model."""
         if self.journal and self.writer:
-            with self.clock("save"), self.weights.outside_blocks(stored=True):
+            with self.clock("save"), self.rounded_ends():
                 rest = self.writer.write_rest(self.model)
                 self.writer.finish(
                     self.model,

@@ -12,6 +12,7 @@ from sparlow.errors import RunError
 from sparlow.linalg.gram import Gram, GramAccumulator, SquareAccumulator
 from sparlow.model.artefact.dtypes import StoredDtypes
 from sparlow.model.artefact.layers import SparseLowRankLinear
+from sparlow.model.artefact.stored_form import StoredForm
 from sparlow.model.forward.activation_store import ActivationStore
 from sparlow.model.forward.block_pass import BlockPass
 from sparlow.model.forward.call_order import observe_dependences
@@ -97,7 +98,10 @@ def compress_block(
                 raise RunError(f"{full}: {error}") from error
             found[name] = _record(through.number, weight, budget, answer, tokens)
             S, U, V = (part.to(weight.dtype) for part in (answer.S, answer.U, answer.V))
-            weight.put(SparseLowRankLinear(S, U, V, weight.bias))
+            layer = SparseLowRankLinear(S, U, V, weight.bias)
+            if answer.values or answer.factors:
+                layer.stored = StoredForm(answer.values, answer.factors, stored)
+            weight.put(layer)
             del answer, S, U, V, gram  # what comes next needs the memory
         on_layer(found[name])
     return _with_reason([found[name] for name in weights], why)

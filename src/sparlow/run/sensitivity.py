@@ -115,7 +115,10 @@ def _error_driven(
         asked = {n: offered(budgets[names[n]], weight.shape, sizes[n], low_rank=low_rank) for n, weight in free.items()}
         who = walk.processes.assign({n: float(math.prod(weight.shape)) for n, weight in free.items()})
         errors = {
-            n: [error_curve(free[n].read().float(), gram, pattern, ranks) for pattern, ranks in asked[n].items()]
+            n: [
+                error_curve(free[n].read().float(), gram, pattern, ranks, budgets[names[n]].grid)
+                for pattern, ranks in asked[n].items()
+            ]
             for n, gram, _ in with_grams(through, seen, recipe, who)
         }
         errors = {n: curves for own in walk.processes.all_gather(errors) for n, curves in own.items()}
