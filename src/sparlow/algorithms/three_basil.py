@@ -60,6 +60,7 @@ SETTLED = {
 }  # share of the support changing between two looks, below which a loop stops
 RHO = 0.003  # where the joint schedule begins
 ON_GRID = 0.05  # ρ from which on it projects on a grid too; before, rounding would be all that decides
+FEW_BITS = 4  # of a grid that changes what is found; a finer one is fitted to the result as well
 LEAST = 60  # steps of the joint schedule at effort 1, at least: where the support rests at once, each still gains
 REFITS = 5  # alternations of least squares on the support with the low-rank fit; more gain less than 0.1 %
 REFIT_STEPS, FEWEST = 6, 2  # conjugate-gradient steps in each, at effort 1 and at least
@@ -87,7 +88,7 @@ def three_basil(
         max_steps: Bound on the number of iterations.
     """
     papers, literal = schedule != "joint", schedule == "literal"
-    if grid is not None and not papers:
+    if grid is not None and not papers and grid.grid.bits <= FEW_BITS:
         return _joint_on_grid(W, gram, pattern, rank, grid, effort, max_steps)
     space = gram.coordinates(conditional=not papers, group=pattern.group)
     loop = _Loop(space.to_scaled(W), space, pattern, rank, rho=0.1 if papers else RHO, exact=literal)
