@@ -38,7 +38,7 @@ def sparsegpt(W: Tensor, H: Tensor, choose: Callable[[Tensor, int], Tensor], gro
 
 
 def gptq(W: Tensor, H: Tensor, scale: Tensor, group: int) -> Tensor:
-    """Round column after column to integers from −7 to 7 times a given scale (out, groups), the rest making up for it."""
+    """Round column after column to −7 … 7 times a given scale (out, groups), and let the rest make up for it."""
     W, H = W.double().clone(), H.double()
     for j in range(len(H)):
         inverse = torch.linalg.inv(H[j:, j:])

@@ -283,5 +283,5 @@ def test_decompose_takes_the_words_of_the_command_line():
 @pytest.mark.parametrize("wrong", [{"values": "int5"}, {"values": "int4", "levels": "odd"}, {"factors": "int4"}])
 def test_decompose_refuses_what_there_is_not(wrong):
     W, H = oracles.problem(OUT, IN, 0)
-    with pytest.raises(InputError, match="There (is|are) no"):
+    with pytest.raises(InputError, match=r"There (is|are) no"):
         decompose(W, H, pattern="2:4", rank=0, **wrong)

@@ -22,6 +22,12 @@ Deviations from the paper, all of them measured (docs/performance.md):
   refitted: a step of the loop, which may still move the support, then gains more than one of the refit. What is
   returned is always the best L for the S that is returned.
 
+With a grid of few bits, D is what the pattern keeps of X *rounded to the grid* from a ρ on, so that U V and the other
+values make up for rounding as they do for pruning. Scales are chosen among some near the last ones whenever ρ rises; a
+book is learned once, when the grid begins. Then factors, scales and values are fitted in turns, ``linalg/grid_fit.py``.
+Without a low-rank part a sweep over the columns, as in GPTQ, is tried as well, and the better of the two is finished;
+that costs one sweep. A finer grid, and one with the other schedules, is fitted to the result.
+
 ``schedule="paper"`` keeps the paper's coordinates, its order of the three blocks and its rule for ρ (its section 3).
 ``schedule="literal"`` is the paper's algorithm without any of these deviations, at effort 0.5, its pace: L from an SVD
 in every step, an exact selection in the place of a sampled threshold, no rounding to TF32, and no refit, so that S and
@@ -46,7 +52,7 @@ from sparlow.algorithms._results import Decomposition, SolveStats
 from sparlow.linalg.conjugate_gradient import fit_on_support
 from sparlow.linalg.coordinates import Coordinates
 from sparlow.linalg.gram import Gram
-from sparlow.linalg.grid_fit import finished, stored
+from sparlow.linalg.grid_fit import finished, stored, swept_fit
 from sparlow.linalg.grid_projection import GridProjection
 from sparlow.linalg.grid_target import GridTarget
 from sparlow.linalg.lowrank import best_fit, orthonormal, random_factor, subspace_step, svd_fit
@@ -238,7 +244,10 @@ def _joint_on_grid(
     mask = pattern.mask(space.deinterleave(loop.X).abs()) if target.masked else None
     S, U, V = points.points(loop.X, mask), loop.U, space.from_scaled(loop.V)
     del loop, points  # frees memory for the finish
-    fit = finished(W, gram, stored(W, gram, S, U, V, target), target)
+    fit = stored(W, gram, S, U, V, target)
+    if not rank:  # without a low-rank part a layer of outliers may end higher than a sweep over it
+        fit = min(fit, swept_fit(W, gram, mask, fit, target), key=lambda fit: fit.error)
+    fit = finished(W, gram, fit, target)
     return Decomposition(fit.S, fit.U, fit.V, stats, fit.values, fit.factors)
 
 
