@@ -37,6 +37,18 @@ def sparsegpt(W: Tensor, H: Tensor, choose: Callable[[Tensor, int], Tensor], gro
     return W
 
 
+def gptq(W: Tensor, H: Tensor, scale: Tensor, group: int) -> Tensor:
+    """Round column after column to −7 … 7 times a given scale (out, groups), and let the rest make up for it."""
+    W, H = W.double().clone(), H.double()
+    for j in range(len(H)):
+        inverse = torch.linalg.inv(H[j:, j:])
+        step = scale[:, j // group]
+        rounded = (W[:, j] / step).round().clamp(-7, 7) * step
+        W[:, j:] -= ((W[:, j] - rounded) / inverse[0, 0])[:, None] * inverse[0]
+        W[:, j] = rounded  # as it is, but for rounding of another kind
+    return W
+
+
 def alps_admm(W: Tensor, H: Tensor, choose: Choose, *, max_steps: int = 300) -> tuple[Tensor, Tensor, float]:
     """ADMM of ALPS by the letter; return the last B + V/ρ (out, in) in unit-diagonal coordinates, its mask, and ρ."""
     W, H = W.double(), H.double()

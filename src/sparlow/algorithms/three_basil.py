@@ -22,6 +22,12 @@ Deviations from the paper, all of them measured (docs/performance.md):
   refitted: a step of the loop, which may still move the support, then gains more than one of the refit. What is
   returned is always the best L for the S that is returned.
 
+With a grid of few bits, D is what the pattern keeps of X *rounded to the grid* from a ρ on, so that U V and the other
+values make up for rounding as they do for pruning. Scales are chosen among some near the last ones whenever ρ rises; a
+book is learned once, when the grid begins. Then factors, scales and values are fitted in turns, ``linalg/grid_fit.py``.
+Without a low-rank part a sweep over the columns, as in GPTQ, is tried as well, and the better of the two is finished;
+that costs one sweep. A finer grid, and one with the other schedules, is fitted to the result.
+
 ``schedule="paper"`` keeps the paper's coordinates, its order of the three blocks and its rule for ρ (its section 3).
 ``schedule="literal"`` is the paper's algorithm without any of these deviations, at effort 0.5, its pace: L from an SVD
 in every step, an exact selection in the place of a sampled threshold, no rounding to TF32, and no refit, so that S and
@@ -46,7 +52,7 @@ from sparlow.algorithms._results import Decomposition, SolveStats
 from sparlow.linalg.conjugate_gradient import fit_on_support
 from sparlow.linalg.coordinates import Coordinates
 from sparlow.linalg.gram import Gram
-from sparlow.linalg.grid_fit import finished, stored
+from sparlow.linalg.grid_fit import finished, stored, swept_fit
 from sparlow.linalg.grid_projection import GridProjection
 from sparlow.linalg.grid_target import GridTarget
 from sparlow.linalg.lowrank import best_fit, orthonormal, random_factor, subspace_step, svd_fit
@@ -60,6 +66,7 @@ SETTLED = {
 }  # share of the support changing between two looks, below which a loop stops
 RHO = 0.003  # where the joint schedule begins
 ON_GRID = 0.05  # ρ from which on it projects on a grid too; before, rounding would be all that decides
+FEW_BITS = 4  # of a grid that changes what is found; a finer one is fitted to the result as well
 LEAST = 60  # steps of the joint schedule at effort 1, at least: where the support rests at once, each still gains
 REFITS = 5  # alternations of least squares on the support with the low-rank fit; more gain less than 0.1 %
 REFIT_STEPS, FEWEST = 6, 2  # conjugate-gradient steps in each, at effort 1 and at least
@@ -87,7 +94,7 @@ def three_basil(
         max_steps: Bound on the number of iterations.
     """
     papers, literal = schedule != "joint", schedule == "literal"
-    if grid is not None and not papers:
+    if grid is not None and not papers and grid.grid.bits <= FEW_BITS:
         return _joint_on_grid(W, gram, pattern, rank, grid, effort, max_steps)
     space = gram.coordinates(conditional=not papers, group=pattern.group)
     loop = _Loop(space.to_scaled(W), space, pattern, rank, rho=0.1 if papers else RHO, exact=literal)
@@ -237,7 +244,10 @@ def _joint_on_grid(
     mask = pattern.mask(space.deinterleave(loop.X).abs()) if target.masked else None
     S, U, V = points.points(loop.X, mask), loop.U, space.from_scaled(loop.V)
     del loop, points  # frees memory for the finish
-    fit = finished(W, gram, stored(W, gram, S, U, V, target), target)
+    fit = stored(W, gram, S, U, V, target)
+    if not rank:  # without a low-rank part a layer of outliers may end higher than a sweep over it
+        fit = min(fit, swept_fit(W, gram, mask, fit, target), key=lambda fit: fit.error)
+    fit = finished(W, gram, fit, target)
     return Decomposition(fit.S, fit.U, fit.V, stats, fit.values, fit.factors)
 
 

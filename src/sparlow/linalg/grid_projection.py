@@ -41,7 +41,7 @@ class GridProjection:
         return self.rounding.to_grid(kept, self._step, out)
 
     def points(self, X: Tensor, mask: Tensor | None) -> tuple[Tensor, GridValues]:
-        """Return what ``mask`` keeps of X, rounded, both (out, in) in the order and units of the weight; and the grid."""
+        """Return what ``mask`` keeps of X, rounded, both (out, in) and in the order of the weight; and the grid."""
         Z = self.space.from_scaled(X)
         Z = Z if mask is None else Z * mask
         step = self.target.steps(self.scale, Z.shape[1])
