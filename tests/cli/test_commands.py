@@ -427,8 +427,8 @@ def test_algorithms_lists_everything_registered(capsys):
 
 
 def rows_of(shown):
-    """The rows of the table: name, out, in, pattern, density, rank, bytes."""
-    pattern = re.compile(r"(\S+) +(\d+) × (\d+) +(\S+) +([\d.]+) +(\d+) +([\d,]+)")
+    """The rows of the table: name, out, in, pattern, values, density, rank, bytes."""
+    pattern = re.compile(r"(\S+) +(\d+) × (\d+) +(\S+) +(\S+) +([\d.]+) +(\d+) +([\d,]+)")
     return [match.groups() for match in map(pattern.fullmatch, shown.splitlines()) if match]
 
 
@@ -441,7 +441,7 @@ def test_inspect_shows_what_describe_finds(finished, capsys):
     assert run("inspect", out) == 0
     shown = capsys.readouterr().out
     expected = [
-        (row.name, *map(str, row.shape), default(row), f"{row.density:.4f}", str(row.rank), f"{row.bytes:,}")
+        (row.name, *map(str, row.shape), default(row), row.dtype, f"{row.density:.4f}", str(row.rank), f"{row.bytes:,}")
         for row in describe(out)
     ]
     assert rows_of(shown) == expected

@@ -190,9 +190,7 @@ class Job:
     @property
     def result(self) -> Weights:
         """The compressed model: as it was written if there is a directory, else as it is in memory."""
-        if self.journal is None:
-            return self.weights
-        return Written(self.journal.folder, self.decoder, self.weights, self.model if self.ends.saved else None)
+        return Written(self.journal.folder, self.decoder, self.weights, self.model) if self.journal else self.weights
 
     def measure_result(self, name: str, windows: Tensor) -> Measured:
         """Measure the compressed model beside the dense one; RunError if its perplexity is NaN."""
