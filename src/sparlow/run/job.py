@@ -183,7 +183,7 @@ class Job:
     @property
     def result(self) -> Weights:
         """The compressed model: as it was written if there is a directory, else as it is in memory."""
-        return Written(self.journal.folder, self.decoder, self.weights) if self.journal else self.weights
+        return Written(self.journal.folder, self.decoder, self.weights, self.model) if self.journal else self.weights
 
     def perplexity_after(self, name: str, windows: Tensor) -> Perplexity:
         """Measure the compressed model's perplexity; RunError if it is NaN."""
