@@ -40,9 +40,10 @@ def show(directory: Path, *, verify: bool, json: bool) -> list[str]:
 
 
 def _totals(layers: Sequence[LayerInfo], directory: Path, shards: int) -> dict[str, float]:
-    linear = sum(layer.bytes for layer in layers)
-    weights = sum(layer.shape[0] * layer.shape[1] for layer in layers)
-    values = sum(layer.kept + layer.rank * sum(layer.shape) for layer in layers)
+    inside = [layer for layer in layers if not layer.outside]
+    linear = sum(layer.bytes for layer in inside)
+    weights = sum(layer.shape[0] * layer.shape[1] for layer in inside)
+    values = sum(layer.kept + layer.rank * sum(layer.shape) for layer in inside)
     bits = 8 * linear / max(weights, 1)
     counted = count_parameters(directory)
     return {

@@ -205,7 +205,7 @@ class FineTuning:
         to_own_form(self.model, take_apart(self.model))
         writer = self.writer(peft / "base", self.model)
         shards: list[ShardRecord] = [writer.write_block(i, block) for i, block in enumerate(self.decoder.blocks)]
-        shards.append(writer.write_rest(self.model))
+        shards.append(writer.write_rest(self.model, plain=True))
         writer.finish(self.model, self.opened.tokenizer, plain=True, companions=self.opened.companions)
         self.sign(peft, shards)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from sparlow.errors import InputError
 from sparlow.model.artefact.checkpoint import read_layers
+from sparlow.model.artefact.describe import in_blocks
 from sparlow.report.records import Report
 from sparlow.run.record import RunRecord, read_record
 
@@ -41,7 +42,7 @@ class Parent:
         state = read_record(folder)
         if not state.finished:
             raise InputError(f"{folder} holds an unfinished run. Repeat its command first.")
-        ranks = {name: record.scheme.rank for name, record in read_layers(folder).items()}
+        ranks = {name: record.scheme.rank for name, record in in_blocks(read_layers(folder)).items()}
         report = Report.from_file(folder / "report.json")
         shapes = {f"{state.blocks_name}.{row.block}.{row.name}": row.shape for row in report.layers}
         if not ranks or ranks.keys() != shapes.keys():

@@ -82,7 +82,7 @@ class GridValues:
 
     def steps(self, columns: int) -> Tensor:
         """Return the scale of each entry (out, columns), in float32."""
-        return self.scale.float().repeat_interleave(self.grid.group or columns, 1)[:, :columns]
+        return self.scale.float().repeat_interleave(min(self.grid.group or columns, columns), 1)[:, :columns]
 
     def usable(self) -> Tensor:
         """Return the numbers (n,) int64 of the levels that a value may have."""

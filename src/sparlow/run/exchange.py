@@ -1,19 +1,18 @@
 """Exchange compressed layers between the processes of a run, as they will be stored."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, astuple, replace
 
 import torch
 from torch import Tensor
 
-from sparlow.model.artefact.bitmask import pack, unpack
+from sparlow.linalg.grid import Grid
 from sparlow.model.artefact.dtypes import StoredDtypes
 from sparlow.model.artefact.layers import SparseLowRankLinear, compressed_layers
+from sparlow.model.artefact.stored_form import PackedWeight, Weight, pack_weight, unpack_weight
 from sparlow.model.forward.block_pass import BlockPass
 from sparlow.model.forward.compressible import CompressibleWeight
 from sparlow.report.records import LayerRecord
-
-StoredTensors = tuple[Tensor, Tensor, Tensor, Tensor]  # values, mask, U and V, see ``bitmask``
 
 
 def exchange_layers(
@@ -34,33 +33,43 @@ def exchange_layers(
     """
     processes, layers = through.processes, compressed_layers(through.block)
     own = {name: _as_stored(layers[name], storage.of_layer(through.layer_name(name))) for name in found}
-    told = processes.all_gather({name: [asdict(found[name]), len(parts[0])] for name, parts in own.items()})
+    told = processes.all_gather({name: [asdict(found[name]), *_told(packed)] for name, packed in own.items()})
     records = {}
     for name, weight in weights.items():
-        data, kept = told[who[name]][name]
+        data, shapes, grid, dtype = told[who[name]][name]
         record = records[name] = LayerRecord.from_dict(data)
-        stored = storage.of_layer(through.layer_name(name))
-        parts = own.get(name) or _empty(weight, kept, record.rank, stored)
-        for part in parts:
-            if part.numel():
-                processes.broadcast(part.view(torch.uint8), who[name])
+        tensors = own[name].tensors if name in own else _empty(shapes, weight.device)
+        for part in shapes:
+            if tensors[part].numel():
+                processes.broadcast(tensors[part].view(torch.uint8), who[name])
         if name not in own:
-            values, mask, U, V = parts
-            S = unpack(values, mask, record.shape)
-            weight.put(SparseLowRankLinear(S.to(weight.dtype), U.to(weight.dtype), V.to(weight.dtype), weight.bias))
+            parts, form = unpack_weight(tensors, record.shape, grid and Grid(*grid), _type(dtype))
+            layer = SparseLowRankLinear(*(part.to(weight.dtype) for part in parts), weight.bias)
+            layer.stored = form
+            weight.put(layer)
     return records
 
 
-def _as_stored(layer: SparseLowRankLinear, stored: torch.dtype) -> StoredTensors:
-    """Return the parts of a compressed layer, as its shard will hold them."""
-    values, mask = pack(layer.S.detach().to(stored))
-    return values, mask, layer.U.detach().to(stored).contiguous(), layer.V.detach().to(stored).contiguous()
+def _as_stored(layer: SparseLowRankLinear, stored: torch.dtype) -> PackedWeight:
+    """Return a compressed layer as its shard will hold it, on the device of the layer."""
+    packed = pack_weight(Weight(layer.S, layer.U, layer.V), layer.stored, stored)
+    floats = [] if packed.grid else ["weight"]
+    floats += [] if packed.int8_factors else ["U", "V"]
+    tensors = {part: t.to(layer.S.device, stored if part in floats else None) for part, t in packed.tensors.items()}
+    return replace(packed, tensors={part: t.contiguous() for part, t in tensors.items()})
 
 
-def _empty(weight: CompressibleWeight, kept: int, rank: int, stored: torch.dtype) -> StoredTensors:
-    """Return uninitialised tensors of the shapes that ``_as_stored`` gives for the layer of ``weight``."""
-    rows, columns = weight.shape
-    mask = torch.empty(rows, -(-columns // 8), dtype=torch.uint8, device=weight.device)
-    shapes = ((kept,), (rows, rank), (rank, columns))
-    values, U, V = (torch.empty(shape, dtype=stored, device=weight.device) for shape in shapes)
-    return values, mask, U, V
+def _told(packed: PackedWeight) -> list[object]:
+    """Return what another process must know of a packed weight before its tensors come, as JSON can say it."""
+    shapes = {part: [str(t.dtype), list(t.shape)] for part, t in packed.tensors.items()}
+    return [shapes, packed.grid and astuple(packed.grid), str(packed.dtype)]
+
+
+def _empty(shapes: Mapping[str, tuple[str, list[int]]], device: torch.device) -> dict[str, Tensor]:
+    """Return uninitialised tensors for what another process will send."""
+    return {part: torch.empty(size, dtype=_type(dtype), device=device) for part, (dtype, size) in shapes.items()}
+
+
+def _type(name: str) -> torch.dtype:
+    found: torch.dtype = getattr(torch, name.removeprefix("torch."))
+    return found

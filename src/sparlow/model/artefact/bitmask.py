@@ -31,10 +31,10 @@ def pack(S: Tensor) -> tuple[Tensor, Tensor]:
     if S.ndim != 2:  # noqa: PLR2004 - a matrix
         raise InputError(f"Only a matrix can be packed, not a tensor of shape {tuple(S.shape)}.")
     values, masks = [], []
-    for rows in torch.split(S.detach(), _rows_at_a_time(S.shape[1])):
+    for rows in torch.split(S.detach(), rows_at_a_time(S.shape[1])):
         keep = rows != 0
-        values.append(rows.flatten().index_select(0, _positions(keep)))
-        masks.append(_bytes_of_bits(keep))
+        values.append(rows.flatten().index_select(0, positions_of(keep)))
+        masks.append(bytes_of_bits(keep))
     return torch.cat(values), torch.cat(masks)
 
 
@@ -56,7 +56,9 @@ def unpack(values: Tensor, mask: Tensor | None, shape: Sequence[int]) -> Tensor:
                 f"All entries of a ({out}, {features}) matrix are kept, but there are {values.numel()} values."
             )
         return values.reshape(out, features) + 0.0
-    _check(values, mask, out, features)
+    if values.ndim != 1:
+        raise InputError(f"Packed values must be a vector, not of shape {tuple(values.shape)}.")
+    check_mask(mask, out, features)
     S = torch.zeros(out, features, dtype=values.dtype, device=values.device)
     start = 0
     for entries, positions in _positions_by_rows(S, mask):
@@ -74,10 +76,13 @@ def mask_bytes(features: int) -> int:
     return -(-features // 8)
 
 
-def _check(values: Tensor, mask: Tensor, out: int, features: int) -> None:
+def check_mask(mask: Tensor, out: int, features: int) -> None:
+    """See that a mask is one of a matrix (out, features).
+
+    Raises:
+        InputError: It is not.
+    """
     size = mask_bytes(features)
-    if values.ndim != 1:
-        raise InputError(f"Packed values must be a vector, not of shape {tuple(values.shape)}.")
     if mask.dtype != torch.uint8 or mask.shape != (out, size):
         found = f"{tuple(mask.shape)} {mask.dtype}"
         raise InputError(f"The mask of a ({out}, {features}) matrix must be ({out}, {size}) uint8, not {found}.")
@@ -87,29 +92,30 @@ def _check(values: Tensor, mask: Tensor, out: int, features: int) -> None:
 
 def _positions_by_rows(S: Tensor, mask: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield flat views of some rows of S and the positions in them that the mask keeps."""
-    size = _rows_at_a_time(S.shape[1])
+    size = rows_at_a_time(S.shape[1])
     for rows, packed in zip(torch.split(S, size), torch.split(mask, size), strict=True):
-        yield rows.view(-1), _positions(_bits_of_bytes(packed, S.shape[1]))
+        yield rows.view(-1), positions_of(bits_of_bytes(packed, S.shape[1]))
 
 
-def _rows_at_a_time(features: int) -> int:
+def rows_at_a_time(features: int) -> int:
+    """Return how many rows of so many columns are worked on at once."""
     return max(1, _ENTRIES_AT_A_TIME // max(1, features))
 
 
-def _positions(keep: Tensor) -> Tensor:
+def positions_of(keep: Tensor) -> Tensor:
     """Return where the flattened mask is true, int64; on the CPU numpy is ten times faster than torch at this."""
     flat = keep.flatten()
     return torch.from_numpy(np.flatnonzero(flat.numpy())) if flat.is_cpu else flat.nonzero().squeeze(1)
 
 
-def _bytes_of_bits(keep: Tensor) -> Tensor:
-    """(rows, in) bool → (rows, ⌈in/8⌉) uint8."""
+def bytes_of_bits(keep: Tensor) -> Tensor:
+    """Return (rows, ⌈in/8⌉) uint8 for (rows, in) bool."""
     rows, features = keep.shape
     bits = functional.pad(keep.to(torch.uint8), (0, -features % 8)).reshape(rows, mask_bytes(features), 8)
     return reduce(or_, (bits[..., j] << j for j in range(8)))
 
 
-def _bits_of_bytes(mask: Tensor, features: int) -> Tensor:
-    """(rows, ⌈in/8⌉) uint8 → (rows, in) bool."""
+def bits_of_bytes(mask: Tensor, features: int) -> Tensor:
+    """Return (rows, in) bool for (rows, ⌈in/8⌉) uint8."""
     bits = (mask.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=mask.device)) & 1  # (rows, ⌈in/8⌉, 8)
     return bits.reshape(len(mask), 8 * mask.shape[1])[:, :features].bool()

@@ -9,7 +9,7 @@ import copy
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +23,23 @@ from sparlow.files import CONFIG, INDEX, RECORD, follow_umask, read_json, replac
 from sparlow.model import _transformers as private
 from sparlow.model.artefact.checksums import require_recorded, require_sane
 from sparlow.model.artefact.dtypes import StoredDtypes
+from sparlow.model.artefact.embedding import dense_again, restored
 from sparlow.model.artefact.hf_quantizer import SparlowConfig, transposed_layers
 from sparlow.model.artefact.layers import compressed_layers, install
 from sparlow.model.artefact.loader import write_loader
+from sparlow.model.artefact.packing import packed_state, stored_layer
 from sparlow.model.artefact.schemes import METHOD, StoredLayer
 from sparlow.model.artefact.shards import (
     Header,
     ShardRecord,
     by_layer,
-    check_layer,
+    check_parts,
     layer_records,
-    packed_state,
     read_headers,
     read_index,
     write_shard,
 )
+from sparlow.model.artefact.stored_form import PackedWeight, take_packed
 from sparlow.model.forward.decoder import Decoder, require_own_weights
 from sparlow.model.loading.source import require_no_kernel
 from sparlow.model.loading.weights import Weights, to_compute
@@ -52,6 +54,8 @@ class CheckpointWriter:
         decoder: Its blocks.
         storage: Types of the stored weights, where the model computes in another; its own if left out.
         computed: Type it computes in; its own if left out.
+        keep_grid: Refuse to write weights that are not on their grid any more; else they are stored in floats, with a
+            warning.
 
     Raises:
         InputError: The model shares weights between blocks, or the folder cannot be made.
@@ -65,8 +69,9 @@ class CheckpointWriter:
         *,
         storage: StoredDtypes | None = None,
         computed: torch.dtype | None = None,
+        keep_grid: bool = False,
     ) -> None:
-        self._folder, self._decoder = Path(folder), decoder
+        self._folder, self._decoder, self._keep_grid = Path(folder), decoder, keep_grid
         self._computed, self._storage = computed or model.dtype, storage or StoredDtypes.of(model)
         self._tied = dict(model.all_tied_weights_keys)
         require_own_weights(model, decoder)
@@ -81,25 +86,42 @@ class CheckpointWriter:
         Raises:
             RunError: It cannot be written.
         """
-        state = {self._decoder.layer_name(i, name): tensor for name, tensor in packed_state(block).items()}
-        return write_shard(self._path(i), self._in_stored_type(state))
+        label = self._decoder.layer_name(i, "")
+        own, inside = packed_state(block, wanted=lambda name: self._of_layer(label + name), keep=self._keep_grid)
+        state = {label + name: tensor for name, tensor in own.items()}
+        return self._write(i, state, {label + name: packed for name, packed in inside.items()})
 
-    def write_rest(self, model: PreTrainedModel) -> ShardRecord:
+    def write_rest(self, model: PreTrainedModel, *, plain: bool = False) -> ShardRecord:
         """Write every tensor outside of the blocks, tied ones once; the file is either whole or not there.
+
+        Args:
+            model: The model.
+            plain: Quantised embeddings are written dense, for a directory that transformers opens without sparlow.
 
         Raises:
             RunError: It cannot be written.
         """
-        state = packed_state(model, without=self._decoder.name)
+        with dense_again(model) if plain else nullcontext():
+            state, packs = packed_state(model, without=self._decoder.name, wanted=self._of_layer, keep=self._keep_grid)
         for target, source in self._tied.items():
             if target in state and source in state and state[target].data_ptr() == state[source].data_ptr():
                 del state[target]
-        return write_shard(self._path(len(self._decoder)), self._in_stored_type(state))
+        return self._write(len(self._decoder), state, packs)
 
-    def _in_stored_type(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Cast tensors in the type of the computation to their stored type; masks and other types stay."""
-        cast = {name: self._storage.of_tensor(name) for name, t in state.items() if t.dtype == self._computed}
-        return {name: t.to(cast[name]) if name in cast else t for name, t in state.items()}
+    def _of_layer(self, name: str) -> torch.dtype:
+        return self._storage.of_layer(name)
+
+    def _write(self, i: int, state: dict[str, Tensor], packs: Mapping[str, PackedWeight]) -> ShardRecord:
+        """Write a shard; tensors in the type of the computation are cast to their stored type."""
+        as_they_are = {f"{name}.{part}" for name in packs for part in ("scale", "book", "U_scale", "V_scale")}
+        state = {
+            name: t.to(self._storage.of_tensor(name)) if t.dtype == self._computed and name not in as_they_are else t
+            for name, t in state.items()
+        }
+        coded = {name: packed for name, packed in packs.items() if packed.grid or packed.int8_factors}
+        return write_shard(
+            self._path(i), state, {name: stored_layer(name, state, packed) for name, packed in coded.items()}
+        )
 
     def finish(
         self,
@@ -187,10 +209,14 @@ def read_block(folder: str | Path, decoder: Decoder, i: int, block: nn.Module) -
     prefix = decoder.layer_name(i, "")
     device = next((p.device for p in block.parameters() if not p.is_meta), torch.device("cpu"))
     parts = by_layer({name.removeprefix(prefix): header for name, header in headers.items()})
-    for stored, record in layer_records(headers).items():
-        name = stored.removeprefix(prefix)
-        check_layer(name, parts[name], install(block, name, record.scheme.rank), record)
     state = {name.removeprefix(prefix): t for name, t in load_file(paths[0], device=str(device)).items()}
+    for stored, record in layer_records(headers).items():
+        name, scheme = stored.removeprefix(prefix), record.scheme
+        layer = install(block, name, scheme.rank)
+        shape = (layer.out_features, layer.in_features)
+        check_parts(name, parts.get(name, {}), record, shape=shape, bias=layer.bias is not None)
+        weight, layer.stored = take_packed(state, f"{name}.", shape, scheme.grid, scheme.dtype)
+        state |= {f"{name}.{part}": tensor for part, tensor in weight._asdict().items()}
     try:
         block.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as problem:
@@ -198,21 +224,28 @@ def read_block(folder: str | Path, decoder: Decoder, i: int, block: nn.Module) -
 
 
 class Written:
-    """The parts of a compressed model, see ``weights.Weights``: its blocks as they were written.
+    """The parts of a compressed model, see ``weights.Weights``: as they were written.
 
     Args:
         folder: Where they were written to.
         decoder: Its blocks.
         dense: The parts of the model that was compressed.
+        model: The model, if what is outside of its blocks may have been quantised.
     """
 
-    def __init__(self, folder: Path, decoder: Decoder, dense: Weights) -> None:
+    def __init__(self, folder: Path, decoder: Decoder, dense: Weights, model: PreTrainedModel | None = None) -> None:
         self.device, self.computing = dense.device, dense.computing
-        self._folder, self._decoder, self._dense = folder, decoder, dense
+        self._folder, self._decoder, self._dense, self._model = folder, decoder, dense, model
 
-    def outside_blocks(self, *, stored: bool = False) -> AbstractContextManager[None]:
-        """See ``Weights``; nothing outside of the blocks was changed."""
-        return self._dense.outside_blocks(stored=stored)
+    @contextmanager
+    def outside_blocks(self, *, stored: bool = False) -> Iterator[None]:
+        """See ``Weights``; an embedding and a head that were quantised have the numbers that were written."""
+        last = f"model-{len(self._decoder) + 1:05d}-of-{len(self._decoder) + 1:05d}.safetensors"
+        with ExitStack() as stack:
+            stack.enter_context(self._dense.outside_blocks(stored=stored))
+            if self._model is not None and (self._folder / last).exists():
+                stack.enter_context(restored(self._model, self._folder / last))
+            yield
 
     @contextmanager
     def block(self, i: int, *, load: bool = True) -> Iterator[nn.Module]:

@@ -1,7 +1,7 @@
 """Look into a compressed model on disk without opening it."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -13,10 +13,10 @@ from torch import Tensor
 from sparlow.errors import InputError
 from sparlow.files import read_json, sha256, shard_filename
 from sparlow.finite import all_finite
-from sparlow.model.artefact.bitmask import unpack
 from sparlow.model.artefact.checkpoint import read_layers
-from sparlow.model.artefact.schemes import StoredLayer
-from sparlow.model.artefact.shards import Header, by_layer, check_parts, layer_records, read_headers, read_index
+from sparlow.model.artefact.schemes import Scheme, StoredLayer
+from sparlow.model.artefact.shards import Header, by_layer, check_parts, is_packed, read_headers, read_index
+from sparlow.model.artefact.stored_form import unpack_weight
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ class LayerInfo:
         kept: Number of values in the sparse part.
         density: The ratio kept / (out · in).
         bytes: Of all its tensors, the bias included.
-        dtype: Of the values, as torch calls it.
+        dtype: Of the values, as torch calls it, or int8, int4, int3, int2.
+        outside: Whether it is not in a decoder block: an embedding or an output head in few bits.
     """
 
     name: str
@@ -38,17 +39,31 @@ class LayerInfo:
     rank: int
     bytes: int
     dtype: str
+    outside: bool = False
 
 
 def describe(folder: Path) -> list[LayerInfo]:
-    """List the compressed layers of a directory; only headers are read.
+    """List the packed weights of a directory, a head that is tied to the embedding with that; only headers are read.
 
     Raises:
         InputError: The directory is none of sparlow's, or is damaged.
     """
     layers = read_layers(Path(folder))
     parts = by_layer(read_headers(sorted(set(read_index(Path(folder)).values()))))
-    return [_layer_info(name, parts.get(name, {}), record) for name, record in layers.items()]
+    tied = {name for name in layers if _is_outside(name) and name not in parts}
+    if len(tied) == len([name for name in layers if _is_outside(name)]):
+        tied = set()  # then the one that has the tensors is missing
+    return [_layer_info(name, parts.get(name, {}), row) for name, row in layers.items() if name not in tied]
+
+
+def in_blocks(records: Mapping[str, StoredLayer]) -> dict[str, StoredLayer]:
+    """Return the records of compressed layers, without those of an embedding or a head in few bits."""
+    return {name: row for name, row in records.items() if not _is_outside(name)}
+
+
+def _is_outside(name: str) -> bool:
+    """Whether a weight is in no decoder block; blocks have numbers."""
+    return re.match(r".*?\.\d+\.", name) is None
 
 
 @dataclass(frozen=True)
@@ -79,16 +94,18 @@ def count_parameters(folder: Path) -> Parameters:
         sizes[name] = layers.get(name, 0) + sum(prod(header.shape) for header in own)
     blocks = {found[0] for name in layers if (found := re.match(r".*?\.\d+\.", name))}
     lists = tuple({re.sub(r"\d+\.$", "", block) for block in blocks})
-    return Parameters(
-        sum(sizes.values()), sum(n for name, n in sizes.items() if name.startswith(lists)), sum(layers.values())
-    )
+    compressed = sum(size for name, size in layers.items() if not _is_outside(name))
+    blocks_size = sum(n for name, n in sizes.items() if lists and name.startswith(lists))
+    return Parameters(sum(sizes.values()), blocks_size, compressed)
 
 
 def _layer_info(name: str, parts: dict[str, Header], record: StoredLayer) -> LayerInfo:
     shape = check_parts(name, parts, record)
     size = sum(prod(h.shape) * h.dtype.itemsize for h in parts.values() if h.dtype is not None)
-    dtype = str(parts["weight"].dtype).removeprefix("torch.")
-    return LayerInfo(name, shape, record.kept, record.kept / prod(shape), record.scheme.rank, size, dtype)
+    scheme = record.scheme
+    dtype = scheme.values if scheme.grid else str(parts["weight"].dtype).removeprefix("torch.")
+    density = record.kept / prod(shape)
+    return LayerInfo(name, shape, record.kept, density, scheme.rank, size, dtype, _is_outside(name))
 
 
 def verify(folder: Path, check_pattern: Callable[[str, Tensor], str | None] | None = None) -> list[str]:
@@ -102,7 +119,7 @@ def verify(folder: Path, check_pattern: Callable[[str, Tensor], str | None] | No
         InputError: The directory is none of sparlow's.
     """
     folder = Path(folder)
-    read_layers(folder)
+    records = read_layers(folder)
     problems = _checksum_problems(folder)
     try:
         index, layers = read_index(folder), describe(folder)
@@ -110,7 +127,8 @@ def verify(folder: Path, check_pattern: Callable[[str, Tensor], str | None] | No
     except InputError as problem:
         return [*problems, str(problem)]
     problems += [f"{name} is not in {file.name}." for name, file in index.items() if name not in headers]
-    found = (_layer_problem(layer, headers[f"{layer.name}.weight"].file, check_pattern) for layer in layers)
+    shard = {layer.name: headers[f"{layer.name}.weight"].file for layer in layers}
+    found = (_layer_problem(layer, records[layer.name].scheme, shard[layer.name], check_pattern) for layer in layers)
     return problems + [problem for problem in found if problem]
 
 
@@ -126,8 +144,8 @@ def changed_sparse_parts(before: Path, after: Path) -> list[str]:
     """
     old = read_headers(sorted(set(read_index(Path(before)).values())))
     new = read_headers(sorted(Path(after).glob("*.safetensors")))
-    layers = {**layer_records(old), **layer_records(new)}
-    parts = [f"{layer}.{part}" for layer in layers for part in ("weight", "mask")]
+    layers = [name for headers in (old, new) for name, parts in by_layer(headers).items() if is_packed(parts)]
+    parts = [f"{layer}.{part}" for layer in layers for part in ("weight", "mask", "scale", "book")]
     changed = [name for name in parts if not _same(name, old.get(name), new.get(name))]
     return sorted({name.rpartition(".")[0] for name in changed})
 
@@ -157,16 +175,17 @@ def _checksum_problems(folder: Path) -> list[str]:
 
 
 def _layer_problem(
-    layer: LayerInfo, file: Path, check_pattern: Callable[[str, Tensor], str | None] | None
+    layer: LayerInfo, scheme: Scheme, file: Path, check_pattern: Callable[[str, Tensor], str | None] | None
 ) -> str | None:
+    """Say what is wrong with a layer whose tensors all lie in one file, which a shard is."""
     with safe_open(file, framework="pt") as shard:
         there = set(shard.keys())
-        names = {part: f"{layer.name}.{part}" for part in ("weight", "mask", "U", "V")}
+        names = {part: f"{layer.name}.{part}" for part in scheme.parts}
         parts = {part: shard.get_tensor(name) for part, name in names.items() if name in there}
     try:
-        S = unpack(parts["weight"], parts.get("mask"), layer.shape)
+        (S, U, V), _ = unpack_weight(parts, layer.shape, scheme.grid, scheme.dtype)
     except InputError as problem:
         return f"{layer.name}: {problem}"
-    if not all(all_finite(parts[part]) for part in ("weight", "U", "V")):
+    if not all(all_finite(part) for part in (S, U, V)):
         return f"{layer.name} holds numbers that are not finite."
-    return check_pattern(layer.name, S) if check_pattern else None
+    return check_pattern(layer.name, S) if check_pattern and not layer.outside else None

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from sparlow.model.artefact.bitmask import mask_bytes
 from sparlow.model.artefact.layers import SparseLowRankLinear
+from sparlow.model.artefact.stored_form import Weight, pack_weight
 from sparlow.model.forward.compressible import CompressibleWeight
 
 _PARTS = ("weight", "S", "U", "V")  # of a compressed layer
@@ -53,8 +54,22 @@ class StoredDtypes:
         return weight.shape[0] * weight.shape[1] * self.of_layer(name).itemsize + bias
 
     def packed_bytes(self, layer: SparseLowRankLinear, name: str) -> int:
-        """Bytes as stored: kept values, one bit a weight (whole bytes a row) unless all are kept, U, V and the bias."""
+        """Bytes as stored: kept values, one bit a weight (whole bytes a row) unless all are kept, U, V and the bias.
+
+        Codes count with their scales and book, if the layer lies on its grid.
+        """
+        if layer.stored is not None:
+            return self._coded_bytes(layer, name)
         rows, columns = layer.S.shape
         pruned = layer.S.numel() - int((layer.S != 0).sum())
         mask = rows * mask_bytes(columns) if pruned else 0
         return self.bytes_of(layer, name) - pruned * self.of_layer(name).itemsize + mask
+
+    def _coded_bytes(self, layer: SparseLowRankLinear, name: str) -> int:
+        own = self.of_layer(name)
+        packed = pack_weight(Weight(layer.S, layer.U, layer.V), layer.stored, own)
+        floats = [] if packed.grid else ["weight"]
+        floats += [] if packed.int8_factors else ["U", "V"]
+        bias = 0 if layer.bias is None else layer.bias.numel() * self.of_tensor(f"{name}.bias").itemsize
+        sizes = (t.numel() * own.itemsize if part in floats else t.nbytes for part, t in packed.tensors.items())
+        return sum(sizes) + bias

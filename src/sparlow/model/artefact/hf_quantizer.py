@@ -1,37 +1,40 @@
 """What makes transformers open, train and save models with compressed layers: import it and it is registered.
 
 ``config.json`` names the compressed layers under ``quantization_config``. Before any weight is read they take the place
-of the meta model's linear layers, and on the way in each mask and its values are unpacked: ``name.weight``, flat in the
-file, and ``name.mask`` become ``name.S``. Other tensors have the names they have in memory, whatever transformers would
-call them in a checkpoint of its own.
+of the meta model's linear layers, and on the way in they are unpacked: ``name.weight``, flat in the file, with its
+mask, scales and book becomes ``name.S``, and factors in codes with their scales become ``name.U`` and ``name.V``. A
+quantised embedding or head stays the module it is. Other tensors have the names they have in memory, whatever
+transformers would call them in a checkpoint of its own.
 """
 
 import os
+import re
+import warnings
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from sparlow.errors import InputError
 from sparlow.files import resolve_inside
 from sparlow.model import _transformers as private
-from sparlow.model.artefact.bitmask import unpack
-from sparlow.model.artefact.layers import compressed_layers, install, own_weights
+from sparlow.model.artefact.layers import SparseLowRankLinear, compressed_layers, install, own_weights
 from sparlow.model.artefact.loader import forget_loader
+from sparlow.model.artefact.outside import Outside, check_outside, mark, outside_modules
+from sparlow.model.artefact.packing import packed_state, packed_weights, stored_form, stored_layer
 from sparlow.model.artefact.schemes import (
-    DENSE,
     FORMAT,
+    INT8,
     METHOD,
-    Scheme,
     StoredLayer,
     any_of,
     from_config,
-    name_of,
-    stored_pattern,
     to_config,
 )
-from sparlow.model.artefact.shards import Header, by_layer, check_layer, packed_state, read_headers
+from sparlow.model.artefact.shards import Header, by_layer, check_parts, read_headers
+from sparlow.model.artefact.stored_form import unpack_weight
 
 if TYPE_CHECKING:  # its module imports the list of quantizers, whose import imports this file: see registration.py
     from transformers import PreTrainedModel
@@ -102,6 +105,7 @@ class SparlowQuantizer(private.HfQuantizer):
     def __init__(self, quantization_config: SparlowConfig, **kwargs: Any) -> None:  # noqa: ANN401 - transformers'
         super().__init__(quantization_config, **kwargs)
         self._unpack = _Unpack()
+        self._outside: list[str] = []  # names of what is stored packed and stays dense in memory
 
     def is_serializable(self) -> bool:
         """``save_pretrained`` may be called."""
@@ -124,27 +128,48 @@ class SparlowQuantizer(private.HfQuantizer):
         **_: Any,  # noqa: ANN401 - transformers'
     ) -> None:
         forget_loader(model.config)
-        layers = self.quantization_config.records
-        installed = {name: install(model, _name_in(model, name), row.scheme.rank) for name, row in layers.items()}
+        records, outside = self.quantization_config.records, _outside(model)
+        layers: dict[str, SparseLowRankLinear | Outside] = {}
+        for name, row in records.items():
+            own = _name_in(model, name)
+            if own in outside and row.scheme.grid:
+                layers[name] = outside[own]
+            elif not (row.scheme.grid and not row.scheme.rank and _is_missing_head(model, own)):
+                layers[name] = install(model, own, row.scheme.rank)
+        self._unpack.expect({_name_in(model, name): records[name] for name in layers})
+        self._outside = [name for name, layer in layers.items() if isinstance(layer, Outside)]
         if checkpoint_files is None:
             return
         _require_inside(checkpoint_files, str(model.config.name_or_path))
         headers = read_headers(map(Path, checkpoint_files))
         parts = by_layer(headers)
-        for name, layer in installed.items():
-            check_layer(name, parts.get(name, {}), layer, layers[name])
-        _check_rest(model, headers)
+        for name, layer in layers.items():
+            if isinstance(layer, SparseLowRankLinear):
+                shape, bias = (layer.out_features, layer.in_features), layer.bias is not None
+                check_parts(name, parts.get(name, {}), records[name], shape=shape, bias=bias)
+            elif name in parts or not _is_tied(model, layer.name):
+                check_outside(layer, parts.get(name, {}), records[name])
+        _check_rest(model, headers, [layer.name for layer in layers.values() if isinstance(layer, Outside)])
 
     def get_weight_conversions(self) -> list[Any]:
-        """Return how the kept values and the mask of the layers on record, and of no others, become S."""
-        layers = self.quantization_config.records
-        whole = [name for name, row in layers.items() if row.scheme.pattern == DENSE]
-        conversions = []
-        for names, parts in ((layers.keys() - set(whole), ("weight", "mask")), (whole, ("weight",))):
-            if names:
-                sources = [rf"^({any_of(sorted(names))})\.{part}$" for part in parts]
-                conversions.append(private.WeightConverter(sources, [r"\1.S"], [self._unpack]))
-        return conversions
+        """Return how the tensors of the layers on record, and of no others, become S, U and V or a dense weight."""
+        alike: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+        for name, row in self.quantization_config.records.items():
+            outside = name in self._outside
+            parts = [p for p in row.scheme.parts if p not in ("U", "V") or outside or row.scheme.factors == INT8]
+            alike.setdefault(("weight" if outside else "S", tuple(parts)), []).append(name)
+        return [
+            private.WeightConverter(
+                [rf"^({any_of(sorted(names))})\.{part}$" for part in parts], [rf"\1.{target}"], [self._unpack]
+            )
+            for (target, parts), names in alike.items()
+        ]
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: Any) -> Any:  # noqa: ANN401 - transformers', from 5.21 on
+        """Return the type to cast a tensor to on the way in: what is unpacked is cast afterwards."""
+        if self._unpack in getattr(converter, "operations", ()):
+            return None
+        return super().get_new_dtype(converter, param, dtype)
 
     def update_weight_conversions(
         self,
@@ -165,39 +190,68 @@ class SparlowQuantizer(private.HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: "PreTrainedModel") -> tuple[dict[str, Tensor], dict[str, str]]:
         """Return what ``save_pretrained`` writes after the config, whose records follow the model as it is now."""
-        state = packed_state(model)
+        state, packs = packed_state(model)
         known = self.quantization_config.records
-        patterns = {name: row.scheme.pattern for name, row in known.items()}
-        transposed = [name for name, row in known.items() if row.scheme.transposed]
-        self.quantization_config.records = _records(model, patterns, transposed)
+        self.quantization_config.records = records = {
+            name: stored_layer(
+                name,
+                state,
+                packed,
+                known[name].scheme.pattern if name in known else None,
+                transposed=name in known and known[name].scheme.transposed,
+            )
+            for name, packed in packs.items()
+        }
+        gone = [name for name, row in known.items() if row.scheme.grid and name not in records]
+        if gone and not any(stored_form(module) for name, module in model.named_modules() if name in gone):
+            warnings.warn(f"{gone[0]} has been replaced, so it is stored in the model's own type.", stacklevel=2)
         return state, {}
 
 
 class _Unpack(private.ConversionOps):
-    """values and mask → S; notes what is wrong, because transformers turns any exception into a table."""
+    """Packed tensors → S, U and V; notes what is wrong, because transformers turns any exception into a table."""
 
     def __init__(self) -> None:
         self.problems: list[str] = []
+        self._records: dict[str, StoredLayer] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Unpack":
         return self  # transformers copies the conversion for each layer
 
+    def expect(self, records: Mapping[str, StoredLayer]) -> None:
+        """Say how layers are stored, by their names in the model."""
+        self._records = dict(records)
+
     def convert(
         self,
         input_dict: dict[str, Any],
-        source_patterns: list[str],
+        source_patterns: list[str],  # noqa: ARG002 - the same as the keys of the tensors
         target_patterns: list[str],  # noqa: ARG002 - of all layers; this one's name is in kwargs
         **kwargs: Any,  # noqa: ANN401 - transformers'
     ) -> dict[str, Any]:
-        values, mask = (*(input_dict[pattern][0] for pattern in source_patterns), None)[:2]
-        name = kwargs["full_layer_name"]
-        shape = kwargs["model"].get_parameter(name).shape
+        target, model = kwargs["full_layer_name"], kwargs["model"]
+        name, _, last = target.rpartition(".")
+        tensors = {_PART.search(pattern)[1]: found[0] for pattern, found in input_dict.items()}  # type: ignore[index]  # made here
+        scheme, whole = self._records[name].scheme, model.get_parameter(target)
+        ours = {last: "S"} if last == "weight" else {part: part for part in ("S", *(tensors.keys() & {"U", "V"}))}
+        empty = {
+            part: whole.new_empty(size, device="cpu")
+            for part, size in (("U", (len(whole), 0)), ("V", (0, whole.shape[1])))
+        }
         try:
-            S = unpack(values, mask, shape)
+            weight, form = unpack_weight(empty | tensors, tuple(whole.shape), scheme.grid, scheme.dtype)
         except InputError as problem:
-            self.problems.append(f"{name.removesuffix('.S')}: {problem}")
-            S = values.new_zeros(shape)
-        return {name: S}
+            self.problems.append(f"{name}: {problem}")
+            return {target: torch.zeros(whole.shape, dtype=whole.dtype)}
+        module = model.get_submodule(name)
+        if last == "weight" and form is not None:
+            mark(module, form)
+        elif last == "S":
+            module.stored = form
+        return {f"{name}.{mine}": getattr(weight, part).to(whole.dtype) for mine, part in ours.items()}
+
+
+_PART = re.compile(r"\.(\w+)\$$")  # what a pattern of ours ends with
 
 
 def attach(model: "PreTrainedModel", patterns: Mapping[str, str] | None = None) -> None:
@@ -207,7 +261,12 @@ def attach(model: "PreTrainedModel", patterns: Mapping[str, str] | None = None) 
         model: The model.
         patterns: Those that its layers obey, by name.
     """
-    quantizer = SparlowQuantizer(SparlowConfig.of(_records(model, patterns or {}, transposed_layers(model))))
+    transposed = set(transposed_layers(model))
+    records = {
+        name: stored_layer(name, {}, packed, (patterns or {}).get(name), transposed=name in transposed)
+        for name, packed in packed_weights(model)
+    }
+    quantizer = SparlowQuantizer(SparlowConfig.of(records))
     for attribute, value in {"hf_quantizer": quantizer, "is_quantized": True, "quantization_method": METHOD}.items():
         setattr(model, attribute, value)  # as from_pretrained does it
     quantizer.postprocess_model(model)
@@ -218,27 +277,30 @@ def transposed_layers(model: "PreTrainedModel") -> list[str]:
     return [name for name, weight in own_weights(model).items() if weight.transposed]
 
 
-def _records(
-    model: "PreTrainedModel", patterns: Mapping[str, str], transposed: Collection[str]
-) -> dict[str, StoredLayer]:
-    records = {}
-    for name, layer in compressed_layers(model).items():
-        shape, kept = (layer.out_features, layer.in_features), int(layer.S.count_nonzero())
-        pattern = stored_pattern(shape, kept, patterns.get(name))
-        scheme = Scheme(pattern, name_of(layer.S.dtype), layer.rank, name_of(layer.U.dtype), name in transposed)
-        records[name] = StoredLayer(scheme, kept)
-    return records
-
-
 def _name_in(model: "PreTrainedModel", name: str) -> str:
     """Return a layer's name in this model, which may be the decoder without its head."""
     top = {child for child, _ in model.named_children()}
     return name if name.split(".", 1)[0] in top else name.removeprefix(f"{model.base_model_prefix}.")
 
 
-def _check_rest(model: "PreTrainedModel", headers: Mapping[str, Header]) -> None:
+def _outside(model: "PreTrainedModel") -> dict[str, Outside]:
+    """Return the embedding and the head by their names in the model."""
+    return {outside.name: outside for outside in outside_modules(model).values()}
+
+
+def _is_missing_head(model: "PreTrainedModel", name: str) -> bool:
+    """Whether a model was opened without its head, and a name that it lacks may be that."""
+    untyped: Any = model  # transformers does not annotate this method
+    return untyped.get_output_embeddings() is None and name not in dict(model.named_modules())
+
+
+def _is_tied(model: "PreTrainedModel", name: str) -> bool:
+    return f"{name}.weight" in (model.all_tied_weights_keys or {})
+
+
+def _check_rest(model: "PreTrainedModel", headers: Mapping[str, Header], outside: Collection[str]) -> None:
     """Refuse tensors whose shapes differ from the meta model's, which transformers would fill at random."""
-    compressed = compressed_layers(model).keys()
+    compressed = {*compressed_layers(model), *outside}
     for name, tensor in model.state_dict().items():
         header = headers.get(name) or headers.get(f"{model.base_model_prefix}.{name}")
         if header and name.rpartition(".")[0] not in compressed and header.shape != tuple(tensor.shape):

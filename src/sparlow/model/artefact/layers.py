@@ -9,7 +9,7 @@ from torch.autograd.function import FunctionCtx
 from torch.nn import functional
 
 from sparlow.errors import InputError
-from sparlow.model.artefact.bitmask import unpack
+from sparlow.model.artefact.stored_form import StoredForm, is_flat, take_packed
 from sparlow.model.forward.compressible import CompressibleWeight, compressible, weight_of
 
 if TYPE_CHECKING:  # transformers imports this file while it is on its way in: see registration.py
@@ -43,7 +43,8 @@ class SparseLowRankLinear(nn.Module):
     """y = x Sᵀ + (x Vᵀ) Uᵀ + b, where entries of S that are zero stay zero in training.
 
     They get no gradient, so plain and decoupled weight decay, momentum and Adam's moments leave them at +0.0 too.
-    The layer owns copies of the tensors it is given.
+    The layer owns copies of the tensors it is given. ``stored`` says how it is to be packed in a file, as long as its
+    numbers lie on that grid; None for floats.
 
     Args:
         S: (out, in); -0.0 becomes +0.0.
@@ -57,6 +58,7 @@ class SparseLowRankLinear(nn.Module):
 
     def __init__(self, S: Tensor, U: Tensor, V: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
+        self.stored: StoredForm | None = None
         out, features, rank = len(S), S.shape[-1], len(V)
         if S.ndim != 2 or U.shape != (out, rank) or V.shape != (rank, features):  # noqa: PLR2004 - a matrix
             raise InputError(f"S {tuple(S.shape)}, U {tuple(U.shape)} and V {tuple(V.shape)} do not fit S + U V.")
@@ -114,11 +116,12 @@ class SparseLowRankLinear(nn.Module):
         return f"{sizes}, bias={self.bias is not None}"
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:  # noqa: ANN401 - torch
-        """Take S from its packed form too, which is what Trainer finds when it resumes from a checkpoint."""
-        values = state_dict.get(f"{prefix}weight")
-        if isinstance(values, Tensor) and values.ndim == 1:
-            del state_dict[f"{prefix}weight"]
-            state_dict[f"{prefix}S"] = unpack(values, state_dict.pop(f"{prefix}mask", None), self.S.shape)
+        """Take S, U and V from their packed form too, which is what Trainer finds when it resumes from a checkpoint."""
+        if is_flat(state_dict.get(f"{prefix}weight")):
+            grid, dtype = (self.stored.grid, self.stored.dtype) if self.stored else (None, None)
+            shape = (self.out_features, self.in_features)
+            weight, self.stored = take_packed(state_dict, prefix, shape, grid, dtype or self.S.dtype)
+            state_dict |= {f"{prefix}{part}": tensor for part, tensor in weight._asdict().items()}
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

@@ -8,6 +8,7 @@ changes, but for clipping, is that the learning rate of U is 16 / r times that o
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,11 +18,13 @@ from transformers import PreTrainedModel
 
 from sparlow.errors import RunError
 from sparlow.model.artefact.layers import SparseLowRankLinear, compressed_layers, own_weights
+from sparlow.model.artefact.stored_form import StoredForm, Weight, pack_weight
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 _ADAPTER = "default"  # PEFT's name of the only adapter
+_FORM = "form_of_sparse_part"  # attribute of a plain layer: how the compressed one was packed
 
 
 class LowRank(NamedTuple):
@@ -41,18 +44,31 @@ def take_apart(model: PreTrainedModel) -> dict[str, LowRank]:
     for name, layer in compressed_layers(model).items():
         linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
         linear.weight, linear.bias = layer.S, layer.bias  # type: ignore[assignment]  # None where there is no bias
+        vars(linear)[_FORM] = layer.stored
         model.set_submodule(name, linear.train(layer.training))
         parts[name] = LowRank(layer.U.detach(), layer.V.detach())
     return parts
 
 
 def put_together(model: PreTrainedModel, parts: Mapping[str, LowRank]) -> None:
-    """Put compressed layers of S, U and V in the place of plain ones: undoes ``take_apart``, with these U and V."""
+    """Put compressed layers of S, U and V in the place of plain ones: undoes ``take_apart``, with these U and V.
+
+    S is packed as it was. U and V are too, unless they were trained: then they are stored in the model's own type.
+    """
     for name, (U, V) in parts.items():
         linear: Any = model.get_submodule(name)
         S = linear.weight.detach()
         layer = SparseLowRankLinear(S, U.to(S), V.to(S), linear.bias)
+        layer.stored = _form_left(layer, vars(linear).get(_FORM))
         model.set_submodule(name, layer.train(linear.training))
+
+
+def _form_left(layer: SparseLowRankLinear, form: StoredForm | None) -> StoredForm | None:
+    """Return a form without what the factors of a layer do not fit any more."""
+    if form is None or form.factors is None:
+        return form
+    lost = pack_weight(Weight(layer.S, layer.U, layer.V), form).lost
+    return replace(form, factors=None) if "factors" in lost else form
 
 
 def to_own_form(model: PreTrainedModel, parts: Iterable[str]) -> None:

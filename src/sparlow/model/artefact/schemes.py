@@ -1,13 +1,12 @@
 """How each compressed layer is stored, as ``quantization_config`` in config.json says it: format 2 of the artefact.
 
 Few schemes serve many layers, so that the file stays small: ``layers`` gives each layer the number of its scheme, and
-how many values it keeps. The format knows more than this release writes and reads (integer values, experts in one
-tensor, factors in int8): what is not read yet is refused by the layer's name and never guessed. docs/format.md has the
-whole layout.
+how many values it keeps. The format knows more than this release writes and reads (experts in one tensor): what is not
+read yet is refused by the layer's name and never guessed. docs/format.md has the whole layout.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -16,16 +15,20 @@ import torch
 
 from sparlow.errors import InputError
 from sparlow.files import require_printable
+from sparlow.linalg.grid import BITS, LEVELS, WHOLE_ROW, Grid, packed_row_bytes
 from sparlow.model.artefact.bitmask import mask_bytes
+from sparlow.model.artefact.stored_form import SCALE_TYPES
 
 METHOD = "sparlow"
 FORMAT = 2  # raised when an older sparlow would misread what this one writes
 FREE, DENSE = "free", "dense"  # patterns beside N:M: any entries, and all of them
 
 FLOATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
-_INTEGERS = ("int8", "int4", "int3", "int2")
+INT8 = "int8"  # of factors
 _NAMES = {dtype: name for name, dtype in FLOATS.items()}
 _KEYS = ("pattern", "values", "rank", "factors")
+_OF_GRIDS = ("levels", "group")  # where values are integers
+_OF_CODES = "decoded"  # where values or factors are
 _LATER = "which was written by a newer sparlow, or is not supported yet. Upgrade sparlow."
 _DEEPEST, _LONGEST = 50, 500  # parts and characters of a layer's name
 _LARGEST = 2**40  # a count beyond this is no count
@@ -37,10 +40,12 @@ class Scheme:
 
     Attributes:
         pattern: N:M, ``free`` or ``dense``.
-        values: Type of the kept values, a key of ``FLOATS``.
+        values: Type of the kept values, a key of ``FLOATS`` or of ``BITS``.
         rank: Of U V.
-        factors: Type of U and V, a key of ``FLOATS``.
+        factors: Type of U and V, a key of ``FLOATS`` or ``int8``.
         transposed: Whether the model's own class stores the weight as (in, out).
+        grid: Of integer values; None for floats.
+        decoded: The type, a key of ``FLOATS``, to which decoded numbers are rounded; None if all are floats.
     """
 
     pattern: str
@@ -48,10 +53,29 @@ class Scheme:
     rank: int
     factors: str
     transposed: bool = False
+    grid: Grid | None = None
+    decoded: str | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type in which the weight is read."""
+        return FLOATS[self.decoded or self.values]
+
+    @property
+    def parts(self) -> list[str]:
+        """The last part of the names of its tensors but for a bias, in order."""
+        found = ["weight"] + ([] if self.pattern == DENSE else ["mask"])
+        if self.grid:
+            found += ["scale"] + (["book"] if self.grid.levels == "book" else [])
+        return [*found, "U", "V", *(["U_scale", "V_scale"] if self.factors == INT8 else [])]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the scheme as config.json has it."""
         found = {key: getattr(self, key) for key in _KEYS}
+        if self.grid:
+            found |= {"levels": self.grid.levels, "group": self.grid.group or WHOLE_ROW}
+        if self.decoded:
+            found[_OF_CODES] = self.decoded
         return found | {"transposed": True} if self.transposed else found
 
 
@@ -132,44 +156,88 @@ def _counts(row: object, schemes: int) -> tuple[int, int]:
 def _scheme(data: object) -> Scheme:
     if not isinstance(data, dict):
         raise InputError("Its scheme must be an object. Restore config.json.")
-    integers = str(data.get("values")) in _INTEGERS
-    unknown = [] if integers else sorted(data.keys() - {*_KEYS, "transposed"})
-    if unknown:
-        raise InputError(f"Its scheme has {unknown[0]!r}, {_LATER}")
-    missing = [key for key in _KEYS if key not in data and not integers]
-    if missing:
-        raise InputError(f"Its scheme lacks {missing[0]!r}. Restore config.json.")
-    for key in ("values", "factors"):
-        if data.get(key) not in [*FLOATS]:  # a list: what a file holds may have no hash
-            raise InputError(f"Its {key} have the type {data.get(key)!r}, {_LATER}")
+    values, factors, decoded = data.get("values"), data.get("factors"), data.get(_OF_CODES)
+    for key, found, integers in (("values", values, [*BITS]), ("factors", factors, [INT8])):
+        if key in data and found not in [*FLOATS, *integers]:  # lists: what a file holds may have no hash
+            raise InputError(f"Its {key} have the type {found!r}, {_LATER}")
+    on_grid = values in [*BITS]
+    coded = on_grid or factors == INT8
+    _require_keys(data, [*_KEYS, *(_OF_GRIDS if on_grid else ()), *([_OF_CODES] if coded else [])])
     pattern, rank, transposed = data["pattern"], data["rank"], data.get("transposed", False)
     if pattern not in [FREE, DENSE] and not _groups(pattern):
         raise InputError(f"Its pattern is {pattern!r}, {_LATER}")
     if type(rank) is not int or not 0 <= rank <= _LARGEST or type(transposed) is not bool:
         raise InputError("Its scheme must have a count as rank, and may be transposed or not. Restore config.json.")
-    return Scheme(pattern, data["values"], rank, data["factors"], transposed)
+    if coded and (decoded not in [*FLOATS] or values in FLOATS.keys() - {decoded}):
+        raise InputError(f"Its numbers are decoded to the type {decoded!r}, {_LATER}")
+    grid = _grid(BITS[str(values)], data["levels"], data["group"]) if on_grid else None
+    return Scheme(pattern, str(values), rank, str(factors), transposed, grid, decoded)
+
+
+def _require_keys(data: Mapping[str, Any], wanted: Collection[str]) -> None:
+    for key in sorted(data.keys() - {*wanted, "transposed"})[:1]:
+        raise InputError(f"Its scheme has {key!r}, {_LATER}")
+    for key in wanted:
+        if key not in data:
+            raise InputError(f"Its scheme lacks {key!r}. Restore config.json.")
+
+
+def _grid(bits: int, levels: object, group: object) -> Grid:
+    if levels not in [*LEVELS]:
+        raise InputError(f"Its levels are {levels!r}, {_LATER}")
+    if group != WHOLE_ROW and (type(group) is not int or not 0 < group <= _LARGEST):
+        raise InputError(f"A scale of it is shared by {group!r} columns, which is no count. Restore config.json.")
+    return Grid(bits, str(levels), group if type(group) is int else None)
 
 
 def packed_shapes(shape: tuple[int, int], record: StoredLayer) -> dict[str, tuple[int, ...]]:
     """Return the shapes of a compressed layer's tensors in a file, by the last part of their names.
 
+    Of codes whose rows hold different numbers, ``weight`` is the shortest that they may take, see ``longest_codes``.
+
     Raises:
         InputError: A weight of this shape (out, in) cannot keep so many values under its pattern.
     """
     out, features = shape
-    pattern, rank, kept = record.scheme.pattern, record.scheme.rank, record.kept
-    groups = _groups(pattern)
-    right = kept == prod(shape) if pattern == DENSE else kept < prod(shape) or not kept
+    scheme, kept = record.scheme, record.kept
+    groups = _groups(scheme.pattern)
+    right = kept == prod(shape) if scheme.pattern == DENSE else kept < prod(shape) or not kept
     if not (kept == _kept_of(groups, shape) if groups else right):
-        raise InputError(f"It keeps {kept} values, which a ({out}, {features}) weight of the pattern {pattern} cannot.")
-    mask = {} if pattern == DENSE else {"mask": (out, mask_bytes(features))}
-    return {"weight": (kept,), **mask, "U": (out, rank), "V": (rank, features)}
+        raise InputError(
+            f"It keeps {kept} values, which a ({out}, {features}) weight of the pattern {scheme.pattern} cannot."
+        )
+    grid, rank = scheme.grid, scheme.rank
+    size = kept
+    if grid:
+        free = scheme.pattern == FREE
+        size = packed_row_bytes(kept, grid.bits) if free else out * packed_row_bytes(kept // max(out, 1), grid.bits)
+    every = {
+        "weight": (size,),
+        "mask": (out, mask_bytes(features)),
+        "scale": (out, grid.groups(features) if grid else 0),
+        "book": (1 << (grid.bits if grid else 0),),
+        "U": (out, rank),
+        "V": (rank, features),
+        "U_scale": (rank,),
+        "V_scale": (rank,),
+    }
+    return {part: every[part] for part in scheme.parts}
 
 
-def packed_types(record: StoredLayer) -> dict[str, torch.dtype]:
-    """Return the types of the same tensors."""
-    values, factors = FLOATS[record.scheme.values], FLOATS[record.scheme.factors]
-    return {"weight": values, "mask": torch.uint8, "U": factors, "V": factors}
+def longest_codes(shape: tuple[int, int], record: StoredLayer) -> int:
+    """Return the most entries that ``weight`` may have: each row may waste all but a bit of its last byte."""
+    grid = record.scheme.grid
+    if grid and record.scheme.pattern == FREE:
+        return (record.kept * grid.bits + 7 * shape[0]) // 8
+    return packed_shapes(shape, record)["weight"][0]
+
+
+def packed_types(scheme: Scheme) -> dict[str, tuple[torch.dtype, ...]]:
+    """Return the types that the same tensors may have."""
+    values = torch.uint8 if scheme.grid else FLOATS[scheme.values]
+    factors = torch.int8 if scheme.factors == INT8 else FLOATS[scheme.factors]
+    every = {"weight": (values,), "mask": (torch.uint8,), "U": (factors,), "V": (factors,)}
+    return {part: every.get(part, SCALE_TYPES) for part in scheme.parts}
 
 
 def any_of(names: Iterable[str]) -> str:

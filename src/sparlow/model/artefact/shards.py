@@ -1,20 +1,33 @@
-"""The files of a compressed model: written atomically, and checked before they are trusted."""
+"""The files of a compressed model: written atomically, and checked before they are trusted.
 
+A shard with codes of few bits says in its own header, under ``sparlow``, how its layers are stored, as config.json will
+say it at the end: bytes alone do not tell three bits from four.
+"""
+
+import json
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparlow.errors import InputError, RunError, reason
 from sparlow.files import INDEX, SINGLE, read_json, replacing, require_printable, resolve_inside, sha256, shard_filename
-from sparlow.model.artefact.bitmask import pack
-from sparlow.model.artefact.layers import SparseLowRankLinear, compressed_layers
-from sparlow.model.artefact.schemes import Scheme, StoredLayer, name_of, packed_shapes, packed_types, stored_pattern
+from sparlow.model.artefact.schemes import (
+    Scheme,
+    StoredLayer,
+    from_config,
+    longest_codes,
+    name_of,
+    packed_shapes,
+    packed_types,
+    stored_pattern,
+    to_config,
+)
 
 _DTYPES = {
     "F64": torch.float64,
@@ -22,7 +35,9 @@ _DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "U8": torch.uint8,
+    "I8": torch.int8,
 }
+_SCHEMES = "sparlow"  # the key in a shard's header
 
 
 @dataclass(frozen=True)
@@ -42,15 +57,38 @@ class Header(NamedTuple):
     shape: tuple[int, ...]
 
 
-def write_shard(path: Path, state: Mapping[str, Tensor]) -> ShardRecord:
+def write_shard(
+    path: Path, state: Mapping[str, Tensor], records: Mapping[str, StoredLayer] | None = None
+) -> ShardRecord:
     """Write tensors, from any device, as one safetensors file: the same tensors, the same bytes.
+
+    Args:
+        path: The file.
+        state: The tensors.
+        records: How layers are stored, where the tensors alone do not tell.
 
     Raises:
         RunError: A tensor has no content (it is on the meta device), or the file cannot be written.
     """
+    schemes = {_SCHEMES: json.dumps(to_config(records), separators=(",", ":"))} if records else {}
     with replacing(path) as partial:
-        save_file(_apart(state), partial, {"format": "pt"})  # two keys would come in a random order
+        save_file(_apart(state), partial, {"format": "pt", **schemes})
+        if schemes:
+            _put_in_order(partial)
         return ShardRecord(path.name, partial.stat().st_size, sha256(partial))
+
+
+def _put_in_order(path: Path) -> None:
+    """Sort the metadata in a file's header, which safetensors writes in a random order."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) > size:
+            raise RunError(f"safetensors wrote the header of {path.name} in an unknown way. Install another release.")
+        file.seek(8)
+        file.write(text.ljust(size))
 
 
 def _apart(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -64,30 +102,6 @@ def _apart(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         tensors[name] = t.clone() if t.untyped_storage().data_ptr() in seen else t
         seen.add(t.untyped_storage().data_ptr())
     return tensors
-
-
-def packed_state(root: nn.Module, *, without: str | None = None) -> dict[str, Tensor]:
-    """Return the state dict of a module as it is stored: in place of each S its kept values, flat, and their mask.
-
-    Flat, so that a loader that expects a matrix under this name stops instead of making one up.
-
-    Args:
-        without: Name of a submodule whose tensors are left out.
-
-    Raises:
-        InputError: Weights are off-loaded.
-    """
-    state = {k: t for k, t in root.state_dict().items() if without is None or not k.startswith(f"{without}.")}
-    for name in compressed_layers(root):
-        S = state.pop(f"{name}.S", None)
-        if S is not None:
-            if S.is_meta:
-                raise InputError(f"{name} is off-loaded. Open the model without off-loading to save it.")
-            values, mask = pack(S)
-            state[f"{name}.weight"] = values.cpu()
-            if len(values) < S.numel():
-                state[f"{name}.mask"] = mask.cpu()
-    return state
 
 
 def read_index(folder: Path) -> dict[str, Path]:
@@ -144,7 +158,9 @@ def by_layer(headers: Mapping[str, Header]) -> dict[str, dict[str, Header]]:
 def layer_records(
     headers: Mapping[str, Header], patterns: Mapping[str, str] | None = None, transposed: Collection[str] = ()
 ) -> dict[str, StoredLayer]:
-    """Return how each compressed layer is stored, by name; what is compressed is seen from the tensors themselves.
+    """Return how each compressed layer is stored, by name.
+
+    What is compressed is seen from the tensors themselves; of codes, the shard's header says what they mean.
 
     Args:
         headers: Of some shards.
@@ -152,17 +168,41 @@ def layer_records(
         transposed: Names of layers whose class stores the weight as (in, out).
 
     Raises:
-        InputError: A tensor has a type that no layer is stored in.
+        InputError: A tensor has a type that no layer is stored in, or nothing says what codes mean.
     """
-    found = {}
+    known = {name: row for file in sorted({header.file for header in headers.values()}) for name, row in _said(file)}
+    found = dict(known)
     for name, parts in by_layer(headers).items():
-        if parts.keys() >= {"weight", "U", "V"} and len(parts["weight"].shape) == 1:
-            shape, kept = _shape(name, parts), parts["weight"].shape[0]
-            pattern = stored_pattern(shape, kept, (patterns or {}).get(name))
+        if not is_packed(parts):
+            continue
+        shape = _shape(name, parts)
+        row = known.get(name)
+        if row is None and parts["weight"].dtype == torch.uint8:
+            raise InputError(f"{name} is stored in codes, and the shard does not say of which grid. Restore it.")
+        if row is None:
             values, factors = name_of(parts["weight"].dtype), name_of(parts["U"].dtype)
-            scheme = Scheme(pattern, values, parts["U"].shape[1], factors, name in transposed)
-            found[name] = StoredLayer(scheme, kept)
+            row = StoredLayer(Scheme("", values, parts["U"].shape[1], factors), parts["weight"].shape[0])
+        pattern = stored_pattern(shape, row.kept, (patterns or {}).get(name))
+        found[name] = replace(row, scheme=replace(row.scheme, pattern=pattern, transposed=name in transposed))
     return found
+
+
+def is_packed(parts: Mapping[str, Header]) -> bool:
+    """Whether the tensors of a module, by the last part of their names, are those of a packed weight."""
+    return parts.keys() >= {"weight", "U", "V"} and len(parts["weight"].shape) == 1
+
+
+def _said(file: Path) -> Iterable[tuple[str, StoredLayer]]:
+    """Return what a shard's header says of how layers are stored."""
+    with safe_open(file, framework="pt") as shard:
+        text: str | None = (shard.metadata() or {}).get(_SCHEMES)
+    if text is None:
+        return ()
+    try:
+        about: dict[str, Any] = json.loads(text)
+        return from_config(about.get("schemes"), about.get("layers")).items()
+    except (ValueError, AttributeError, RecursionError, InputError) as problem:
+        raise InputError(f"The shard {file} is damaged ({reason(problem)}). Restore it.") from problem
 
 
 def _shape(name: str, parts: Mapping[str, Header]) -> tuple[int, int]:
@@ -173,18 +213,6 @@ def _shape(name: str, parts: Mapping[str, Header]) -> tuple[int, int]:
     return sizes[0][0], sizes[1][1]
 
 
-def check_layer(name: str, parts: Mapping[str, Header], layer: SparseLowRankLinear, record: StoredLayer) -> None:
-    """Check that the files hold exactly the tensors of a compressed layer, each with its shape and type.
-
-    Args:
-        layer: What they are for; it may be on the meta device.
-
-    Raises:
-        InputError: They do not.
-    """
-    check_parts(name, parts, record, shape=(layer.out_features, layer.in_features), bias=layer.bias is not None)
-
-
 def check_parts(
     name: str,
     parts: Mapping[str, Header],
@@ -193,7 +221,17 @@ def check_parts(
     shape: tuple[int, int] | None = None,
     bias: bool | None = None,
 ) -> tuple[int, int]:
-    """Check the same where there is no layer, whose shape (out, in) is then that of U and V; return the shape.
+    """Check that the files hold exactly the tensors of a packed weight, each with its shape and type.
+
+    Args:
+        name: Of the layer.
+        parts: Its tensors, by the last part of their names.
+        record: How it is stored.
+        shape: (out, in) of the layer that they are for, if there is one; else the shape is that of U and V.
+        bias: Whether it has a bias; left out where there is no layer.
+
+    Returns:
+        The shape.
 
     Raises:
         InputError: They do not.
@@ -206,11 +244,16 @@ def check_parts(
         raise InputError(f"{name}: {problem}") from None
     if parts.keys() != expected.keys():
         raise InputError(f"{name} should have the tensors {', '.join(expected)}, but has {', '.join(parts) or 'none'}.")
-    types = packed_types(record)
+    types = packed_types(record.scheme)
     for part, size in expected.items():
         _, dtype, found = parts[part]
-        right = dtype is not None and (dtype == types[part] if part in types else dtype.is_floating_point)
-        if found != size or not right:
-            wanted = f"{size} of {types.get(part, 'a float type')}"
-            raise InputError(f"{name}.{part} should have the shape {wanted}, but the file holds {found} of {dtype}.")
+        right = dtype is not None and (dtype in types[part] if part in types else dtype.is_floating_point)
+        fits = found == size or (
+            part == "weight" and len(found) == 1 and size[0] <= found[0] <= longest_codes(shape, record)
+        )
+        if not fits or not right:
+            allowed = " or ".join(map(str, types.get(part, ("a float type",))))
+            raise InputError(
+                f"{name}.{part} should have the shape {size} of {allowed}, but the file holds {found} of {dtype}."
+            )
     return shape
