@@ -9,7 +9,7 @@ import torch
 
 import layers
 import oracles
-from sparlow.algorithms import find, solve, three_basil
+from sparlow.algorithms import _loop, find, solve, three_basil
 from sparlow.algorithms._loop import Loop
 from sparlow.algorithms.three_basil import _paper
 from sparlow.errors import InputError
@@ -268,7 +268,7 @@ def products_rounded(_device):
 
 def test_rounding_the_product_of_the_loop_costs_nothing(monkeypatch):
     exact = [reached(name, pattern) for name in PROBLEMS for pattern in PATTERNS]
-    monkeypatch.setattr(three_basil, "rounded_products", products_rounded)
+    monkeypatch.setattr(_loop, "rounded_products", products_rounded)
     rounded = [error(*layer(*PROBLEMS[name]), pattern) for name in PROBLEMS for pattern in PATTERNS]
     ratios = [one / other for one, other in zip(rounded, exact, strict=True)]
     assert ratios != [1] * len(ratios)
