@@ -21,7 +21,7 @@ from _layers import machine, write_json
 from _timing import times
 from torch import Tensor
 
-from sparlow.algorithms import find, solve, three_basil
+from sparlow.algorithms import _loop, find, solve, three_basil
 from sparlow.linalg.gram import Gram
 from sparlow.linalg.patterns import parse_pattern
 from sparlow.linalg.tf32 import rounded_products
@@ -43,7 +43,7 @@ def parts(W: Tensor, H: Tensor, rank: int, device: str) -> dict[str, float]:
     """Seconds of what an iteration is made of."""
     pattern = parse_pattern("2:4")
     space = Gram.damped(H).coordinates(conditional=True, group=pattern.group)
-    loop = three_basil._Loop(space.to_scaled(W), space, pattern, rank, rho=0.003)  # noqa: SLF001 - measured from inside
+    loop = _loop.Loop(space.to_scaled(W), space, pattern, rank, rho=0.003)
     project, out = pattern.projector(), torch.empty_like(W)
     scores = W.abs().view(1, -1)
     half = scores.shape[1] // 2
@@ -76,7 +76,7 @@ def whole(
             def run(text: str = text, found: list[Any] = found) -> None:
                 found.append(solve(find("3basil")[0], W, Gram.damped(H), parse_pattern(text), rank, {"effort": effort}))
 
-            with patch.object(three_basil, "rounded_products", context):
+            with patch.object(_loop, "rounded_products", context):
                 taken = median(times(run, device))
             stats = found[-1].stats
             alternations, steps = three_basil.refits(effort)

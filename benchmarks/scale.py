@@ -27,7 +27,8 @@ from _shapes import SHAPES, Shape, random_windows, write
 from _timing import times
 
 from sparlow import Recipe, compress
-from sparlow.algorithms.three_basil import level, refits
+from sparlow.algorithms._loop import level
+from sparlow.algorithms.three_basil import refits
 from sparlow.linalg.tf32 import rounded_products
 
 STEPS = 160  # iterations of a layer at effort 1

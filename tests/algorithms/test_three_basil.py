@@ -9,8 +9,9 @@ import torch
 
 import layers
 import oracles
-from sparlow.algorithms import find, solve, three_basil
-from sparlow.algorithms.three_basil import _Loop, _paper
+from sparlow.algorithms import _loop, find, solve, three_basil
+from sparlow.algorithms._loop import Loop
+from sparlow.algorithms.three_basil import _paper
 from sparlow.errors import InputError
 from sparlow.linalg import patterns
 from sparlow.linalg.gram import Gram
@@ -159,7 +160,7 @@ def test_without_low_rank_part_the_iterates_are_the_papers(steps):
     W, gram = layer(24, 40, 0)
     pattern = NM(2, 4)
     T, space = in_float64(W, gram)
-    loop = _Loop(T, space, pattern, 0, rho=0.1)
+    loop = Loop(T, space, pattern, 0, rho=0.1)
     _paper(loop, 0.5, steps)
     D, _, _, rho = oracles.paper_admm(W, gram.H, pattern.mask, 0, max_steps=steps)
     D = space.to_scaled(D)
@@ -190,7 +191,7 @@ def test_the_joint_step_is_the_minimum_over_both_blocks(rho):
     def augmented(S, L):
         return oracles.objective(T - S - L, G) + rho * oracles.objective(S - Z, eye)
 
-    loop = _Loop(T, space, NM(2, 4), 4, rho=rho)
+    loop = Loop(T, space, NM(2, 4), 4, rho=rho)
     for _ in range(300):  # one step is one of subspace iteration: with Z held still they end in the exact fit
         loop.fit_jointly()
     Y = loop.X - loop.D
@@ -267,7 +268,7 @@ def products_rounded(_device):
 
 def test_rounding_the_product_of_the_loop_costs_nothing(monkeypatch):
     exact = [reached(name, pattern) for name in PROBLEMS for pattern in PATTERNS]
-    monkeypatch.setattr(three_basil, "rounded_products", products_rounded)
+    monkeypatch.setattr(_loop, "rounded_products", products_rounded)
     rounded = [error(*layer(*PROBLEMS[name]), pattern) for name in PROBLEMS for pattern in PATTERNS]
     ratios = [one / other for one, other in zip(rounded, exact, strict=True)]
     assert ratios != [1] * len(ratios)
@@ -281,7 +282,7 @@ def test_the_loop_does_not_wait_for_an_accelerator(pattern):
     W, H = oracles.problem(600, 320, 3)  # large enough for a sampled threshold
     chosen = parse_pattern(pattern)
     space = Gram.damped(H.cuda()).coordinates(conditional=True, group=chosen.group)
-    loop = _Loop(space.to_scaled(W.cuda()), space, chosen, RANK, rho=0.003)
+    loop = Loop(space.to_scaled(W.cuda()), space, chosen, RANK, rho=0.003)
     loop.fit_jointly()
     loop.update()
     torch.cuda.set_sync_debug_mode("error")

@@ -124,7 +124,7 @@ def test_descent_never_rises_and_ends_where_no_single_change_pays(masked, levels
     to = target(masked, levels)
     _, S, scale, rounding = on_grid(W, to)
     scale, before, support = scale.double(), error(W - S, H), S != 0
-    for _ in range(30):
+    for _ in range(200):
         S, left = descend(S, W, H, scale, to, rounding)
         now = error(W - S, H)
         assert left.sum().item() == pytest.approx(now, rel=1e-6)

@@ -39,14 +39,13 @@ holds; but "paper" takes one subspace step for L, and "joint" minimises over S a
 proven here. What can be said of them is measured.
 """
 
-import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from sparlow.algorithms._loop import Loop, pace
 from sparlow.algorithms._registry import Count, Positive, decomposer
 from sparlow.algorithms._results import Decomposition, SolveStats
 from sparlow.linalg.conjugate_gradient import fit_on_support
@@ -55,9 +54,8 @@ from sparlow.linalg.gram import Gram
 from sparlow.linalg.grid_fit import finished, stored, swept_fit
 from sparlow.linalg.grid_projection import GridProjection
 from sparlow.linalg.grid_target import GridTarget
-from sparlow.linalg.lowrank import best_fit, orthonormal, random_factor, subspace_step, svd_fit
-from sparlow.linalg.patterns import Pattern, Projector
-from sparlow.linalg.tf32 import rounded_products
+from sparlow.linalg.lowrank import best_fit, subspace_step
+from sparlow.linalg.patterns import Pattern
 
 SETTLED = {
     "joint": 1e-2,
@@ -97,7 +95,7 @@ def three_basil(
     if grid is not None and not papers and grid.grid.bits <= FEW_BITS:
         return _joint_on_grid(W, gram, pattern, rank, grid, effort, max_steps)
     space = gram.coordinates(conditional=not papers, group=pattern.group)
-    loop = _Loop(space.to_scaled(W), space, pattern, rank, rho=0.1 if papers else RHO, exact=literal)
+    loop = Loop(space.to_scaled(W), space, pattern, rank, rho=0.1 if papers else RHO, exact=literal)
     run = _paper if papers else _joint
     steps, change = run(loop, effort, max_steps)
     own = {"rho": loop.rho, "support_change": change}
@@ -117,92 +115,7 @@ def refits(effort: float) -> tuple[int, int]:
     return max(round(REFITS * share), 1), max(round(REFIT_STEPS * share), FEWEST)
 
 
-def level(effort: float) -> int:
-    """Steps of the joint schedule at one ρ: fewer at low effort, but each rise costs an inverse."""
-    return max(round(10 * math.sqrt(effort)), 5)
-
-
-def pace(effort: float) -> tuple[int, float]:
-    """Steps of the joint schedule at one ρ, and the factor by which it rises: 1.44 in ``10·effort`` steps."""
-    every = level(effort)
-    return every, 1.44 ** (every / (10 * effort))
-
-
-class _Loop:
-    """The iterates, and the steps that all schedules are made of; ``exact`` takes each of them to the letter."""
-
-    def __init__(
-        self, target: Tensor, space: Coordinates, pattern: Pattern, rank: int, rho: float, *, exact: bool = False
-    ) -> None:
-        self.T, self.G, self.space, self.rho = target, space.G, space, rho
-        self.project = _selection(pattern, space) if exact else pattern.projector()
-        self.root = space.root() if exact and rank else None  # (in, in)
-        self.rounding = nullcontext if exact else rounded_products
-        self.kept = max(pattern.kept((target.shape[0], target.shape[1])), 1)
-        self.D = self.project(target, torch.empty_like(target))  # (out, in)
-        self.X = self.D.clone()  # S + Y (out, in)
-        self.seen = self.D.bool()
-        self.Q = target - self.D  # T − Z (out, in)
-        self.U = target.new_zeros(target.shape[0], rank)
-        self.V = random_factor(rank, target)  # (r, in)
-        self.M = space.ridge(rho)
-
-    def fit_jointly(self) -> None:
-        """L for the S that will follow: best fit of Q in the metric I − M."""
-        if self.V.shape[0]:
-            self.U = orthonormal(self.Q @ (self.V - self.V @ self.M).T)
-            self.V = self.U.T @ self.Q
-
-    def fit_to_residual(self, S: Tensor) -> None:
-        """L for the S just found: best fit of T − S in the metric G (the paper's third block)."""
-        if self.root is not None:
-            self.U, self.V = svd_fit(self.T - S, self.root, len(self.V))
-        elif self.V.shape[0]:
-            self.U, self.V = subspace_step(self.T - S, self.G, self.V)
-
-    def update(self) -> None:
-        """Ridge step for S, projection to D, ascent of Y; every step writes into what is there, and takes no memory."""
-        self.Q.addmm_(self.U, self.V, beta=-1)  # Z − R = L − Q
-        self.D.sub_(self.Q)
-        with self.rounding(self.Q.device):
-            self.X, self.D = self.D.addmm_(self.Q, self.M), self.X
-        self.project(self.X, self.D)
-        self._follow()
-
-    def move_to(self, project: Projector) -> None:
-        """Project to another set from now on."""
-        self.project = project
-        project(self.X, self.D)
-        self._follow()
-
-    def _follow(self) -> None:
-        """Let Q follow X and D."""
-        torch.add(self.T, self.X, out=self.Q).sub_(self.D, alpha=2)
-
-    def support_change(self) -> float:
-        """Share of the kept entries that changed since the last look."""
-        before, self.seen = self.seen, self.D.bool()  # a comparison takes thirty times as long
-        return (before ^ self.seen).count_nonzero().item() / self.kept
-
-    def raise_rho(self, factor: float) -> None:
-        """ρ ← ρ·factor; the multiplier itself stays, so Y = X − D, which is divided by ρ, shrinks."""
-        self.X.lerp_(self.D, 1 - 1 / factor)
-        self._follow()
-        self.rho *= factor
-        del self.M  # frees memory for the next
-        self.M = self.space.ridge(self.rho)
-
-
-def _selection(pattern: Pattern, space: Coordinates) -> Projector:
-    """The projection by an exact selection, of columns that are dealt."""
-
-    def project(X: Tensor, out: Tensor) -> Tensor:
-        return out.copy_(space.interleave(pattern.mask(space.deinterleave(X).abs()))).mul_(X)
-
-    return project
-
-
-def _joint(loop: _Loop, effort: float, max_steps: int) -> tuple[int, float]:
+def _joint(loop: Loop, effort: float, max_steps: int) -> tuple[int, float]:
     """Raise ρ at its pace; take ``LEAST``·effort at least, so that more effort never means fewer."""
     every, factor = pace(effort)
 
@@ -222,7 +135,7 @@ def _joint_on_grid(
     Where everything is kept, nothing happens before the grid begins, so it begins at once.
     """
     space = gram.coordinates(conditional=True, group=pattern.group)
-    loop = _Loop(space.to_scaled(W), space, pattern, rank, rho=RHO if target.masked else ON_GRID)
+    loop = Loop(space.to_scaled(W), space, pattern, rank, rho=RHO if target.masked else ON_GRID)
     steps = _raise_to(loop, ON_GRID, effort, max_steps)
     points = GridProjection(loop.X, loop.project if target.masked else None, space, target)
     loop.move_to(points)
@@ -251,7 +164,7 @@ def _joint_on_grid(
     return Decomposition(fit.S, fit.U, fit.V, stats, fit.values, fit.factors)
 
 
-def _raise_to(loop: _Loop, rho: float, effort: float, max_steps: int) -> int:
+def _raise_to(loop: Loop, rho: float, effort: float, max_steps: int) -> int:
     """Take the joint schedule until ρ reaches ``rho``; return the steps taken."""
     every, factor = pace(effort)
     steps = 0
@@ -264,7 +177,7 @@ def _raise_to(loop: _Loop, rho: float, effort: float, max_steps: int) -> int:
     return steps
 
 
-def _paper(loop: _Loop, effort: float, max_steps: int) -> tuple[int, float]:
+def _paper(loop: Loop, effort: float, max_steps: int) -> tuple[int, float]:
     """The paper's order, its rule for ρ and, at effort 0.5, its pace; at least 100 steps."""
 
     def step() -> None:
@@ -280,7 +193,7 @@ def _paper(loop: _Loop, effort: float, max_steps: int) -> tuple[int, float]:
 
 
 def _run(
-    loop: _Loop,
+    loop: Loop,
     step: Callable[[], None],
     every: int,
     growth: Callable[[float], float],

@@ -73,8 +73,8 @@ def _errors(parts: Tensor, weights: Tensor, scale: Tensor, rounding: Rounding) -
     """Return Σ weight (Z − s q(Z / s))² of each group (rows, groups) for Z (rows, groups, group)."""
     z = parts / torch.where(scale == 0, 1.0, scale)[..., None]
     lost = rounding(z).sub_(z).square_()
-    error = torch.linalg.vecdot(lost, weights).mul_(scale.square())
-    return error if scale.all() else torch.where(scale == 0, (parts.square() * weights).sum(2), error)
+    error: Tensor = torch.linalg.vecdot(lost, weights).mul_(scale.square())
+    return error.masked_fill_(scale == 0, torch.inf)  # too small to be stored, or of a group of zeros
 
 
 def learned(Z: Tensor, weight: Tensor, target: GridTarget) -> Rounding:
