@@ -224,4 +224,5 @@ def test_the_hidden_states_of_an_evaluation_are_divided_too(folder):
     alone, shared = (workload(meta_model(str(folder)), RECIPE, options, processes=n) for n in (1, 4))
     evaluations = [next(s.cpu for s in stages(work, BOUND) if s.name == "evaluation") for work in (alone, shared)]
     copies = alone.evaluated * 32 * 4
-    assert evaluations[0] - evaluations[1] == 3 * (copies - copies // 4)
+    walked, kept = 3, 2  # copies: on their way through blocks, and the dense model's, which may be two
+    assert evaluations[0] - evaluations[1] == (walked + kept) * (copies - copies // 4)
