@@ -155,7 +155,9 @@ def tiny_values(plain: Any) -> dict[str, Any]:  # noqa: ANN401 - a foreign confi
         changes |= {name: 4 for name in ("num_key_value_heads",) if name in held}
     depths = {held.get(name) for name in ("num_hidden_layers", "n_layer", "num_layers", "n_layers")}
     for name, value in held.items():
-        if isinstance(value, list) and len(value) in depths and not name.startswith("_"):  # of every layer its kind
+        if name in changes or name.startswith("_"):
+            continue
+        if isinstance(value, list) and len(value) in depths:  # of every layer its kind
             changes[name] = (list(dict.fromkeys(value)) * 4)[:4]
         elif hasattr(value, "attribute_map"):
             whole = {key: part for key, part in value.to_dict().items() if key != "per_layer_config"}
@@ -211,18 +213,18 @@ def tried(kind: str) -> dict[str, Any]:
         try:
             build(kind, folder / "dense")
         except Exception as error:  # noqa: BLE001 - a foreign config may want anything
-            return {"kind": kind, "state": "not built", "why": f"{type(error).__name__}: {first_line(error)}"}
+            return {"kind": kind, "state": "not built", "why": f"{type(error).__name__}: {first_words(error)}"}
         try:
             report = sparlow.compress(folder / "dense", recipe, calibration=windows, evaluate=(), out=folder / "out")
         except InputError as error:
-            return {"kind": kind, "state": "refused", "why": first_line(error).replace(str(folder), "the folder")}
+            return {"kind": kind, "state": "refused", "why": first_words(error).replace(str(folder), "the folder")}
         found = judged(folder, windows, report)
         return {"kind": kind, "state": "compressed" if found["right"] else "wrong", **found}
 
 
-def first_line(error: Exception) -> str:
-    """The first line of what an exception says."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+def first_words(error: Exception) -> str:
+    """What an exception says, its beginning, in one line."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def judged(folder: Path, windows: "Tensor", report: "Report") -> dict[str, Any]:
@@ -289,7 +291,7 @@ def send(kind: str, to: Connection) -> None:
         row = tried(kind)
     except Exception as error:  # noqa: BLE001 - what went wrong is a row too
         traceback.print_exc()
-        row = {"kind": kind, "state": "failed", "why": f"{type(error).__name__}: {first_line(error)}"}
+        row = {"kind": kind, "state": "failed", "why": f"{type(error).__name__}: {first_words(error)}"}
     to.send(row)
 
 
