@@ -135,7 +135,7 @@ def show_plan(found: "Plan") -> None:
             kind.name,
             str(kind.count),
             f"{kind.shape[0]} × {kind.shape[1]}",
-            kind.pattern or "dense",
+            kind.pattern or "–",
             kind.values,
             str(kind.rank),
             f"{kind.parameters:,}",

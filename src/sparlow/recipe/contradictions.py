@@ -49,7 +49,7 @@ def _require_allocation(recipe: "Recipe") -> None:
     from sparlow.linalg.patterns import NM
 
     uniform = recipe.uniform((1, 1))
-    if isinstance(uniform.pattern, NM) and recipe.allocate == "owl":
+    if recipe.allocate == "owl" and (isinstance(uniform.pattern, NM) or uniform.pattern.density == 1):
         raise InputError("OWL gives every block a density of its own. Give an unstructured --pattern such as 0.5.")
     if isinstance(uniform.pattern, NM) and recipe.allocate == "error" and not (uniform.rank or recipe.compression):
         raise InputError(
