@@ -66,6 +66,7 @@ def model(models):
 
 MODES = {
     "solves": [],
+    "layers": ["--behind", "layers"],
     "error": ["--allocate", "error", "--pattern", "0.5"],
     "matching": ["--match", "--match-preset", "blocks", "--match-batch", "4"],
     "distillation": ["--match"],

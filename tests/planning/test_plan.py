@@ -200,3 +200,31 @@ def test_seconds_follow_from_what_was_measured(folder):
     loading = seconds(worked(folder, RECIPES["rank"], streamed=False), speed, solver)["walk"]
     assert seconds(replace(twice, streamed=False), speed, solver)["walk"] == pytest.approx(2 * loading)
     assert spent["total"] == pytest.approx(sum(value for stage, value in spent.items() if stage != "total"))
+
+
+def test_layers_behind_each_other_take_more_passes_and_fewer_grams_at_a_time(tmp_path):
+    save_tiny("llama", tmp_path)
+    recipe = RECIPES["rank"].changed(samples=64)
+    plain, behind = (worked(tmp_path, recipe.changed(behind=behind)) for behind in ("blocks", "layers"))
+    assert [len(block.stages) for work in (plain, behind) for block in work.blocks] == [1, 1, 1, 4, 4, 4]
+    assert [stage.inputs for stage in behind.blocks[0].stages] == [
+        {"self_attn.q_proj": 32},
+        {"self_attn.o_proj": 32},
+        {"mlp.gate_proj": 32},
+        {"mlp.down_proj": 48},
+    ]
+    assert behind.blocks[0].inputs == plain.blocks[0].inputs
+    assert counted(behind)["Grams"] < counted(plain)["Grams"]
+    assert counted(behind)["solving"] <= counted(plain)["solving"]
+    speed, solver = (
+        Speed(products=1e9, memory=1e15, hashing=1e9),
+        Solver(product=0, gram=0, entry=0, call=0, largest=64),
+    )
+    before, after = (seconds(work, speed, solver) for work in (plain, behind))
+    assert {stage for stage in before if before[stage] != after[stage]} == {"walk", "total"}
+    attention, mlp = 32 * (32 + 16 + 16 + 32), 3 * 32 * 48
+    rank = 3 * (2 * (32 + 32) + 2 * (32 + 16)), 3 * 2 * (32 + 48)
+    passed = [32 * 64 + rank[0] - 3 * 64, attention + rank[0], attention + rank[0] + mlp * 2 // 3 + rank[1]]
+    looks = behind.batch * (behind.blocks[0].parameters + 16 * 32) + sum(64 * 16 * (n + 16 * 32) for n in passed)
+    more = 2 * (looks - 64 * 16 * (behind.blocks[0].parameters + 16 * 32)) / 1e9
+    assert after["walk"] - before["walk"] == pytest.approx(3 * more, rel=1e-6)

@@ -46,6 +46,7 @@ FULL = Recipe(
     column="body",
     damping=0.1,
     relative_damping=0.2,
+    behind="layers",
     dtype="bfloat16",
 )
 WRONG = {  # field: TOML values of another type
@@ -88,6 +89,7 @@ WRONG = {  # field: TOML values of another type
     "column": ["1", "false"],
     "damping": ["'0.01'", "true", "[0.1]"],
     "relative_damping": ["'0.01'", "false"],
+    "behind": ["1", "true"],
     "dtype": ["32", "true"],
 }
 
@@ -215,6 +217,7 @@ def test_a_pruner_removes_what_the_compression_says():
         ({"algorithm": "wanda", "compression": 0.5, "pattern": "2:4"}, "--pattern or --compression, not both"),
         ({"allocate": "owl"}, "Give an unstructured --pattern"),
         ({"allocate": "owl", "pattern": "dense"}, "Give an unstructured --pattern"),
+        ({"behind": "layer"}, "no order 'layer'; did you mean 'layers'\\? Choose one of: blocks, layers"),
         ({"allocate": "owls"}, "no allocation 'owls'; did you mean 'owl'\\? Choose one of: uniform, owl"),
         ({"layers": [{"match": "q", "pattern": "4:2"}]}, "Pattern 4:2"),
         ({"layers": [{"match": "q", "rank": -1}]}, "Give 0 or more"),
