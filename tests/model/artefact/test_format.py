@@ -1,8 +1,6 @@
 """Format 2 as docs/format.md says it: read by code of its own, and met by programs that have never heard of sparlow."""
 
 import json
-import os
-import subprocess
 import sys
 
 import numpy as np
@@ -12,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import sparlow
+from artefacts import stranger
 from families import save_tiny, tiny
 from sparlow.model.artefact.layers import compressed_layers
 from sparlow.recipe.recipe import Recipe
@@ -147,34 +146,6 @@ def test_a_layer_whose_name_ends_like_another_is_left_alone(tmp_path):
 
 
 # Programs that have never heard of sparlow
-
-STRANGER = """
-import sys, transformers
-transformers.utils.logging.set_verbosity_error()
-how, folder = sys.argv[1:]
-try:
-    if how == "pipeline":
-        found = transformers.pipeline("text-generation", folder)
-    elif how == "body":
-        found = transformers.AutoModel.from_pretrained(folder)
-    else:
-        found = transformers.AutoModelForCausalLM.from_pretrained(folder)
-except Exception as error:
-    print(type(error).__name__, str(error).replace(chr(10), " "))
-else:
-    print("OPENED", found)
-assert "sparlow" not in sys.modules
-"""
-
-
-def stranger(how, folder, code=STRANGER, path=()):
-    """What a process of its own says that knows plain transformers only."""
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PYTHONPATH": os.pathsep.join(path)}
-    run = subprocess.run(  # noqa: PLW1510 - asserted below
-        [sys.executable, "-c", code, how, str(folder)], capture_output=True, text=True, env=environment, timeout=300
-    )
-    assert run.returncode == 0, run.stderr
-    return run.stdout
 
 
 @pytest.mark.parametrize("how", ["model", "body", "pipeline"])
