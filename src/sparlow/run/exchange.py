@@ -44,7 +44,8 @@ def exchange_layers(
                 processes.broadcast(tensors[part].view(torch.uint8), who[name])
         if name not in own:
             parts, form = unpack_weight(tensors, record.shape, grid and Grid(*grid), _type(dtype))
-            layer = SparseLowRankLinear(*(part.to(weight.dtype) for part in parts), weight.bias)
+            S, U, V = (part.to(weight.dtype) for part in parts)
+            layer = SparseLowRankLinear(S, U, V, weight.bias)
             layer.stored = form
             weight.put(layer)
     return records
