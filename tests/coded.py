@@ -23,7 +23,7 @@ def random_grid(shape, values, *, levels="auto", group=16, masked=False, dtype=t
     return GridValues(grid, scale.to(own), book.to(own), masked)
 
 
-def random_S(shape, found, *, mask=None, dtype=torch.bfloat16, seed=0):
+def random_sparse(shape, found, *, mask=None, dtype=torch.bfloat16, seed=0):
     """S (out, in) of random codes on a grid."""
     generator, usable = torch.Generator().manual_seed(seed), found.usable()
     codes = usable[torch.randint(len(usable), shape, generator=generator)]
@@ -58,7 +58,7 @@ def coded_layer(shape, values, *, pattern="dense", rank=3, dtype=torch.bfloat16,
     mask = {"dense": lambda *_: None, "2:4": two_of_four, "free": free}[pattern](shape, seed)
     found = random_grid(shape, values, masked=mask is not None, dtype=dtype, seed=seed, **grid)
     U, V, factors = random_factors(shape, rank, dtype=dtype, seed=seed)
-    layer = SparseLowRankLinear(random_S(shape, found, mask=mask, dtype=dtype, seed=seed), U, V, bias)
+    layer = SparseLowRankLinear(random_sparse(shape, found, mask=mask, dtype=dtype, seed=seed), U, V, bias)
     layer.stored = StoredForm(found, factors if rank else None)
     return layer
 

@@ -8,9 +8,10 @@ import sys
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
+from artefacts import assert_same_bits, edit, spoil, trainer
 from families import save_tiny, tiny, tiny_tokenizer
 from sparlow.errors import InputError, RunError
 from sparlow.files import INDEX, shard_filename
@@ -73,22 +74,6 @@ def folder(model, tmp_path):
 @pytest.fixture
 def ids():
     return torch.randint(2, 97, (2, 12), generator=torch.Generator().manual_seed(1))
-
-
-def bits(state):
-    return {name: t.contiguous().view(torch.uint8) if t.numel() else t for name, t in state.items()}
-
-
-def assert_same_bits(one, other):
-    one, other = bits(one.state_dict()), bits(other.state_dict())
-    assert one.keys() == other.keys()
-    assert all(torch.equal(t, other[name]) for name, t in one.items())
-
-
-def edit(path, change):
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
 
 
 # Round trips
@@ -270,22 +255,6 @@ def test_a_block_that_does_not_fit_is_refused(folder):
 # Use by other libraries
 
 
-def trainer(model, folder, **options):
-    text = torch.randint(2, 97, (8, 12), generator=torch.Generator().manual_seed(2))
-    arguments = TrainingArguments(
-        folder,
-        per_device_train_batch_size=2,
-        learning_rate=1e-2,
-        weight_decay=0.1,
-        save_steps=3,
-        use_cpu=True,
-        report_to=[],
-        disable_tqdm=True,
-        **options,
-    )
-    return Trainer(model, arguments, train_dataset=[{"input_ids": row, "labels": row} for row in text])
-
-
 def test_trainer_keeps_the_support_and_its_checkpoints_open(model, folder, tmp_path):
     opened = load(folder)
     trainer(opened, tmp_path / "run", max_steps=3).train()
@@ -431,7 +400,17 @@ def test_a_scheme_that_is_not_known_or_not_true_is_refused_by_the_name_of_a_laye
         opening(folder)
 
 
-@pytest.mark.parametrize("change", [{"values": "int4"}, {"factors": "int8"}, {"new": 1}, {"pattern": "spread"}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"values": "int5"},
+        {"factors": "int4"},
+        {"new": 1},
+        {"pattern": "spread"},
+        {"levels": "half"},
+        {"decoded": "bf16"},
+    ],
+)
 def test_what_only_a_newer_sparlow_writes_is_named_as_such(folder, opening, change):
     edit(folder / "config.json", lambda config: config["quantization_config"]["schemes"][0].update(change))
     with pytest.raises(InputError, match="newer sparlow, or is not supported yet"):
@@ -460,14 +439,6 @@ def test_layers_that_the_model_does_not_have(folder, opening):
     edit(folder / "config.json", lambda config: config.update(num_hidden_layers=2))
     with pytest.raises(InputError, match="no linear layer of this name"):
         opening(folder)
-
-
-def spoil(path, change):
-    with safe_open(path, "pt") as shard:
-        metadata = shard.metadata()
-    tensors = load_file(path)
-    change(tensors)
-    save_file(tensors, path, metadata)
 
 
 def drop_bit(tensors):

@@ -1,5 +1,6 @@
 """Thousands of mutated headers, configs and records: each is refused in a sentence, or loads as it was."""
 
+import itertools
 import json
 import random
 import signal
@@ -12,8 +13,14 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import sparlow
+from coded import coded_layer
 from sparlow.errors import InputError
+from sparlow.model.artefact.checkpoint import CheckpointWriter
+from sparlow.model.artefact.checksums import small_sums
 from sparlow.model.artefact.describe import describe
+from sparlow.model.artefact.embedding import quantise
+from sparlow.model.artefact.layers import compressed_layers
+from sparlow.model.forward.decoder import Decoder
 from sparlow.recipe.recipe import Recipe
 from sparlow.run.verify import verify_artefact
 
@@ -30,23 +37,46 @@ FILES = ("config.json", "model.safetensors.index.json", "generation_config.json"
 HOSTILE = (
     *(None, True, False, 0, 1, -1, 2, 7, 2**31, 2**40, 2**63, 10**18, -(2**63), 0.5, 1e308, float("nan"), float("inf")),
     *("", "x", "../x", "/etc/passwd", "a/b", "F64", "F16", "BF16", "I8", "gpt2", "cuda", "\0", "é" * 999),
+    *("int3", "int8", "row", "book", "dense", "U8", "fp16"),
     *([], {}, [0], [2**40, 2**40], [0, 2**62], {"a": {}}, [[[]]], ["full_attention"] * 3),
 )
 SECONDS = 20  # after which a load counts as hanging
 GROWTH = 2**30  # bytes by which the address space may grow
 
 
-@pytest.fixture(scope="module")
-def artefact(tmp_path_factory):
-    """A finished directory, and the model in it."""
+@pytest.fixture(scope="module", params=["floats", "codes"])
+def artefact(request, tmp_path_factory):
+    """A finished directory, and the model in it; with codes, its shards hold every kind of tensor that there is."""
     folder = tmp_path_factory.mktemp("artefact") / "out"
     transformers.utils.logging.disable_progress_bar()
     windows = torch.arange(64).view(4, 16)
     recipe = Recipe(rank=2, options={"effort": 0.1, "max_steps": 3})
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt_neox", **SIZES)).eval()
     sparlow.compress(model, recipe, calibration=windows, out=folder, evaluate=())
+    if request.param == "codes":
+        write_in_codes(folder)
     yield folder, sparlow.load(folder).state_dict()
     transformers.utils.logging.enable_progress_bar()
+
+
+def write_in_codes(folder):
+    """Write a finished directory again with layers on grids of other bits and patterns, and a quantised embedding."""
+    model = sparlow.load(folder)
+    decoder = Decoder.of(model)
+    layers = compressed_layers(model)
+    kinds = itertools.cycle([("int3", "2:4"), ("int4", "dense"), ("int2", "free"), ("int8", "2:4")])
+    for (name, layer), (values, pattern) in zip(layers.items(), kinds, strict=False):
+        shape = (layer.out_features, layer.in_features)
+        coded = coded_layer(shape, values, pattern=pattern, rank=2, bias=layer.bias, dtype=layer.S.dtype, group=8)
+        model.set_submodule(name, coded)
+    quantise(model, "int8", "int4")
+    writer = CheckpointWriter(folder, model, decoder)
+    shards = [writer.write_block(i, block) for i, block in enumerate(decoder.blocks)]
+    shards.append(writer.write_rest(model))
+    writer.finish(model, patterns=dict.fromkeys(layers, "2:4"))
+    state = json.loads((folder / "sparlow.json").read_text())
+    state["shards"] = {shard.file: {"bytes": shard.bytes, "sha256": shard.sha256} for shard in shards}
+    (folder / "sparlow.json").write_text(json.dumps(state | {"opens_as": small_sums(folder)}))
 
 
 @contextmanager

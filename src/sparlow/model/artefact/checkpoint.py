@@ -27,7 +27,7 @@ from sparlow.model.artefact.embedding import dense_again, restored
 from sparlow.model.artefact.hf_quantizer import SparlowConfig, transposed_layers
 from sparlow.model.artefact.layers import compressed_layers, install
 from sparlow.model.artefact.loader import write_loader
-from sparlow.model.artefact.packing import packed_state, stored_layer
+from sparlow.model.artefact.packing import packed_state, stored_layer, tell_lost
 from sparlow.model.artefact.schemes import METHOD, StoredLayer
 from sparlow.model.artefact.shards import (
     Header,
@@ -72,6 +72,7 @@ class CheckpointWriter:
         keep_grid: bool = False,
     ) -> None:
         self._folder, self._decoder, self._keep_grid = Path(folder), decoder, keep_grid
+        self._lost: list[str] = []  # names of what is not on its grid any more
         self._computed, self._storage = computed or model.dtype, storage or StoredDtypes.of(model)
         self._tied = dict(model.all_tied_weights_keys)
         require_own_weights(model, decoder)
@@ -87,7 +88,9 @@ class CheckpointWriter:
             RunError: It cannot be written.
         """
         label = self._decoder.layer_name(i, "")
-        own, inside = packed_state(block, wanted=lambda name: self._of_layer(label + name), keep=self._keep_grid)
+        lost: list[str] = []
+        own, inside = packed_state(block, wanted=lambda name: self._of_layer(label + name), told=lost)
+        self._lost += [label + name for name in lost]
         state = {label + name: tensor for name, tensor in own.items()}
         return self._write(i, state, {label + name: packed for name, packed in inside.items()})
 
@@ -102,7 +105,7 @@ class CheckpointWriter:
             RunError: It cannot be written.
         """
         with dense_again(model) if plain else nullcontext():
-            state, packs = packed_state(model, without=self._decoder.name, wanted=self._of_layer, keep=self._keep_grid)
+            state, packs = packed_state(model, without=self._decoder.name, wanted=self._of_layer, told=self._lost)
         for target, source in self._tied.items():
             if target in state and source in state and state[target].data_ptr() == state[source].data_ptr():
                 del state[target]
@@ -113,6 +116,8 @@ class CheckpointWriter:
 
     def _write(self, i: int, state: dict[str, Tensor], packs: Mapping[str, PackedWeight]) -> ShardRecord:
         """Write a shard; tensors in the type of the computation are cast to their stored type."""
+        if self._keep_grid:
+            tell_lost(self._lost, keep=True)
         as_they_are = {f"{name}.{part}" for name in packs for part in ("scale", "book", "U_scale", "V_scale")}
         state = {
             name: t.to(self._storage.of_tensor(name)) if t.dtype == self._computed and name not in as_they_are else t
@@ -166,6 +171,7 @@ class CheckpointWriter:
             sync_folder(self._folder)  # what was not written by us
             records = {} if plain else layer_records(headers, patterns, transposed_layers(model))
             self._write_config(model, None if plain else SparlowConfig.of(records), loader=loader)
+            tell_lost(self._lost)
         except (InputError, OSError) as problem:
             raise RunError(f"Cannot finish {self._folder}: {reason(problem)}.") from problem
 

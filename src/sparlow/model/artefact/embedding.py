@@ -17,7 +17,7 @@ from sparlow.errors import InputError
 from sparlow.linalg.grid import GROUP, WHOLE_ROW, Grid, GridValues, make_grid
 from sparlow.model.artefact.bitmask import rows_at_a_time
 from sparlow.model.artefact.dtypes import StoredDtypes
-from sparlow.model.artefact.outside import EMBEDDING, HEAD, Outside, check_outside, mark, outside_modules
+from sparlow.model.artefact.outside import EMBEDDING, HEAD, Outside, are_tied, check_outside, mark, outside_modules
 from sparlow.model.artefact.packing import stored_form
 from sparlow.model.artefact.shards import by_layer, layer_records, read_headers
 from sparlow.model.artefact.stored_form import SCALE_TYPES, StoredForm, take_packed
@@ -45,8 +45,7 @@ def chosen(model: PreTrainedModel, embedding: str, head: str) -> dict[str, tuple
         if kind != KEEP and what not in there:
             raise InputError(f"{type(model).__name__} has no {what} that could be stored in {kind}. Leave it as it is.")
     found = {there[what].name: (there[what], kind) for what, kind in asked.items() if kind != KEEP}
-    weights = [there[what].weight for what in asked if what in there] if found else []
-    if len(weights) > 1 and weights[0] is weights[1] and embedding != head:
+    if found and embedding != head and are_tied(model):
         raise InputError(
             f"The embedding and the output head are one tensor, which cannot be stored as {embedding} and as {head}. "
             "Give both the same."
@@ -174,9 +173,9 @@ def saved_bytes(
 ) -> int:
     """Return how many bytes of a model's file quantising saves, tied weights counted once; shapes are all it takes."""
     storage = storage or StoredDtypes.of(model)
-    weights = {id(o.weight): (o, kind) for o, kind in chosen(model, embedding, head).values()}
+    found = list(chosen(model, embedding, head).values())
     saved = 0
-    for outside, kind in weights.values():
+    for outside, kind in found[:1] if found and are_tied(model) else found:
         W = outside.weight
         saved += W.numel() * storage.of_layer(outside.name).itemsize - weight_bytes(
             (W.shape[0], W.shape[1]), kind, group

@@ -73,6 +73,16 @@ def outside_modules(model: "PreTrainedModel") -> dict[str, Outside]:
     }
 
 
+def are_tied(model: "PreTrainedModel") -> bool:
+    """Whether the embedding and the head of a model are one tensor, or will be where its weights are not there yet."""
+    found = outside_modules(model)
+    if len(found) < 2:  # noqa: PLR2004 - both
+        return False
+    tied = {frozenset(pair) for pair in (model.all_tied_weights_keys or {}).items()}
+    one, other = found[EMBEDDING], found[HEAD]
+    return one.weight is other.weight or {f"{one.name}.weight", f"{other.name}.weight"} in tied
+
+
 def check_outside(outside: Outside, parts: Mapping[str, Header], record: StoredLayer) -> None:
     """Check that a file's tensors are those of an embedding or a head in codes.
 

@@ -38,7 +38,12 @@ def pack_module(module: nn.Module, wanted: torch.dtype | None = None) -> PackedW
 
 
 def packed_state(
-    root: nn.Module, *, without: str | None = None, wanted: Types | None = None, keep: bool = False
+    root: nn.Module,
+    *,
+    without: str | None = None,
+    wanted: Types | None = None,
+    keep: bool = False,
+    told: list[str] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, PackedWeight]]:
     """Return the state dict of a module as it is stored, and what of it is packed, by the name of the layer.
 
@@ -50,12 +55,14 @@ def packed_state(
         without: Name of a submodule whose tensors are left out.
         wanted: Says the type that a layer of a name is stored in; its own if left out.
         keep: Refuse what does not lie on its grid any more; else it is stored in floats, with a warning.
+        told: Takes the names of such layers in place of the warning, for whoever packs one part after the other.
 
     Raises:
         InputError: Weights are off-loaded, or refused.
     """
     state = {k: t for k, t in root.state_dict().items() if without is None or not k.startswith(f"{without}.")}
-    ties, packs, lost = _ties(root), dict[str, PackedWeight](), list[str]()
+    ties, packs = _ties(root), dict[str, PackedWeight]()
+    lost: list[str] = [] if told is None else told
     for name, module in root.named_modules():
         own = f"{name}.S" if isinstance(module, SparseLowRankLinear) else f"{name}.weight"
         if own not in state or name in ties:
@@ -72,7 +79,8 @@ def packed_state(
         packs[name] = packed
         del state[own]
         state |= {f"{name}.{part}": tensor.cpu() for part, tensor in packed.tensors.items()}
-    tell_lost(lost, keep=keep)
+    if told is None:
+        tell_lost(lost, keep=keep)
     for name, other in ties.items():
         if other in packs and f"{name}.weight" in state:
             del state[f"{name}.weight"]
@@ -115,7 +123,7 @@ def tell_lost(names: Collection[str], *, keep: bool = False) -> None:
     what = f"{first}{others}: the numbers are not on the grid that they were compressed to, as after training"
     if keep:
         raise InputError(f"{what}. Compress again, or train on the grid.")
-    warnings.warn(f"{what}, so they are stored in the model's own type.", stacklevel=3)
+    warnings.warn(f"{what}. They are stored in the model's own type.", stacklevel=3)
 
 
 def stored_layer(

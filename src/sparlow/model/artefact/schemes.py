@@ -112,7 +112,8 @@ def name_of(dtype: torch.dtype | None) -> str:
 def to_config(records: Mapping[str, StoredLayer]) -> dict[str, Any]:
     """Return ``schemes`` and ``layers`` of config.json."""
     numbers: dict[Scheme, int] = {}
-    layers = {name: [numbers.setdefault(row.scheme, len(numbers)), row.kept] for name, row in records.items()}
+    by_name = sorted(records.items())  # the order in which they are packed differs, and the files are not to
+    layers = {name: [numbers.setdefault(row.scheme, len(numbers)), row.kept] for name, row in by_name}
     return {"schemes": [scheme.to_dict() for scheme in numbers], "layers": layers}
 
 

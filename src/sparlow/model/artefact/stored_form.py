@@ -112,6 +112,8 @@ def pack_weight(weight: Weight, form: StoredForm | None, wanted: torch.dtype | N
         kept_values, mask = pack(S)
         kept = len(kept_values)
         tensors = {"weight": kept_values} | ({"mask": mask} if kept < S.numel() else {})
+    if codes and not len(V):
+        U, V = U.to(agreed[0]), V.to(agreed[0])  # of no number: as if they had been decoded
     tensors |= {"U": U, "V": V} if whole is None else whole[0]
     return PackedWeight(tensors, kept, values.grid if values and codes else None, agreed[0], bool(whole), tuple(lost))
 
