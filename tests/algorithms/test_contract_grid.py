@@ -174,7 +174,7 @@ def test_a_dead_input_counts_for_nothing(algorithm, pattern):
     found = run(algorithm, W, Gram.damped(H * 1e-6), pattern)  # a dead input then has by far the largest H
     assert on_its_grid(found)
     assert found.stats.relative_error < 0.1
-    assert found.S[:, DEAD].abs().max() <= found.values.scale.max()  # where there is no zero, half a step
+    assert found.dense()[:, DEAD].abs().max() <= 2 * found.values.scale.max()  # a grid may have no zero
 
 
 @both_kinds

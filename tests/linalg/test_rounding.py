@@ -62,7 +62,7 @@ def test_a_book_is_never_worse_than_where_it_began(bits):
         ((Rounding(grid, masked=False, magnitudes=m)(z) - z).square() * weight).sum().item()
         for m in (start, learn_magnitudes(z, weight, start))
     ]
-    assert errors[1] < 0.95 * errors[0]
+    assert errors[1] < 0.99 * errors[0]
 
 
 def test_the_book_of_few_numbers_holds_them_exactly():

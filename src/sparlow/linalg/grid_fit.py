@@ -44,9 +44,10 @@ class Fit:
 
 
 def fitted_to_grid(W: Tensor, gram: Gram, S: Tensor, U: Tensor, V: Tensor, target: GridTarget) -> Fit:
-    """Put any S on a grid, its support fixed: by a sweep over the columns, then ``finished``.
+    """Put any S on a grid, its support fixed: by a sweep over the columns or by plain rounding, then ``finished``.
 
-    Plain rounding of S is tried as well, so that the result is never worse than that.
+    Of the two the better is taken: a sweep begins anew from W, which pays unless the grid is fine. So the result is never
+    worse than plain rounding.
 
     Args:
         W: The weight (out, in).
@@ -59,7 +60,7 @@ def fitted_to_grid(W: Tensor, gram: Gram, S: Tensor, U: Tensor, V: Tensor, targe
     mask = S != 0 if target.masked else None
     start = stored(W, gram, rounded(S, target), U, V, target)
     swept = swept_fit(W, gram, mask, start, target)
-    return min(start, finished(W, gram, swept, target), key=lambda fit: fit.error)
+    return finished(W, gram, min(start, swept, key=lambda fit: fit.error), target)
 
 
 def swept_fit(W: Tensor, gram: Gram, mask: Tensor | None, fit: Fit, target: GridTarget) -> Fit:
