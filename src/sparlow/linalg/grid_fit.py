@@ -46,8 +46,8 @@ class Fit:
 def fitted_to_grid(W: Tensor, gram: Gram, S: Tensor, U: Tensor, V: Tensor, target: GridTarget) -> Fit:
     """Put any S on a grid, its support fixed: by a sweep over the columns or by plain rounding, then ``finished``.
 
-    Of the two the better is taken: a sweep begins anew from W, which pays unless the grid is fine. So the result is never
-    worse than plain rounding.
+    Of the two the better is taken: a sweep begins anew from W, which pays unless the grid is fine. So the result is
+    never worse than plain rounding.
 
     Args:
         W: The weight (out, in).
