@@ -1,9 +1,16 @@
 """Weights on a grid without a solver: random codes, decoded and rounded as a solver leaves them."""
 
+import itertools
+import json
+
 import torch
 
+import sparlow
 from sparlow.linalg.grid import FactorScales, GridValues, make_grid
-from sparlow.model.artefact.layers import SparseLowRankLinear
+from sparlow.model.artefact.checkpoint import CheckpointWriter
+from sparlow.model.artefact.checksums import small_sums
+from sparlow.model.artefact.embedding import quantise
+from sparlow.model.artefact.layers import SparseLowRankLinear, compressed_layers
 from sparlow.model.artefact.stored_form import StoredForm
 from sparlow.model.forward.compressible import compressible
 from sparlow.model.forward.decoder import Decoder
@@ -71,3 +78,27 @@ def coded_model(model, values="int4", **options):
             weight.put(layer)
             del name
     return model
+
+
+def write_in_codes(folder, kinds, group=8):
+    """Write a finished directory again: its layers on grids, its embedding in int8 and, if that is another, its head.
+
+    Args:
+        folder: What compress wrote.
+        kinds: Pairs of values and pattern that the layers have in turn.
+        group: Columns that share a scale.
+    """
+    model = sparlow.load(folder)
+    decoder, layers = Decoder.of(model), compressed_layers(model)
+    for (name, layer), (values, pattern) in zip(layers.items(), itertools.cycle(kinds), strict=False):
+        options = {"rank": layer.rank, "bias": layer.bias, "dtype": layer.S.dtype, "group": group}
+        model.set_submodule(name, coded_layer(tuple(layer.S.shape), values, pattern=pattern, **options))
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    quantise(model, "int8", "int8" if tied else "int4")
+    writer = CheckpointWriter(folder, model, decoder)
+    shards = [writer.write_block(i, block) for i, block in enumerate(decoder.blocks)]
+    shards.append(writer.write_rest(model))
+    writer.finish(model, patterns=dict.fromkeys(layers, "2:4"))
+    state = json.loads((folder / "sparlow.json").read_text())
+    state["shards"] = {shard.file: {"bytes": shard.bytes, "sha256": shard.sha256} for shard in shards}
+    (folder / "sparlow.json").write_text(json.dumps(state | {"opens_as": small_sums(folder)}))

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 import sparlow
+from coded import write_in_codes
 from families import save_tiny, tiny, tiny_tokenizer
 from sparlow.cli.commands import main
 from sparlow.errors import InputError, RunError
@@ -269,6 +271,38 @@ def test_a_model_of_transposed_weights_is_tuned_and_its_adapter_opens_with_peft_
         base = AutoModelForCausalLM.from_pretrained(tmp_path / "peft" / "base")
         assert {type(m).__name__ for _, m in base.named_modules() if hasattr(m, "nf")} == {"Conv1D"}
         assert torch.allclose(peft.PeftModel.from_pretrained(base, tmp_path / "peft")(ids).logits, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_codes_stay_what_they_are_to_the_byte_and_trained_factors_are_floats(dtype, place, tmp_path):
+    text = str(place / "text.txt")
+    save_tiny("llama", tmp_path / "model", dtype=dtype)
+    recipe = Recipe(rank=4, pattern="2:4", options=QUICK, samples=8, seqlen=SEQLEN, layers=MIXED, calibration=text)
+    sparlow.compress(tmp_path / "model", recipe, out=tmp_path / "start", evaluate=())
+    write_in_codes(tmp_path / "start", [("int3", "2:4"), ("int4", "2:4")])
+    options = {"dataset": text, "evaluate": (), "peft": tmp_path / "peft", **OPTIONS}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*not on the grid")
+        sparlow.finetune(tmp_path / "start", tmp_path / "out", **options)
+    before, after = tensors(tmp_path / "start"), tensors(tmp_path / "out")
+    for name, tensor in before.items():
+        if name.endswith((".U", ".V")) and tensor.numel():
+            assert (tensor.dtype, after[name].dtype) == (torch.int8, dtype), name
+        elif name.endswith(("U_scale", "V_scale")):
+            assert name not in after
+        else:
+            assert torch.equal(tensor, after[name]), name
+    assert verify_artefact(tmp_path / "start") == verify_artefact(tmp_path / "out") == []
+    opened = sparlow.load(tmp_path / "out")
+    opened.save_pretrained(tmp_path / "again")
+    assert all(torch.equal(t, tensors(tmp_path / "again")[name]) for name, t in after.items())
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "peft" / "base")
+    embedding, own = (model.get_input_embeddings().weight for model in (base, opened))
+    assert torch.equal(embedding, own)
+    ids = torch.randint(2, 97, (2, SEQLEN), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected, found = (m(ids).logits for m in (opened, peft.PeftModel.from_pretrained(base, tmp_path / "peft")))
+    assert (found - expected).abs().max() <= (1e-5 if dtype == torch.float32 else 0.05) * expected.abs().max()
 
 
 @pytest.fixture(scope="module")

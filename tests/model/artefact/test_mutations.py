@@ -1,6 +1,5 @@
 """Thousands of mutated headers, configs and records: each is refused in a sentence, or loads as it was."""
 
-import itertools
 import json
 import random
 import signal
@@ -13,14 +12,9 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import sparlow
-from coded import coded_layer
+from coded import write_in_codes
 from sparlow.errors import InputError
-from sparlow.model.artefact.checkpoint import CheckpointWriter
-from sparlow.model.artefact.checksums import small_sums
 from sparlow.model.artefact.describe import describe
-from sparlow.model.artefact.embedding import quantise
-from sparlow.model.artefact.layers import compressed_layers
-from sparlow.model.forward.decoder import Decoder
 from sparlow.recipe.recipe import Recipe
 from sparlow.run.verify import verify_artefact
 
@@ -54,29 +48,9 @@ def artefact(request, tmp_path_factory):
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt_neox", **SIZES)).eval()
     sparlow.compress(model, recipe, calibration=windows, out=folder, evaluate=())
     if request.param == "codes":
-        write_in_codes(folder)
+        write_in_codes(folder, [("int3", "2:4"), ("int4", "dense"), ("int2", "free"), ("int8", "2:4")])
     yield folder, sparlow.load(folder).state_dict()
     transformers.utils.logging.enable_progress_bar()
-
-
-def write_in_codes(folder):
-    """Write a finished directory again with layers on grids of other bits and patterns, and a quantised embedding."""
-    model = sparlow.load(folder)
-    decoder = Decoder.of(model)
-    layers = compressed_layers(model)
-    kinds = itertools.cycle([("int3", "2:4"), ("int4", "dense"), ("int2", "free"), ("int8", "2:4")])
-    for (name, layer), (values, pattern) in zip(layers.items(), kinds, strict=False):
-        shape = (layer.out_features, layer.in_features)
-        coded = coded_layer(shape, values, pattern=pattern, rank=2, bias=layer.bias, dtype=layer.S.dtype, group=8)
-        model.set_submodule(name, coded)
-    quantise(model, "int8", "int4")
-    writer = CheckpointWriter(folder, model, decoder)
-    shards = [writer.write_block(i, block) for i, block in enumerate(decoder.blocks)]
-    shards.append(writer.write_rest(model))
-    writer.finish(model, patterns=dict.fromkeys(layers, "2:4"))
-    state = json.loads((folder / "sparlow.json").read_text())
-    state["shards"] = {shard.file: {"bytes": shard.bytes, "sha256": shard.sha256} for shard in shards}
-    (folder / "sparlow.json").write_text(json.dumps(state | {"opens_as": small_sums(folder)}))
 
 
 @contextmanager
