@@ -30,7 +30,7 @@ def dense(tmp_path, family="llama"):
 @pytest.mark.parametrize(
     "options",
     [
-        {"values": "int4", "pattern": "16:32", "rank": 2},
+        {"values": "int4", "pattern": "8:16", "rank": 2},
         {"values": "int3", "pattern": "dense", "rank": 2, "group": "row"},
         {"values": "int8", "pattern": "4:8", "rank": 2, "factors": "model", "levels": "integer"},
         {"values": "int2", "pattern": "dense", "algorithm": "sparsegpt", "options": {}},
@@ -38,7 +38,7 @@ def dense(tmp_path, family="llama"):
     ],
 )
 def test_a_run_packs_values_on_their_grid_and_plan_and_report_count_the_same_bytes(options, tmp_path):
-    source, recipe = dense(tmp_path), Recipe(**{**QUICK, **options, "embedding": "keep"})
+    source, recipe = dense(tmp_path), Recipe(**{**QUICK, **options, "embedding": "keep", "head": "keep"})
     report = sparlow.compress(source, recipe, out=tmp_path / "out", **ON)
     planned = sparlow.plan(source, recipe.changed(samples=4, seqlen=16), timed=False, evaluate=())
     assert {name: report.bytes[name] for name in planned.bytes} == planned.bytes
@@ -55,15 +55,16 @@ def test_a_run_packs_values_on_their_grid_and_plan_and_report_count_the_same_byt
 
 
 def test_an_object_compressed_in_place_gives_the_same_numbers_as_a_directory(tmp_path):
-    source, recipe = dense(tmp_path), Recipe(**QUICK, values="int4", rank=2)
-    report = sparlow.compress(source, recipe, out=tmp_path / "out", **ON)
-    model = tiny("llama", dtype=torch.bfloat16)
+    save_tiny("llama", tmp_path / "dense")
+    recipe = Recipe(**QUICK, values="int4", rank=2)
+    report = sparlow.compress(tmp_path / "dense", recipe, out=tmp_path / "out", **ON)
+    model = tiny("llama")
     again = sparlow.compress(model, recipe, inplace=True, **ON)
     assert again.bytes == report.bytes
     assert report.bytes["outside_saved"] > 0
     found = sparlow.load(tmp_path / "out")
     ids = WINDOWS[:1]
-    torch.testing.assert_close(found(ids).logits, model(ids).logits, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(found(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
     assert torch.equal(found.get_input_embeddings().weight, model.get_input_embeddings().weight)
 
 

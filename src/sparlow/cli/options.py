@@ -162,7 +162,13 @@ def parameter(option: Option, *, negatable: bool = False) -> inspect.Parameter:
     words = "|".join(map(str, option.words))
     fits = len(words) <= LONGEST_METAVAR  # a longer one would be broken on eighty columns
     metavar = (words if fits else "") or ("NAMES" if option.repeatable else METAVARS.get(option.kind))
-    more = " Repeat it, or separate by commas." if option.repeatable else "" if fits else f" One of {words}."
+    more = (
+        " Repeat it, or separate by commas."
+        if option.repeatable
+        else ""
+        if fits
+        else f" One of: {words.replace('|', ', ')}."
+    )
     declaration = typer.Option(
         f"{name}/--no-{name[2:]}" if kind is bool and negatable else name,
         help=escape(doc.text + more) if doc else None,
