@@ -57,7 +57,7 @@ def require_vocabulary(model: PreTrainedModel, windows: Tensor, what: str) -> Te
 def require_context(model: PreTrainedModel, seqlen: int, option: str = "seqlen") -> None:
     """Raise InputError if windows of ``seqlen`` tokens, so given by ``option``, are longer than the model reads."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if context is not None and seqlen > context:
+    if context is not None and 0 < context < seqlen:  # some say -1 where nothing bounds it
         raise InputError(f"The model reads at most {context} tokens, and {option} is {seqlen}. Lower --{option}.")
 
 
