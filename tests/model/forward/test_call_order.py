@@ -7,7 +7,7 @@ from torch import nn
 from families import tiny
 from sparlow.distributed import Processes
 from sparlow.errors import InputError, RunError
-from sparlow.linalg.gram import SquareAccumulator
+from sparlow.linalg.gram import GramAccumulator
 from sparlow.model.forward.activation_store import ActivationStore
 from sparlow.model.forward.block_pass import BlockPass
 from sparlow.model.forward.call_order import Dependences, observe_dependences
@@ -181,7 +181,7 @@ def test_a_layer_that_is_called_twice_on_what_is_not_its_own_is_seen_to_the_end(
     through = BlockPass(block, Bare(), ActivationStore("cpu", torch.randn(3, 2, 4, 6)), "block")
     (first, second), why = observe_dependences(through, "abc").stages("abc")
     assert (first, second, why) == (Stage(("a", "b")), Stage(("c",), called_once=True, behind_others=True), "")
-    seen = collect_statistics(through, SquareAccumulator, stage=first)
+    seen = collect_statistics(through, GramAccumulator, stage=first)
     assert {name: seen.statistics[name].tokens for name in seen.owner} == {"a": 48, "b": 24}
 
 
@@ -210,12 +210,12 @@ def test_a_pass_ends_at_the_last_layer_of_its_stage():
 
     block = Made(forward)
     through = BlockPass(block, Bare(), ActivationStore("cpu", torch.randn(3, 2, 4, 6)), "block")
-    seen = collect_statistics(through, SquareAccumulator, stage=Stage(("a", "b"), called_once=True))
+    seen = collect_statistics(through, GramAccumulator, stage=Stage(("a", "b"), called_once=True))
     assert seen.owner == {"a": "a", "b": "b"}
     assert seen.statistics["b"].tokens == 24
     assert called == []
     outputs = ActivationStore("cpu")
-    collect_statistics(through, SquareAccumulator, outputs, Stage(("a",), called_once=True))
+    collect_statistics(through, GramAccumulator, outputs, Stage(("a",), called_once=True))
     assert (len(called), len(outputs)) == (3, 3)  # which are wanted
 
 
@@ -227,5 +227,5 @@ def test_numbers_that_go_wrong_are_named_with_what_to_do():
     with pytest.raises(InputError, match="block 3: a weight of b is not finite"):
         observe_dependences(through, "abc")
     with pytest.raises(RunError, match=r"block 3: the input of c is not finite behind .* Raise --damping"):
-        collect_statistics(through, SquareAccumulator, stage=Stage(("c",), called_once=True, behind_others=True))
+        collect_statistics(through, GramAccumulator, stage=Stage(("c",), called_once=True, behind_others=True))
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in block.modules())
