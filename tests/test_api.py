@@ -10,11 +10,12 @@ RUN = "evaluate=('builtin',), evaluate_seqlen=None, limit=None, device='auto', o
 PUBLIC = {
     "compress": f"model, recipe=None, *, calibration=None, tokenizer=None, out=None, {RUN}"
     "inplace=False, overwrite=False, force=False, trust_remote_code=False, with_loader=False, notify=…",
-    "decompose": "W, H, *, pattern, rank, algorithm='3basil', damping=0.005, relative_damping=0.005, **options",
+    "decompose": "W, H, *, pattern, rank, algorithm='3basil', damping=0.005, relative_damping=0.005, "
+    "values='model', levels='auto', group=128, factors='auto', **options",
     "decomposer": "name, *, aliases={}",
     "evaluate": "model, tokenizer, *, perplexity_on=('builtin',), seqlen=2048, limit=None, column='text', "
     "tasks=(), task_path=None, "
-    "fewshot=None, batch_size=8, notify=…",
+    "fewshot=None, batch_size=8, baseline=None, notify=…",
     "finetune": "folder, out, *, dataset='c4', steps=500, lr=0.0001, rank=None, block_size=1024, bos='auto', "
     "column='text', batch=4, "
     "accumulate=4, bf16=False, gradient_checkpointing=False, report_to='none', peft=None, evaluate=('builtin',), "

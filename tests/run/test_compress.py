@@ -51,6 +51,7 @@ KEYS = {  # of report.json: design 4b, and which model and which version of the 
     "processes",
     "finetuning",
     "not_compressed",
+    "notes",
     "in_domain",
     "counts",
     "warnings",

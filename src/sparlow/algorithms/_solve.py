@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sparlow.algorithms._registry import Algorithm, find
-from sparlow.algorithms._results import Decomposition, Pruned
+from sparlow.algorithms._results import Decomposition, Pruned, SolveStats
 from sparlow.algorithms._stored import as_stored, off_grid, on_grid
 from sparlow.errors import InputError, RunError
 from sparlow.finite import all_finite
@@ -73,7 +74,11 @@ def solve(
     weight = (_wide(W) / size).float().contiguous() * ~gram.dead  # an input that is always zero needs no weight
     storage = Storage(W.dtype, size)
     target = GridTarget(grid, pattern.density < 1, storage, int8_factors) if grid else None
-    found = _run(algorithm, weight, gram, pattern, rank, options, target)
+    rest: list[Any] = [rank] if algorithm.kind == "decomposer" else []
+    rest += [target] if target is not None and algorithm.takes_grid else []
+    with _kept_whole(algorithm, weight, gram.H):
+        answer = algorithm.function(weight, gram, pattern, *rest, **options)
+    found = _as_decomposition(algorithm, answer, W)
     check_form(algorithm, found, W, rank)
     if target is not None:
         found = on_grid(weight, gram, found, target)
@@ -81,25 +86,31 @@ def solve(
         parts = stored_factors(weight - found.S, metric(gram), found.U, found.V, storage, int8=True)
         found = replace(found, U=parts[0], V=parts[1], factors=parts[2])
     stored = as_stored(found, W.dtype, storage)
-    S, U, V = stored.S, stored.U, stored.V
-    residual = weight - (_wide(S) / size).float() - _wide(U).float() @ (_wide(V) / size).float()
-    if target is not None:
-        residual *= ~gram.dead  # a grid may have no zero
-    relative_error = gram.relative_error(weight, residual)
-    if not all(all_finite(part) for part in (S, U, V)) or not math.isfinite(relative_error):
+    stats = replace(found.stats, damping=gram.extra_damping, dead_columns=int(gram.dead.sum()))
+    stats = _measured(stats, stored, weight, gram, size, masked=target is not None)
+    if not (all(all_finite(part) for part in (stored.S, stored.U, stored.V)) and math.isfinite(stats.relative_error)):
         raise RunError(f"{algorithm.name} ended in values that are not finite. Raise --damping.")
-    broken = pattern.violation("S", S) or off_grid(stored)
-    if broken:
-        raise RunError(f"{algorithm.name} did not keep to what was asked for: {broken} {_FAULT}")
-    stats = replace(
-        found.stats,
-        relative_error=relative_error,
+    for what, wrong in (("broke the pattern", pattern.violation("S", stored.S)), ("left the grid", off_grid(stored))):
+        if wrong:
+            raise RunError(f"{algorithm.name} {what}: {wrong} {_FAULT}")
+    return replace(stored, stats=replace(stats, seconds=time.perf_counter() - start))
+
+
+def _measured(
+    stats: SolveStats, found: Decomposition, weight: Tensor, gram: Gram, size: float, *, masked: bool
+) -> SolveStats:
+    """Return the statistics with the errors of exactly these S, U, V, which are those of ``weight`` times ``size``.
+
+    Where a grid has no zero, inputs that are always zero are ``masked``.
+    """
+    residual = weight - (_wide(found.S) / size).float() - _wide(found.U).float() @ (_wide(found.V) / size).float()
+    if masked:
+        residual *= ~gram.dead
+    return replace(
+        stats,
+        relative_error=gram.relative_error(weight, residual),
         relative_error_per_token=gram.relative_error_per_token(weight, residual),
-        seconds=time.perf_counter() - start,
-        damping=gram.extra_damping,
-        dead_columns=int(gram.dead.sum()),
     )
-    return replace(stored, stats=stats)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -107,31 +118,25 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _run(
-    algorithm: Algorithm,
-    weight: Tensor,
-    gram: Gram,
-    pattern: Pattern,
-    rank: int,
-    options: Mapping[str, Any],
-    target: GridTarget | None,
-) -> Decomposition:
-    """Return what the algorithm finds; RunError if a factorisation failed, or its inputs were changed."""
-    given = weight, gram.H
+@contextmanager
+def _kept_whole(algorithm: Algorithm, *given: Tensor) -> Iterator[None]:
+    """Within this context an algorithm runs; RunError if a factorisation fails, or it changes what it was given."""
     versions = [tensor._version for tensor in given]  # noqa: SLF001 - how torch counts changes in place
-    grid = (target,) if target is not None and algorithm.takes_grid else ()
     try:
-        if algorithm.kind == "pruner":
-            pruned = Pruned.of(algorithm.function(weight, gram, pattern, *grid, **options))
-            U, V = weight.new_zeros(weight.shape[0], 0), weight.new_zeros(0, weight.shape[1])
-            found = Decomposition(pruned.S, U, V, pruned.stats, pruned.values)
-        else:
-            found = algorithm.function(weight, gram, pattern, rank, *grid, **options)
+        yield
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # it is there, and documented
         raise RunError(f"{algorithm.name} failed in a factorisation ({error}). Raise --damping.") from error
     if [tensor._version for tensor in given] != versions:  # noqa: SLF001 - the same
         raise RunError(f"{algorithm.name} changed W or H in place. Let the algorithm work on a copy.")
-    return found
+
+
+def _as_decomposition(algorithm: Algorithm, answer: Any, W: Tensor) -> Decomposition:  # noqa: ANN401 - it is checked later
+    """Return what an algorithm has found as a decomposition, that of a pruner with a low-rank part of rank 0."""
+    if algorithm.kind == "decomposer":
+        return answer  # type: ignore[no-any-return]
+    pruned = Pruned.of(answer)
+    U, V = W.new_zeros(W.shape[0], 0, dtype=torch.float32), W.new_zeros(0, W.shape[1], dtype=torch.float32)
+    return Decomposition(pruned.S, U, V, pruned.stats, pruned.values)
 
 
 _FAULT = "Correct the algorithm, or choose another."

@@ -173,6 +173,7 @@ def _planned(name: str, model: PreTrainedModel, work: Workload, out: Path, basel
         "linears_dense": sum(layer.parameters for layer in linears) * work.stored,
         "linears_compressed": sum(layer.kept_bytes(work.stored) for layer in linears),
     }
+    sizes |= {"outside_saved": work.selection.ends.saved} if work.selection.ends.saved else {}
     device = max(stage.device for stage in counted)
     return Plan(
         model=name,
@@ -226,7 +227,7 @@ def _skipped(model: PreTrainedModel, work: Workload) -> list[dict[str, Any]]:
     prefix = f"{work.name}."
     compressed = [f"{prefix}{i}.{layer.name}" for i, block in enumerate(work.blocks) for layer in block.compressed]
     rows: dict[tuple[str, str], list[Skipped]] = {}
-    for row in not_compressed(model, compressed, work.stays_dense):
+    for row in not_compressed(model, compressed, work.selection.dense):
         _, _, within = row.name.removeprefix(prefix).partition(".")
         name = f"{prefix}*.{within}" if row.name.startswith(prefix) else row.name
         rows.setdefault((name, row.why), []).append(row)
@@ -238,9 +239,9 @@ def _skipped(model: PreTrainedModel, work: Workload) -> list[dict[str, Any]]:
 
 def _notes(work: Workload) -> list[str]:
     recipe = work.recipe
-    notes = [*([work.picked] if work.picked else []), *work.warnings]
-    if work.ends.saved:
-        notes.append(f"Stored: {work.ends}.")
+    notes = [*([work.selection.picked] if work.selection.picked else []), *work.selection.warnings]
+    if work.selection.ends.saved:
+        notes.append(f"Stored: {work.selection.ends}.")
     if recipe.allocate != "uniform":
         moved = "densities" if recipe.allocate == "owl" else "ranks and densities"
         notes.append(f"--allocate {recipe.allocate} moves {moved} between layers, and the total stays about the same.")

@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -19,11 +19,10 @@ from sparlow.model.forward.chain_check import carried, require_chain
 from sparlow.model.forward.decoder import Decoder, require_own_weights
 from sparlow.model.loading.meta import Inputs, inputs_of
 from sparlow.recipe.allocation import Budget, Shape
-from sparlow.recipe.budgets import select
+from sparlow.recipe.budgets import Selection, select
 from sparlow.recipe.recipe import Recipe
 from sparlow.recipe.run_options import RunOptions
 from sparlow.recipe.training_plan import Training, micro_batch, training_of
-from sparlow.recipe.whole_file import AS_IT_IS, Ends
 from sparlow.text import expected_windows
 
 
@@ -151,6 +150,7 @@ class Workload:
         evaluation: Windows by corpus on which perplexity is measured.
         evaluate_seqlen: Tokens in each.
         device: Where blocks run.
+        selection: What the recipe means for the layers, and for the embedding and the output head.
         offload: Where hidden states wait, as asked for.
         streamed: The weights stay on disk, and one part at a time is read.
         there: The whole model is in memory already.
@@ -160,10 +160,6 @@ class Workload:
             the blocks' arguments is there once; it is counted here with half, as there are two copies at least.
         heads: Of the attention of a block, where it holds all scores, see ``attention.unfused_heads``; else 0.
         out: Directory that is written. Hidden states that wait on disk lie there, or in the folder of temporary files.
-        stays_dense: Why a layer stays dense that the recipe does not ignore, by its full name.
-        warnings: What is to be said of the budgets.
-        picked: What was chosen for a number of bits; empty if none was given.
-        ends: How the embedding and the output head are stored.
     """
 
     name: str
@@ -178,6 +174,7 @@ class Workload:
     evaluation: Mapping[str, int]
     evaluate_seqlen: int
     device: torch.device
+    selection: Selection
     offload: str = "auto"
     streamed: bool = True
     there: bool = False
@@ -186,10 +183,6 @@ class Workload:
     carried: int = 0
     heads: int = 0
     out: Path | None = None
-    stays_dense: Mapping[str, str] = field(default_factory=dict)
-    warnings: tuple[str, ...] = ()
-    picked: str = ""
-    ends: Ends = AS_IT_IS
 
     @property
     def stored(self) -> int:
@@ -280,9 +273,8 @@ class Workload:
     @property
     def kept_bytes(self) -> int:
         """Of the whole result, without the shards' headers."""
-        return (
-            self.outside * self.stored - self.ends.saved + sum(block.kept_bytes(self.stored) for block in self.blocks)
-        )
+        outside = self.outside * self.stored - self.selection.ends.saved
+        return outside + sum(block.kept_bytes(self.stored) for block in self.blocks)
 
 
 def workload(
@@ -312,8 +304,7 @@ def workload(
     check_device(device)
     there = not next(model.parameters()).is_meta
     where = model.device if there else torch.device(device)
-    decoder = Decoder.of(model)
-    storage = StoredDtypes.of(model)
+    decoder, storage = Decoder.of(model), StoredDtypes.of(model)
     selection = select(model, decoder, recipe, storage)
     found = _blocks(model, decoder, selection.budgets, recipe)
     seqlen = max(options.evaluate_seqlen or recipe.seqlen, 2)
@@ -343,10 +334,7 @@ def workload(
         carried=carried(model),
         heads=unfused_heads(config),
         out=out,
-        stays_dense=selection.dense,
-        warnings=selection.warnings,
-        picked=selection.picked,
-        ends=selection.ends,
+        selection=selection,
     )
 
 

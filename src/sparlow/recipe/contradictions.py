@@ -71,7 +71,7 @@ def require_values(recipe: "Recipe") -> None:
     for option, given in (("levels", recipe.levels != "auto"), ("group", recipe.group is not None)):
         if given and not grids:
             raise InputError(
-                f"--{option} has no effect without --values int4 or the like. Add it, or leave --{option} out."
+                f"The option --{option} has no effect without --values int4 or the like. Add it, or leave it out."
             )
     for values in grids:
         recipe.grid_of(values)  # raises for one that is wrong

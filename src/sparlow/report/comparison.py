@@ -114,12 +114,14 @@ class Comparison:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"{path} cannot be read ({error}). Choose another --out, or add --overwrite.") from None
 
-    def take_over(self, earlier: "Comparison", folder: Path) -> None:
-        """Keep the rows of methods that an earlier call has compared, and this one does not.
+    def take_over(self, earlier: "Comparison | None", folder: Path) -> None:
+        """Keep the rows of methods that an earlier call, if there was one, has compared, and this one does not.
 
         Raises:
             InputError: They were made or measured otherwise, so that they cannot stand in one table with these.
         """
+        if earlier is None:
+            return
         kept = [name for name in earlier.settings if name not in self.settings]
         for name in kept:
             why = self._difference(earlier, name)

@@ -11,6 +11,8 @@ from sparlow.distributed import require_one
 from sparlow.errors import InputError, RunError, is_out_of_memory, out_of_memory
 from sparlow.linalg.patterns import NM
 from sparlow.machine import free_memory
+from sparlow.model.artefact.dtypes import StoredDtypes
+from sparlow.model.loading.source import OpenedModel
 from sparlow.own_settings import own_settings
 from sparlow.planning.feasibility import require_feasible
 from sparlow.progress import Notify, labelled
@@ -110,15 +112,12 @@ def compare(
     earlier = None if overwrite else Comparison.found_in(out)
     if not force:
         require_feasible(model, {out / name: recipe for name, recipe in recipes.items()}, options)
-    opened, storage = open_dense(model, None, first, options)
-    for recipe in recipes.values():
-        select(opened.model, opened.decoder, recipe, storage)
+    opened, storage = _opened_for(model, recipes, options)
     windows = windows_to_calibrate(None, opened, first)
     seqlen = options.evaluate_seqlen or first.seqlen
     texts = windows_to_evaluate(options.evaluate, opened, seqlen, options.limit, first.column)
     found = Comparison(opened.name, first.to_dict(), _evaluation(first, seqlen, texts), _settings(recipes))
-    if earlier:
-        found.take_over(earlier, out)
+    found.take_over(earlier, out)
     known: dict[str, Any] = {}  # perplexities of the dense model
     predictions: dict[str, Predictions] = {}  # of the dense model, too
     spoilt = False
@@ -141,6 +140,16 @@ def compare(
             del opened
     draw(found, out)
     return found
+
+
+def _opened_for(
+    model: str | Path, recipes: Mapping[str, Recipe], options: RunOptions
+) -> tuple[OpenedModel, StoredDtypes]:
+    """Open the dense model, and see that every recipe fits it before the first is run."""
+    opened, storage = open_dense(model, None, next(iter(recipes.values())), options)
+    for recipe in recipes.values():
+        select(opened.model, opened.decoder, recipe, storage)
+    return opened, storage
 
 
 def _check(recipes: Mapping[str, Recipe], out: Path, *, overwrite: bool) -> None:
