@@ -87,6 +87,13 @@ def test_ranks_are_the_same_up_to_a_quarter_of_the_shorter_side():
     assert ranks["0.q"] > NARROW // 4
 
 
+def test_a_bias_counts_with_its_layer():
+    biased = {name: Layer(layer.shape, 2, bias=2 * layer.shape[0]) for name, layer in LAYERS.items()}
+    choice = pick(biased, Asked(3.5))
+    assert choice.bytes == bytes_of(choice, LAYERS) + sum(layer.bias for layer in biased.values())
+    assert 0.97 * 3.5 < choice.bits <= 3.5
+
+
 def test_layers_too_small_for_even_ranks_share_what_is_left():
     small = {str(i): Layer((48, 64), 2) for i in range(9)}
     choice = pick(small, Asked(5.0))

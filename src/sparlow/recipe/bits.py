@@ -84,11 +84,13 @@ class Layer:
         shape: (out, in).
         size: Bytes of a number that lies on no grid.
         ruled: What a rule makes of the budget that the layer would get; None where there is no rule.
+        bias: Bytes of its bias, which count with it.
     """
 
     shape: Shape
     size: int
     ruled: Callable[[Budget], Budget] | None = None
+    bias: int = 0
 
     @cached_property
     def weights(self) -> int:
@@ -246,7 +248,8 @@ def _fitted(form: Form, layers: Mapping[str, Layer], asked: Asked, least: float)
 
     Ranks are the same as far as whole numbers, the sides of a layer and the bytes of its dense weight allow.
     """
-    total, weights = math.floor(asked.bits * sum(_weights(layers)) / 8), sum(_weights(layers))
+    weights, biases = sum(_weights(layers)), sum(layer.bias for layer in layers.values())
+    total = math.floor(asked.bits * weights / 8) - biases
     free = {name: layer for name, layer in layers.items() if layer.ruled is None}
     budgets = {}
     for name, layer in layers.items():
@@ -264,7 +267,7 @@ def _fitted(form: Form, layers: Mapping[str, Layer], asked: Asked, least: float)
         for name, rank in _filled_up(filled, total - others).items():
             budgets[name] = replace(budgets[name], rank=rank)
     size = sum(budget.bytes(layers[name].shape, layers[name].size) for name, budget in budgets.items())
-    return Choice(form, budgets, size, weights)
+    return Choice(form, budgets, size + biases, weights)
 
 
 def _rank_of(layer: Layer, budget: Budget, bits: float) -> int:

@@ -53,6 +53,7 @@ class _Layer:
     size: int  # bytes of a number as stored
     budget: Budget | None
     why: str = ""
+    bias: int = 0  # bytes of it
 
     @property
     def share(self) -> float:
@@ -76,25 +77,14 @@ def select(model: PreTrainedModel, decoder: Decoder, recipe: Recipe, storage: St
     Raises:
         InputError: Names the first layer that does not fit the recipe, or says that there is nothing to compress.
     """
-    named = [(name, weight.shape) for name, weight in decoder.layers()]
-    if not named:
-        raise InputError("There is nothing to compress: the model's decoder blocks have no plain linear layer.")
-    _require_effect(recipe, [name for name, _ in named])
-    roles = kept_dense(model, decoder)
-    known = [
-        _Layer(
-            name, shape, storage.of_layer(name).itemsize, budget, "" if recipe.has_rule(name) else roles.get(name, "")
-        )
-        for name, shape in named
-        if (budget := recipe.budget(name, shape)) is not None
-    ]
+    known = _known(model, decoder, recipe, storage)
     layers = _as_layers(known, recipe)
     ends, picked = None, ""
     if layers and recipe.chooses:
-        bits, ends = recipe.bits, None
+        bits = recipe.bits or 0.0
         if recipe.size is not None:
             bits, ends = bits_within(recipe.size, layers, model, recipe, storage)
-        choice = pick(layers, recipe.asked(bits or 0.0))
+        choice = pick(layers, recipe.asked(bits))
         known = [replace(layer, budget=choice.budgets.get(layer.name, layer.budget)) for layer in known]
         picked = _said(choice, layers, recipe, ends)
     found = [replace(layer, budget=None) if layer.why else _fitted(layer, recipe) for layer in known]
@@ -109,6 +99,23 @@ def select(model: PreTrainedModel, decoder: Decoder, recipe: Recipe, storage: St
     dense = {layer.name: layer.why for layer in found if not layer.budget}
     ends = ends or ends_for(model, recipe, storage, _bits(found))
     return Selection(budgets, dense, tuple(_warnings(found, recipe)), picked, layers, ends)
+
+
+def _known(model: PreTrainedModel, decoder: Decoder, recipe: Recipe, storage: StoredDtypes) -> list[_Layer]:
+    """Return the layers that the recipe does not ignore, with what it says of each; InputError if there is none."""
+    named = dict(decoder.layers())
+    if not named:
+        raise InputError("There is nothing to compress: the model's decoder blocks have no plain linear layer.")
+    _require_effect(recipe, [*named])
+    roles = kept_dense(model, decoder)
+    known = []
+    for name, weight in named.items():
+        budget = recipe.budget(name, weight.shape)
+        if budget is not None:
+            why = "" if recipe.has_rule(name) else roles.get(name, "")
+            bias = 0 if weight.bias is None else weight.bias.numel() * storage.of_tensor(f"{name}.bias").itemsize
+            known.append(_Layer(name, weight.shape, storage.of_layer(name).itemsize, budget, why, bias))
+    return known
 
 
 def _require_effect(recipe: Recipe, names: Sequence[str]) -> None:
@@ -167,7 +174,7 @@ def _as_layers(layers: Sequence[_Layer], recipe: Recipe) -> dict[str, Layer]:
             return None
         return lambda budget: recipe.budget(layer.name, layer.shape, budget) or budget
 
-    return {layer.name: Layer(layer.shape, layer.size, ruled(layer)) for layer in layers if not layer.why}
+    return {layer.name: Layer(layer.shape, layer.size, ruled(layer), layer.bias) for layer in layers if not layer.why}
 
 
 def _fitted(layer: _Layer, recipe: Recipe) -> _Layer:

@@ -111,7 +111,8 @@ def bits_within(
     dense = storage.bytes_of(model)
     target = parse_size(size, dense)
     weights = sum(layer.weights for layer in layers.values())
-    rest = dense - sum(layer.weights * layer.size for layer in layers.values()) + _headers(model, layers)
+    compressed = sum(layer.weights * layer.size + layer.bias for layer in layers.values())
+    rest = dense - compressed + _headers(model, layers)
     bits, ends = 0.0, AS_IT_IS
     for kind, least in ((KEEP_ENDS, FEW_BITS), ("int8", TOO_FEW_BITS), ("int4", 0.0)):
         ends = ends_of(model, recipe, storage, kind)
