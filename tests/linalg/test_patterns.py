@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 import oracles
 from sparlow.errors import InputError
+from sparlow.linalg import patterns
 from sparlow.linalg.coordinates import interleave
 from sparlow.linalg.patterns import NM, Unstructured, parse_pattern, within_rows
 
@@ -300,14 +301,16 @@ def deinterleaved(X, pattern):
     return interleave(X, X.shape[1] // (pattern.group or 1))
 
 
-SMALL_GROUPS = [NM(2, 4), NM(1, 4), NM(4, 4), NM(2, 8), NM(4, 8), NM(7, 8), Unstructured(0.5, per_row=True)]
+GROUPS = [NM(2, 4), NM(1, 4), NM(4, 4), NM(2, 8), NM(4, 8), NM(7, 8), NM(8, 16), NM(2, 5), NM(16, 32), NM(13, 32)]
 
 
-@pytest.mark.parametrize("pattern", [*SMALL_GROUPS, Unstructured(0.0)], ids=str)
-def test_projectors_of_small_groups_are_exact(pattern):
+@pytest.mark.parametrize("at_once", [2**19, 1500, 1])
+@pytest.mark.parametrize("pattern", [*GROUPS, Unstructured(0.5, per_row=True), Unstructured(0.0)], ids=str)
+def test_projectors_of_groups_are_exact(pattern, at_once, monkeypatch):
+    monkeypatch.setattr(patterns._GroupProjector, "AT_ONCE", at_once)  # all rows, some of them twice, or each by itself
     project = pattern.projector()
-    for rows in (12, 12, 5):  # the buffers follow the matrix
-        for X in walk(gaussian(rows, 40), 0.3, 4):
+    for rows in (12, 12, 5):  # the memory follows the matrix
+        for X in walk(gaussian(rows, 320), 0.3, 4):
             found = deinterleaved(projected(project, interleaved(X, pattern)), pattern)
             assert torch.equal(found, X * pattern.mask(X.abs()))
 
@@ -319,7 +322,7 @@ def test_entries_that_tie_are_all_kept_by_the_projector():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("pattern", [*PATTERNS, NM(8, 16), NM(16, 32)], ids=str)
 def test_an_accelerator_keeps_the_same_entries(pattern):
     scores = gaussian(64, 96).abs().mul(8).round()  # with many ties
     assert torch.equal(pattern.mask(scores.cuda()).cpu(), pattern.mask(scores))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sparlow.errors import InputError
+from sparlow.linalg.selection import Selection
 from sparlow.schema import shown
 
 EVERYTHING = "dense"  # the pattern that prunes nothing
@@ -227,40 +228,36 @@ def _kth_largest(scores: Tensor, k: int) -> Tensor:
 class _GroupProjector:
     """Keep the entries of X that reach the n-th largest magnitude of their group of m.
 
-    The columns of X are interleaved (``linalg/coordinates.py``), so member k of all groups is contiguous in a row. The
-    mask is made of floats. Both are for speed: torch takes several times as long for strided comparisons, and for
-    those that give bools.
+    The columns of X are interleaved (``linalg/coordinates.py``), so member k of all groups is contiguous in a row.
+    Several rows are looked at together, few enough for the cache of a processor. The mask is made of floats. All this
+    is for speed: torch takes several times as long for short stretches, and for comparisons that give bools.
     """
+
+    AT_ONCE, AT_ONCE_ON_DEVICE = 2**19, 2**24  # entries
 
     def __init__(self, n: int, m: int) -> None:
         self.n, self.m = n, m
-        self._buffers = torch.empty(0)  # (n + 2, out, in / m); new memory for each call costs more than comparisons
+        self._shape: tuple[int, ...] = ()  # of the last X; new memory for each call costs more than comparisons
+        self._rows = 0
 
     def __call__(self, X: Tensor, out: Tensor) -> Tensor:
-        members = torch.abs(X, out=out).view(len(X), self.m, -1)
-        shape = (self.n + 2, len(X), members.shape[2])
-        if self._buffers.shape != shape:
-            self._buffers = X.new_empty(shape)
-        members.ge_(self._nth_largest(members.unbind(1)).unsqueeze(1))
-        return out.mul_(X)
+        if X.shape != self._shape:
+            self._prepare(X)
+        for start in range(0, len(X), self._rows):
+            first = min(start, len(X) - self._rows)  # the last rows may come twice, which changes nothing
+            self._project(X[first : first + self._rows], out[first : first + self._rows])
+        return out
 
-    def _nth_largest(self, members: tuple[Tensor, ...]) -> Tensor:
-        """Return the n-th largest of each group (out, in / m): each member is inserted into a sorted list of n."""
-        best: list[Tensor] = []
-        free = list(self._buffers)
-        for member in members:
-            rest = member
-            for k, larger in enumerate(best):
-                lower = free.pop() if k < self.n - 1 else None  # what falls out at the end is not wanted
-                if lower is not None:
-                    torch.minimum(larger, rest, out=lower)
-                torch.maximum(larger, rest, out=larger)
-                if rest is not member:
-                    free.append(rest)
-                rest = member if lower is None else lower
-            if len(best) < self.n:
-                best.append(free.pop().copy_(member) if rest is member else rest)
-        return best[-1]
+    def _prepare(self, X: Tensor) -> None:
+        rows, columns = X.shape
+        most = self.AT_ONCE if X.device.type == "cpu" else self.AT_ONCE_ON_DEVICE
+        self._shape, self._rows = X.shape, math.ceil(rows / math.ceil(X.numel() / max(most, columns)))
+        self._nth_largest = Selection(self.n, self.m, (self._rows, columns // self.m), X)
+
+    def _project(self, X: Tensor, out: Tensor) -> None:
+        sizes = torch.abs(X, out=out).view(len(X), self.m, -1)
+        sizes.ge_(self._nth_largest(sizes.transpose(0, 1)).unsqueeze(1))
+        out.mul_(X)
 
 
 class _SampleProjector:
