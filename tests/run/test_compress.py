@@ -74,6 +74,10 @@ LAYER_KEYS = {
     "tokens",
     "dead_inputs",
     "settled",
+    "value_type",
+    "levels",
+    "group",
+    "factor_type",
 }
 
 
