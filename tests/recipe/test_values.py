@@ -89,6 +89,9 @@ def test_a_rule_gives_layers_values_of_their_own():
         ({"factors": "int8", "rank": 0}, "--factors has no effect without a low-rank part"),
         ({"factors": "model", "rank": 0, "values": "int4"}, "--factors has no effect without a low-rank part"),
         ({"factors": "int8", "algorithm": "wanda"}, "--factors has no effect without a low-rank part"),
+        ({"values": "int4", "match": True}, "Leave --match out"),
+        ({"bits": 3.5, "match": True}, "Leave --match out"),
+        ({"factors": "int8", "match": True}, "Leave --match out"),
         (
             {"layers": [{"match": "q", "values": "int5"}]},
             "rule for q gives values of the unknown type 'int5'; did you mean 'int",
