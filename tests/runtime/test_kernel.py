@@ -67,7 +67,9 @@ def weights(draw, values=(*FLOATS, *CODES)):
     if factors == "int8":
         U, V, steps = random_factors(shape, rank, dtype=torch.float32, seed=seed)
     else:
-        U, V = (torch.randn(size, generator=generator).to(FLOATS[factors]) for size in ((shape[0], rank), (rank, shape[1])))
+        U, V = (
+            torch.randn(size, generator=generator).to(FLOATS[factors]) for size in ((shape[0], rank), (rank, shape[1]))
+        )
         steps = None
     stored = StoredForm(form, steps if rank else None, torch.float32) if form or (steps and rank) else None
     packed = pack_weight(Weight(S, U, V), stored)
@@ -218,7 +220,9 @@ assert os.waitpid(child, 0)[1] == 0
 def test_a_forked_process_has_threads_of_its_own(request):
     program = FORK.format(tests=str(request.path.parent))
     path = f"import sys; sys.path[:0] = {sys.path!r}\n"
-    done = subprocess.run([sys.executable, "-c", path + program], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", path + program], capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 

@@ -104,7 +104,7 @@ def test_from_pretrained_follows_the_context_then_the_environment(folder, monkey
     assert packed_layers(sparlow.load(folder))
     assert compressed_layers(sparlow.load(folder, mode="dense"))
     monkeypatch.setenv("SPARLOW_MODE", "fast")
-    with pytest.raises(InputError, match="There is no mode 'fast'. Choose one of dense, packed, merged, auto"):
+    with pytest.raises(InputError, match=r"There is no mode 'fast'. Choose one of dense, packed, merged, auto"):
         AutoModelForCausalLM.from_pretrained(folder)
 
 
@@ -132,7 +132,9 @@ def test_casts_leave_what_is_stored_alone(packed):
     right = layer(x)
     for cast in (layer.half, layer.bfloat16, layer.double, layer.float):
         cast()
-        assert all(torch.equal(t, before[part]) and t.dtype == before[part].dtype for part, t in layer.state_dict().items())
+        assert all(
+            torch.equal(t, before[part]) and t.dtype == before[part].dtype for part, t in layer.state_dict().items()
+        )
         assert torch.equal(layer(x), right)
     assert layer(x.half()).dtype == torch.float16
     assert layer(x.double()).dtype == torch.float64
@@ -145,7 +147,9 @@ def test_the_state_dict_is_what_the_file_holds(folder, packed):
         "weight", "mask", "scale", "U", "V", "U_scale", "V_scale",
     }  # fmt: skip
     other = sparlow.load(folder, mode="packed")
-    other.get_submodule(name)._take({k: torch.zeros_like(t) if k == "U" else t for k, t in other.get_submodule(name)._state().items()})
+    other.get_submodule(name)._take(
+        {k: torch.zeros_like(t) if k == "U" else t for k, t in other.get_submodule(name)._state().items()}
+    )
     assert not torch.equal(logits(other), logits(packed))
     other.load_state_dict(state)
     assert torch.equal(logits(other), logits(packed))
@@ -233,7 +237,9 @@ def test_auto_says_once_what_it_took(folder, caplog):
 
 def test_a_compiler_that_fails_is_quoted(monkeypatch, tmp_path):
     compiler = tmp_path / "cc"
-    compiler.write_text('#!/bin/sh\n[ "$1" = --version ] && echo "cc 1.0" && exit 0\necho "x.c: error: no such thing" >&2\nexit 1\n')
+    compiler.write_text(
+        '#!/bin/sh\n[ "$1" = --version ] && echo "cc 1.0" && exit 0\necho "x.c: error: no such thing" >&2\nexit 1\n'
+    )
     compiler.chmod(0o755)
     monkeypatch.setenv("CC", str(compiler))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -1,1 +1,1 @@
-"""Running what was compressed: layers that stay packed, the kernel that multiplies by them, and how a model is opened."""
+"""Running what was compressed: layers that stay packed, their kernel, and the modes that a model is opened in."""

@@ -63,7 +63,9 @@ def library() -> Library:
     try:
         functions = ctypes.CDLL(str(file))
     except OSError as problem:
-        raise NoKernelError(f"The kernel in {file} cannot be loaded ({first_line(problem)}). Delete the file.") from None
+        raise NoKernelError(
+            f"The kernel in {file} cannot be loaded ({first_line(problem)}). Delete the file."
+        ) from None
     _declare(functions)
     there = functions.sparlow_paths()
     return Library(functions, tuple(name for i, name in enumerate(PATHS) if there >> i & 1), version[0])
@@ -112,15 +114,21 @@ def _compile(compiler: str, file: Path) -> None:
             _run([compiler, "-shared", *objects, "-o", f"{folder}/kernel.so", "-lpthread", "-lm"])
             Path(f"{folder}/kernel.so").replace(file)
     except OSError as problem:
-        raise NoKernelError(f"The kernel cannot be kept in {file.parent} ({reason(problem)}). Set XDG_CACHE_HOME.") from None
+        raise NoKernelError(
+            f"The kernel cannot be kept in {file.parent} ({reason(problem)}). Set XDG_CACHE_HOME."
+        ) from None
 
 
 def _run(command: list[str]) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=_PATIENCE)  # noqa: S603 - ours
     except subprocess.CalledProcessError as problem:
-        said = next((line for line in (problem.stderr or "").splitlines() if "error" in line), f"exit {problem.returncode}")
-        raise NoKernelError(f"The C compiler {command[0]} failed ({said.strip().rstrip('.')}). Install another.") from None
+        said = next(
+            (line for line in (problem.stderr or "").splitlines() if "error" in line), f"exit {problem.returncode}"
+        )
+        raise NoKernelError(
+            f"The C compiler {command[0]} failed ({said.strip().rstrip('.')}). Install another."
+        ) from None
     except (OSError, subprocess.TimeoutExpired) as problem:
         raise NoKernelError(
             f"The C compiler {command[0]} cannot be run ({first_line(problem).rstrip('.')}). Install another."

@@ -69,7 +69,9 @@ def sparse_matrix(lib: Library, parts: Mapping[str, Tensor], shape: tuple[int, i
     start = torch.empty(shape[0] + 1, dtype=torch.int64)
     lib.functions.sparlow_starts(_address(mask), *shape, bits, start.data_ptr())
     if int(start[-1]) != data.nbytes:
-        raise InputError(f"Its values should take {int(start[-1])} bytes, but there are {data.nbytes}. Restore the file.")
+        raise InputError(
+            f"Its values should take {int(start[-1])} bytes, but there are {data.nbytes}. Restore the file."
+        )
     struct = Struct(data=data.data_ptr(), start=start.data_ptr(), mask=_address(mask), rows=shape[0], cols=shape[1])
     if grid is None:
         return _finished(struct, shape, [data, start, mask], kind=_FLOATS[data.dtype])
@@ -79,7 +81,9 @@ def sparse_matrix(lib: Library, parts: Mapping[str, Tensor], shape: tuple[int, i
     struct.narrow, struct.wide, struct.unit = _address(narrow), _address(wide), unit
     struct.wide_kind = 0 if wide is None else _FLOATS[wide.dtype]
     struct.group, struct.groups = min(grid.group or shape[1], shape[1]), grid.groups(shape[1])
-    return _finished(struct, shape, [data, start, mask, scale, narrow, wide], kind=_CODES[grid.bits], coded=wide is None)
+    return _finished(
+        struct, shape, [data, start, mask, scale, narrow, wide], kind=_CODES[grid.bits], coded=wide is None
+    )
 
 
 def factor(part: Tensor) -> Matrix:

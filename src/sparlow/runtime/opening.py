@@ -71,23 +71,31 @@ class Opened:
         """Return what is done in the end; what was not asked for is said."""
         elsewhere = _elsewhere(device_map)
         if self.mode == "packed" and elsewhere:
-            raise InputError(f"Packed layers compute on the CPU, not on {elsewhere}. Leave out device_map, or open merged.")
-        if self.mode == "merged":
-            return "merged"
-        if self.mode == "auto" and elsewhere:
-            return _told("merged", f"packed layers compute on the CPU, not on {elsewhere}")
-        try:
-            best = library().paths[-1]
-        except NoKernelError as problem:
-            if self.mode == "packed":
+            raise InputError(
+                f"Packed layers compute on the CPU, not on {elsewhere}. Leave out device_map, or open merged."
+            )
+        if self.mode == "auto":
+            return _told(*_best(elsewhere))
+        if self.mode == "packed":
+            try:
+                library()
+            except NoKernelError as problem:
                 warnings.warn(f"The model is opened merged, not packed. {problem}", stacklevel=2)
                 return "merged"
-            return _told("merged", str(problem).rstrip("."))
-        if self.mode == "auto":
-            if best == "plain":
-                return _told("merged", "the kernel has no instruction set for this processor")
-            return _told("packed", f"the kernel has {best} on this processor")
-        return "packed"
+        return self.mode
+
+
+def _best(elsewhere: str) -> tuple[str, str]:
+    """Return the mode that serves best, and why."""
+    if elsewhere:
+        return "merged", f"packed layers compute on the CPU, not on {elsewhere}"
+    try:
+        path = library().paths[-1]
+    except NoKernelError as problem:
+        return "merged", str(problem).rstrip(".")
+    if path == "plain":
+        return "merged", "the kernel has no instruction set for this processor"
+    return "packed", f"the kernel has {path} on this processor"
 
 
 def _told(mode: str, why: str) -> str:

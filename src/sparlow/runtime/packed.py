@@ -89,7 +89,9 @@ class PackedLinear(nn.Module):
             InputError: x is not on the CPU, or has another width.
         """
         if x.device.type != "cpu":
-            raise InputError(f"Packed layers compute on the CPU, not on {x.device.type}. Open the model with mode='dense'.")
+            raise InputError(
+                f"Packed layers compute on the CPU, not on {x.device.type}. Open the model with mode='dense'."
+            )
         if x.shape[-1] != self.in_features:
             raise InputError(f"The input must have {self.in_features} columns, not {x.shape[-1]}.")
         flat = x.detach().reshape(-1, self.in_features).float().contiguous()
@@ -148,7 +150,7 @@ class PackedLinear(nn.Module):
         bias = {} if self.packed.bias is None else {"bias": self.packed.bias}
         return {**self.packed.parts, **bias}
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:  # noqa: FBT001 - torch's form
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination |= {f"{prefix}{part}": tensor for part, tensor in self._state().items()}
 

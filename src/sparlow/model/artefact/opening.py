@@ -1,4 +1,4 @@
-"""What becomes of compressed layers while a model is opened: S, U and V to train, or what ``sparlow.runtime`` makes of them.
+"""What becomes of compressed layers while a model is opened: S, U and V to train, or something to run.
 
 This folder opens layers in floats. ``sparlow.runtime`` stands above it, and says by ``use`` and ``DEFAULT`` what else
 is to happen.
