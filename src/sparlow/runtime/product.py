@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from sparlow.runtime.matrix import Matrix, factor, sparse_matrix
 TOKENS = 8  # that one call of the kernel takes; more are quicker by tiles
 _TILE = 1 << 19  # entries of a tile, 2 MB: it stays in the cache until it is multiplied
 PATH = "SPARLOW_KERNEL"  # names the instruction set in the environment
+_HERE: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever the caller has set as defaults
 _forced: ContextVar[str | None] = ContextVar("path", default=None)
 
 
@@ -70,7 +72,7 @@ class Operand:
             x: (tokens, in) float32, contiguous.
             rounded: Round x to int8, a scale for each token and 128 columns, where the levels of S are integers.
         """
-        y = torch.empty(len(x), self.S.shape[0], dtype=torch.float32)
+        y = torch.empty(len(x), self.S.shape[0], **_HERE)
         if len(x) > TOKENS:
             return self._by_tiles(x, y)
         if len(x) == 0 or not y.numel():
@@ -94,7 +96,7 @@ class Operand:
 
     def back(self, dy: Tensor) -> Tensor:
         """Return dy W (tokens, in) for dy (tokens, out) float32."""
-        dx = torch.zeros(len(dy), self.S.shape[1])
+        dx = torch.zeros(len(dy), self.S.shape[1], **_HERE)
         for rows, tile in self.tiles():
             dx.addmm_(dy[:, rows], tile)
         if self.U and self.V:
@@ -106,7 +108,7 @@ class Operand:
         """Yield some rows of S after the other in float32, with their place; all have one buffer."""
         out, columns = self.S.shape
         size = max(1, min(out, _TILE // max(columns, 1)))
-        buffer = torch.empty(size, columns)
+        buffer = torch.empty(size, columns, **_HERE)
         for start in range(0, out, size):
             stop = min(out, start + size)
             yield slice(start, stop), self.decoded(self.S, start, stop, buffer[: stop - start])
@@ -114,7 +116,7 @@ class Operand:
     def decoded(self, matrix: Matrix, start: int = 0, stop: int | None = None, out: Tensor | None = None) -> Tensor:
         """Return rows of a matrix in float32."""
         stop = matrix.shape[0] if stop is None else stop
-        found = torch.empty(stop - start, matrix.shape[1]) if out is None else out
+        found = torch.empty(stop - start, matrix.shape[1], **_HERE) if out is None else out
         if found.numel():
             self.lib.functions.sparlow_decode(
                 _number(self.lib), torch.get_num_threads(), matrix.at, start, stop, found.data_ptr()
@@ -138,10 +140,18 @@ def operand(parts: Mapping[str, Tensor], shape: tuple[int, int], grid: Grid | No
     Raises:
         InputError: The values do not fit the mask, or scales or books are not finite.
     """
+    if elsewhere := next((part for part, tensor in parts.items() if not tensor.is_cpu), None):
+        raise InputError(f"Its {elsewhere} is not in the CPU's memory. Open the model with mode='dense' there.")
+    with torch.device("cpu"):  # while a model is opened, the default is the meta device
+        return _operand(library(), parts, shape, grid, bias)
+
+
+def _operand(
+    lib: Library, parts: Mapping[str, Tensor], shape: tuple[int, int], grid: Grid | None, bias: Tensor | None
+) -> Operand:
     for part in ("scale", "book", "U_scale", "V_scale"):
         if part in parts and not all_finite(parts[part]):
             raise InputError(f"Its {part} holds numbers that are not finite. Restore the file.")
-    lib = library()
     U, V = (factor(parts[part]) if parts["V"].shape[0] else None for part in ("U", "V"))
     fold = (parts["U_scale"].float() * parts["V_scale"].float()).contiguous() if "U_scale" in parts else None
     own = None if bias is None else bias.detach().float().contiguous()

@@ -1,5 +1,6 @@
 /* What Python calls: which paths this processor has, and products and decoding by one of them. */
 #include <math.h>
+#include <pthread.h>
 #include "pool.h"
 #include "sparlow.h"
 
@@ -21,14 +22,28 @@ EXPORT int sparlow_paths(void) {
   return found;
 }
 
-static __thread struct { uint8_t *at; size_t bytes; } mine[2];
+/* Two buffers of each thread, which grow, stay for the next call, and go with the thread. */
+typedef struct { uint8_t *at[2]; size_t bytes[2]; } room;
+static pthread_key_t rooms;
+static pthread_once_t rooms_made = PTHREAD_ONCE_INIT;
+static void leave(void *mine) {
+  room *r = mine;
+  free(r->at[0]), free(r->at[1]), free(r);
+}
+static void make_rooms(void) { pthread_key_create(&rooms, leave); }
 static uint8_t *kept(int which, size_t bytes) {
-  if (mine[which].bytes < bytes) {
-    free(mine[which].at);
-    mine[which].at = malloc(bytes);
-    mine[which].bytes = mine[which].at ? bytes : 0;
+  pthread_once(&rooms_made, make_rooms);
+  room *r = pthread_getspecific(rooms);
+  if (!r) {
+    r = calloc(1, sizeof *r);
+    if (!r || pthread_setspecific(rooms, r)) return free(r), NULL;
   }
-  return mine[which].at;
+  if (r->bytes[which] < bytes) {
+    free(r->at[which]);
+    r->at[which] = malloc(bytes);
+    r->bytes[which] = r->at[which] ? bytes : 0;
+  }
+  return r->at[which];
 }
 uint8_t *scratch(size_t bytes) { return kept(0, bytes); }
 
@@ -55,12 +70,16 @@ static void round_inputs(const float *x, int64_t ldx, int64_t tokens, int64_t co
     for (int64_t g = 0; g < groups; g++) {
       int64_t c = g * X_GROUP, end = c + X_GROUP < cols ? c + X_GROUP : cols;
       float big = 0;
-      for (int64_t k = c; k < end; k++) big = fabsf(from[k]) > big ? fabsf(from[k]) : big;
-      float per = big > 0 ? 127 / big : 0;
+      int known = 1;
+      for (int64_t k = c; k < end; k++) big = fabsf(from[k]) > big ? fabsf(from[k]) : big, known &= from[k] == from[k];
+      float per = 127 / big;
+      if (!known || isinf(big) || isinf(per)) { /* NaN and infinity make NaN of the result; below 1e-36 all is zero */
+        scales[g] = known && !isinf(big) ? 0 : NAN;
+        memset(q + c, 0, (size_t)(end - c));
+        continue;
+      }
       scales[g] = big / 127;
       for (int64_t k = c; k < end; k++) q[k] = (int8_t)rintf(from[k] * per);
-      if (!isfinite(big) || !isfinite(per)) scales[g] = NAN, memset(q + c, 0, (size_t)(end - c)); /* no number is made up */
-      for (int64_t k = c; k < end; k++) if (from[k] != from[k]) scales[g] = NAN, q[k] = 0;
     }
     memset(q + cols, 0, (size_t)(wide - cols));
     for (int64_t k = 0; k < wide / 4; k++) sums[k] = -128 * (q[4 * k] + q[4 * k + 1] + q[4 * k + 2] + q[4 * k + 3]);
