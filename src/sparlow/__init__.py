@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from sparlow.evaluation.perplexity import evaluate
     from sparlow.finetuning.finetune import finetune
     from sparlow.linalg.patterns import NM, Unstructured
-    from sparlow.model.artefact.checkpoint import load
     from sparlow.model.artefact.layers import SparseLowRankLinear
     from sparlow.planning.plan import Plan, plan
     from sparlow.progress import Progress
     from sparlow.recipe.recipe import Recipe
     from sparlow.report.records import Report
     from sparlow.run.compress import compress
+    from sparlow.runtime.modes import load, mode
 
     __version__: str
 
@@ -45,6 +45,7 @@ __all__ = [
     "evaluate",
     "finetune",
     "load",
+    "mode",
     "plan",
     "pruner",
 ]
@@ -55,13 +56,13 @@ _MODULES = {
     "sparlow.evaluation.perplexity": ("evaluate",),
     "sparlow.finetuning.finetune": ("finetune",),
     "sparlow.linalg.patterns": ("NM", "Unstructured"),
-    "sparlow.model.artefact.checkpoint": ("load",),
     "sparlow.model.artefact.layers": ("SparseLowRankLinear",),
     "sparlow.planning.plan": ("Plan", "plan"),
     "sparlow.progress": ("Progress",),
     "sparlow.recipe.recipe": ("Recipe",),
     "sparlow.report.records": ("Report",),
     "sparlow.run.compress": ("compress",),
+    "sparlow.runtime.modes": ("load", "mode"),
 }
 
 

@@ -8,7 +8,7 @@ transformers: ``AutoModelForCausalLM.from_pretrained(folder)`` is enough to open
 import copy
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from sparlow.model.artefact.embedding import dense_again, restored
 from sparlow.model.artefact.hf_quantizer import SparlowConfig, transposed_layers
 from sparlow.model.artefact.layers import compressed_layers, install
 from sparlow.model.artefact.loader import write_loader
+from sparlow.model.artefact.opening import Dense, Opening, use
 from sparlow.model.artefact.packing import packed_state, stored_layer, tell_lost
 from sparlow.model.artefact.schemes import METHOD, StoredLayer
 from sparlow.model.artefact.shards import (
@@ -263,11 +264,16 @@ class Written:
             yield block
 
 
-def load(folder: str | Path, **options: Any) -> PreTrainedModel:  # noqa: ANN401 - those of from_pretrained
+def load(
+    folder: str | Path,
+    how: Callable[[], Opening] = Dense,
+    **options: Any,  # noqa: ANN401 - those of from_pretrained
+) -> PreTrainedModel:
     """Open a compressed model; the same as ``AutoModelForCausalLM.from_pretrained``, but strict.
 
     Args:
         folder: A directory, or the id of a model on the hub.
+        how: What becomes of its compressed layers.
         options: Of ``from_pretrained``, such as dtype and device_map.
 
     Raises:
@@ -278,13 +284,14 @@ def load(folder: str | Path, **options: Any) -> PreTrainedModel:  # noqa: ANN401
         require_no_kernel(str(folder), str(folder))
     if Path(folder).is_dir():
         _check_before_opening(Path(folder))
-    with as_input_error(f"Cannot open {folder}"):
+    way = how()
+    with as_input_error(f"Cannot open {folder}"), use(lambda: way):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, output_loading_info=True, **{"trust_remote_code": False, "use_safetensors": True, **options}
         )
     model: PreTrainedModel = loaded[0]
     info: dict[str, set[str]] = loaded[1]
-    if getattr(model, "quantization_method", None) != METHOD:
+    if getattr(model, "quantization_method", None) != METHOD and not getattr(way, "used", False):
         raise InputError(f"{folder} is not a model that sparlow compressed.")
     problems = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"])
     if problems:

@@ -22,6 +22,7 @@ from sparlow.files import resolve_inside
 from sparlow.model import _transformers as private
 from sparlow.model.artefact.layers import SparseLowRankLinear, compressed_layers, install, own_weights
 from sparlow.model.artefact.loader import forget_loader
+from sparlow.model.artefact.opening import Dense, InFile, Opening, opening
 from sparlow.model.artefact.outside import Outside, check_outside, mark, outside_modules
 from sparlow.model.artefact.packing import packed_state, packed_weights, stored_form, stored_layer
 from sparlow.model.artefact.schemes import (
@@ -34,7 +35,7 @@ from sparlow.model.artefact.schemes import (
     to_config,
 )
 from sparlow.model.artefact.shards import Header, by_layer, check_parts, read_headers
-from sparlow.model.artefact.stored_form import unpack_weight
+from sparlow.model.artefact.stored_form import is_flat, unpack_weight
 
 if TYPE_CHECKING:  # its module imports the list of quantizers, whose import imports this file: see registration.py
     from transformers import PreTrainedModel
@@ -106,6 +107,8 @@ class SparlowQuantizer(private.HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self._unpack = _Unpack()
         self._outside: list[str] = []  # names of what is stored packed and stays dense in memory
+        self._opening: Opening = Dense()
+        self._stored_taken: set[str] = set()  # names in the files of layers that transformers does not load
 
     def is_serializable(self) -> bool:
         """``save_pretrained`` may be called."""
@@ -125,7 +128,8 @@ class SparlowQuantizer(private.HfQuantizer):
         self,
         model: "PreTrainedModel",
         checkpoint_files: list[str] | None = None,
-        **_: Any,  # noqa: ANN401 - transformers'
+        device_map: Any = None,  # noqa: ANN401 - transformers'
+        **_: Any,  # noqa: ANN401 - the same
     ) -> None:
         forget_loader(model.config)
         records, outside = self.quantization_config.records, _outside(model)
@@ -150,12 +154,30 @@ class SparlowQuantizer(private.HfQuantizer):
             elif name in parts or not _is_tied(model, layer.name):
                 check_outside(layer, parts.get(name, {}), records[name])
         _check_rest(model, headers, [layer.name for layer in layers.values() if isinstance(layer, Outside)])
+        self._opening = opening()
+        inside = [
+            InFile(_name_in(model, name), name, records[name], parts[name])
+            for name, layer in layers.items()
+            if isinstance(layer, SparseLowRankLinear)
+        ]
+        self._take(model, inside, device_map)
+
+    def _take(self, model: "PreTrainedModel", layers: list[InFile], device_map: object) -> None:
+        """Let layers be opened in another way; their tensors are no surprise to transformers then."""
+        taken = set(self._opening.before(model, layers, device_map))
+        self._stored_taken = {layer.stored for layer in layers if layer.name in taken}
+        if taken:
+            names = any_of(sorted({*self._stored_taken, *taken}))
+            known = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
+            model._keys_to_ignore_on_load_unexpected = {*known, rf"^{names}\.\w+$"}  # noqa: SLF001 - no public way
 
     def get_weight_conversions(self) -> list[Any]:
         """Return how the tensors of the layers on record, and of no others, become S, U and V or a dense weight."""
         alike: dict[tuple[str, tuple[str, ...]], list[str]] = {}
         for name, row in self.quantization_config.records.items():
             outside = name in self._outside
+            if name in self._stored_taken:
+                continue
             parts = [p for p in row.scheme.parts if p not in ("U", "V") or outside or row.scheme.factors == INT8]
             alike.setdefault(("weight" if outside else "S", tuple(parts)), []).append(name)
         return [
@@ -187,6 +209,8 @@ class SparlowQuantizer(private.HfQuantizer):
             layer.S.data = layer.S.data.to(layer.U.dtype)
         # What save_pretrained would undo: nothing, names stay those in memory.
         model._weight_conversions = []  # type: ignore[assignment]  # noqa: SLF001 - no public way
+        if not self._opening.after(model):
+            self.remove_quantization_config(model)
 
     def get_state_dict_and_metadata(self, model: "PreTrainedModel") -> tuple[dict[str, Tensor], dict[str, str]]:
         """Return what ``save_pretrained`` writes after the config, whose records follow the model as it is now."""
@@ -201,7 +225,7 @@ class SparlowQuantizer(private.HfQuantizer):
                 transposed=name in known and known[name].scheme.transposed,
             )
             for name, packed in packs.items()
-        }
+        } | {name: row for name, row in known.items() if name not in packs and is_flat(state.get(f"{name}.weight"))}
         gone = [name for name, row in known.items() if row.scheme.grid and name not in records]
         if gone and not any(stored_form(module) for name, module in model.named_modules() if name in gone):
             warnings.warn(f"{gone[0]} has been replaced, so it is stored in the model's own type.", stacklevel=2)

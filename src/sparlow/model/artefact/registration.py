@@ -13,7 +13,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 LIST = "transformers.quantizers.auto"
-OURS = "sparlow.model.artefact.hf_quantizer"
+OURS = ("sparlow.model.artefact.hf_quantizer", "sparlow.runtime.opening")
 
 
 def register() -> None:
@@ -27,7 +27,8 @@ def register() -> None:
 def _import_ours() -> None:
     """Warn if a changed transformers cannot be taught the format; all that needs no transformers still works."""
     try:
-        importlib.import_module(OURS)
+        for name in OURS:
+            importlib.import_module(name)
     except ImportError as error:
         warnings.warn(
             f"sparlow cannot teach this version of transformers to open compressed models ({error}). Install a version "

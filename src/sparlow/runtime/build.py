@@ -1,0 +1,144 @@
+"""The kernel as a library: compiled with the machine's C compiler at first use, and kept in the user's cache.
+
+The file's name holds a hash of the sources, the compiler's version and the flags, so that none of them is ever mistaken
+for another. It is written under another name and then renamed: several processes may do so at once.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from sparlow.errors import InputError, first_line, reason
+
+FOLDER = Path(__file__).parent / "kernel"
+PATHS = ("plain", "avx2", "avx512")  # in the order of dispatch.c
+COMPILERS = ("cc", "gcc", "clang")
+FLAGS = ("-O2", "-ftree-vectorize", "-std=gnu11", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-w")
+_X86: dict[str, tuple[str, ...]] = {
+    "avx2.c": ("-mavx2", "-mfma", "-mf16c"),
+    "avx512.c": ("-march=icelake-server",),
+}
+_PATIENCE = 600  # seconds for a file, which takes a few; on a busy machine more
+
+
+class NoKernelError(InputError):
+    """There is no kernel on this machine, and why."""
+
+
+@dataclass(frozen=True)
+class Library:
+    """The compiled kernel.
+
+    Attributes:
+        functions: Its functions.
+        paths: Those of ``PATHS`` that this processor has, the best last.
+        compiler: What it was compiled with.
+    """
+
+    functions: ctypes.CDLL
+    paths: tuple[str, ...]
+    compiler: str
+
+
+@cache
+def library() -> Library:
+    """Return the kernel, compiled if it has not been yet.
+
+    Raises:
+        NoKernelError: It cannot be compiled here.
+    """
+    compiler = _compiler()
+    version = _run([compiler, "--version"]).splitlines()
+    file = cache_folder() / f"kernel-{_name(version[0] if version else '')}.so"
+    if not file.exists():
+        _compile(compiler, file)
+    try:
+        functions = ctypes.CDLL(str(file))
+    except OSError as problem:
+        raise NoKernelError(
+            f"The kernel in {file} cannot be loaded ({first_line(problem)}). Delete the file."
+        ) from None
+    _declare(functions)
+    there = functions.sparlow_paths()
+    return Library(functions, tuple(name for i, name in enumerate(PATHS) if there >> i & 1), version[0])
+
+
+def cache_folder() -> Path:
+    """Return the folder that compiled kernels are kept in: the user's own, which nobody else can write to."""
+    found = os.environ.get("XDG_CACHE_HOME")
+    return (Path(found) if found else Path.home() / ".cache") / "sparlow"
+
+
+def _compiler() -> str:
+    names = (os.environ["CC"],) if os.environ.get("CC") else COMPILERS
+    found = next(filter(None, map(shutil.which, names)), None)
+    if found is None or sys.platform == "win32":
+        raise NoKernelError(f"There is no C compiler ({' or '.join(names)}). Install one, such as gcc.")
+    return found
+
+
+def _sources() -> list[Path]:
+    return sorted(path for path in FOLDER.iterdir() if path.suffix in (".c", ".h"))
+
+
+def _flags(source: Path) -> tuple[str, ...]:
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return FLAGS + (_X86.get(source.name, ()) if x86 else ())
+
+
+def _name(version: str) -> str:
+    """Return the hash of all that decides what is compiled."""
+    found = hashlib.sha256(f"{version} {platform.machine()} {platform.libc_ver()}".encode())
+    for source in _sources():
+        found.update(f"\0{source.name} {' '.join(_flags(source))}\0".encode() + source.read_bytes())
+    return found.hexdigest()[:24]
+
+
+def _compile(compiler: str, file: Path) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+            objects = []
+            for source in _sources():
+                if source.suffix == ".c":
+                    objects.append(f"{folder}/{source.stem}.o")
+                    _run([compiler, *_flags(source), "-c", str(source), "-o", objects[-1]])
+            _run([compiler, "-shared", *objects, "-o", f"{folder}/kernel.so", "-lpthread", "-lm"])
+            Path(f"{folder}/kernel.so").replace(file)
+    except OSError as problem:
+        raise NoKernelError(
+            f"The kernel cannot be kept in {file.parent} ({reason(problem)}). Set XDG_CACHE_HOME."
+        ) from None
+
+
+def _run(command: list[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=_PATIENCE)  # noqa: S603 - ours
+    except subprocess.CalledProcessError as problem:
+        said = next(
+            (line for line in (problem.stderr or "").splitlines() if "error" in line), f"exit {problem.returncode}"
+        )
+        raise NoKernelError(
+            f"The C compiler {command[0]} failed ({said.strip().rstrip('.')}). Install another."
+        ) from None
+    except (OSError, subprocess.TimeoutExpired) as problem:
+        raise NoKernelError(
+            f"The C compiler {command[0]} cannot be run ({first_line(problem).rstrip('.')}). Install another."
+        ) from None
+    return done.stdout
+
+
+def _declare(functions: ctypes.CDLL) -> None:
+    pointer, number, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+    functions.sparlow_product.argtypes = [number, number, number, *[pointer] * 6, long, pointer]
+    functions.sparlow_decode.argtypes = [number, number, pointer, long, long, pointer]
+    functions.sparlow_starts.argtypes = [pointer, long, long, long, pointer]
+    functions.sparlow_decode.restype = functions.sparlow_starts.restype = None

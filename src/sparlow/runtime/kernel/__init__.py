@@ -1,0 +1,1 @@
+"""The sources of the kernel, in C; ``runtime/build.py`` compiles them."""

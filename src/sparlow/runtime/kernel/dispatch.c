@@ -1,0 +1,133 @@
+/* What Python calls: which paths this processor has, and products and decoding by one of them. */
+#include <math.h>
+#include <pthread.h>
+#include "pool.h"
+#include "sparlow.h"
+
+#define EXPORT __attribute__((visibility("default")))
+#define FEW 32768 /* entries of a matrix for which another thread is not worth its waking */
+
+static const path *const paths[] = {&path_plain, &path_avx2, &path_avx512};
+
+/* Paths are numbered in this order; bit i says whether this processor has number i. */
+EXPORT int sparlow_paths(void) {
+  int found = 1;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (path_avx2.product && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found |= 2; /* F16C is older */
+  if (path_avx512.product && __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vnni") &&
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi"))
+    found |= 4;
+#endif
+  return found;
+}
+
+/* Two buffers of each thread, which grow, stay for the next call, and go with the thread. */
+typedef struct { uint8_t *at[2]; size_t bytes[2]; } room;
+static pthread_key_t rooms;
+static pthread_once_t rooms_made = PTHREAD_ONCE_INIT;
+static void leave(void *mine) {
+  room *r = mine;
+  free(r->at[0]), free(r->at[1]), free(r);
+}
+static void make_rooms(void) { pthread_key_create(&rooms, leave); }
+static uint8_t *kept(int which, size_t bytes) {
+  pthread_once(&rooms_made, make_rooms);
+  room *r = pthread_getspecific(rooms);
+  if (!r) {
+    r = calloc(1, sizeof *r);
+    if (!r || pthread_setspecific(rooms, r)) return free(r), NULL;
+  }
+  if (r->bytes[which] < bytes) {
+    free(r->at[which]);
+    r->at[which] = malloc(bytes);
+    r->bytes[which] = r->at[which] ? bytes : 0;
+  }
+  return r->at[which];
+}
+uint8_t *scratch(size_t bytes) { return kept(0, bytes); }
+
+static int enough(const matrix *m, int threads) {
+  int64_t worth = m->rows * m->cols / FEW;
+  return worth < threads ? (worth < 1 ? 1 : (int)worth) : threads;
+}
+typedef struct { const path *by; const void *given; float *out; } call;
+static void multiply(void *data, int64_t from, int64_t to) {
+  const call *c = data;
+  c->by->product(c->given, from, to);
+}
+static void expand(void *data, int64_t from, int64_t to) {
+  const call *c = data;
+  const matrix *m = c->given;
+  c->by->decode(m, from, to, c->out + from * m->cols);
+}
+
+/* Round x (tokens, cols) to int8 with a scale for each token and X_GROUP columns; a group of zeros has the scale 0. */
+static void round_inputs(const float *x, int64_t ldx, int64_t tokens, int64_t cols, int8_t *q, float *scales, int32_t *sums) {
+  int64_t wide = padded(cols), groups = (cols + X_GROUP - 1) / X_GROUP;
+  for (int64_t t = 0; t < tokens; t++, q += wide, scales += groups, sums += wide / 4) {
+    const float *from = x + t * ldx;
+    for (int64_t g = 0; g < groups; g++) {
+      int64_t c = g * X_GROUP, end = c + X_GROUP < cols ? c + X_GROUP : cols;
+      float big = 0;
+      int known = 1;
+      for (int64_t k = c; k < end; k++) big = fabsf(from[k]) > big ? fabsf(from[k]) : big, known &= from[k] == from[k];
+      float per = 127 / big;
+      if (!known || isinf(big) || isinf(per)) { /* NaN and infinity make NaN of the result; below 1e-36 all is zero */
+        scales[g] = known && !isinf(big) ? 0 : NAN;
+        memset(q + c, 0, (size_t)(end - c));
+        continue;
+      }
+      scales[g] = big / 127;
+      for (int64_t k = c; k < end; k++) q[k] = (int8_t)rintf(from[k] * per);
+    }
+    memset(q + cols, 0, (size_t)(wide - cols));
+    for (int64_t k = 0; k < wide / 4; k++) sums[k] = -128 * (q[4 * k] + q[4 * k + 1] + q[4 * k + 2] + q[4 * k + 3]);
+  }
+}
+
+/* y (tokens, rows) = x Sᵀ + (x Vᵀ · fold) Uᵀ + bias for up to TOKENS tokens. S is always there; V, U, fold, bias may be NULL.
+   With a8, x is rounded to int8 for S where its levels are integers and its groups whole blocks. Returns 0, or 1: no memory. */
+EXPORT int sparlow_product(int number, int threads, int a8, const matrix *S, const matrix *V, const matrix *U, const float *fold,
+                           const float *bias, const float *x, int64_t tokens, float *y) {
+  const path *by = paths[number];
+  int64_t cols = S->cols, wide = padded(cols), groups = (cols + X_GROUP - 1) / X_GROUP, rank = V ? V->rows : 0;
+  a8 = a8 && S->kind >= CODES8 && !S->wide && (S->group >= cols || S->group % BLOCK == 0);
+  size_t of_t = (size_t)(4 * tokens * rank), of_q = a8 ? (size_t)(tokens * wide) : 0;
+  uint8_t *room = kept(1, 2 * of_q + 4 * (size_t)(tokens * groups) + of_t + 64);
+  if (!room) return 1;
+  int32_t *sums = (int32_t *)room; /* what is widest comes first; a fourth of wide in 32 bits is as many bytes as wide */
+  float *t = (float *)(room + of_q), *scales = t + tokens * rank;
+  int8_t *q = (int8_t *)(scales + tokens * groups);
+  if (a8) round_inputs(x, cols, tokens, cols, q, scales, sums);
+  if (rank) {
+    job first = {.m = V, .x = x, .fold = fold, .y = t, .ldx = cols, .ldy = rank, .tokens = tokens};
+    share(enough(V, threads), multiply, &(call){by, &first, NULL}, rank);
+  }
+  job second = {.m = S, .u = rank ? U : NULL, .x = x, .t = t, .bias = bias, .y = y, .ldx = cols, .ldt = rank, .ldy = S->rows, .tokens = tokens};
+  if (a8) second.xq = q, second.xs = scales, second.xc = sums;
+  share(enough(S, threads), multiply, &(call){by, &second, NULL}, S->rows);
+  return 0;
+}
+
+/* Rows from .. to of a matrix in float32. */
+EXPORT void sparlow_decode(int number, int threads, const matrix *m, int64_t from, int64_t to, float *out) {
+  matrix some = *m;
+  if (m->mask) some.mask = m->mask + from * mask_bytes(m->cols);
+  if (m->scale) some.scale = m->scale + from * m->groups;
+  some.start = m->start + from, some.rows = m->rows - from; /* where the tensor ends stays the same */
+  share(enough(m, threads), expand, &(call){paths[number], &some, out}, to - from);
+}
+
+/* Where each row begins, in bytes: (rows + 1) from the bits of a kept value. */
+EXPORT void sparlow_starts(const uint8_t *mask, int64_t rows, int64_t cols, int64_t bits, int64_t *start) {
+  int64_t at = 0;
+  for (int64_t r = 0; r < rows; r++) {
+    start[r] = at;
+    int64_t kept_here = mask ? 0 : cols;
+    if (mask)
+      for (int64_t c = 0; c < cols; c += 64) kept_here += __builtin_popcountll(mask_word(mask + r * mask_bytes(cols), c, cols));
+    at += (kept_here * bits + 7) / 8;
+  }
+  start[rows] = at;
+}

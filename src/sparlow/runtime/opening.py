@@ -1,0 +1,173 @@
+"""What becomes of compressed layers while a model is opened: packed, merged into one dense weight, or S, U and V.
+
+Imported as soon as transformers is, see ``sparlow.model.artefact.registration``; from then on ``SPARLOW_MODE`` counts.
+"""
+
+import logging
+import os
+import warnings
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from sparlow.errors import InputError
+from sparlow.model.artefact import opening
+from sparlow.model.artefact.layers import SparseLowRankLinear, compressed_layers
+from sparlow.model.artefact.opening import Dense, InFile, Opening
+from sparlow.runtime.build import NoKernelError, library
+
+if TYPE_CHECKING:  # transformers imports this file while it is on its way in: see registration.py
+    from transformers import PreTrainedModel
+
+    from sparlow.runtime.packed import PackedLinear
+
+MODES = ("dense", "packed", "merged", "auto")
+MODE, ACTIVATIONS = "SPARLOW_MODE", "SPARLOW_ACTIVATIONS"
+_log = logging.getLogger("sparlow")
+
+
+@dataclass
+class Opened:
+    """Opens a model packed, merged, or as serves best here.
+
+    Attributes:
+        mode: ``packed``, ``merged`` or ``auto``.
+        activations: See ``PackedLinear``.
+        used: Whether a model of sparlow was opened by it.
+    """
+
+    mode: str
+    activations: str = "float"
+    used: bool = field(default=False, init=False)
+
+    def before(self, model: "PreTrainedModel", layers: Collection[InFile], device_map: object) -> Collection[str]:
+        """See ``Opening``."""
+        self.used = True
+        self.mode = self._settled(device_map)
+        if self.mode != "packed":
+            return ()
+        from sparlow.runtime.packed import kernel_reads
+
+        taken = [layer for layer in layers if kernel_reads({part: h.dtype for part, h in layer.parts.items()})]
+        with _files() as read:
+            for layer in taken:
+                _put(model, layer.name, _packed(model, layer, read(layer), self.activations))
+        return [layer.name for layer in taken]
+
+    def after(self, model: "PreTrainedModel") -> bool:
+        """See ``Opening``."""
+        if self.mode != "merged":
+            return True
+        for name, layer in compressed_layers(model).items():
+            _put(model, name, merged(layer))
+        return False
+
+    def _settled(self, device_map: object) -> str:
+        """Return what is done in the end; what was not asked for is said."""
+        elsewhere = _elsewhere(device_map)
+        if self.mode == "packed" and elsewhere:
+            raise InputError(
+                f"Packed layers compute on the CPU, not on {elsewhere}. Leave out device_map, or open merged."
+            )
+        if self.mode == "auto":
+            return _told(*_best(elsewhere))
+        if self.mode == "packed":
+            try:
+                library()
+            except NoKernelError as problem:
+                warnings.warn(f"The model is opened merged, not packed. {problem}", stacklevel=2)
+                return "merged"
+        return self.mode
+
+
+def _best(elsewhere: str) -> tuple[str, str]:
+    """Return the mode that serves best, and why."""
+    if elsewhere:
+        return "merged", f"packed layers compute on the CPU, not on {elsewhere}"
+    try:
+        path = library().paths[-1]
+    except NoKernelError as problem:
+        return "merged", str(problem).rstrip(".")
+    if path == "plain":
+        return "merged", "the kernel has no instruction set for this processor"
+    return "packed", f"the kernel has {path} on this processor"
+
+
+def _told(mode: str, why: str) -> str:
+    _log.warning("The model is opened %s: %s.", mode, why)
+    return mode
+
+
+def _elsewhere(device_map: object) -> str:
+    places = device_map.values() if isinstance(device_map, Mapping) else [device_map or "cpu"]
+    return next((str(place) for place in places if str(place).split(":")[0] not in ("cpu", "auto")), "")
+
+
+def opening_of(mode: str, activations: str = "float") -> Opening:
+    """Return how a model is opened in a mode.
+
+    Raises:
+        InputError: There is no such mode.
+    """
+    if mode not in MODES:
+        raise InputError(f"There is no mode {mode!r}. Choose one of {', '.join(MODES)}.")
+    if activations not in ("float", "int8"):
+        raise InputError(f"The activations cannot be {activations!r}. Choose float or int8.")
+    return Dense() if mode == "dense" else Opened(mode, activations)
+
+
+def by_environment() -> Opening:
+    """Return how a model is opened where nobody has said: as the environment says, else for training."""
+    return opening_of(os.environ.get(MODE) or "dense", os.environ.get(ACTIVATIONS) or "float")
+
+
+def merged(layer: SparseLowRankLinear) -> nn.Linear:
+    """Return a linear layer of the weight S + U V, which is rounded once."""
+    with torch.no_grad():
+        W = (layer.S.float() + layer.U.float() @ layer.V.float()).to(layer.S.dtype) if layer.rank else layer.S
+    found = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+    found.weight = nn.Parameter(W.detach())
+    found.bias = layer.bias
+    return found.train(layer.training)
+
+
+def _put(model: "PreTrainedModel", name: str, layer: nn.Module) -> None:
+    model.set_submodule(name, layer.train(model.get_submodule(name).training))
+
+
+@contextmanager
+def _files() -> Iterator[Any]:
+    """Give a function that returns a layer's tensors, mapped from the files where the system can."""
+    with ExitStack() as stack:
+        shards: dict[str, Any] = {}
+
+        def read(layer: InFile) -> dict[str, Tensor]:
+            found = {}
+            for part, header in layer.parts.items():
+                file = str(header.file)
+                if file not in shards:
+                    shards[file] = stack.enter_context(safe_open(file, framework="pt"))
+                found[part] = shards[file].get_tensor(f"{layer.stored}.{part}")
+            return found
+
+        yield read
+
+
+def _packed(model: "PreTrainedModel", layer: InFile, parts: dict[str, Tensor], activations: str) -> "PackedLinear":
+    from sparlow.runtime.packed import Packed, PackedLinear
+
+    own, scheme = model.get_submodule(layer.name), layer.record.scheme
+    bias = parts.pop("bias", None)
+    shape = (int(own.out_features), int(own.in_features))  # type: ignore[arg-type]  # a SparseLowRankLinear
+    try:
+        return PackedLinear(Packed(parts, shape, scheme.grid, scheme.dtype, bias), activations)
+    except InputError as problem:
+        raise InputError(f"{layer.stored}: {problem}") from None
+
+
+opening.DEFAULT = by_environment

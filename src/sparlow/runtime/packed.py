@@ -1,0 +1,203 @@
+"""The packed layer: it computes with the tensors of the file as they lie there, and never holds them expanded."""
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+
+from sparlow.errors import InputError
+from sparlow.linalg.grid import Grid
+from sparlow.model.artefact.layers import SparseLowRankLinear
+from sparlow.model.artefact.stored_form import PARTS, unpack_weight
+from sparlow.runtime.product import Operand, operand
+
+ACTIVATIONS = ("float", "int8")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.uint8)  # that the kernel reads
+_numbers = itertools.count()
+_layers: WeakValueDictionary[int, "PackedLinear"] = WeakValueDictionary()  # by number, which torch.compile can hold
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A weight as it is stored.
+
+    Attributes:
+        parts: Its tensors by the last part of their names.
+        shape: (out, in).
+        grid: That of the values; None for floats.
+        dtype: To which decoded numbers are rounded where they are expanded.
+        bias: (out,), or None.
+    """
+
+    parts: Mapping[str, Tensor]
+    shape: tuple[int, int]
+    grid: Grid | None
+    dtype: torch.dtype
+    bias: Tensor | None
+
+
+def kernel_reads(dtypes: Mapping[str, torch.dtype | None]) -> bool:
+    """Whether the kernel reads weights whose tensors have these types."""
+    return all(dtype in _DTYPES for part, dtype in dtypes.items() if part in PARTS)
+
+
+class PackedLinear(nn.Module):
+    """y = x Sᵀ + (x Vᵀ) Uᵀ + b on the CPU, S, U and V being decoded on the way, in float32 and unrounded.
+
+    It has no parameters: ``half``, ``float`` and ``to`` leave what is stored alone, and the result has the type of x.
+    Gradients reach x, but nothing of the layer is trained; ``dequantize`` gives a layer for that. Copies share what is
+    stored, which is never written to. The state dict holds the tensors of the file under their names there.
+
+    Args:
+        packed: The weight, its tensors on the CPU.
+        activations: ``float``; or ``int8``: x is rounded to int8, a scale for each token and 128 columns, wherever the
+            levels of S are integers and a group whole multiples of 64 columns.
+
+    Raises:
+        InputError: The tensors do not fit each other, or there is no kernel on this machine.
+    """
+
+    def __init__(self, packed: Packed, activations: str = "float") -> None:
+        super().__init__()
+        if activations not in ACTIVATIONS:
+            raise InputError(f"The activations cannot be {activations}. Choose one of {', '.join(ACTIVATIONS)}.")
+        self.packed, self.activations = packed, activations
+        self.out_features, self.in_features = packed.shape
+        self.rank = len(packed.parts["V"])
+        self._operand: Operand | None = operand(packed.parts, packed.shape, packed.grid, packed.bias)
+        self._register()
+
+    def _register(self) -> None:
+        self._number = next(_numbers)
+        _layers[self._number] = self
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (…, in) to (…, out), in the type of x."""
+        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
+            y: Tensor = torch.ops.sparlow.packed_linear(x, self._number, self.out_features)
+            return y
+        return self.product(x)
+
+    def product(self, x: Tensor) -> Tensor:
+        """Return the result without gradients.
+
+        Raises:
+            InputError: x is not on the CPU, or has another width.
+        """
+        if x.device.type != "cpu":
+            raise InputError(
+                f"Packed layers compute on the CPU, not on {x.device.type}. Open the model with mode='dense'."
+            )
+        if x.shape[-1] != self.in_features:
+            raise InputError(f"The input must have {self.in_features} columns, not {x.shape[-1]}.")
+        flat = x.detach().reshape(-1, self.in_features).float().contiguous()
+        y = self._described().product(flat, rounded=self.activations == "int8")
+        return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
+
+    def back(self, dy: Tensor) -> Tensor:
+        """Return the gradient of x (…, in) for that of the result (…, out)."""
+        flat = dy.detach().reshape(-1, self.out_features).float().contiguous()
+        return self._described().back(flat).view(*dy.shape[:-1], self.in_features).to(dy.dtype)
+
+    def _described(self) -> Operand:
+        if self._operand is None:
+            packed = self.packed
+            self._operand = operand(packed.parts, packed.shape, packed.grid, packed.bias)
+        return self._operand
+
+    def dequantize(self) -> SparseLowRankLinear:
+        """Return the same layer in floats, to be trained; what ``mode="dense"`` opens."""
+        packed = self.packed
+        weight, stored = unpack_weight(packed.parts, packed.shape, packed.grid, packed.dtype)
+        layer = SparseLowRankLinear(*weight, packed.bias)
+        layer.stored = stored
+        return layer.train(self.training)
+
+    @property
+    def weight(self) -> Tensor:
+        """S + U V (out, in), for code that looks at a linear layer's weight; expanded at each access."""
+        return self.dequantize().weight.detach()
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias (out,), or None."""
+        return self.packed.bias
+
+    def extra_repr(self) -> str:
+        """Return what ``print(model)`` shows of the layer."""
+        values = self.packed.grid.name if self.packed.grid else str(self.packed.parts["weight"].dtype).split(".")[-1]
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+        return f"{sizes}, bias={self.bias is not None}, values={values}, activations={self.activations}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_operand": None}  # addresses of this process
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._register()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        other = type(self).__new__(type(self))
+        memo[id(self)] = other
+        other.__setstate__({k: v.copy() if isinstance(v, dict) else v for k, v in self.__getstate__().items()})
+        return other
+
+    def _state(self) -> dict[str, Tensor]:
+        bias = {} if self.packed.bias is None else {"bias": self.packed.bias}
+        return {**self.packed.parts, **bias}
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination |= {f"{prefix}{part}": tensor for part, tensor in self._state().items()}
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:  # noqa: ANN401 - torch
+        *_, missing, _unexpected, errors = args
+        found = {part: state_dict.get(f"{prefix}{part}") for part in self._state()}
+        missing += [f"{prefix}{part}" for part, tensor in found.items() if tensor is None]
+        try:
+            self._take({part: t.detach().cpu().contiguous() for part, t in found.items() if t is not None})
+        except InputError as problem:
+            errors.append(f"{prefix.removesuffix('.')}: {problem}")
+
+    def _take(self, found: dict[str, Tensor]) -> None:
+        own = self._state()
+        for part, tensor in found.items():
+            if tensor.dtype != own[part].dtype or tensor.ndim != own[part].ndim or (
+                part != "weight" and tensor.shape != own[part].shape
+            ):  # fmt: skip
+                raise InputError(f"Its {part} is stored in another way. Open the directory with sparlow.load.")
+        if found.keys() == own.keys():
+            packed, bias = self.packed, found.pop("bias", None)
+            self._operand = operand(found, packed.shape, packed.grid, bias)
+            self.packed = Packed(found, packed.shape, packed.grid, packed.dtype, bias)
+
+
+@torch.library.custom_op("sparlow::packed_linear", mutates_args=())
+def _forward(x: Tensor, number: int, out: int) -> Tensor:  # noqa: ARG001 - for the shape
+    return _layers[number].product(x)
+
+
+@torch.library.custom_op("sparlow::packed_linear_back", mutates_args=())
+def _backward(dy: Tensor, number: int, columns: int) -> Tensor:  # noqa: ARG001 - for the shape
+    return _layers[number].back(dy)
+
+
+def _shaped(x: Tensor, number: int, features: int) -> Tensor:  # noqa: ARG001 - an operator's form
+    return x.new_empty(*x.shape[:-1], features)
+
+
+def _remember(ctx: Any, inputs: tuple[Tensor, int, int], output: Tensor) -> None:  # noqa: ANN401, ARG001 - torch's form
+    ctx.number, ctx.columns = inputs[1], inputs[0].shape[-1]
+
+
+def _gradient(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN401 - torch's form
+    return torch.ops.sparlow.packed_linear_back(dy, ctx.number, ctx.columns), None, None
+
+
+_forward.register_fake(_shaped)
+_backward.register_fake(_shaped)
+_forward.register_autograd(_gradient, setup_context=_remember)

@@ -1,0 +1,158 @@
+"""y = x Wᵀ + b by the kernel, for a weight as it is stored: few tokens at once, or many by tiles of rows in float32."""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparlow.errors import InputError
+from sparlow.finite import all_finite
+from sparlow.linalg.grid import Grid
+from sparlow.runtime.build import PATHS, Library, library
+from sparlow.runtime.matrix import Matrix, factor, sparse_matrix
+
+TOKENS = 8  # that one call of the kernel takes; more are quicker by tiles
+_TILE = 1 << 19  # entries of a tile, 2 MB: it stays in the cache until it is multiplied
+PATH = "SPARLOW_KERNEL"  # names the instruction set in the environment
+_HERE: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever the caller has set as defaults
+_forced: ContextVar[str | None] = ContextVar("path", default=None)
+
+
+@contextmanager
+def forced(path: str) -> Iterator[None]:
+    """Within this context, products are computed by one of ``build.PATHS``.
+
+    Raises:
+        InputError: This processor does not have it.
+    """
+    _number(library(), path)
+    token = _forced.set(path)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def _number(lib: Library, asked: str | None = None) -> int:
+    name = asked or _forced.get() or os.environ.get(PATH) or lib.paths[-1]
+    if name not in lib.paths:
+        raise InputError(f"There is no kernel for {name} on this processor. Choose one of {', '.join(lib.paths)}.")
+    return PATHS.index(name)
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """A weight S + U V with its bias, described for the kernel.
+
+    Attributes:
+        lib: The kernel.
+        S: (out, in).
+        U: (out, rank), its numbers as stored; None at rank 0.
+        V: (rank, in), the same.
+        fold: (rank,) float32, what U V is multiplied by between the two; None for 1.
+        bias: (out,) float32, or None.
+    """
+
+    lib: Library
+    S: Matrix
+    U: Matrix | None
+    V: Matrix | None
+    fold: Tensor | None
+    bias: Tensor | None
+
+    def product(self, x: Tensor, *, rounded: bool = False) -> Tensor:
+        """Return x Wᵀ + b (tokens, out) in float32.
+
+        Args:
+            x: (tokens, in) float32, contiguous.
+            rounded: Round x to int8, a scale for each token and 128 columns, where the levels of S are integers.
+        """
+        y = torch.empty(len(x), self.S.shape[0], **_HERE)
+        if len(x) > TOKENS:
+            return self._by_tiles(x, y)
+        if len(x) == 0 or not y.numel():
+            return y
+        failed = self.lib.functions.sparlow_product(
+            _number(self.lib), torch.get_num_threads(), rounded, self.S.at,
+            self.V.at if self.V else None, self.U.at if self.U else None, _at(self.fold), _at(self.bias),
+            x.data_ptr(), len(x), y.data_ptr(),
+        )  # fmt: skip
+        if failed:
+            raise MemoryError("There is no memory for a product of a packed layer.")
+        return y
+
+    def _by_tiles(self, x: Tensor, y: Tensor) -> Tensor:
+        for rows, tile in self.tiles():
+            torch.mm(x, tile.T, out=y[:, rows])
+        if self.U and self.V:
+            t = x @ self.decoded(self.V).T
+            y.addmm_(t if self.fold is None else t * self.fold, self.decoded(self.U).T)
+        return y if self.bias is None else y.add_(self.bias)
+
+    def back(self, dy: Tensor) -> Tensor:
+        """Return dy W (tokens, in) for dy (tokens, out) float32."""
+        dx = torch.zeros(len(dy), self.S.shape[1], **_HERE)
+        for rows, tile in self.tiles():
+            dx.addmm_(dy[:, rows], tile)
+        if self.U and self.V:
+            t = dy @ self.decoded(self.U)
+            dx.addmm_(t if self.fold is None else t * self.fold, self.decoded(self.V))
+        return dx
+
+    def tiles(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yield some rows of S after the other in float32, with their place; all have one buffer."""
+        out, columns = self.S.shape
+        size = max(1, min(out, _TILE // max(columns, 1)))
+        buffer = torch.empty(size, columns, **_HERE)
+        for start in range(0, out, size):
+            stop = min(out, start + size)
+            yield slice(start, stop), self.decoded(self.S, start, stop, buffer[: stop - start])
+
+    def decoded(self, matrix: Matrix, start: int = 0, stop: int | None = None, out: Tensor | None = None) -> Tensor:
+        """Return rows of a matrix in float32."""
+        stop = matrix.shape[0] if stop is None else stop
+        found = torch.empty(stop - start, matrix.shape[1], **_HERE) if out is None else out
+        if found.numel():
+            self.lib.functions.sparlow_decode(
+                _number(self.lib), torch.get_num_threads(), matrix.at, start, stop, found.data_ptr()
+            )
+        return found
+
+
+def _at(t: Tensor | None) -> int | None:
+    return None if t is None else t.data_ptr()
+
+
+def operand(parts: Mapping[str, Tensor], shape: tuple[int, int], grid: Grid | None, bias: Tensor | None) -> Operand:
+    """Describe a weight for the kernel, without copying what is large.
+
+    Args:
+        parts: Its tensors on the CPU by the last part of their names, types and shapes checked.
+        shape: (out, in).
+        grid: That of the values; None for floats.
+        bias: (out,), or None.
+
+    Raises:
+        InputError: The values do not fit the mask, or scales or books are not finite.
+    """
+    if elsewhere := next((part for part, tensor in parts.items() if not tensor.is_cpu), None):
+        raise InputError(f"Its {elsewhere} is not in the CPU's memory. Open the model with mode='dense' there.")
+    with torch.device("cpu"):  # while a model is opened, the default is the meta device
+        return _operand(library(), parts, shape, grid, bias)
+
+
+def _operand(
+    lib: Library, parts: Mapping[str, Tensor], shape: tuple[int, int], grid: Grid | None, bias: Tensor | None
+) -> Operand:
+    for part in ("scale", "book", "U_scale", "V_scale"):
+        if part in parts and not all_finite(parts[part]):
+            raise InputError(f"Its {part} holds numbers that are not finite. Restore the file.")
+    U, V = (factor(parts[part]) if parts["V"].shape[0] else None for part in ("U", "V"))
+    fold = (parts["U_scale"].float() * parts["V_scale"].float()).contiguous() if "U_scale" in parts else None
+    own = None if bias is None else bias.detach().float().contiguous()
+    return Operand(lib, sparse_matrix(lib, parts, shape, grid), U, V, fold, own)

@@ -1,0 +1,249 @@
+"""Every path of the kernel that this processor has, against float64 of the numbers as they are stored."""
+
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from coded import random_factors, random_grid, random_S
+from sparlow.errors import InputError
+from sparlow.model.artefact.stored_form import StoredForm, Weight, pack_weight
+from sparlow.runtime.build import PATHS, NoKernelError, library
+from sparlow.runtime.product import TOKENS, forced, operand
+
+try:
+    HERE = library().paths
+except NoKernelError as problem:
+    pytest.skip(str(problem), allow_module_level=True)
+
+ROUNDING = 1e-5  # of what the absolute values give: sums of some hundred float32 products
+FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+CODES = ("int8", "int4", "int3", "int2")
+FACTORS = (*FLOATS, "int8")
+path = pytest.mark.parametrize(
+    "path",
+    [pytest.param(name, marks=[] if name in HERE else pytest.mark.skip(reason=f"no {name} here")) for name in PATHS],
+)
+quick = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+def masks(shape, kind, generator):
+    """None for dense; else some entries, an empty row first and a full one last."""
+    if kind == "dense":
+        return None
+    if kind == "free":
+        mask = torch.rand(shape, generator=generator) < 0.4
+        mask[0] = False
+        mask[-1] = shape[0] == 1 or mask.numel() > shape[1]
+        return mask
+    n, m = map(int, kind.split(":"))
+    columns = -(-shape[1] // m) * m
+    scores = torch.rand(shape[0], columns // m, m, generator=generator)
+    return (scores.argsort(-1).argsort(-1) < n).reshape(shape[0], columns)[:, : shape[1]].contiguous()
+
+
+@st.composite
+def weights(draw, values=(*FLOATS, *CODES)):
+    """The tensors of a weight as the format's own packer writes them, and S, U, V, bias in float64."""
+    shape = (draw(st.integers(1, 21)), draw(st.one_of(st.integers(1, 140), st.sampled_from((64, 128, 192, 256, 321)))))
+    kind, rank = draw(st.sampled_from(values)), draw(st.sampled_from((0, 1, 3, 17)))
+    seed, pattern = draw(st.integers(0, 2**31)), draw(st.sampled_from(("dense", "free", "2:4", "16:32")))
+    generator = torch.Generator().manual_seed(seed)
+    mask = masks(shape, pattern, generator)
+    form, factors = None, draw(st.sampled_from(FACTORS))
+    if kind in FLOATS:
+        S = torch.randn(shape, generator=generator).to(FLOATS[kind])
+        S = S if mask is None else S.masked_fill(~mask, 0)
+    else:
+        levels = draw(st.sampled_from(("integer", "half", "book")))
+        group = draw(st.sampled_from((1, 16, 50, 64, 128, "row")))
+        scales = draw(st.sampled_from((torch.bfloat16, torch.float16)))
+        form = random_grid(shape, kind, levels=levels, group=group, masked=mask is not None, dtype=scales, seed=seed)
+        S = random_S(shape, form, mask=mask, dtype=torch.float32, seed=seed)
+    if factors == "int8":
+        U, V, steps = random_factors(shape, rank, dtype=torch.float32, seed=seed)
+    else:
+        U, V = (
+            torch.randn(size, generator=generator).to(FLOATS[factors]) for size in ((shape[0], rank), (rank, shape[1]))
+        )
+        steps = None
+    stored = StoredForm(form, steps if rank else None, torch.float32) if form or (steps and rank) else None
+    packed = pack_weight(Weight(S, U, V), stored)
+    assert not packed.lost
+    bias = torch.randn(shape[0], generator=generator) if draw(st.booleans()) else None
+    return packed, shape, (S.double(), U.double(), V.double(), bias)
+
+
+def inputs(tokens, columns, seed):
+    x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(seed))
+    return x * torch.where(torch.rand(columns, generator=torch.Generator().manual_seed(seed + 1)) < 0.05, 30.0, 1.0)
+
+
+def expected(exact, x, low_rank_x=None):
+    """The product in float64, and the same of absolute values."""
+    S, U, V, bias = exact
+    other = x if low_rank_x is None else low_rank_x
+    b = torch.zeros(len(S)) if bias is None else bias
+    y = x @ S.T + (other @ V.T) @ U.T + b
+    return y, x.abs() @ S.abs().T + (other.abs() @ V.abs().T) @ U.abs().T + b.abs() + 1e-30
+
+
+def rounded(x):
+    """X in int8 with a scale for each token and 128 columns, in float64."""
+    parts = []
+    for some in x.split(128, 1):
+        big = some.abs().amax(1, keepdim=True)
+        parts.append((some * torch.where(big > 0, 127 / big, 0)).round().double() * (big / 127).double())
+    return torch.cat(parts, 1)
+
+
+@path
+@quick
+@given(weights(), st.integers(1, TOKENS + 3), st.integers(0, 2**31))
+def test_a_product_is_that_of_the_stored_numbers(path, weight, tokens, seed):
+    packed, shape, exact = weight
+    x = inputs(tokens, shape[1], seed)
+    with forced(path):
+        y = operand(packed.tensors, shape, packed.grid, exact[3]).product(x)
+    right, size = expected(exact, x.double())
+    assert ((y - right).abs() <= ROUNDING * size).all()
+
+
+@path
+@quick
+@given(weights(CODES), st.integers(1, TOKENS), st.integers(0, 2**31))
+def test_a_product_of_rounded_inputs_is_that_of_the_rounded_ones(path, weight, tokens, seed):
+    packed, shape, exact = weight
+    x = inputs(tokens, shape[1], seed)
+    x[0, : shape[1] // 2] = 0  # whole groups of zeros
+    with forced(path):
+        found = operand(packed.tensors, shape, packed.grid, exact[3])
+        y = found.product(x, rounded=True)
+    grid = packed.grid
+    applies = found.S.coded and (grid.group is None or grid.group >= shape[1] or grid.group % 64 == 0)
+    right, size = expected(exact, rounded(x) if applies else x.double(), x.double())
+    assert ((y - right).abs() <= ROUNDING * size).all()
+
+
+@path
+@quick
+@given(weights())
+def test_rows_are_decoded_to_the_stored_numbers(path, weight):
+    packed, shape, exact = weight
+    with forced(path):
+        found = operand(packed.tensors, shape, packed.grid, None)
+        rows = [found.decoded(found.S, r, r + 1) for r in range(shape[0])]
+        assert torch.equal(found.decoded(found.S).double(), exact[0])
+        assert torch.equal(torch.cat(rows).double(), exact[0])
+
+
+@path
+@quick
+@given(weights(), st.integers(0, 2**31))
+def test_gradients_reach_the_input(path, weight, seed):
+    packed, shape, exact = weight
+    dy = inputs(3, shape[0], seed)
+    with forced(path):
+        dx = operand(packed.tensors, shape, packed.grid, None).back(dy)
+    S, U, V, _ = exact
+    right = dy.double() @ S + (dy.double() @ U) @ V
+    size = dy.abs().double() @ S.abs() + (dy.abs().double() @ U.abs()) @ V.abs()
+    assert ((dx - right).abs() <= ROUNDING * size).all()
+
+
+def large(values="int4", shape=(512, 1024), rank=16):
+    found = random_grid(shape, values, group=128, masked=True)
+    mask = masks(shape, "16:32", torch.Generator().manual_seed(0))
+    U, V, steps = random_factors(shape, rank, dtype=torch.float32)
+    packed = pack_weight(
+        Weight(random_S(shape, found, mask=mask, dtype=torch.float32), U, V), StoredForm(found, steps, torch.float32)
+    )
+    return operand(packed.tensors, shape, packed.grid, None)
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@path
+@pytest.mark.parametrize("rounded", [False, True])
+def test_threads_change_no_bit(path, rounded, two_threads):
+    weight, x = large(), inputs(5, 1024, 0)
+    with forced(path):
+        two_threads(1)
+        one = weight.product(x, rounded=rounded)
+        for threads in (2, 3, 7):
+            two_threads(threads)
+            assert torch.equal(weight.product(x, rounded=rounded), one)
+
+
+def test_threads_of_python_may_call_at_once(two_threads):
+    two_threads(2)
+    weight = large()
+    inputs_of = [inputs(1, 1024, seed) for seed in range(4)]
+    alone = [weight.product(x) for x in inputs_of]
+    wrong = []
+
+    def many(k):
+        wrong.extend(k for _ in range(40) if not torch.equal(weight.product(inputs_of[k]), alone[k]))
+
+    threads = [threading.Thread(target=many, args=(k,)) for k in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+FORK = """
+import os, sys, torch
+sys.path.insert(0, {tests!r})
+from test_kernel import large, inputs
+torch.set_num_threads(2)
+weight, x = large(), inputs(1, 1024, 0)
+y = weight.product(x)
+child = os.fork()
+if not child:
+    os._exit(0 if torch.equal(weight.product(x), y) else 3)
+assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no fork")
+def test_a_forked_process_has_threads_of_its_own(request):
+    program = FORK.format(tests=str(request.path.parent))
+    path = f"import sys; sys.path[:0] = {sys.path!r}\n"
+    done = subprocess.run(
+        [sys.executable, "-c", path + program], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_nan_and_infinity_are_not_hidden():
+    weight = large()
+    for bad in (torch.nan, torch.inf):
+        x = inputs(1, 1024, 0)
+        x[0, 5] = bad
+        for rounded_too in (False, True):
+            assert not weight.product(x, rounded=rounded_too).isfinite().all()
+
+
+def test_a_mask_that_keeps_another_number_is_refused():
+    shape = (4, 32)
+    S = masks(shape, "2:4", torch.Generator().manual_seed(0)).float()
+    packed = pack_weight(Weight(S, S[:, :0], S[:0]), None)
+    packed.tensors["mask"][1, 1] = 0xFF
+    with pytest.raises(InputError, match=r"Its values should take 264 bytes, but there are 256"):
+        operand(packed.tensors, shape, None, None)
+
+
+def test_a_path_that_is_not_there_is_named():
+    with pytest.raises(InputError, match=r"no kernel for sse9 on this processor. Choose one of plain"), forced("sse9"):
+        pass
