@@ -238,6 +238,16 @@ def test_a_grid_inside_the_solve_ends_below_one_fitted_afterwards(pattern, value
     assert inside.stats.relative_error < 0.9 * after.stats.relative_error
 
 
+@pytest.mark.parametrize("values", ["int4", "int3", "int2"])
+@pytest.mark.parametrize("changes", [{}, {"massive": 3}, {"outliers": 12}], ids=str)
+def test_without_a_low_rank_part_3basil_is_never_above_gptq(values, changes):
+    W, gram = layer(5, (48, 96), **changes)
+    ours, gptq = (
+        run(find(name)[0], W, gram, "dense", values, 0).stats.relative_error for name in ("3basil", "sparsegpt")
+    )
+    assert ours <= gptq * (1 + 1e-6)
+
+
 def test_at_density_1_sparsegpt_is_gptq():
     W, gram = layer()
     W, gram = W.double(), Gram(gram.H.double(), gram.dead)

@@ -14,6 +14,8 @@ Deviations from the papers:
 * A comes from one factorisation of H read backwards, not from a factorisation of H⁻¹ (``Gram.inverse_cholesky``).
 * Unstructured, each block of columns keeps its share of exactly what the pattern allows the whole matrix.
 * A block ends where a group of an N:M pattern ends, so it may be narrower than ``blocksize``, or as wide as one group.
+* With a grid and a mask, the result of a sweep without the grid, plainly rounded, is tried as well: a mask that was
+  chosen with rounding on the way may be the worse one, above all where the grid is fine.
 * The scale of a group of columns is searched over clipping; a book of levels is learned from the weight before the
   sweep.
 """
@@ -23,6 +25,7 @@ from torch import Tensor
 from sparlow.algorithms._registry import Count, pruner
 from sparlow.algorithms._results import Pruned
 from sparlow.linalg.gram import Gram
+from sparlow.linalg.grid_fit import rounded
 from sparlow.linalg.grid_target import GridTarget
 from sparlow.linalg.patterns import Pattern
 from sparlow.linalg.scales import learned
@@ -57,8 +60,12 @@ def sparsegpt(
         return points.round_row(choice(T, j, stop), j)
 
     sweep(T, gram.inverse_cholesky, fix, block_bounds(columns, width, grid.grid.group, unit or 1))
-    S, values = points.result(T)
-    return Pruned(S, values=values)
+    found = points.result(T)
+    if grid.masked:
+        pruned = Pruned.of(sparsegpt(W, gram, pattern, blocksize=blocksize))
+        plain = rounded(pruned.S, grid)
+        found = min(found, plain, key=lambda part: gram.objective(W - part[0]).item())
+    return Pruned(found[0], values=found[1])
 
 
 class _Choice:
