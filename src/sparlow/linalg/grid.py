@@ -26,6 +26,7 @@ BEST_LEVELS = {8: "integer", 4: "half", 3: "book", 2: "book"}  # by bits
 GROUP = 128  # columns that share a scale, where nothing is asked for
 WHOLE_ROW = "row"
 SCALE_BITS = 16
+_COUNTED, _AT_A_TIME = 15, 1 << 16  # thresholds that are counted one by one, and entries at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +102,8 @@ class GridValues:
         numbers = self.usable()
         levels = self.levels.float()[numbers]
         steps = self.steps(S.shape[1])
-        z = S.float() / torch.where(steps == 0, 1.0, steps)
-        nearest = torch.bucketize(z.contiguous(), (levels[1:] + levels[:-1]) / 2)
-        return numbers[nearest].to(torch.uint8)
+        z = S.float().div(steps.masked_fill_(steps == 0, 1.0))
+        return numbers.to(torch.uint8)[_passed(z, (levels[1:] + levels[:-1]) / 2).int()]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -138,6 +138,23 @@ def make_grid(values: str, levels: str = "auto", group: str | int = GROUP) -> Gr
         raise InputError(f"A scale cannot be shared by {group} columns. Give a number of columns, or row.")
     bits = BITS[values]
     return Grid(bits, BEST_LEVELS[bits] if levels == "auto" else levels, None if group == WHOLE_ROW else int(group))
+
+
+def _passed(z: Tensor, middles: Tensor) -> Tensor:
+    """Return how many of the rising ``middles`` are below each entry of z (out, in), as bucketize does.
+
+    Counting takes a tenth of its time for the few of a small grid, some rows at once so that they stay in the cache.
+    """
+    if len(middles) > _COUNTED:
+        return torch.bucketize(z.contiguous(), middles)
+    found = torch.empty(z.shape, dtype=torch.uint8, device=z.device)
+    size = max(_AT_A_TIME // max(z.shape[1], 1), 1)
+    for some, rows in zip(found.split(size), z.split(size), strict=True):
+        count, over = torch.zeros_like(rows), torch.empty_like(rows)
+        for middle in middles.unbind():
+            count += torch.gt(rows, middle, out=over)
+        some.copy_(count)
+    return found
 
 
 def packed_row_bytes(kept: int, bits: int) -> int:

@@ -15,7 +15,15 @@ from torch import Tensor
 from sparlow.errors import InputError
 from sparlow.finite import all_finite
 from sparlow.linalg.grid import FactorScales, Grid, GridValues
-from sparlow.model.artefact.bitmask import bits_of_bytes, bytes_of_bits, check_mask, pack, rows_at_a_time, unpack
+from sparlow.model.artefact.bitmask import (
+    bits_of_bytes,
+    bytes_of_bits,
+    check_mask,
+    pack,
+    positions_of,
+    rows_at_a_time,
+    unpack,
+)
 from sparlow.model.artefact.codes import pack_codes, row_bytes, unpack_codes
 
 SCALE_TYPES = (torch.bfloat16, torch.float16)
@@ -178,8 +186,9 @@ def _pack_codes(S: Tensor, values: GridValues, codes: Tensor) -> tuple[dict[str,
         counts = torch.full((len(S),), S.shape[1], device=S.device)
         return {"weight": pack_codes(codes.view(-1), counts, values.grid.bits), **parts}, S.numel()
     keep = S != 0
-    packed = pack_codes(codes[keep], keep.sum(1), values.grid.bits)
-    return {"weight": packed, "mask": bytes_of_bits(keep), **parts}, int(keep.sum())
+    kept = codes.view(-1).index_select(0, positions_of(keep))
+    packed = pack_codes(kept, keep.sum(1), values.grid.bits)
+    return {"weight": packed, "mask": bytes_of_bits(keep), **parts}, len(kept)
 
 
 PARTS = ("weight", "mask", "scale", "book", "U", "V", "U_scale", "V_scale")  # last parts of the names of tensors
@@ -291,7 +300,7 @@ def _decoded(
             S[some] = rows.decode(codes.view(-1, columns)) + 0.0
             continue
         full = torch.zeros(keep.shape, dtype=torch.uint8, device=data.device)
-        full[keep] = codes
+        full.view(-1).index_copy_(0, positions_of(keep), codes)
         S[some] = rows.decode(full).masked_fill(~keep, 0)
         if int((S[some] != 0).sum()) != len(codes):
             raise InputError("It keeps values that are zero. Restore the file.")
