@@ -210,7 +210,7 @@ def test_what_cannot_be_computed_says_so(folder, packed):
 @pytest.fixture
 def no_compiler(monkeypatch, tmp_path):
     """A machine without a compiler, on which nothing has been compiled either."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("SPARLOW_CACHE", str(tmp_path))
     monkeypatch.setenv("CC", str(tmp_path / "nothing"))
     monkeypatch.setattr(opening, "library", build.library.__wrapped__)
 
@@ -242,7 +242,7 @@ def test_a_compiler_that_fails_is_quoted(monkeypatch, tmp_path):
     )
     compiler.chmod(0o755)
     monkeypatch.setenv("CC", str(compiler))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("SPARLOW_CACHE", str(tmp_path / "cache"))
     with pytest.raises(NoKernelError, match=r"failed \(x.c: error: no such thing\). Install another"):
         build.library.__wrapped__()
     assert not list((tmp_path / "cache").rglob("*.so"))

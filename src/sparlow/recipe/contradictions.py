@@ -76,7 +76,7 @@ def require_values(recipe: "Recipe") -> None:
     if recipe.match and (grids or recipe.factors == "int8"):
         raise InputError(
             "--match trains numbers off the grid that few bits need, so it cannot follow --values int4 and the like, "
-            "--factors int8, or a choice by --bits or --size. Leave --match out, or keep --values and --factors at model."
+            "--factors int8, or a choice by --bits or --size. Leave --match out, or give --values and --factors model."
         )
     for values in grids:
         recipe.grid_of(values)  # raises for one that is wrong

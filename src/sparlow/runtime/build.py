@@ -17,6 +17,7 @@ from functools import cache
 from pathlib import Path
 
 from sparlow.errors import InputError, first_line, reason
+from sparlow.files import cache_folder
 
 FOLDER = Path(__file__).parent / "kernel"
 PATHS = ("plain", "avx2", "avx512")  # in the order of dispatch.c
@@ -71,12 +72,6 @@ def library() -> Library:
     return Library(functions, tuple(name for i, name in enumerate(PATHS) if there >> i & 1), version[0])
 
 
-def cache_folder() -> Path:
-    """Return the folder that compiled kernels are kept in: the user's own, which nobody else can write to."""
-    found = os.environ.get("XDG_CACHE_HOME")
-    return (Path(found) if found else Path.home() / ".cache") / "sparlow"
-
-
 def _compiler() -> str:
     names = (os.environ["CC"],) if os.environ.get("CC") else COMPILERS
     found = next(filter(None, map(shutil.which, names)), None)
@@ -115,7 +110,7 @@ def _compile(compiler: str, file: Path) -> None:
             Path(f"{folder}/kernel.so").replace(file)
     except OSError as problem:
         raise NoKernelError(
-            f"The kernel cannot be kept in {file.parent} ({reason(problem)}). Set XDG_CACHE_HOME."
+            f"The kernel cannot be kept in {file.parent} ({reason(problem)}). Set SPARLOW_CACHE to another folder."
         ) from None
 
 

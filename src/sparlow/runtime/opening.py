@@ -132,7 +132,7 @@ def merged(layer: SparseLowRankLinear) -> nn.Linear:
         W = (layer.S.float() + layer.U.float() @ layer.V.float()).to(layer.S.dtype) if layer.rank else layer.S
     found = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
     found.weight = nn.Parameter(W.detach())
-    found.bias = layer.bias
+    found.register_parameter("bias", layer.bias)
     return found.train(layer.training)
 
 

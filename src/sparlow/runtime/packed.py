@@ -137,7 +137,7 @@ class PackedLinear(nn.Module):
         return self.__dict__ | {"_operand": None}  # addresses of this process
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # untyped in torch
         self._register()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
