@@ -9,7 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from coded import random_factors, random_grid, random_S
+from coded import random_factors, random_grid, random_sparse
 from sparlow.errors import InputError
 from sparlow.model.artefact.stored_form import StoredForm, Weight, pack_weight
 from sparlow.runtime.build import PATHS, NoKernelError, library
@@ -63,7 +63,7 @@ def weights(draw, values=(*FLOATS, *CODES)):
         group = draw(st.sampled_from((1, 16, 50, 64, 128, "row")))
         scales = draw(st.sampled_from((torch.bfloat16, torch.float16)))
         form = random_grid(shape, kind, levels=levels, group=group, masked=mask is not None, dtype=scales, seed=seed)
-        S = random_S(shape, form, mask=mask, dtype=torch.float32, seed=seed)
+        S = random_sparse(shape, form, mask=mask, dtype=torch.float32, seed=seed)
     if factors == "int8":
         U, V, steps = random_factors(shape, rank, dtype=torch.float32, seed=seed)
     else:
@@ -160,7 +160,8 @@ def large(values="int4", shape=(512, 1024), rank=16):
     mask = masks(shape, "16:32", torch.Generator().manual_seed(0))
     U, V, steps = random_factors(shape, rank, dtype=torch.float32)
     packed = pack_weight(
-        Weight(random_S(shape, found, mask=mask, dtype=torch.float32), U, V), StoredForm(found, steps, torch.float32)
+        Weight(random_sparse(shape, found, mask=mask, dtype=torch.float32), U, V),
+        StoredForm(found, steps, torch.float32),
     )
     return operand(packed.tensors, shape, packed.grid, None)
 
