@@ -210,7 +210,7 @@ class SparlowQuantizer(private.HfQuantizer):
         # What save_pretrained would undo: nothing, names stay those in memory.
         model._weight_conversions = []  # type: ignore[assignment]  # noqa: SLF001 - no public way
         if not self._opening.after(model):
-            self.remove_quantization_config(model)
+            self.remove_quantization_config(model)  # type: ignore[no-untyped-call]  # untyped there
 
     def get_state_dict_and_metadata(self, model: "PreTrainedModel") -> tuple[dict[str, Tensor], dict[str, str]]:
         """Return what ``save_pretrained`` writes after the config, whose records follow the model as it is now."""
