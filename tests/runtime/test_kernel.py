@@ -241,7 +241,7 @@ def test_a_mask_that_keeps_another_number_is_refused():
     S = masks(shape, "2:4", torch.Generator().manual_seed(0)).float()
     packed = pack_weight(Weight(S, S[:, :0], S[:0]), None)
     packed.tensors["mask"][1, 1] = 0xFF
-    with pytest.raises(InputError, match=r"Its values should take 264 bytes, but there are 256"):
+    with pytest.raises(InputError, match=r"Its values should take 272 bytes, but there are 256"):
         operand(packed.tensors, shape, None, None)
 
 

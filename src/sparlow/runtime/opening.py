@@ -56,12 +56,19 @@ class Opened:
         taken = [layer for layer in layers if kernel_reads({part: h.dtype for part, h in layer.parts.items()})]
         with _files() as read:
             for layer in taken:
-                _put(model, layer.name, _packed(model, layer, read(layer), self.activations))
+                packed = _packed(model, layer, read(layer), self.activations)
+                packed.unseen = True  # else transformers would look for parameters
+                _put(model, layer.name, packed)
         return [layer.name for layer in taken]
 
     def after(self, model: "PreTrainedModel") -> bool:
         """See ``Opening``."""
-        if self.mode != "merged":
+        if self.mode == "packed":
+            from sparlow.runtime.packed import PackedLinear
+
+            for module in model.modules():
+                if isinstance(module, PackedLinear):
+                    module.unseen = False
             return True
         for name, layer in compressed_layers(model).items():
             _put(model, name, merged(layer))

@@ -68,6 +68,7 @@ class PackedLinear(nn.Module):
         self.packed, self.activations = packed, activations
         self.out_features, self.in_features = packed.shape
         self.rank = len(packed.parts["V"])
+        self.unseen = False  # whether the state dict leaves out what is stored: while transformers opens a model
         self._operand: Operand | None = operand(packed.parts, packed.shape, packed.grid, packed.bias)
         self._register()
 
@@ -152,7 +153,8 @@ class PackedLinear(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination |= {f"{prefix}{part}": tensor for part, tensor in self._state().items()}
+        if not self.unseen:
+            destination |= {f"{prefix}{part}": tensor for part, tensor in self._state().items()}
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:  # noqa: ANN401 - torch
         *_, missing, _unexpected, errors = args
