@@ -86,7 +86,7 @@ def _put_in_order(path: Path) -> None:
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         if len(text) > size:
-            raise RunError(f"safetensors wrote the header of {path.name} in an unknown way. Install another release.")
+            raise RunError(f"The header of {path.name} is written in an unknown way. Install another safetensors.")
         file.seek(8)
         file.write(text.ljust(size))
 
