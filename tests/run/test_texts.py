@@ -63,7 +63,7 @@ def compressed(place, which="model", *, evaluate=(), calibration="text.txt", out
     recipe = QUICK.changed(calibration=str(place / calibration) if "." in calibration else calibration, **changes)
     texts = [str(place / name) for name in evaluate]
     with tempfile.TemporaryDirectory() as scratch:
-        return sparlow.compress(place / which, recipe, evaluate=texts, out=out or Path(scratch) / "out")
+        return sparlow.compress(place / which, recipe, evaluate=texts, out=out or Path(scratch) / "out", force=True)
 
 
 # source

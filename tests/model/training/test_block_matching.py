@@ -317,7 +317,8 @@ def run(folder, out, **changes):
         match_epochs=2,
         match_lr=1e-3,
     )
-    return sparlow.compress(folder, recipe.changed(**changes), calibration=WINDOWS, evaluate=(), out=out)
+    options = {"calibration": WINDOWS, "evaluate": (), "out": out, "force": True}
+    return sparlow.compress(folder, recipe.changed(**changes), **options)
 
 
 @pytest.mark.parametrize("algorithm", few_of(["magnitude", "wanda", "3basil"], "wanda", "3basil"))

@@ -106,7 +106,7 @@ def test_a_loss_that_is_not_finite_stops():
 
 def run(folder, out, **options):
     recipe = Recipe(algorithm="wanda", match=True, match_epochs=2, seed=3)
-    options |= {"calibration": WINDOWS, "evaluate": (), "out": out, "inplace": out is None}
+    options |= {"calibration": WINDOWS, "evaluate": (), "out": out, "inplace": out is None, "force": True}
     return sparlow.compress(folder, recipe, **options)
 
 
