@@ -2,7 +2,9 @@
 
 import copy
 import pickle
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -86,6 +88,17 @@ def test_rounded_inputs_are_close_and_not_the_same(folder, packed):
     right = logits(packed)
     found = logits(sparlow.load(folder, mode="packed", activations="int8"), IDS[:1])
     assert 0 < (found - right[:1]).abs().max() <= 0.05 * right.abs().max()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the list of mappings is Linux's")
+def test_what_is_stored_is_mapped_from_the_file(folder, packed):
+    spans = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if str(folder) in line:
+            spans.append([int(end, 16) for end in line.split()[0].split("-")])
+    for layer in packed_layers(packed):
+        for matrix in (layer._operand.S, layer._operand.U, layer._operand.V):
+            assert any(start <= matrix.struct.data < stop for start, stop in spans)
 
 
 def test_generate_gives_the_same_tokens(folder, packed):
