@@ -92,10 +92,8 @@ def test_rounded_inputs_are_close_and_not_the_same(folder, packed):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the list of mappings is Linux's")
 def test_what_is_stored_is_mapped_from_the_file(folder, packed):
-    spans = []
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        if str(folder) in line:
-            spans.append([int(end, 16) for end in line.split()[0].split("-")])
+    lines = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(folder) in line]
+    spans = [[int(end, 16) for end in line.split()[0].split("-")] for line in lines]
     for layer in packed_layers(packed):
         for matrix in (layer._operand.S, layer._operand.U, layer._operand.V):
             assert any(start <= matrix.struct.data < stop for start, stop in spans)
