@@ -14,9 +14,10 @@ import sparlow
 from coded import coded_model
 from families import save_tiny, tiny_tokenizer
 from sparlow.errors import InputError
-from sparlow.model.artefact.checkpoint import CheckpointWriter
+from sparlow.model.artefact.checkpoint import CheckpointWriter, load
 from sparlow.model.artefact.layers import SparseLowRankLinear, compressed_layers
 from sparlow.model.forward.decoder import Decoder
+from sparlow.model.loading.source import open_model
 from sparlow.runtime import build, opening
 from sparlow.runtime.build import NoKernelError, library
 from sparlow.runtime.packed import PackedLinear
@@ -119,11 +120,11 @@ def test_from_pretrained_follows_the_context_then_the_environment(folder, monkey
         AutoModelForCausalLM.from_pretrained(folder)
 
 
-def test_training_opens_dense_whatever_the_environment_says(folder, monkeypatch):
-    from sparlow.model.artefact.checkpoint import load
-
+def test_what_sparlow_opens_for_itself_is_dense_whatever_the_user_has_chosen(folder, monkeypatch):
     monkeypatch.setenv("SPARLOW_MODE", "packed")
     assert compressed_layers(load(folder))
+    with sparlow.mode("packed"):
+        assert compressed_layers(open_model(str(folder)).model)
 
 
 def test_copies_and_pickles_share_or_hold_what_is_stored(packed):
@@ -221,7 +222,7 @@ def test_what_cannot_be_computed_says_so(folder, packed):
 @pytest.fixture
 def no_compiler(monkeypatch, tmp_path):
     """A machine without a compiler, on which nothing has been compiled either."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("SPARLOW_CACHE", str(tmp_path))
     monkeypatch.setenv("CC", str(tmp_path / "nothing"))
     monkeypatch.setattr(opening, "library", build.library.__wrapped__)
 
@@ -253,7 +254,7 @@ def test_a_compiler_that_fails_is_quoted(monkeypatch, tmp_path):
     )
     compiler.chmod(0o755)
     monkeypatch.setenv("CC", str(compiler))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("SPARLOW_CACHE", str(tmp_path / "cache"))
     with pytest.raises(NoKernelError, match=r"failed \(x.c: error: no such thing\). Install another"):
         build.library.__wrapped__()
     assert not list((tmp_path / "cache").rglob("*.so"))

@@ -17,6 +17,7 @@ from functools import cache
 from pathlib import Path
 
 from sparlow.errors import InputError, first_line, reason
+from sparlow.files import cache_folder
 
 FOLDER = Path(__file__).parent / "kernel"
 PATHS = ("plain", "avx2", "avx512")  # in the order of dispatch.c
@@ -57,7 +58,10 @@ def library() -> Library:
     """
     compiler = _compiler()
     version = _run([compiler, "--version"]).splitlines()
-    file = cache_folder() / f"kernel-{_name(version[0] if version else '')}.so"
+    try:
+        file = cache_folder() / f"kernel-{_name(version[0] if version else '')}.so"
+    except RuntimeError:  # as Python says that there is no home directory
+        raise NoKernelError("There is no home directory to keep the kernel in. Set SPARLOW_CACHE.") from None
     if not file.exists():
         _compile(compiler, file)
     try:
@@ -68,13 +72,9 @@ def library() -> Library:
         ) from None
     _declare(functions)
     there = functions.sparlow_paths()
-    return Library(functions, tuple(name for i, name in enumerate(PATHS) if there >> i & 1), version[0])
-
-
-def cache_folder() -> Path:
-    """Return the folder that compiled kernels are kept in: the user's own, which nobody else can write to."""
-    found = os.environ.get("XDG_CACHE_HOME")
-    return (Path(found) if found else Path.home() / ".cache") / "sparlow"
+    return Library(
+        functions, tuple(name for i, name in enumerate(PATHS) if there >> i & 1), version[0] if version else compiler
+    )
 
 
 def _compiler() -> str:
@@ -115,7 +115,7 @@ def _compile(compiler: str, file: Path) -> None:
             Path(f"{folder}/kernel.so").replace(file)
     except OSError as problem:
         raise NoKernelError(
-            f"The kernel cannot be kept in {file.parent} ({reason(problem)}). Set XDG_CACHE_HOME."
+            f"The kernel cannot be kept in {file.parent} ({reason(problem)}). Set SPARLOW_CACHE."
         ) from None
 
 
