@@ -14,9 +14,10 @@ import sparlow
 from coded import coded_model
 from families import save_tiny, tiny_tokenizer
 from sparlow.errors import InputError
-from sparlow.model.artefact.checkpoint import CheckpointWriter
+from sparlow.model.artefact.checkpoint import CheckpointWriter, load
 from sparlow.model.artefact.layers import SparseLowRankLinear, compressed_layers
 from sparlow.model.forward.decoder import Decoder
+from sparlow.model.loading.source import open_model
 from sparlow.runtime import build, opening
 from sparlow.runtime.build import NoKernelError, library
 from sparlow.runtime.packed import PackedLinear
@@ -119,11 +120,11 @@ def test_from_pretrained_follows_the_context_then_the_environment(folder, monkey
         AutoModelForCausalLM.from_pretrained(folder)
 
 
-def test_training_opens_dense_whatever_the_environment_says(folder, monkeypatch):
-    from sparlow.model.artefact.checkpoint import load
-
+def test_what_sparlow_opens_for_itself_is_dense_whatever_the_user_has_chosen(folder, monkeypatch):
     monkeypatch.setenv("SPARLOW_MODE", "packed")
     assert compressed_layers(load(folder))
+    with sparlow.mode("packed"):
+        assert compressed_layers(open_model(str(folder)).model)
 
 
 def test_copies_and_pickles_share_or_hold_what_is_stored(packed):

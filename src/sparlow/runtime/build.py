@@ -58,7 +58,10 @@ def library() -> Library:
     """
     compiler = _compiler()
     version = _run([compiler, "--version"]).splitlines()
-    file = cache_folder() / f"kernel-{_name(version[0] if version else '')}.so"
+    try:
+        file = cache_folder() / f"kernel-{_name(version[0] if version else '')}.so"
+    except RuntimeError:  # as Python says that there is no home directory
+        raise NoKernelError("There is no home directory to keep the kernel in. Set SPARLOW_CACHE.") from None
     if not file.exists():
         _compile(compiler, file)
     try:
@@ -69,7 +72,9 @@ def library() -> Library:
         ) from None
     _declare(functions)
     there = functions.sparlow_paths()
-    return Library(functions, tuple(name for i, name in enumerate(PATHS) if there >> i & 1), version[0])
+    return Library(
+        functions, tuple(name for i, name in enumerate(PATHS) if there >> i & 1), version[0] if version else compiler
+    )
 
 
 def _compiler() -> str:

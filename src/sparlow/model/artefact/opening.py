@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from sparlow.model.artefact.schemes import StoredLayer
 from sparlow.model.artefact.shards import Header
+from sparlow.model.loading.own import is_own
 
 if TYPE_CHECKING:  # transformers imports this file while it is on its way in: see registration.py
     from transformers import PreTrainedModel
@@ -62,7 +63,7 @@ _asked: ContextVar[Callable[[], Opening] | None] = ContextVar("opening", default
 
 def opening() -> Opening:
     """Return what is to be done with the model that is being opened."""
-    return (_asked.get() or DEFAULT)()
+    return Dense() if is_own() else (_asked.get() or DEFAULT)()
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from sparlow.model.forward.causality import require_decoder_only
 from sparlow.model.forward.decoder import Decoder
 from sparlow.model.loading.left_out import companions, left_out
 from sparlow.model.loading.narrowing import narrowed
+from sparlow.model.loading.own import own_use
 from sparlow.model.loading.streaming import CannotStreamError, OnDisk, as_transformers_reads, stored_tensors
 from sparlow.model.loading.weights import InMemory, Untouched, Weights, scan
 
@@ -222,7 +223,7 @@ def _texts(value: Any) -> Iterator[str]:  # noqa: ANN401 - what a JSON file hold
 
 def _loaded(name: str, where: str, **options: Any) -> PreTrainedModel:  # noqa: ANN401 - options of from_pretrained
     untyped: Any = AutoModelForCausalLM
-    with as_input_error(f"Cannot open the model {name}"):
+    with as_input_error(f"Cannot open the model {name}"), own_use():
         model, info = untyped.from_pretrained(where, output_loading_info=True, **options)
     missing = sorted(info["missing_keys"])
     if missing:  # transformers makes such weights up at random
