@@ -17,6 +17,7 @@ from sparlow.recipe.recipe import Recipe
 PUBLISHED = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
 FIELDS = [f.name for f in dataclasses.fields(Recipe)]
 RATIO = ("bits", "size", "compression", "rank_share")  # instead of a rank
+GRID = ("levels", "group")  # of values that matching cannot train
 FULL = Recipe(
     algorithm="three-basil",
     options={"effort": 0.5, "schedule": "paper", "max_steps": 9},
@@ -24,9 +25,7 @@ FULL = Recipe(
     rank=3,
     embedding="int8",
     head="keep",
-    values="int4",
-    levels="integer",
-    group="64",
+    values="model",
     factors="model",
     allocate="owl",
     owl_spread=0.05,
@@ -37,7 +36,7 @@ FULL = Recipe(
     match_lr=0.001,
     match_batch=2,
     ignore=("k_proj", "model.layers.0.*"),
-    layers=(Rule("mlp.down_proj", rank=128), Rule("q_proj", pattern="0.3", rank=1, values="int8")),
+    layers=(Rule("mlp.down_proj", rank=128), Rule("q_proj", pattern="0.3", rank=1, values="model")),
     calibration="wikitext2",
     samples=7,
     seqlen=9,
@@ -117,11 +116,12 @@ def test_toml_comes_back_as_an_equal_recipe(recipe):
 def test_the_full_recipe_leaves_no_field_at_its_default():
     by_ratio = [Recipe(bits=4.0), Recipe(size="35%")]
     by_ratio += [Recipe(compression=0.5, rank_share=0.2)] * 2
-    assert all(getattr(FULL, name) != getattr(Recipe(), name) for name in FIELDS if name not in RATIO)
-    for recipe, name in zip(by_ratio, RATIO, strict=True):
+    on_grid = [Recipe(values="int4", levels="integer", group="64")] * 2
+    assert all(getattr(FULL, name) != getattr(Recipe(), name) for name in FIELDS if name not in RATIO + GRID)
+    for recipe, name in zip(by_ratio + on_grid, RATIO + GRID, strict=True):
         assert getattr(recipe, name) != getattr(Recipe(), name)
         assert Recipe.from_toml(recipe.to_toml()) == recipe
-    assert list(FULL.to_dict()) == [name for name in FIELDS if name not in RATIO]
+    assert list(FULL.to_dict()) == [name for name in FIELDS if getattr(FULL, name) is not None]
 
 
 def test_the_file_is_what_a_person_would_write():
