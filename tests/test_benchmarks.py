@@ -39,6 +39,7 @@ def tried():
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_benchmark_is_imported_and_shows_its_help(name, tried):
     code, said = tried[name]

@@ -73,6 +73,7 @@ MODES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "mode"), [("mixtral", "matching"), *(("llama", mode) for mode in MODES)])
 def test_two_processes_find_what_one_finds(family, mode, models, tmp_path):
     model = models[family]
@@ -101,6 +102,7 @@ def test_two_processes_find_what_one_finds(family, mode, models, tmp_path):
     assert alone.processes == {}
 
 
+@pytest.mark.slow
 def test_two_processes_find_the_same_bits_where_each_passes_as_many_windows_at_a_time(model, tmp_path):
     reading = tmp_path / "model"
     shutil.copytree(model, reading)
@@ -118,6 +120,7 @@ def test_two_processes_find_the_same_bits_where_each_passes_as_many_windows_at_a
         assert all(torch.equal(tensor, two[name][key]) for key, tensor in tensors.items())
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_ends_all_and_the_run_goes_on(model, tmp_path):
     codes, words = ended(started(model, tmp_path / "whole"))
     assert codes == [0, 0], words

@@ -49,6 +49,7 @@ SPARLOW_FIRST, QUANTIZERS_FIRST = "import sparlow, transformers; ", "import tran
 ORDERS = (SPARLOW_FIRST, "import transformers, sparlow; ", QUANTIZERS_FIRST, LOOKED_FOR)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("imports", few_of(ORDERS, SPARLOW_FIRST, QUANTIZERS_FIRST))
 def test_from_pretrained_opens_a_compressed_model_whatever_is_imported_first(imports, compressed):
     opened = "from transformers import AutoModelForCausalLM; m = AutoModelForCausalLM.from_pretrained(sys.argv[1]); "

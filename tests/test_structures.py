@@ -19,6 +19,7 @@ TEN = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", few_of(TEN, "gemma4_text", "gemma4_moe", "qwen3_next", "falcon_h1", "jamba"))
 def test_a_structure_from_end_to_end(family, tmp_path):
     model = save_tiny(family, tmp_path / "dense")

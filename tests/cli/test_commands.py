@@ -335,6 +335,7 @@ def test_bad_usage_is_2(arguments, capsys, monkeypatch, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_process_of_its_own(command, tmp_path):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     arguments = [sys.executable, "-m", "sparlow", *map(str, command), "--pattern", "2:5"]

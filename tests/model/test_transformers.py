@@ -176,6 +176,7 @@ MISSING = [name for _, name in NAMES if name not in TRAINING]
 QUICK_TO_TRY = [next(name for name in MISSING if (name in STREAMING) is streaming) for streaming in (True, False)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", few_of(MISSING, *QUICK_TO_TRY))
 def test_a_name_that_is_missing(name, without):
     found = without[name]

@@ -103,6 +103,7 @@ def test_the_published_order_looks_for_no_other(monkeypatch):
         compressed_block(QUICK.changed(behind="layers"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gpt2", "falcon_alibi", "qwen2_moe", "mamba", "gemma3n_text"])
 def test_a_structure_from_end_to_end(family, tmp_path):
     save_tiny(family, tmp_path / "dense")

@@ -217,6 +217,7 @@ assert os.waitpid(child, 0)[1] == 0
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="no fork")
 def test_a_forked_process_has_threads_of_its_own(request):
     program = FORK.format(tests=str(request.path.parent))
