@@ -82,6 +82,7 @@ def test_all_steps_fit_into_eight_minutes(device):
     assert all(name.isidentifier() for name in (step.name for step in device.STEPS))
 
 
+@pytest.mark.slow
 def test_a_step_that_fails_or_hangs_does_not_stop_the_next(steps, tmp_path, capsys):
     child = f"import time, pathlib; time.sleep(3); pathlib.Path({str(tmp_path / 'alive')!r}).touch()"
     code, record, rows = steps(

@@ -277,6 +277,7 @@ def test_a_second_call_with_other_methods_keeps_the_earlier_rows(place, tmp_path
     assert rows_in(out) == ["wanda"]  # begun anew
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "texts", "named"),
     [

@@ -124,6 +124,7 @@ def test_a_tmpfs_counts_as_memory(folder, tmp_path, monkeypatch):
     assert place("auto", 10**6, CPU, tmp_path) == "disk"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "gemma3n_text", "gemma4_text"])
 def test_a_run_decides_by_the_bytes_that_the_plan_counts(name, tmp_path, monkeypatch):
     """Gemma-3n carries four hidden states a token, Gemma-4 embeddings for each block beside them."""

@@ -107,6 +107,7 @@ def test_needs_to_know_no_architecture(family, tmp_path, ids):
         assert torch.equal(model(ids).logits, again(ids).logits)
 
 
+@pytest.mark.slow
 def test_opens_in_a_new_process_and_a_shard_that_is_cut_off_ends_none_in_a_bus_error(model, folder, ids, tmp_path):
     """What is mapped and read past the end of its file ends in SIGBUS; read by both of what maps files."""
     code = (
