@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sparlow.errors import InputError
 from sparlow.linalg.gram import GramAccumulator
+from sparlow.machine import machine as described_machine
 from sparlow.model.forward.block_pass import BlockPass, pass_through
 from sparlow.model.forward.capture import capture_block_inputs
 from sparlow.model.forward.compressible import compressible
@@ -81,21 +82,8 @@ def geometric_mean(values: Iterable[float]) -> float:
 
 def machine() -> dict[str, Any]:
     """Describe what a time was measured on; ``load`` is what else ran in the last minute."""
-    return {
-        "cpu": _cpu_name(),
-        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load": round(os.getloadavg()[0], 2),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")  # platform.processor() is empty on most Linux systems
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    load = round(os.getloadavg()[0], 2)
+    return described_machine() | {"load": load, "python": platform.python_version(), "torch": torch.__version__}
 
 
 def write_json(file: Path, figures: dict[str, Any]) -> None:

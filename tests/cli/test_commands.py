@@ -552,11 +552,12 @@ def test_evaluate_measures_dense_and_compressed_models_alike(which, place, finis
     shown = capsys.readouterr().out
     found = json.loads(file.read_text())
     same = {"in_domain": [text]} if which == "compressed" else {}  # of a plain model nobody knows
-    assert found == {"model": str(model), "seqlen": 16, "perplexity": found["perplexity"], **same}
-    expected = getattr(report, which)["perplexity"]
-    assert found["perplexity"] == pytest.approx(expected, rel=1e-6)
+    expected = getattr(report, which)
+    figures = {what: pytest.approx(expected[what], rel=1e-6) for what in ("perplexity", "perplexity_stderr")}
+    assert found == {"model": str(model), "seqlen": 16, **figures, **same}
     remark = r" \(in-domain: same source as the calibration text\)" if same else ""
-    assert re.search(rf"{re.escape(text)}{remark} +{found['perplexity'][text]:.4f}\n", shown)
+    figures = f"{found['perplexity'][text]:.4f} ± {found['perplexity_stderr'][text]:.4f}"
+    assert re.search(rf"{re.escape(text)}{remark} +{figures}\n", shown)
     assert "seqlen 16" in shown
 
 

@@ -9,7 +9,7 @@ from torch.nn import functional
 import sparlow
 from families import VOCABULARY, tiny, tiny_tokenizer
 from sparlow.errors import InputError
-from sparlow.evaluation.perplexity import evaluate, perplexity
+from sparlow.evaluation.perplexity import evaluate, measure, perplexity
 from sparlow.evaluation.texts import require_tokenizer
 from sparlow.model.forward import capture
 from sparlow.model.forward.attention import TOKENS_AT_ONCE
@@ -117,7 +117,11 @@ def test_evaluate_cuts_the_text_as_documented(model, text):
     windows = ids[: len(ids) // 24 * 24].view(-1, 24)
     assert len(windows) == 29
     found = evaluate(model, tiny_tokenizer(), perplexity_on=[text], seqlen=24)
-    assert found == {"perplexity": {text: pytest.approx(by_hand(model, windows), rel=1e-5)}}
+    assert found == {
+        "perplexity": {text: pytest.approx(by_hand(model, windows), rel=1e-5)},
+        "perplexity_stderr": {text: measure(model, windows)[0].perplexity.stderr},
+    }
+    assert found["perplexity_stderr"][text] > 0
     few = evaluate(model, tiny_tokenizer(), perplexity_on=[text], seqlen=24, limit=2)
     assert few["perplexity"][text] == pytest.approx(by_hand(model, windows[:2]), rel=1e-5)
     assert few != found
@@ -129,7 +133,10 @@ def test_evaluate_takes_several_texts(text, tmp_path):
     both = evaluate(tiny("llama"), tiny_tokenizer(), perplexity_on=[text, str(other)], seqlen=24)["perplexity"]
     assert list(both) == [text, str(other)]
     assert both[text] != both[str(other)]
-    assert evaluate(tiny("llama"), tiny_tokenizer(), perplexity_on=[], seqlen=24) == {"perplexity": {}}
+    assert evaluate(tiny("llama"), tiny_tokenizer(), perplexity_on=[], seqlen=24) == {
+        "perplexity": {},
+        "perplexity_stderr": {},
+    }
 
 
 @pytest.mark.parametrize(
@@ -234,7 +241,10 @@ def test_one_name_is_one_text_and_a_tokenizer_may_be_given_by_its_directory(text
     tiny_tokenizer().save_pretrained(tmp_path)
     expected = evaluate(tiny("llama"), tiny_tokenizer(), perplexity_on=[text], seqlen=24)
     assert evaluate(tiny("llama"), tmp_path, perplexity_on=text, seqlen=24) == expected
-    assert evaluate(tiny("llama"), str(tmp_path), perplexity_on="", seqlen=24) == {"perplexity": {}}
+    assert evaluate(tiny("llama"), str(tmp_path), perplexity_on="", seqlen=24) == {
+        "perplexity": {},
+        "perplexity_stderr": {},
+    }
     (tmp_path / "empty").mkdir()
     for wrong, message in [
         (tmp_path / "empty", "no tokenizer in"),

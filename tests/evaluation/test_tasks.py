@@ -169,6 +169,7 @@ def test_values_are_those_computed_by_hand(model, folder):
     assert right != by_length
     assert found == {
         "perplexity": {},
+        "perplexity_stderr": {},
         "tasks": {"both": expected("acc_norm", by_length), "piqa": expected("acc", right[:7])},
         "average": pytest.approx((statistics.mean(by_length) + statistics.mean(right[:7])) / 2),
     }

@@ -19,7 +19,6 @@ if TYPE_CHECKING:  # help is shown without torch, which comes with these
 
     from sparlow.algorithms import Algorithm
     from sparlow.evaluation.perplexity import Evaluation
-    from sparlow.evaluation.tasks import TaskResult
     from sparlow.model.artefact.describe import LayerInfo
     from sparlow.planning.plan import Plan
     from sparlow.progress import Notify, Progress
@@ -223,13 +222,15 @@ def show_evaluations(
     for name in shown([one["perplexity"] for one in found.values()]):
         label = f"perplexity (seqlen {seqlen}), {name}"
         label += f" ({FLATTERS.format('calibration')})" if name in same else ""
-        rows.append((label, *(f"{one['perplexity'][name]:.4f}" for one in found.values())))
+        measured = [(one["perplexity"][name], one["perplexity_stderr"][name]) for one in found.values()]
+        rows.append((label, *(_with_error(*figures) for figures in measured)))
         beside = [one["agreement"] for one in found.values() if "agreement" in one]  # of the last, if there are two
         for agreement in beside:
             rows += [(what, "–", value) for what, value in agreement_rows(name, agreement[name])]
     for name, result in first.get("tasks", {}).items():
         label = f"{name}, {result['metric']}" + (f", {result['fewshot']}-shot" if result["fewshot"] else "")
-        rows.append((label, *(_with_error(one["tasks"][name]) for one in found.values())))
+        results = [one["tasks"][name] for one in found.values()]
+        rows.append((label, *(_with_error(one["value"], one["stderr"]) for one in results)))
     means = [one.get("average") for one in found.values()]
     if len(first.get("tasks", {})) > 1 and None not in means:
         rows.append(("average", *(f"{mean:.4f}" for mean in means)))
@@ -239,8 +240,8 @@ def show_evaluations(
         out.print(f"note: {escape(note)}", highlight=False)
 
 
-def _with_error(result: "TaskResult") -> str:
-    return f"{result['value']:.4f}" + ("" if result["stderr"] is None else f" ± {result['stderr']:.4f}")
+def _with_error(value: float, stderr: float | None) -> str:
+    return f"{value:.4f}" + ("" if stderr is None else f" ± {stderr:.4f}")
 
 
 def show_layers(layers: "Sequence[LayerInfo]", patterns: Mapping[str, str]) -> None:

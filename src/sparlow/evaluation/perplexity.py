@@ -42,9 +42,13 @@ TOLERANCE = 0.01  # of the largest logit: half precision rounds products of othe
 
 
 class Evaluation(TypedDict):
-    """What ``evaluate`` found: perplexities by corpus, and, when asked for, agreement, tasks by name and their mean."""
+    """What ``evaluate`` found.
+
+    Perplexities by corpus with their standard errors, and, when asked for, agreement, tasks by name and their mean.
+    """
 
     perplexity: dict[str, float]
+    perplexity_stderr: dict[str, float | None]
     agreement: NotRequired[dict[str, Agreement | None]]
     tasks: NotRequired[dict[str, TaskResult]]
     average: NotRequired[float | None]
@@ -300,8 +304,9 @@ def evaluate(
         notify: Told the progress of tasks.
 
     Returns:
-        ``{"perplexity": {corpus: value}}`` by the published protocol, and, where the tokenizer begins a text with a
-        token of its own, also ``"corpus, with BOS"``, for windows that all begin so; with a baseline also
+        ``{"perplexity": {corpus: value}, "perplexity_stderr": {corpus: error}}`` by the published protocol, and, where
+        the tokenizer begins a text with a token of its own, also ``"corpus, with BOS"``, for windows that all begin so;
+        the standard error is over windows, None for a single one; with a baseline also
         ``"agreement"``, by corpus, None where the two models cannot be compared; with tasks also ``"tasks"``, a
         ``TaskResult`` by name, and ``"average"``, their mean, None where a metric is no share of right answers.
 
@@ -318,7 +323,10 @@ def evaluate(
     texts = texts_to_measure(perplexity_on, model, tokenizer, seqlen=seqlen, limit=limit, column=column)
     dense = Baseline(baseline) if isinstance(baseline, PreTrainedModel) else baseline
     measured = {name: _beside_baseline(model, windows, dense) for name, windows in texts.items()}
-    found: Evaluation = {"perplexity": {name: one.perplexity.value for name, one in measured.items()}}
+    found: Evaluation = {
+        "perplexity": {name: one.perplexity.value for name, one in measured.items()},
+        "perplexity_stderr": {name: one.perplexity.stderr for name, one in measured.items()},
+    }
     if dense is not None and dense.model is not model:
         found["agreement"] = {name: one.agreement for name, one in measured.items()}
     if loaded.items:
