@@ -66,8 +66,10 @@ def folder(tmp_path_factory):
         {"algorithm": "wanda"},
         {"algorithm": "3basil", "rank": 16, "options": {"effort": 0.1, "max_steps": 5}},
         {"algorithm": "wanda", "match": True, "match_preset": "blocks", "match_epochs": 1},
+        {"algorithm": "wanda", "match": True, "match_epochs": 1},
+        {"algorithm": "sparsegpt", "values": "int4", "pattern": "dense", "match": True, "match_epochs": 1},
     ],
-    ids=["pruning", "solving", "matching"],
+    ids=["pruning", "solving", "matching", "distilling", "distilling on a grid"],
 )
 def test_the_peak_that_is_foreseen_is_the_peak_that_is_seen(recipe, folder, tmp_path):
     words = (folder, json.dumps({**recipe, **TEXT}))

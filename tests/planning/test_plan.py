@@ -7,9 +7,13 @@ from safetensors import safe_open
 
 import sparlow
 from families import save_tiny, tiny
+from samples import few_of
 from sparlow.errors import InputError
 from sparlow.model.artefact.describe import describe
+from sparlow.model.forward.decoder import Decoder
 from sparlow.model.loading.meta import meta_model
+from sparlow.model.loading.source import open_model
+from sparlow.model.training.packed_layer import packed, trained_parameters
 from sparlow.planning.duration import seconds
 from sparlow.planning.memory import disk, stages
 from sparlow.planning.microbenchmarks import BOUND, Solver, Speed
@@ -185,6 +189,23 @@ def test_each_option_that_takes_memory_is_counted(folder):
     assert disk(more).out == more.kept_bytes + disk(more).second
     whole = counted(worked(folder, RECIPES["rank"], streamed=False))
     assert all(whole[stage] > size for stage, size in plain.items() if stage in ("solving", "passing on", "saving"))
+
+
+GRIDS = ({}, {"values": "int3", "pattern": "dense"}, {"values": "int4", "factors": "model", "group": 16})
+
+
+@pytest.mark.parametrize("changes", GRIDS)
+@pytest.mark.parametrize("family", few_of(["llama", "opt", "mixtral", "gemma2", "mamba2"], "mixtral"))
+def test_what_is_foreseen_as_trained_is_what_is_trained(family, changes, tmp_path):
+    save_tiny(family, tmp_path / "model")
+    recipe = Recipe(algorithm="eora", rank=2, pattern="2:4", match=True, match_preset="blocks").changed(**changes)
+    model = open_model(str(tmp_path / "model")).model
+    work = worked(tmp_path / "model", recipe)
+    words = windows(recipe.changed(samples=4, seqlen=16))
+    sparlow.compress(model, recipe.changed(match=False), inplace=True, force=True, **words)
+    for block, known in zip(Decoder.of(model).blocks, work.blocks, strict=True):
+        with packed(block):
+            assert sum(p.numel() for p in trained_parameters(block)) == known.trained
 
 
 def test_seconds_follow_from_what_was_measured(folder):

@@ -89,9 +89,6 @@ def test_a_rule_gives_layers_values_of_their_own():
         ({"factors": "int8", "rank": 0}, "--factors has no effect without a low-rank part"),
         ({"factors": "model", "rank": 0, "values": "int4"}, "--factors has no effect without a low-rank part"),
         ({"factors": "int8", "algorithm": "wanda"}, "--factors has no effect without a low-rank part"),
-        ({"values": "int4", "match": True}, "Leave --match out"),
-        ({"bits": 3.5, "match": True}, "Leave --match out"),
-        ({"factors": "int8", "match": True}, "Leave --match out"),
         (
             {"layers": [{"match": "q", "values": "int5"}]},
             "rule for q gives values of the unknown type 'int5'; did you mean 'int",
@@ -101,6 +98,11 @@ def test_a_rule_gives_layers_values_of_their_own():
 def test_what_has_no_effect_or_no_meaning_is_refused(changes, message):
     with pytest.raises(InputError, match=message):
         Recipe(**changes)
+
+
+@pytest.mark.parametrize("changes", [{"values": "int4"}, {"bits": 3.5}, {"factors": "int8", "rank": 4}])
+def test_what_lies_on_a_grid_may_be_matched(changes):
+    assert Recipe(**changes, match=True).changed(match_preset="blocks").match
 
 
 def test_what_has_an_effect_through_a_rule_is_not_refused():

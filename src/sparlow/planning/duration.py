@@ -10,6 +10,7 @@ from sparlow.recipe.training_plan import last_read
 
 HALF = (PANELS + 1) / (2 * PANELS)  # of a symmetric product is computed
 BACKWARD = 3  # times a pass, with gradients
+AGAIN = 1  # pass more where all blocks are trained together, each of which is computed again for its gradients
 PASSES = 12  # over a state or the widest activations that a block takes besides products: norms, rotations, sums
 PACKED_PASSES = 16  # over a weight at each step of training: S put together, its gradient taken apart, Adam
 LOADED = 3  # passes over weights as they are read, converted and put in place
@@ -137,7 +138,7 @@ class _Counted:
         steps = -(-work.recipe.samples // plan.batch)
         weights = sum(layer.weights for layer in block.compressed)
         packed = steps * PACKED_PASSES * weights * self.size / self.speed.memory
-        return plan.epochs * (BACKWARD * once + packed)
+        return plan.epochs * ((BACKWARD + AGAIN * bool(work.together)) * once + packed)
 
     def training(self) -> float:
         """Targets, and all epochs of each block by itself or of all together, with the logits of both models then."""

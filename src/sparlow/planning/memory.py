@@ -11,11 +11,13 @@ from pathlib import Path
 
 import torch
 
+from sparlow.linalg.grid import SCALE_BITS
 from sparlow.machine import lies_in_memory
 from sparlow.model.forward.capture import LOGITS_AT_ONCE
 from sparlow.model.forward.generate import AT_ONCE
+from sparlow.model.training.distillation import PIECES
 from sparlow.planning.microbenchmarks import FLOAT, Workspace
-from sparlow.planning.workload import Block, Workload
+from sparlow.planning.workload import Block, Layer, Workload
 from sparlow.recipe.recipe import OWN_TEXT
 
 SUM = 8  # bytes of each number of a Gram matrix while it is added up
@@ -26,7 +28,8 @@ WAITING = 2  # copies otherwise
 LOGITS = 5  # of a piece at a time: as they come and in float32, of two models, and the logarithms of one
 LOOKED_AT = 3  # bytes an entry that a look for NaN takes beside a tensor's own copy
 ADAM = 4 * FLOAT  # a number that is trained: itself, its gradient, two moments
-BEST = 2 * FLOAT  # the parameters of the best epoch, and of a better one before those are let go
+BEST = FLOAT  # the parameters of the best epoch
+MASK = 1  # byte for each entry of S that says whether it is kept
 STATE = 4  # numbers in a state of a training for each that is trained: now, at its best, two moments
 SAVED_LOGITS = 6  # of a piece at a time, while distilling: both models', in two forms, and gradients
 
@@ -283,16 +286,24 @@ class _Counted:
         work = self.work
         weights, _ = self._parts(rest=False)
         more = max(b.low_rank * self.size + b.kept_bytes(work.stored) for b in work.blocks)
-        more += max(sum(layer.trained for layer in b.compressed) for b in work.blocks) * self.size
+        more += max(sum(layer.kept for layer in b.compressed) for b in work.blocks) * self.size
         return self._stage("saving", weights + more, hidden=self._waiting(), where=work.place)
 
-    def _trained(self, block: Block, tokens: int) -> int:
-        """Layers while they are trained beside their originals: numbers, masks, S + U V, what backward needs."""
-        dense = FLOAT * sum(layer.weights for layer in block.compressed)
-        masks = dense // FLOAT
+    def _trained(self, block: Block) -> int:
+        """Layers while they are trained: numbers, masks or levels, in place of their S and beside their U V."""
+        beside = sum(layer.weights * self._of_entry(layer) for layer in block.compressed)
+        own = sum(layer.weights for layer in block.compressed) * self.size
+        return block.low_rank * self.size + block.trained * (ADAM + BEST) + beside - own
+
+    def _of_entry(self, layer: Layer) -> int:
+        """Bytes for each entry of S that say where it is kept, or which level of its grid it has."""
+        return SCALE_BITS // 8 if layer.budget and layer.budget.grid else MASK
+
+    def _saved(self, block: Block, tokens: int) -> int:
+        """What a pass of a block leaves for its gradients: inputs of layers, S + U V, and levels that scales need."""
+        formed = sum(layer.weights * (1 + bool(layer.budget and layer.budget.grid)) for layer in block.compressed)
         saved = tokens * sum(sum(layer.shape) for layer in block.layers) + 6 * tokens * self.work.features
-        saved_bytes = saved * self.size + self._attention(tokens, self.work.recipe.seqlen)
-        return block.low_rank * self.size + block.trained * (ADAM + BEST) + masks + dense + saved_bytes
+        return FLOAT * formed + saved * self.size + self._attention(tokens, self.work.recipe.seqlen)
 
     def _widest(self, blocks: tuple[Block, ...]) -> int:
         """Gradients of one layer on their way from S + U V to its parts."""
@@ -302,12 +313,18 @@ class _Counted:
         work = self.work
         weights, _ = self._parts(rest=False)
         tokens = min(batch * work.recipe.seqlen, work.batch)
-        more = max(self._trained(block, tokens) for block in work.blocks) + self._widest(work.blocks)
-        return self._stage("matching", weights + more, hidden=self._waiting(), where=work.place)
+        more = max(self._trained(block) + self._saved(block, tokens) for block in work.blocks)
+        return self._stage(
+            "matching", weights + more + self._widest(work.blocks), hidden=self._waiting(), where=work.place
+        )
 
     def _distilling(self) -> Stage:
+        """All blocks, of which only one at a time has what its gradients need, beside what enters each."""
         work = self.work
         whole = work.parameters * self.size if work.streamed or work.copied else 0
-        more = sum(self._trained(block, work.batch) for block in work.blocks) + self._widest(work.blocks)
-        logits = SAVED_LOGITS * FLOAT * min(LOGITS_AT_ONCE, work.batch * work.vocabulary)
-        return self._stage("distilling", whole + more + logits, hidden=WAITING * work.hidden, where=work.place)
+        trained = sum(self._trained(block) for block in work.blocks)
+        entering = FLOAT * work.batch * work.features * len(work.blocks)
+        logits = SAVED_LOGITS * FLOAT * min(LOGITS_AT_ONCE // PIECES, work.batch * work.vocabulary)
+        saved = max(self._saved(block, work.batch) for block in work.blocks) + self._widest(work.blocks)
+        more = max(trained + entering + max(saved, logits), 0)  # there is a time before, and after
+        return self._stage("distilling", whole + more, hidden=WAITING * work.hidden, where=work.place)

@@ -16,7 +16,7 @@ from sparlow.model.artefact.dtypes import StoredDtypes
 from sparlow.model.forward.activation_store import place
 from sparlow.model.forward.attention import unfused_heads, windows_at_once
 from sparlow.model.forward.chain_check import carried, require_chain
-from sparlow.model.forward.decoder import Decoder, require_own_weights
+from sparlow.model.forward.decoder import Decoder, is_norm, require_own_weights
 from sparlow.model.loading.meta import Inputs, inputs_of
 from sparlow.recipe.allocation import Budget, Shape
 from sparlow.recipe.budgets import Selection, select
@@ -62,9 +62,18 @@ class Layer:
         return self.budget.rank * sum(self.shape) if self.budget else 0
 
     @property
-    def trained(self) -> int:
-        """Number of trainable values: kept entries of S, U, V and the bias."""
+    def kept(self) -> int:
+        """Number of values that are kept: entries of S, U, V and the bias."""
         return self.budget.values(self.shape) + self.shape[0] * self.bias if self.budget else self.parameters
+
+    @property
+    def trained(self) -> int:
+        """Number of values that matching trains: kept entries of S, or the scales of their grid; U, V and the bias."""
+        if self.budget is None:
+            return 0
+        grid = self.budget.grid
+        codes = self.budget.pattern.kept(self.shape) - self.shape[0] * grid.groups(self.shape[1]) if grid else 0
+        return self.kept - codes
 
     def kept_bytes(self, size: int) -> int:
         """Bytes as stored, numbers of ``size`` bytes each: what ``StoredDtypes.packed_bytes`` will find."""
@@ -96,10 +105,12 @@ class Block:
     Attributes:
         layers: What can be compressed in it, in module order.
         parameters: All of them, those of other modules included.
+        norms: Of these, the weights and biases of norms.
     """
 
     layers: tuple[Layer, ...]
     parameters: int
+    norms: int
 
     @property
     def compressed(self) -> list[Layer]:
@@ -125,7 +136,7 @@ class Block:
     @property
     def trained(self) -> int:
         """Number of values that matching trains."""
-        return self.parameters - sum(layer.parameters - layer.trained for layer in self.layers)
+        return self.norms + sum(layer.trained for layer in self.layers)
 
     def kept_bytes(self, size: int) -> int:
         """Bytes of the block's shard, without its header."""
@@ -245,10 +256,10 @@ class Workload:
     @cached_property
     def place(self) -> torch.device | str:
         """Where the hidden states of the calibration text are kept."""
-        return self.where(self.hidden)
+        return place(self.offload, self.hidden, self.device, self.folder, trained=self.recipe.match)
 
     def where(self, size: int) -> torch.device | str:
-        """Where hidden states are kept of which a copy has so many bytes."""
+        """Where hidden states of a text that is measured are kept, of which a copy has so many bytes."""
         return place(self.offload, size, self.device, self.folder)
 
     @property
@@ -356,7 +367,9 @@ def _blocks(model: PreTrainedModel, decoder: Decoder, kept: Mapping[str, Budget]
             Layer(name, weight.shape, read.owners[name], weight.bias is not None, own[name], stages.get(name))
             for name, weight in decoder.weights(i).items()
         )
-        found.append(Block(tuple(layers), sum(p.numel() for p in decoder.blocks[i].parameters())))
+        block = decoder.blocks[i]
+        norms = {p for module in block.modules() if is_norm(module) for p in module.parameters(recurse=False)}
+        found.append(Block(tuple(layers), *(sum(p.numel() for p in some) for some in (block.parameters(), norms))))
     return tuple(found)
 
 

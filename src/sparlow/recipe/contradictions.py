@@ -73,11 +73,6 @@ def require_values(recipe: "Recipe") -> None:
             raise InputError(
                 f"The option --{option} has no effect without --values int4 or the like. Add it, or leave it out."
             )
-    if recipe.match and (grids or recipe.factors == "int8"):
-        raise InputError(
-            "--match trains numbers off the grid that few bits need, so it cannot follow --values int4 and the like, "
-            "--factors int8, or a choice by --bits or --size. Leave --match out, or give --values and --factors model."
-        )
     for values in grids:
         recipe.grid_of(values)  # raises for one that is wrong
     ranks = [recipe.uniform((1, 1)).rank or recipe.compression, *(rule.rank for rule in recipe.layers)]

@@ -211,7 +211,10 @@ class Job:
             The inputs of the first block, and the outputs of the last dense block if training needs them.
         """
         with self.clock("walk"):
-            recording = self.runner.recorded(self.windows, self.recovery.micro_batch, self.recovery.held_out)
+            recovery = self.recovery
+            recording = self.runner.recorded(
+                self.windows, recovery.micro_batch, recovery.held_out, trained=recovery.training is not None
+            )
         self.allocate(recording)
         self.begin_files()
         hidden = recording.hidden

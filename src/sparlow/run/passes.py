@@ -54,12 +54,16 @@ class BlockwiseRunner:
         """The dense blocks, one at a time."""
         return one_by_one(self._weights, len(self._decoder))
 
-    def recorded(self, windows: Tensor, micro_batch: int, apart: int = 0) -> Recording:
-        """Return the inputs of the blocks for these windows, see ``capture_block_inputs``."""
+    def recorded(self, windows: Tensor, micro_batch: int, apart: int = 0, *, trained: bool = False) -> Recording:
+        """Return the inputs of the blocks for these windows, see ``capture_block_inputs``.
+
+        ``trained`` says that blocks are trained on them, see ``activation_store.place``.
+        """
         with self._weights.outside_blocks(), self._weights.block(0):
             numbers = windows.numel() * self._carried // self._processes.size
+            size = numbers * self._weights.computing.itemsize
             where: torch.device | str | Path = place(
-                self._offload, numbers * self._weights.computing.itemsize, self._weights.device, self.folder
+                self._offload, size, self._weights.device, self.folder, trained=trained
             )
             if where == "disk" and self.folder:
                 where = self.folder

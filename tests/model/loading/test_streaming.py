@@ -13,6 +13,7 @@ from families import EXTRAS, FAMILIES, save_tiny, tiny, tiny_tokenizer
 from samples import few_of
 from sparlow import machine
 from sparlow.evaluation.perplexity import evaluate, perplexity
+from sparlow.model.forward import activation_store
 from sparlow.model.forward.activation_store import ActivationStore, place
 from sparlow.model.forward.decoder import Decoder
 from sparlow.model.loading.source import OpenedModel, open_model, upcast_for_cpu
@@ -209,6 +210,14 @@ def test_auto_asks_for_what_this_process_may_take_not_for_what_the_machine_has(m
     assert place("auto", 1000, CPU) == "disk"
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert place("auto", 999, CPU) == "disk"
+
+
+def test_hidden_states_leave_main_memory_to_a_training_unless_files_would_lie_there(monkeypatch):
+    monkeypatch.setattr(activation_store, "lies_in_memory", lambda _: False)
+    assert place("auto", 1000, CPU, trained=True) == "disk"
+    assert place("cpu", 1000, CPU, trained=True) == "cpu"
+    monkeypatch.setattr(activation_store, "lies_in_memory", lambda _: True)
+    assert place("auto", 1000, CPU, trained=True) == "cpu"
 
 
 def test_there_is_no_other_place():

@@ -101,7 +101,9 @@ class _Number:
         self.of = of
 
 
-def place(offload: str, size: int, device: torch.device, folder: Path | None = None) -> torch.device | str:
+def place(
+    offload: str, size: int, device: torch.device, folder: Path | None = None, *, trained: bool = False
+) -> torch.device | str:
     """Decide where hidden states wait.
 
     Args:
@@ -111,6 +113,8 @@ def place(offload: str, size: int, device: torch.device, folder: Path | None = N
         size: Bytes of one copy.
         device: Where blocks run.
         folder: Where files would lie; the system's folder for temporary ones if left out.
+        trained: They wait while blocks are trained. "auto" leaves main memory to the training then, so that more text
+            takes no more of it: reading a step's windows from a file takes next to no time beside the step.
 
     Raises:
         InputError: There is no such place.
@@ -122,5 +126,5 @@ def place(offload: str, size: int, device: torch.device, folder: Path | None = N
     free = device_available(device)
     if free is not None and 4 * AT_ONCE * size < free:
         return device
-    fits = 2 * AT_ONCE * size < memory_available()
+    fits = not trained and 2 * AT_ONCE * size < memory_available()
     return "cpu" if fits or lies_in_memory(folder or Path(tempfile.gettempdir())) else "disk"

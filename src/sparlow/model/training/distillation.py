@@ -9,19 +9,24 @@ a compression this needs every block in memory at once, with gradients and the t
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint as computed_again
 from transformers import PreTrainedModel
 
+from sparlow.model.forward.activation_store import Shared
 from sparlow.model.forward.block_pass import run_block
 from sparlow.model.forward.calls import NOTHING, BlockCalls
 from sparlow.model.forward.capture import Recording, run_head, tokens_at_once
 from sparlow.model.forward.stand_ins import Form
 from sparlow.model.training.loop import MicroBatches, TrainingPlan, TrainingResult, train
 from sparlow.model.training.resume_state import TrainingCheckpoint
+
+PIECES = 4  # for each that is in memory at once elsewhere: here there are gradients, and two models
 
 
 @dataclass(frozen=True)
@@ -38,14 +43,41 @@ class _Chain(nn.Module):
         self.train(blocks[0].training)  # a chain of its own would leave all blocks in training mode, dropout included
 
     def forward(self, i: int, x: Tensor) -> Tensor:
-        """Return what leaves the last block for x (b, seqlen, …) of micro-batch i, which enters the first."""
+        """Return what leaves the last block for x (b, seqlen, …) of micro-batch i, which enters the first.
+
+        For gradients only what enters each block is kept. What is inside is computed again when its turn comes: a pass
+        more, of three, for the activations of one block instead of all.
+        """
         x = x.float()  # what blocks add to it stays in float32, and so do its gradients
         device, shared = next(self.parameters()).device, NOTHING
         for block, calls in zip(self.blocks, self._calls, strict=True):
-            call = calls.at(i, device, shared)
-            x = run_block(block, x, call)
-            shared = call.written()
+            left: list[Shared] = []
+            run = partial(_run, block, calls, i, device, shared, left)
+            if torch.is_grad_enabled():
+                x = computed_again(
+                    run, x, use_reentrant=False, preserve_rng_state=False
+                )  # nothing is drawn in eval mode
+            else:
+                x = run(x)
+            shared = left[0]
         return x
+
+
+def _run(
+    block: nn.Module,
+    calls: BlockCalls,
+    i: int,
+    device: torch.device,
+    shared: Shared,
+    left: list[Shared],
+    x: Tensor,
+) -> Tensor:
+    """Run a block; what it leaves for others behind it goes to ``left``, the first time that it runs."""
+    call = calls.at(i, device, shared)
+    y = run_block(block, x, call)
+    if not left:
+        left.append(call.written())
+    return y
 
 
 class _WithGradient(torch.autograd.Function):
@@ -103,7 +135,7 @@ class _Divergence:
         return functional.log_softmax(run_head(self.model, self.output, ids, state).float(), dim=-1)
 
     def _pieces(self, held: Tensor, wanted: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        n = tokens_at_once(self.model, len(held))
+        n = tokens_at_once(self.model, len(held) * PIECES)
         return zip(held.split(n, 1), wanted.split(n, 1), strict=True)
 
 

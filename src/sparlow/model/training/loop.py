@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,8 +10,11 @@ from torch import Tensor, nn
 
 from sparlow.distributed import ALONE, Processes
 from sparlow.errors import RunError
-from sparlow.model.training.packed_layer import Packed, packed, trained_parameters
+from sparlow.model.training.packed_layer import packed, trained_parameters
 from sparlow.model.training.resume_state import TrainingCheckpoint, TrainingState
+from sparlow.model.training.trained_parts import KeptValues, LowRank, OnGrid
+
+OF_SCALES = 5.0  # times the rate of S is that of a scale, which is relative to what it was
 
 Loss = Callable[[int, Tensor, Tensor], Tensor]  # number, inputs, targets of a micro-batch → mean over its tokens
 
@@ -74,28 +77,28 @@ def train(
         RunError: The loss is not finite.
     """
     order = torch.Generator().manual_seed(seed)
-    with packed(block) as values, torch.enable_grad():
+    with packed(block), torch.enable_grad():
         if not trained_parameters(block):
             loss = data.judge(loss_of)
             _require_finite(block, [loss], f"{label} cannot begin")
             return TrainingResult(loss, loss, 0, 0.0)
-        optimiser = _adam(block, values, plan)
-        training = _Training(block, optimiser, plan, data, loss_of, checkpoint or TrainingCheckpoint())
+        training = _Training(block, plan, data, loss_of, checkpoint or TrainingCheckpoint())
         state = training.state
-        _require_finite(block, [state.before], f"{label} cannot begin")
-        for epoch in range(1, plan.epochs + 1):
-            # drawn also for epochs that are done already
-            shuffled = torch.randperm(len(data.training), generator=order).tolist()
-            if epoch > state.epochs:
-                if plan.patience and state.waited >= plan.patience:
-                    break
-                losses = training.epoch(shuffled)
-                _require_finite(block, losses, f"{label} diverged in epoch {epoch}")
-            advance(1)
-        block.load_state_dict(training.best)
-    for p in block.parameters():
-        data.processes.broadcast(p.data)  # the same bits everywhere, whatever the machines
-    return TrainingResult(state.before, state.best, state.epochs, training.seconds())
+        try:
+            _require_finite(block, [state.before], f"{label} cannot begin")
+            for epoch in range(1, plan.epochs + 1):
+                # drawn also for epochs that are done already
+                shuffled = torch.randperm(len(data.training), generator=order).tolist()
+                if epoch > state.epochs:
+                    if plan.patience and state.waited >= plan.patience:
+                        break
+                    losses = training.epoch(shuffled)
+                    _require_finite(block, losses, f"{label} diverged in epoch {epoch}")
+                advance(1)
+            training.share()
+        finally:
+            seconds = training.end()
+    return TrainingResult(state.before, state.best, state.epochs, seconds)
 
 
 class MicroBatches:
@@ -176,21 +179,21 @@ class _Training:
     def __init__(
         self,
         block: nn.Module,
-        optimiser: torch.optim.Optimizer,
         plan: TrainingPlan,
         data: MicroBatches,
         loss_of: Loss,
         checkpoint: TrainingCheckpoint,
     ) -> None:
         self._start = time.perf_counter()
-        self._block, self._optimiser, self._plan, self._data = block, optimiser, plan, data
-        self._loss_of, self._checkpoint = loss_of, checkpoint
-        self._rates = [group["lr"] for group in optimiser.param_groups]
-        found = checkpoint.resume(block, optimiser)
+        self._plan, self._data, self._loss_of, self._checkpoint = plan, data, loss_of, checkpoint
+        self._optimiser = _adam(block, plan)
+        self._rates = [group["lr"] for group in self._optimiser.param_groups]
+        self._trained: dict[str, Tensor] = {n: p for n, p in block.named_parameters() if p.requires_grad}
+        found = checkpoint.resume(self._trained, self._optimiser)
         if found is None:
             before = data.judge(loss_of)
-            found = TrainingState(before, before), _copy(block)
-        self.state, self.best = found
+            found = TrainingState(before, before), {name: p.detach().clone() for name, p in self._trained.items()}
+        self.state, self._best = found
 
     def epoch(self, shuffled: Sequence[int]) -> list[float]:
         """The steps of an epoch that are left, and the judgement; return the loss at each, and that."""
@@ -204,15 +207,37 @@ class _Training:
         state.epochs, state.steps = state.epochs + 1, 0
         state.waited = 0 if loss < state.best else state.waited + 1
         if loss < state.best:
-            state.best, self.best = loss, _copy(self._block)
+            state.best = loss
+            self._copy(self._trained, self._best)
         return [*self._data.added_up(losses), loss]  # only now: an accelerator would be waited for at each
 
     def seconds(self) -> float:
         """Taken so far, those before a state that was resumed from included."""
         return self.state.seconds + time.perf_counter() - self._start
 
+    def share(self) -> None:
+        """Give every process the same bits of the best parameters, whatever their machines."""
+        for p in self._best.values():
+            self._data.processes.broadcast(p)
+
+    def end(self) -> float:
+        """Put the parameters of the best epoch in place, and let all else go; return the seconds taken."""
+        self._copy(self._best, self._trained)
+        seconds = self.seconds()
+        self._optimiser.state.clear()
+        self._optimiser.param_groups.clear()
+        self._trained, self._best = {}, {}
+        return seconds
+
+    @staticmethod
+    @torch.no_grad()
+    def _copy(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
+        for name, p in source.items():
+            target[name].copy_(p)
+
     def _keep(self) -> None:
-        self._checkpoint.keep(replace(self.state, seconds=self.seconds()), self._block, self._optimiser, self.best)
+        now = replace(self.state, seconds=self.seconds())
+        self._checkpoint.keep(now, self._trained, self._optimiser, self._best)
 
     def _step(self, step: Sequence[int], done: float) -> Tensor:
         """Take one step along the gradients of some micro-batches, ``done`` of all steps behind it; return the loss."""
@@ -242,13 +267,12 @@ def _require_finite(block: nn.Module, losses: Sequence[float], what: str) -> Non
     raise RunError(f"{what}: the loss is not finite at step {step}{where}. Lower --match-lr.")
 
 
-def _adam(block: nn.Module, values: Sequence[nn.Parameter], plan: TrainingPlan) -> torch.optim.Optimizer:
-    low_rank = [p for layer in block.modules() if isinstance(layer, Packed) for p in (layer.U, layer.V) if p.numel()]
-    compressed = {id(p) for p in (*values, *low_rank)}
-    rest = [p for p in trained_parameters(block) if id(p) not in compressed]
-    groups = ((list(values), plan.lr), (low_rank, plan.low_rank_lr), (rest, plan.lr))
+def _adam(block: nn.Module, plan: TrainingPlan) -> torch.optim.Optimizer:
+    parts = list(block.modules())
+    values = [part.values for part in parts if isinstance(part, KeptValues) and part.values.numel()]
+    ratios = [part.ratio for part in parts if isinstance(part, OnGrid) and part.ratio.numel()]
+    low_rank = [p for part in parts if isinstance(part, LowRank) for p in (part.U, part.V) if p.numel()]
+    known = {id(p) for p in (*values, *ratios, *low_rank)}
+    rest = [p for p in trained_parameters(block) if id(p) not in known]
+    groups = ((values, plan.lr), (low_rank, plan.low_rank_lr), (rest, plan.lr), (ratios, plan.lr * OF_SCALES))
     return torch.optim.Adam([{"params": some, "lr": lr} for some, lr in groups if some], fused=True)
-
-
-def _copy(block: nn.Module) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in block.state_dict().items()}

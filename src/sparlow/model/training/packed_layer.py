@@ -8,89 +8,73 @@ routers least of all.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from sparlow.model.artefact.layers import SparseLowRankLinear, compressed_layers
+from sparlow.model.artefact.stored_form import StoredForm
 from sparlow.model.forward.decoder import is_norm
-
-LARGEST_POWER = 30  # of two, by which columns of U are scaled
+from sparlow.model.training.trained_parts import PARTS, Int8LowRank, KeptValues, LowRank, OnGrid, smallest
 
 
 class Packed(nn.Module):
-    """A compressed layer while it is trained: the kept entries of S as one vector, in float32.
+    """A compressed layer while it is trained, of which ``sparse`` gives S and ``low_rank`` U V.
 
-    Columns of U come out of some methods hundreds of times as long as rows of V, and a step of Adam, which has one size
-    for all, then breaks the layer. So they are brought to a length of about 1, by powers of two, which round nothing.
+    The layer's own S is let go until ``unpack_into``.
     """
-
-    mask: Tensor
-    lengths: Tensor
 
     def __init__(self, layer: SparseLowRankLinear) -> None:
         super().__init__()
-        S = layer.S.detach()
-        self.register_buffer("mask", S != 0, persistent=False)  # (out, in)
-        self.values = nn.Parameter(S[self.mask].float())
-        U, V = layer.U.detach().float(), layer.V.detach().float()
-        self.register_buffer("lengths", _powers(torch.linalg.vector_norm(U, dim=0)), persistent=False)  # (r,)
-        self.U, self.V = nn.Parameter(U / self.lengths), nn.Parameter(V * self.lengths[:, None])
-        self.bias = layer.bias
+        form = layer.stored or StoredForm()
+        S, U, V = layer.S.detach(), layer.U.detach(), layer.V.detach()
+        dtype = form.dtype or S.dtype
+        self.sparse = (OnGrid.of(S, form.values, dtype) if form.values else None) or KeptValues(S)
+        self.low_rank = Int8LowRank(U, V, form.factors, dtype) if form.factors and layer.rank else LowRank(U, V)
+        self.bias, self._form, self._kind = layer.bias, form, S.dtype
+        layer.S.data = S.new_empty(0)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x (S + U V)ᵀ + b for x (…, in)."""
         # one product with S + U V: its gradient gives those of S, U and V without products over tokens
-        S = torch.zeros(self.mask.shape, device=x.device).masked_scatter(self.mask, self.values)
-        return functional.linear(x, (S + self.U @ self.V).to(x.dtype), self.bias)
+        return functional.linear(x, (self.sparse() + self.low_rank()).to(x.dtype), self.bias)
 
+    @torch.no_grad()
     def unpack_into(self, layer: SparseLowRankLinear) -> None:
-        """Write the result back; what rounds to zero takes the smallest number of its sign instead, to stay kept."""
-        values, dtype = self.values.detach(), layer.S.dtype
-        rounded = values.to(dtype)
-        with torch.no_grad():
-            layer.S.masked_scatter_(self.mask, torch.where(rounded == 0, _smallest(values, dtype), rounded))
-            layer.U.copy_(self.U * self.lengths)
-            layer.V.copy_(self.V / self.lengths[:, None])
-
-
-def _smallest(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """The smallest number of ``dtype`` with the sign of each value.
-
-    In float16 that is a subnormal one, 2⁻²⁴: its smallest normal number, 6e-5, is a weight like others. In types with
-    the range of float32 it is a normal number, 1e-38: some devices take smaller ones for zero.
-    """
-    smallest = max(torch.finfo(dtype).tiny * torch.finfo(dtype).eps, torch.finfo(torch.float32).tiny)
-    return torch.full_like(values, smallest).copysign(values).to(dtype)
-
-
-def _powers(lengths: Tensor) -> Tensor:
-    """The powers of two that are nearest; 1 where a length is 0."""
-    powers = lengths.log2().round().clamp(-LARGEST_POWER, LARGEST_POWER)
-    return torch.where(lengths > 0, powers, 0).exp2()
+        """Write the result back, with how it is stored."""
+        layer.S.data = self.sparse.result(self._kind)
+        U, V = self.low_rank.result()
+        layer.U.copy_(U)
+        layer.V.copy_(V)
+        if isinstance(self.sparse, OnGrid):
+            self._form = replace(self._form, values=self.sparse.stored())
+        if isinstance(self.low_rank, Int8LowRank):
+            self._form = replace(self._form, factors=self.low_rank.stored())
+        layer.stored = self._form if layer.stored else None
 
 
 @contextmanager
-def packed(block: nn.Module) -> Iterator[list[nn.Parameter]]:
+def packed(block: nn.Module) -> Iterator[None]:
     """Put packed layers in the place of the compressed ones; what is trained has gradients, until afterwards."""
     layers = compressed_layers(block)
-    trained = {name: Packed(layer) for name, layer in layers.items()}
+    trained: dict[str, Packed] = {}
     wanted: dict[nn.Parameter, bool] = {p: p.requires_grad for p in block.parameters()}
     training = block.training
-    for name, layer in trained.items():
-        block.set_submodule(name, layer)
-    block.eval().requires_grad_(requires_grad=False)
-    for p in trained_parameters(block):
-        p.requires_grad_()
     try:
+        for name, layer in layers.items():
+            trained[name] = Packed(layer)
+            block.set_submodule(name, trained[name])
+        block.eval().requires_grad_(requires_grad=False)
+        for p in trained_parameters(block):
+            p.requires_grad_()
         with _in_float32(list(block.parameters())):
-            yield [layer.values for layer in trained.values()]
-        for name, compressed in layers.items():
-            trained[name].unpack_into(compressed)
+            yield
     finally:
-        for name, compressed in layers.items():
-            block.set_submodule(name, compressed)
+        for name in list(trained):
+            trained.pop(name).unpack_into(layers[name])  # whose numbers are let go before the next is unpacked
+            block.set_submodule(name, layers[name])
         for p, grad in wanted.items():
             p.requires_grad_(grad)
             p.grad = None
@@ -101,7 +85,7 @@ def trained_parameters(block: nn.Module) -> list[nn.Parameter]:
     """What is trained of a block with packed layers: those, and norms."""
     found: dict[nn.Parameter, None] = {}  # each once, however many modules share it
     for module in block.modules():
-        if isinstance(module, Packed) or is_norm(module):
+        if isinstance(module, (Packed, *PARTS)) or is_norm(module):
             found |= dict.fromkeys(p for p in module.parameters(recurse=False) if p.numel())
     return list(found)
 
@@ -127,4 +111,4 @@ def round_through(block: nn.Module, dtype: torch.dtype, exceptions: Sequence[str
                 continue
             rounded = p.to(dtype).to(p.dtype)
             lost = (rounded == 0) & (p != 0)  # of S, which must keep its support; of other tensors it does no harm
-            p.copy_(torch.where(lost, _smallest(p, dtype).to(p.dtype), rounded))
+            p.copy_(torch.where(lost, smallest(p, dtype).to(p.dtype), rounded))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 EVERY = 300.0  # seconds between one state that is kept and the next
 
@@ -47,13 +47,17 @@ class TrainingCheckpoint:
         self._found, self._keep, self._kept_at = found, keep, time.monotonic()
 
     def keep(
-        self, stand: TrainingState, block: nn.Module, optimiser: torch.optim.Optimizer, best: Mapping[str, Tensor]
+        self,
+        stand: TrainingState,
+        trained: Mapping[str, Tensor],
+        optimiser: torch.optim.Optimizer,
+        best: Mapping[str, Tensor],
     ) -> None:
         """Keep everything that the steps to come depend on, if the last time is long enough ago.
 
         Args:
             stand: Numbers.
-            block: What is trained, with the parameters it has now.
+            trained: The parameters now.
             optimiser: Its state is tensors.
             best: The parameters that the best epoch left.
         """
@@ -61,29 +65,34 @@ class TrainingCheckpoint:
             return
         numbers = torch.tensor(astuple(stand), dtype=torch.float64)
         moments = {f"{i}.{name}": t for i, part in optimiser.state_dict()["state"].items() for name, t in part.items()}
-        parts = {"now": block.state_dict(), "best": best, "adam": moments}
+        parts = {"now": trained, "best": best, "adam": moments}
         named = {f"{part}.{name}": t for part, tensors in parts.items() for name, t in tensors.items()}
         self._keep({"stand": numbers, **named})
         self._kept_at = time.monotonic()
 
     @torch.no_grad()
     def resume(
-        self, block: nn.Module, optimiser: torch.optim.Optimizer
+        self, trained: Mapping[str, Tensor], optimiser: torch.optim.Optimizer
     ) -> tuple[TrainingState, dict[str, Tensor]] | None:
-        """Bring block and optimiser to the state that was found; return its numbers and best parameters."""
+        """Bring parameters and optimiser to the state that was found; return its numbers and best parameters.
+
+        A state of other parameters, as another release may have kept it, is left alone.
+        """
         if self._found is None:
             return None
         state: dict[int, dict[str, Tensor]] = {}
         best: dict[str, Tensor] = {}
-        now = block.state_dict()
         with safe_open(self._found, "pt") as file:
+            keys = list(file.keys())
+            if {key.removeprefix("now.") for key in keys if key.startswith("now.")} != trained.keys():
+                return None
             stand = _stand(file.get_tensor("stand"))
-            for key in file.keys():  # noqa: SIM118 - not a mapping
+            for key in keys:
                 part, _, name = key.partition(".")
                 if part == "now":
-                    now[name].copy_(file.get_tensor(key))
+                    trained[name].copy_(file.get_tensor(key))
                 elif part == "best":
-                    best[name] = file.get_tensor(key).to(now[name].device)
+                    best[name] = file.get_tensor(key).to(trained[name].device)
                 elif part == "adam":
                     i, _, kind = name.partition(".")
                     state.setdefault(int(i), {})[kind] = file.get_tensor(key)
