@@ -47,19 +47,28 @@ static uint8_t *kept(int which, size_t bytes) {
 }
 uint8_t *scratch(size_t bytes) { return kept(0, bytes); }
 
-static int enough(const matrix *m, int threads) {
-  int64_t worth = m->rows * m->cols / FEW;
+static int enough(int64_t entries, int threads) {
+  int64_t worth = entries / FEW;
   return worth < threads ? (worth < 1 ? 1 : (int)worth) : threads;
 }
-typedef struct { const path *by; const void *given; float *out; } call;
+/* Some of the rows of all matrices, counted through. */
+typedef struct { const path *by; const job *jobs; int64_t count; } round_of;
 static void multiply(void *data, int64_t from, int64_t to) {
-  const call *c = data;
-  c->by->product(c->given, from, to);
+  const round_of *all = data;
+  for (const job *j = all->jobs; j < all->jobs + all->count; from -= j->m->rows, to -= j->m->rows, j++) {
+    int64_t first = from > 0 ? from : 0, last = to < j->m->rows ? to : j->m->rows;
+    if (first < last) all->by->product(j, first, last);
+  }
 }
+static void multiply_all(const path *by, int threads, const job *jobs, int64_t count) {
+  int64_t rows = 0, entries = 0;
+  for (int64_t i = 0; i < count; i++) rows += jobs[i].m->rows, entries += jobs[i].m->rows * jobs[i].m->cols;
+  if (rows) share(enough(entries, threads), multiply, &(round_of){by, jobs, count}, rows);
+}
+typedef struct { const path *by; const matrix *m; float *out; } expansion;
 static void expand(void *data, int64_t from, int64_t to) {
-  const call *c = data;
-  const matrix *m = c->given;
-  c->by->decode(m, from, to, c->out + from * m->cols);
+  const expansion *e = data;
+  e->by->decode(e->m, from, to, e->out + from * e->m->cols);
 }
 
 /* Round x (tokens, cols) to int8 with a scale for each token and X_GROUP columns; a group of zeros has the scale 0. */
@@ -86,27 +95,40 @@ static void round_inputs(const float *x, int64_t ldx, int64_t tokens, int64_t co
   }
 }
 
-/* y (tokens, rows) = x Sᵀ + (x Vᵀ · fold) Uᵀ + bias for up to TOKENS tokens. S is always there; V, U, fold, bias may be NULL.
-   With a8, x is rounded to int8 for S where its levels are integers and its groups whole blocks. Returns 0, or 1: no memory. */
-EXPORT int sparlow_product(int number, int threads, int a8, const matrix *S, const matrix *V, const matrix *U, const float *fold,
-                           const float *bias, const float *x, int64_t tokens, float *y) {
+static int takes_rounded(const matrix *S) {
+  return S->kind >= CODES8 && !S->wide && (S->group >= S->cols || S->group % BLOCK == 0);
+}
+
+/* y (tokens, rows of all S, ldy apart) = x Sᵀ + (x Vᵀ · fold) Uᵀ + bias of each layer beside the one before, for up to TOKENS
+   tokens; all layers have the columns of x. V, U, fold, bias may be NULL. With a8, x is rounded to int8 for each S whose levels
+   are integers and whose groups are whole blocks. All V are taken in one round of the threads, then all S. Returns 0, or 1: no memory. */
+EXPORT int sparlow_products(int number, int threads, int a8, const layer *layers, int64_t count, const float *x, int64_t tokens, float *y, int64_t ldy) {
   const path *by = paths[number];
-  int64_t cols = S->cols, wide = padded(cols), groups = (cols + X_GROUP - 1) / X_GROUP, rank = V ? V->rows : 0;
-  a8 = a8 && S->kind >= CODES8 && !S->wide && (S->group >= cols || S->group % BLOCK == 0);
-  size_t of_t = (size_t)(4 * tokens * rank), of_q = a8 ? (size_t)(tokens * wide) : 0;
-  uint8_t *room = kept(1, 2 * of_q + 4 * (size_t)(tokens * groups) + of_t + 64);
+  int64_t cols = layers->S->cols, wide = padded(cols), groups = (cols + X_GROUP - 1) / X_GROUP, ranks = 0;
+  int rounds = 0;
+  for (int64_t i = 0; i < count; i++) ranks += layers[i].V ? layers[i].V->rows : 0, rounds |= a8 && takes_rounded(layers[i].S);
+  size_t of_jobs = 2 * (size_t)count * sizeof(job), of_q = rounds ? (size_t)(tokens * wide) : 0;
+  uint8_t *room = kept(1, of_jobs + 2 * of_q + 4 * (size_t)(tokens * (groups + ranks)));
   if (!room) return 1;
-  int32_t *sums = (int32_t *)room; /* what is widest comes first; a fourth of wide in 32 bits is as many bytes as wide */
-  float *t = (float *)(room + of_q), *scales = t + tokens * rank;
+  job *first = (job *)room, *second = first + count; /* what is widest comes first */
+  int32_t *sums = (int32_t *)(room + of_jobs);       /* a fourth of wide in 32 bits is as many bytes as wide */
+  float *t = (float *)(room + of_jobs + of_q), *scales = t + tokens * ranks;
   int8_t *q = (int8_t *)(scales + tokens * groups);
-  if (a8) round_inputs(x, cols, tokens, cols, q, scales, sums);
-  if (rank) {
-    job first = {.m = V, .x = x, .fold = fold, .y = t, .ldx = cols, .ldy = rank, .tokens = tokens};
-    share(enough(V, threads), multiply, &(call){by, &first, NULL}, rank);
+  if (rounds) round_inputs(x, cols, tokens, cols, q, scales, sums);
+  int64_t low = 0;
+  for (int64_t i = 0; i < count; i++) {
+    const layer *l = &layers[i];
+    second[i] = (job){.m = l->S, .x = x, .bias = l->bias, .y = y, .ldx = cols, .ldy = ldy, .tokens = tokens};
+    if (a8 && takes_rounded(l->S)) second[i].xq = q, second[i].xs = scales, second[i].xc = sums;
+    y += l->S->rows;
+    if (!l->V) continue;
+    int64_t rank = l->V->rows;
+    first[low++] = (job){.m = l->V, .x = x, .fold = l->fold, .y = t, .ldx = cols, .ldy = rank, .tokens = tokens};
+    second[i].u = l->U, second[i].t = t, second[i].ldt = rank;
+    t += tokens * rank;
   }
-  job second = {.m = S, .u = rank ? U : NULL, .x = x, .t = t, .bias = bias, .y = y, .ldx = cols, .ldt = rank, .ldy = S->rows, .tokens = tokens};
-  if (a8) second.xq = q, second.xs = scales, second.xc = sums;
-  share(enough(S, threads), multiply, &(call){by, &second, NULL}, S->rows);
+  multiply_all(by, threads, first, low);
+  multiply_all(by, threads, second, count);
   return 0;
 }
 
@@ -116,7 +138,7 @@ EXPORT void sparlow_decode(int number, int threads, const matrix *m, int64_t fro
   if (m->mask) some.mask = m->mask + from * mask_bytes(m->cols);
   if (m->scale) some.scale = m->scale + from * m->groups;
   some.start = m->start + from, some.rows = m->rows - from; /* where the tensor ends stays the same */
-  share(enough(m, threads), expand, &(call){paths[number], &some, out}, to - from);
+  share(enough(m->rows * m->cols, threads), expand, &(expansion){paths[number], &some, out}, to - from);
 }
 
 /* Where each row begins, in bytes: (rows + 1) from the bits of a kept value. */

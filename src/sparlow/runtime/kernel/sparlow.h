@@ -32,6 +32,12 @@ typedef struct {
   float unit;            /* what an integer level is multiplied by */
 } matrix;
 
+/* A layer x Sᵀ + (x Vᵀ · fold) Uᵀ + bias; all but S may be NULL. */
+typedef struct {
+  const matrix *S, *V, *U;
+  const float *fold, *bias;
+} layer;
+
 typedef struct {
   const matrix *m, *u;        /* y = m x + u t + bias, times fold */
   const float *x, *t, *bias, *fold;
