@@ -139,7 +139,11 @@ def test_weights_that_read_one_input_give_what_each_gives_alone(path, some, toke
         found = [operand(p.tensors, shape, p.grid, exact[3]) for p, shape, exact in some if shape[1] == columns] * 2
         together = products(found, x, rounded=rounded)
         for one, y in zip(found, together, strict=True):
-            assert torch.equal(y, one.product(x, rounded=rounded))
+            alone = one.product(x, rounded=rounded)
+            if tokens <= TOKENS:
+                assert torch.equal(y, alone)
+            else:  # torch's products may sum in another order where the result is part of a wider one
+                torch.testing.assert_close(y, alone)
 
 
 def test_weights_of_other_widths_are_not_joined():
