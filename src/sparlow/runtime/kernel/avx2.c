@@ -111,8 +111,108 @@ INL void spread32(const float *p, const uint8_t *mask, int64_t cols, float *to) 
            _mm256_storeu_ps(to + c, _mm256_blendv_ps(v, _mm256_setzero_ps(), _mm256_castsi256_ps(i))))
 }
 
+/* ---- One token in registers (see stream.h) */
+#define STREAMS
+#define GROUP_STEP 64
+#define WIDE4 0
+#include "ways.h"
+INL int order_of(int way) { return way == BUFFERED ? 0 : way <= MASKED_CODES ? 1 : way == DENSE8 || way == DENSE2 ? 4 : 8; }
+INL int columns_of(int way) { return way == DENSE4 || way == DENSE3 ? 64 : 32; }
+INL float factor_of(int way) { return way == MASKED16 || way >= DENSE3 ? 1 : 0x1p-24f; }
+
+typedef struct { VI bytes; VF floats; } levels;
+INL levels levels_of(int way, const matrix *m) {
+  levels t = {_mm256_setzero_si256(), v_zero()};
+  if (way == DENSE4) t.bytes = _mm256_xor_si256(table_of(m->narrow), _mm256_set1_epi8((char)SAME));
+  if (way >= DENSE3) {
+    float f[8];
+    for (int k = 0; k < 8; k++) f[k] = level_of(m, way == DENSE2 ? k & 3 : k);
+    t.floats = _mm256_loadu_ps(f);
+  }
+  return t;
+}
+
+/* A table of 32 bytes for each mask byte spreads and widens at once: a bf16 is the upper half of a float32, and an int8
+   the uppermost byte of an int32 that is 2^24 times as much. */
+static uint8_t upper16[256][32] __attribute__((aligned(64))), upper8[256][32] __attribute__((aligned(64)));
+__attribute__((constructor)) static void fill_upper(void) {
+  memset(upper16, 128, sizeof upper16), memset(upper8, 128, sizeof upper8);
+  for (int m = 0; m < 256; m++)
+    for (int k = 0, kept = 0; k < 8; k++)
+      if (m >> k & 1) {
+        upper16[m][4 * k + 2] = (uint8_t)(2 * kept), upper16[m][4 * k + 3] = (uint8_t)(2 * kept + 1);
+        upper8[m][4 * k + 3] = (uint8_t)kept++;
+      }
+}
+INL VF spread_upper(int way, const uint8_t *p, uint64_t offset) { /* offset: 32 times the mask byte */
+  if (way == MASKED16)
+    return _mm256_castsi256_ps(_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)p)), *(const VI *)((const uint8_t *)upper16 + offset)));
+  int64_t eight;
+  memcpy(&eight, p, 8);
+  VI v = _mm256_set1_epi64x(eight);
+  if (way == MASKED8) v = _mm256_xor_si256(v, _mm256_set1_epi8((char)SAME));
+  return _mm256_cvtepi32_ps(_mm256_shuffle_epi8(v, *(const VI *)((const uint8_t *)upper8 + offset)));
+}
+INL VF step_masked(int way, cursor *a, const float *x, VF s) {
+  const int size = way == MASKED16 ? 2 : 1;
+#pragma GCC unroll 4
+  for (int k = 0; k < 4; k++) {
+    uint64_t offset = (uint64_t)a->mask[k] << 5; /* as many bits are set as in the byte */
+    __asm__("" : "+r"(offset));                  /* or gcc widens the byte again at each use */
+    s = v_fma(spread_upper(way, a->at, offset), _mm256_loadu_ps(x + 8 * k), s);
+    a->at += size * _mm_popcnt_u64(offset);
+  }
+  a->mask += 4;
+  return s;
+}
+/* 32 signed bytes: each in turn to the top of its int32. */
+INL VF dot_upper(VI v, const float *x, int64_t apart, VF s) {
+  const VI top = _mm256_set1_epi32((int)0xff000000);
+  s = v_fma(_mm256_cvtepi32_ps(_mm256_slli_epi32(v, 24)), _mm256_loadu_ps(x), s);
+  s = v_fma(_mm256_cvtepi32_ps(_mm256_and_si256(_mm256_slli_epi32(v, 16), top)), _mm256_loadu_ps(x + apart), s);
+  s = v_fma(_mm256_cvtepi32_ps(_mm256_and_si256(_mm256_slli_epi32(v, 8), top)), _mm256_loadu_ps(x + 2 * apart), s);
+  return v_fma(_mm256_cvtepi32_ps(_mm256_and_si256(v, top)), _mm256_loadu_ps(x + 3 * apart), s);
+}
+INL VF step_dense8(cursor *a, const float *x, VF s) {
+  VI v = _mm256_xor_si256(_mm256_loadu_si256((const void *)a->at), _mm256_set1_epi8((char)SAME));
+  a->at += 32;
+  return dot_upper(v, x, 8, s);
+}
+INL VF step_dense4(cursor *a, const float *x, VI bytes, VF s) { /* even nibbles of each int32, then odd ones */
+  const VI low = _mm256_set1_epi8(15);
+  VI v = _mm256_loadu_si256((const void *)a->at);
+  a->at += 32;
+  s = dot_upper(_mm256_shuffle_epi8(bytes, _mm256_and_si256(v, low)), x, 16, s);
+  return dot_upper(_mm256_shuffle_epi8(bytes, _mm256_and_si256(_mm256_srli_epi16(v, 4), low)), x + 8, 16, s);
+}
+INL VF step_dense3(cursor *a, const float *x, VF floats, VF s) { /* 24 bits, eight codes, to each int32 */
+  const VI place = _mm256_setr_epi8(0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11, -1, 0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11, -1);
+  VI v = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const void *)a->at)), _mm_loadu_si128((const void *)(a->at + 12)), 1);
+  v = _mm256_shuffle_epi8(v, place);
+  a->at += 24;
+#pragma GCC unroll 8
+  for (int n = 0; n < 8; n++) s = v_fma(_mm256_permutevar8x32_ps(floats, _mm256_srli_epi32(v, 3 * n)), _mm256_loadu_ps(x + 8 * n), s);
+  return s;
+}
+INL VF step_dense2(cursor *a, const float *x, VF floats, VF s) {
+  VI v = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const void *)a->at));
+  a->at += 8;
+#pragma GCC unroll 4
+  for (int n = 0; n < 4; n++) s = v_fma(_mm256_permutevar_ps(floats, _mm256_srli_epi32(v, 2 * n)), _mm256_loadu_ps(x + 8 * n), s);
+  return s;
+}
+INL VF step(int way, cursor *a, const float *x, const levels *t, VF s) {
+  switch (way) {
+    case DENSE8: return step_dense8(a, x, s);
+    case DENSE4: return step_dense4(a, x, t->bytes, s);
+    case DENSE3: return step_dense3(a, x, t->floats, s);
+    case DENSE2: return step_dense2(a, x, t->floats, s);
+    default: return step_masked(way, a, x, s);
+  }
+}
+
 #include "rows.h"
-const path path_avx2 = {product, decode};
+const path path_avx2 = {product, decode, order, W};
 #else
-const path path_avx2 = {0, 0};
+const path path_avx2 = {0};
 #endif

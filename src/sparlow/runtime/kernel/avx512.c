@@ -92,7 +92,7 @@ INL void spread32(const float *p, const uint8_t *mask, int64_t cols, float *to) 
 }
 
 #include "rows.h"
-const path path_avx512 = {product, decode};
+const path path_avx512 = {product, decode, order, W};
 #else
-const path path_avx512 = {0, 0};
+const path path_avx512 = {0};
 #endif

@@ -95,6 +95,25 @@ static void round_inputs(const float *x, int64_t ldx, int64_t tokens, int64_t co
   }
 }
 
+/* Lay out x as order k wants it: of k * lanes columns first 0 k 2k .., then 1 k+1 .., and so on; 0 behind the last column. */
+static void lay_out(const float *x, int64_t cols, int k, int lanes, float *to) {
+  int64_t span = k * lanes, end = ordered(cols);
+  for (int64_t c = 0; c < end; c += span)
+    for (int n = 0; n < k; n++)
+      for (int l = 0; l < lanes; l++, to++) {
+        int64_t from = c + k * l + n;
+        *to = from < cols ? x[from] : 0;
+      }
+}
+/* The same for each job that goes through registers; several may want one order. Room for ORDERS times ordered(cols) numbers. */
+static void lay_out_for(const path *by, job *jobs, int64_t count, float *room) {
+  const float *made[16] = {0};
+  for (job *j = jobs; j < jobs + count; j++) {
+    int k = by->order(j);
+    if (k && !made[k]) lay_out(j->x, j->m->cols, k, by->lanes, room), made[k] = room, room += ordered(j->m->cols);
+    if (k) j->xp = made[k];
+  }
+}
 static int takes_rounded(const matrix *S) {
   return S->kind >= CODES8 && !S->wide && (S->group >= S->cols || S->group % BLOCK == 0);
 }
@@ -108,11 +127,13 @@ EXPORT int sparlow_products(int number, int threads, int a8, const layer *layers
   int rounds = 0;
   for (int64_t i = 0; i < count; i++) ranks += layers[i].V ? layers[i].V->rows : 0, rounds |= a8 && takes_rounded(layers[i].S);
   size_t of_jobs = 2 * (size_t)count * sizeof(job), of_q = rounds ? (size_t)(tokens * wide) : 0;
-  uint8_t *room = kept(1, of_jobs + 2 * of_q + 4 * (size_t)(tokens * (groups + ranks)));
+  size_t of_x = tokens == 1 ? ORDERS * 4 * (size_t)ordered(cols) : 0;
+  uint8_t *room = kept(1, of_jobs + of_x + 2 * of_q + 4 * (size_t)(tokens * (groups + ranks)));
   if (!room) return 1;
   job *first = (job *)room, *second = first + count; /* what is widest comes first */
-  int32_t *sums = (int32_t *)(room + of_jobs);       /* a fourth of wide in 32 bits is as many bytes as wide */
-  float *t = (float *)(room + of_jobs + of_q), *scales = t + tokens * ranks;
+  float *laid_out = (float *)(room + of_jobs);
+  int32_t *sums = (int32_t *)(room + of_jobs + of_x); /* a fourth of wide in 32 bits is as many bytes as wide */
+  float *t = (float *)(room + of_jobs + of_x + of_q), *scales = t + tokens * ranks;
   int8_t *q = (int8_t *)(scales + tokens * groups);
   if (rounds) round_inputs(x, cols, tokens, cols, q, scales, sums);
   int64_t low = 0;
@@ -127,6 +148,7 @@ EXPORT int sparlow_products(int number, int threads, int a8, const layer *layers
     second[i].u = l->U, second[i].t = t, second[i].ldt = rank;
     t += tokens * rank;
   }
+  if (of_x) lay_out_for(by, second, count, laid_out);
   multiply_all(by, threads, first, low);
   multiply_all(by, threads, second, count);
   return 0;
