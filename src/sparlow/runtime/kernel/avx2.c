@@ -113,9 +113,8 @@ INL void spread32(const float *p, const uint8_t *mask, int64_t cols, float *to) 
 
 /* ---- One token in registers (see stream.h) */
 #define STREAMS
-#define GROUP_STEP 64
 #define WIDE4 0
-#include "ways.h"
+#include "spread.h"
 INL int order_of(int way) { return way == BUFFERED ? 0 : way <= MASKED_CODES ? 1 : way == DENSE8 || way == DENSE2 ? 4 : 8; }
 INL int columns_of(int way) { return way == DENSE4 || way == DENSE3 ? 64 : 32; }
 INL float factor_of(int way) { return way == MASKED16 || way >= DENSE3 ? 1 : 0x1p-24f; }
@@ -132,46 +131,14 @@ INL levels levels_of(int way, const matrix *m) {
   return t;
 }
 
-/* A table of 32 bytes for each mask byte spreads and widens at once: a bf16 is the upper half of a float32, and an int8
-   the uppermost byte of an int32 that is 2^24 times as much. */
-static uint8_t upper16[256][32] __attribute__((aligned(64))), upper8[256][32] __attribute__((aligned(64)));
-__attribute__((constructor)) static void fill_upper(void) {
-  memset(upper16, 128, sizeof upper16), memset(upper8, 128, sizeof upper8);
-  for (int m = 0; m < 256; m++)
-    for (int k = 0, kept = 0; k < 8; k++)
-      if (m >> k & 1) {
-        upper16[m][4 * k + 2] = (uint8_t)(2 * kept), upper16[m][4 * k + 3] = (uint8_t)(2 * kept + 1);
-        upper8[m][4 * k + 3] = (uint8_t)kept++;
-      }
-}
-INL VF spread_upper(int way, const uint8_t *p, uint64_t offset) { /* offset: 32 times the mask byte */
-  if (way == MASKED16)
-    return _mm256_castsi256_ps(_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)p)), *(const VI *)((const uint8_t *)upper16 + offset)));
-  int64_t eight;
-  memcpy(&eight, p, 8);
-  VI v = _mm256_set1_epi64x(eight);
-  if (way == MASKED8) v = _mm256_xor_si256(v, _mm256_set1_epi8((char)SAME));
-  return _mm256_cvtepi32_ps(_mm256_shuffle_epi8(v, *(const VI *)((const uint8_t *)upper8 + offset)));
-}
-INL VF step_masked(int way, cursor *a, const float *x, VF s) {
-  const int size = way == MASKED16 ? 2 : 1;
-#pragma GCC unroll 4
-  for (int k = 0; k < 4; k++) {
-    uint64_t offset = (uint64_t)a->mask[k] << 5; /* as many bits are set as in the byte */
-    __asm__("" : "+r"(offset));                  /* or gcc widens the byte again at each use */
-    s = v_fma(spread_upper(way, a->at, offset), _mm256_loadu_ps(x + 8 * k), s);
-    a->at += size * _mm_popcnt_u64(offset);
-  }
-  a->mask += 4;
-  return s;
-}
 /* 32 signed bytes: each in turn to the top of its int32. */
 INL VF dot_upper(VI v, const float *x, int64_t apart, VF s) {
-  const VI top = _mm256_set1_epi32((int)0xff000000);
+  const VI second = _mm256_setr_epi8(-1, -1, -1, 1, -1, -1, -1, 5, -1, -1, -1, 9, -1, -1, -1, 13, -1, -1, -1, 1, -1, -1, -1, 5, -1, -1, -1, 9, -1, -1, -1, 13);
+  const VI third = _mm256_setr_epi8(-1, -1, -1, 2, -1, -1, -1, 6, -1, -1, -1, 10, -1, -1, -1, 14, -1, -1, -1, 2, -1, -1, -1, 6, -1, -1, -1, 10, -1, -1, -1, 14);
   s = v_fma(_mm256_cvtepi32_ps(_mm256_slli_epi32(v, 24)), _mm256_loadu_ps(x), s);
-  s = v_fma(_mm256_cvtepi32_ps(_mm256_and_si256(_mm256_slli_epi32(v, 16), top)), _mm256_loadu_ps(x + apart), s);
-  s = v_fma(_mm256_cvtepi32_ps(_mm256_and_si256(_mm256_slli_epi32(v, 8), top)), _mm256_loadu_ps(x + 2 * apart), s);
-  return v_fma(_mm256_cvtepi32_ps(_mm256_and_si256(v, top)), _mm256_loadu_ps(x + 3 * apart), s);
+  s = v_fma(_mm256_cvtepi32_ps(_mm256_shuffle_epi8(v, second)), _mm256_loadu_ps(x + apart), s);
+  s = v_fma(_mm256_cvtepi32_ps(_mm256_shuffle_epi8(v, third)), _mm256_loadu_ps(x + 2 * apart), s);
+  return v_fma(_mm256_cvtepi32_ps(_mm256_and_si256(v, _mm256_set1_epi32((int)0xff000000))), _mm256_loadu_ps(x + 3 * apart), s);
 }
 INL VF step_dense8(cursor *a, const float *x, VF s) {
   VI v = _mm256_xor_si256(_mm256_loadu_si256((const void *)a->at), _mm256_set1_epi8((char)SAME));
@@ -207,7 +174,7 @@ INL VF step(int way, cursor *a, const float *x, const levels *t, VF s) {
     case DENSE4: return step_dense4(a, x, t->bytes, s);
     case DENSE3: return step_dense3(a, x, t->floats, s);
     case DENSE2: return step_dense2(a, x, t->floats, s);
-    default: return step_masked(way, a, x, s);
+    default: return spread_dot(way, a, x, s);
   }
 }
 

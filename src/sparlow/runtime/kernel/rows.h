@@ -148,8 +148,10 @@ INL void tokens(int F, int A8, int R, const void *const *w, const int64_t *r, co
 }
 
 static void scales_of(const matrix *m, int64_t r, float *to) {
-  for (int64_t g = 0; g < m->groups; g++)
-    to[g] = m->unit * (m->scale ? of_16(m->scale_kind, m->scale[r * m->groups + g]) : 1);
+  const uint16_t *from = m->scale + r * m->groups;
+  if (!m->scale) to[0] = m->unit;
+  else if (m->scale_kind == BF16) for (int64_t g = 0; g < m->groups; g++) to[g] = m->unit * of_bf16(from[g]);
+  else for (int64_t g = 0; g < m->groups; g++) to[g] = m->unit * of_fp16(from[g]);
 }
 
 /* Buffers of n rows and their scales; where there is no memory, none. */

@@ -2,7 +2,7 @@
 
    Included by rows.h where the instruction set has, behind its other pieces,
 
-     GROUP_STEP, WIDE4                see ways.h
+     WIDE4                            whether DENSE4 has levels that are no integers
      order_of(way)                    k: of k * W columns, x is laid out as columns 0 k 2k .., then 1 k+1 .., and so on
      columns_of(way)                  columns of a step, a multiple of k * W
      factor_of(way)                   what the sums of a row are to be multiplied by
@@ -10,6 +10,26 @@
      step(way, cursor, x, levels, s)  adds the products of a step to s, and moves the cursor on
 
    Bits of a mask behind the last column are 0 here, and so is x. */
+
+INL int way_for(const matrix *m) {
+  if (m->mask) {
+    if (m->kind == BF16) return MASKED16;
+    return m->kind < CODES8 || m->wide ? BUFFERED : m->kind == CODES8 ? MASKED8 : MASKED_CODES;
+  }
+  switch (m->kind) {
+    case CODES8: return m->wide ? BUFFERED : DENSE8;
+    case CODES4: return m->wide && !WIDE4 ? BUFFERED : DENSE4;
+    case CODES3: return DENSE3;
+    case CODES2: return DENSE2;
+    default: return BUFFERED;
+  }
+}
+/* A step has one scale. */
+INL int way_of(const job *j) {
+  if (j->tokens != 1 || j->xq) return BUFFERED;
+  int way = way_for(j->m);
+  return j->m->group < j->m->cols && j->m->group % columns_of(way) ? BUFFERED : way;
+}
 
 INL void streams(int way, int R, cursor *a, const job *j, const float *scale, float *found) {
   const matrix *m = j->m;
