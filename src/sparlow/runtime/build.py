@@ -141,4 +141,4 @@ def _declare(functions: ctypes.CDLL) -> None:
     functions.sparlow_products.argtypes = [number, number, number, pointer, long, pointer, long, pointer, long]
     functions.sparlow_decode.argtypes = [number, number, pointer, long, long, pointer]
     functions.sparlow_starts.argtypes = [pointer, long, long, long, pointer]
-    functions.sparlow_decode.restype = functions.sparlow_starts.restype = None
+    functions.sparlow_decode.restype = None

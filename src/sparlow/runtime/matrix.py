@@ -24,7 +24,7 @@ class Struct(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("data", "start", "mask", "scale", "narrow", "wide")),
         *((name, ctypes.c_int64) for name in ("rows", "cols", "group", "groups")),
-        *((name, ctypes.c_int32) for name in ("kind", "scale_kind", "wide_kind")),
+        *((name, ctypes.c_int32) for name in ("kind", "scale_kind", "wide_kind", "pairs")),
         ("unit", ctypes.c_float),
     )
 
@@ -73,12 +73,13 @@ def sparse_matrix(lib: Library, parts: Mapping[str, Tensor], shape: tuple[int, i
     mask = None if mask is None else mask.contiguous()
     bits = grid.bits if grid else 8 * data.itemsize
     start = torch.empty(shape[0] + 1, dtype=torch.int64)
-    lib.functions.sparlow_starts(address(mask), *shape, bits, start.data_ptr())
+    pairs = lib.functions.sparlow_starts(address(mask), *shape, bits, start.data_ptr())
     if int(start[-1]) != data.nbytes:
         raise InputError(
             f"Its values should take {int(start[-1])} bytes, but there are {data.nbytes}. Restore the file."
         )
-    struct = Struct(data=data.data_ptr(), start=start.data_ptr(), mask=address(mask), rows=shape[0], cols=shape[1])
+    struct = Struct(data=data.data_ptr(), start=start.data_ptr(), mask=address(mask))
+    struct.rows, struct.cols, struct.pairs = *shape, pairs
     if grid is None:
         return _finished(struct, shape, [data, start, mask], kind=_FLOATS[data.dtype])
     scale = parts["scale"].contiguous()

@@ -72,14 +72,15 @@ static void expand(void *data, int64_t from, int64_t to) {
 }
 
 /* Round x (tokens, cols) to int8 with a scale for each token and X_GROUP columns; a group of zeros has the scale 0. */
-static void round_inputs(const float *x, int64_t ldx, int64_t tokens, int64_t cols, int8_t *q, float *scales, int32_t *sums) {
+static void round_inputs(const float *x, int64_t ldx, int64_t tokens, int64_t cols, int8_t *q, float *scales, int32_t *totals, int32_t *sums) {
   int64_t wide = padded(cols), groups = (cols + X_GROUP - 1) / X_GROUP;
-  for (int64_t t = 0; t < tokens; t++, q += wide, scales += groups, sums += wide / 4) {
+  for (int64_t t = 0; t < tokens; t++, q += wide, scales += groups, totals += groups, sums += wide / 4) {
     const float *from = x + t * ldx;
     for (int64_t g = 0; g < groups; g++) {
       int64_t c = g * X_GROUP, end = c + X_GROUP < cols ? c + X_GROUP : cols;
       float big = 0;
       int known = 1;
+      totals[g] = 0;
       for (int64_t k = c; k < end; k++) big = fabsf(from[k]) > big ? fabsf(from[k]) : big, known &= from[k] == from[k];
       float per = 127 / big;
       if (!known || isinf(big) || isinf(per)) { /* NaN and infinity make NaN of the result; below 1e-36 all is zero */
@@ -88,7 +89,7 @@ static void round_inputs(const float *x, int64_t ldx, int64_t tokens, int64_t co
         continue;
       }
       scales[g] = big / 127;
-      for (int64_t k = c; k < end; k++) q[k] = (int8_t)rintf(from[k] * per);
+      for (int64_t k = c; k < end; k++) q[k] = (int8_t)rintf(from[k] * per), totals[g] += q[k];
     }
     memset(q + cols, 0, (size_t)(wide - cols));
     for (int64_t k = 0; k < wide / 4; k++) sums[k] = -128 * (q[4 * k] + q[4 * k + 1] + q[4 * k + 2] + q[4 * k + 3]);
@@ -105,13 +106,31 @@ static void lay_out(const float *x, int64_t cols, int k, int lanes, float *to) {
         *to = from < cols ? x[from] : 0;
       }
 }
+/* The same for bytes; behind them what they are without their signs, and then -128 times the sums of four neighbours, 32 bits each. */
+static void lay_out_bytes(const int8_t *x, int64_t cols, int order, int lanes, int8_t *to) {
+  int64_t end = ordered(cols), span = order == EVEN_ODD ? 8 * lanes : X_GROUP;
+  for (int64_t i = 0; i < end; i++) {
+    int64_t from = i, k = i % span;
+    if (order == EVEN_ODD) from += (k < span / 2 ? 2 * k : 2 * k - span + 1) - k;
+    if (order == HALVES) from += 64 * (k / 16 & 1) + 16 * (k / 32) + k % 16 - k; /* of each 16 columns, those 64 on are beside them */
+    to[i] = from < cols ? x[from] : 0;
+    to[end + i] = (int8_t)abs(to[i]);
+  }
+  int32_t *sums = (int32_t *)(to + 2 * end);
+  for (int64_t i = 0; i < end; i += 4) sums[i / 4] = -128 * (to[i] + to[i + 1] + to[i + 2] + to[i + 3]);
+}
 /* The same for each job that goes through registers; several may want one order. Room for ORDERS times ordered(cols) numbers. */
 static void lay_out_for(const path *by, job *jobs, int64_t count, float *room) {
-  const float *made[16] = {0};
+  const float *made[ALL_ORDERS] = {0};
   for (job *j = jobs; j < jobs + count; j++) {
     int k = by->order(j);
-    if (k && !made[k]) lay_out(j->x, j->m->cols, k, by->lanes, room), made[k] = room, room += ordered(j->m->cols);
-    if (k) j->xp = made[k];
+    if (!k) continue;
+    if (!made[k]) {
+      if (k < AS_IT_IS) lay_out(j->x, j->m->cols, k, by->lanes, room);
+      else lay_out_bytes(j->xq, j->m->cols, k, by->lanes, (int8_t *)room);
+      made[k] = room, room += ordered(j->m->cols);
+    }
+    j->xp = made[k];
   }
 }
 static int takes_rounded(const matrix *S) {
@@ -128,19 +147,20 @@ EXPORT int sparlow_products(int number, int threads, int a8, const layer *layers
   for (int64_t i = 0; i < count; i++) ranks += layers[i].V ? layers[i].V->rows : 0, rounds |= a8 && takes_rounded(layers[i].S);
   size_t of_jobs = 2 * (size_t)count * sizeof(job), of_q = rounds ? (size_t)(tokens * wide) : 0;
   size_t of_x = tokens == 1 ? ORDERS * 4 * (size_t)ordered(cols) : 0;
-  uint8_t *room = kept(1, of_jobs + of_x + 2 * of_q + 4 * (size_t)(tokens * (groups + ranks)));
+  uint8_t *room = kept(1, of_jobs + of_x + 2 * of_q + 4 * (size_t)(tokens * (2 * groups + ranks)));
   if (!room) return 1;
   job *first = (job *)room, *second = first + count; /* what is widest comes first */
   float *laid_out = (float *)(room + of_jobs);
   int32_t *sums = (int32_t *)(room + of_jobs + of_x); /* a fourth of wide in 32 bits is as many bytes as wide */
   float *t = (float *)(room + of_jobs + of_x + of_q), *scales = t + tokens * ranks;
-  int8_t *q = (int8_t *)(scales + tokens * groups);
-  if (rounds) round_inputs(x, cols, tokens, cols, q, scales, sums);
+  int32_t *totals = (int32_t *)(scales + tokens * groups);
+  int8_t *q = (int8_t *)(totals + tokens * groups);
+  if (rounds) round_inputs(x, cols, tokens, cols, q, scales, totals, sums);
   int64_t low = 0;
   for (int64_t i = 0; i < count; i++) {
     const layer *l = &layers[i];
     second[i] = (job){.m = l->S, .x = x, .bias = l->bias, .y = y, .ldx = cols, .ldy = ldy, .tokens = tokens};
-    if (a8 && takes_rounded(l->S)) second[i].xq = q, second[i].xs = scales, second[i].xc = sums;
+    if (a8 && takes_rounded(l->S)) second[i].xq = q, second[i].xs = scales, second[i].xsum = totals, second[i].xc = sums;
     y += l->S->rows;
     if (!l->V) continue;
     int64_t rank = l->V->rows;
@@ -163,15 +183,21 @@ EXPORT void sparlow_decode(int number, int threads, const matrix *m, int64_t fro
   share(enough(m->rows * m->cols, threads), expand, &(expansion){paths[number], &some, out}, to - from);
 }
 
-/* Where each row begins, in bytes: (rows + 1) from the bits of a kept value. */
-EXPORT void sparlow_starts(const uint8_t *mask, int64_t rows, int64_t cols, int64_t bits, int64_t *start) {
+/* Where each row begins, in bytes: (rows + 1) from the bits of a kept value. Returns whether two of each four are kept. */
+EXPORT int sparlow_starts(const uint8_t *mask, int64_t rows, int64_t cols, int64_t bits, int64_t *start) {
   int64_t at = 0;
+  int pairs = mask && cols % 4 == 0;
   for (int64_t r = 0; r < rows; r++) {
     start[r] = at;
     int64_t kept_here = mask ? 0 : cols;
-    if (mask)
-      for (int64_t c = 0; c < cols; c += 64) kept_here += __builtin_popcountll(mask_word(mask + r * mask_bytes(cols), c, cols));
+    for (int64_t c = 0; mask && c < cols; c += 64) {
+      uint64_t word = mask_word(mask + r * mask_bytes(cols), c, cols), twos = word - (word >> 1 & 0x5555555555555555);
+      uint64_t fours = (twos & 0x3333333333333333) + (twos >> 2 & 0x3333333333333333);
+      kept_here += __builtin_popcountll(word);
+      pairs &= fours == 0x2222222222222222 >> (cols - c < 64 ? 64 - (cols - c) : 0);
+    }
     at += (kept_here * bits + 7) / 8;
   }
   start[rows] = at;
+  return pairs;
 }

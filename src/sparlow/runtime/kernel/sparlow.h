@@ -13,6 +13,8 @@
 #define BLOCK 64     /* columns of one step with rounded inputs */
 #define X_GROUP 128  /* columns of an input that share a scale when it is rounded to int8 */
 #define ORDERS 4     /* of x, one beside the other, that layers of one call may ask for */
+/* Orders of x, see stream.h: k = 1, 2, 4 or 8 for floats, and of bytes these. */
+enum order { AS_IT_IS = 9, EVEN_ODD, HALVES, ALL_ORDERS };
 #define TOKENS 8     /* that one call takes */
 #define SAME 0x80    /* of a byte that stands for level + 128: the level 0 */
 
@@ -30,6 +32,7 @@ typedef struct {
   const uint16_t *wide;  /* (256) code -> level in 16 bits, or NULL */
   int64_t rows, cols, group, groups;
   int32_t kind, scale_kind, wide_kind;
+  int32_t pairs;         /* whether two of each four columns are kept, of whole fours */
   float unit;            /* what an integer level is multiplied by */
 } matrix;
 
@@ -42,9 +45,10 @@ typedef struct {
 typedef struct {
   const matrix *m, *u;        /* y = m x + u t + bias, times fold */
   const float *x, *t, *bias, *fold;
-  const float *xp;            /* (padded cols) one token in the order that the path asked for, or NULL */
+  const void *xp;             /* (ordered cols) one token in the order that the path asked for, or NULL; see stream.h */
   const int8_t *xq;           /* (tokens, padded cols) x rounded, or NULL: x as it is */
   const float *xs;            /* (tokens, groups of X_GROUP) its scales */
+  const int32_t *xsum;        /* (tokens, groups of X_GROUP) sums of xq */
   const int32_t *xc;          /* (tokens, padded cols / 4) -128 times the sums of four neighbours */
   float *y;
   int64_t ldx, ldt, ldy, tokens;

@@ -8,8 +8,12 @@ enum way {
   MASKED16,     /* bf16 */
   MASKED8,      /* bytes that stand for level + 128 */
   MASKED_CODES, /* codes of fewer bits, first as signed bytes in a buffer */
-  DENSE8, DENSE4, DENSE3, DENSE2
+  DENSE8, DENSE4, DENSE3, DENSE2,
+  ROUNDED,      /* from here on: of inputs rounded to int8 */
+  R_DENSE8, R_DENSE4, R_DENSE3, R_DENSE2, R_MASKED8, R_MASKED_CODES,
+  R_PAIRS8, R_PAIRS_CODES /* two of four columns kept: x is gathered, and values are not spread */
 };
+INL int in_bytes(int way) { return way == MASKED_CODES || way == R_MASKED_CODES || way == R_PAIRS_CODES; }
 
 /* Where the next step begins: of the values, and of the mask. */
 typedef struct { const uint8_t *at, *mask; } cursor;
