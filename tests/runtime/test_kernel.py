@@ -13,7 +13,7 @@ from coded import random_factors, random_grid, random_sparse
 from sparlow.errors import InputError
 from sparlow.model.artefact.stored_form import StoredForm, Weight, pack_weight
 from sparlow.runtime.build import PATHS, NoKernelError, library
-from sparlow.runtime.product import TOKENS, forced, operand
+from sparlow.runtime.product import TOKENS, forced, joined, operand, products
 
 try:
     HERE = library().paths
@@ -131,6 +131,28 @@ def test_a_product_of_rounded_inputs_is_that_of_the_rounded_ones(path, weight, t
 
 @path
 @quick
+@given(st.lists(weights(), min_size=2, max_size=4), st.integers(1, TOKENS + 3), st.booleans(), st.integers(0, 2**31))
+def test_weights_that_read_one_input_give_what_each_gives_alone(path, some, tokens, rounded, seed):
+    columns = some[0][1][1]
+    x = inputs(tokens, columns, seed)
+    with forced(path):
+        found = [operand(p.tensors, shape, p.grid, exact[3]) for p, shape, exact in some if shape[1] == columns] * 2
+        together = products(found, x, rounded=rounded)
+        for one, y in zip(found, together, strict=True):
+            alone = one.product(x, rounded=rounded)
+            if tokens <= TOKENS:
+                assert torch.equal(y, alone)
+            else:  # torch's products may sum in another order where the result is part of a wider one
+                torch.testing.assert_close(y, alone)
+
+
+def test_weights_of_other_widths_are_not_joined():
+    with pytest.raises(InputError, match=r"must have one number of columns"):
+        joined([large(), large(shape=(64, 512))])
+
+
+@path
+@quick
 @given(weights())
 def test_rows_are_decoded_to_the_stored_numbers(path, weight):
     packed, shape, exact = weight
@@ -183,6 +205,7 @@ def test_threads_change_no_bit(path, rounded, two_threads):
         for threads in (2, 3, 7):
             two_threads(threads)
             assert torch.equal(weight.product(x, rounded=rounded), one)
+            assert all(torch.equal(y, one) for y in products([weight] * 3, x, rounded=rounded))
 
 
 def test_threads_of_python_may_call_at_once(two_threads):

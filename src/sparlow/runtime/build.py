@@ -138,7 +138,7 @@ def _run(command: list[str]) -> str:
 
 def _declare(functions: ctypes.CDLL) -> None:
     pointer, number, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-    functions.sparlow_product.argtypes = [number, number, number, *[pointer] * 6, long, pointer]
+    functions.sparlow_products.argtypes = [number, number, number, pointer, long, pointer, long, pointer, long]
     functions.sparlow_decode.argtypes = [number, number, pointer, long, long, pointer]
     functions.sparlow_starts.argtypes = [pointer, long, long, long, pointer]
-    functions.sparlow_decode.restype = functions.sparlow_starts.restype = None
+    functions.sparlow_decode.restype = None

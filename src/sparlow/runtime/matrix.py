@@ -24,9 +24,15 @@ class Struct(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("data", "start", "mask", "scale", "narrow", "wide")),
         *((name, ctypes.c_int64) for name in ("rows", "cols", "group", "groups")),
-        *((name, ctypes.c_int32) for name in ("kind", "scale_kind", "wide_kind")),
+        *((name, ctypes.c_int32) for name in ("kind", "scale_kind", "wide_kind", "pairs")),
         ("unit", ctypes.c_float),
     )
+
+
+class Layer(ctypes.Structure):
+    """``layer`` of sparlow.h."""
+
+    _fields_ = tuple((name, ctypes.c_void_p) for name in ("S", "V", "U", "fold", "bias"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,18 +73,19 @@ def sparse_matrix(lib: Library, parts: Mapping[str, Tensor], shape: tuple[int, i
     mask = None if mask is None else mask.contiguous()
     bits = grid.bits if grid else 8 * data.itemsize
     start = torch.empty(shape[0] + 1, dtype=torch.int64)
-    lib.functions.sparlow_starts(_address(mask), *shape, bits, start.data_ptr())
+    pairs = lib.functions.sparlow_starts(address(mask), *shape, bits, start.data_ptr())
     if int(start[-1]) != data.nbytes:
         raise InputError(
             f"Its values should take {int(start[-1])} bytes, but there are {data.nbytes}. Restore the file."
         )
-    struct = Struct(data=data.data_ptr(), start=start.data_ptr(), mask=_address(mask), rows=shape[0], cols=shape[1])
+    struct = Struct(data=data.data_ptr(), start=start.data_ptr(), mask=address(mask))
+    struct.rows, struct.cols, struct.pairs = *shape, pairs
     if grid is None:
         return _finished(struct, shape, [data, start, mask], kind=_FLOATS[data.dtype])
     scale = parts["scale"].contiguous()
     narrow, wide, unit = _levels(grid, parts.get("book"))
     struct.scale, struct.scale_kind = scale.data_ptr(), _FLOATS[scale.dtype]
-    struct.narrow, struct.wide, struct.unit = _address(narrow), _address(wide), unit
+    struct.narrow, struct.wide, struct.unit = address(narrow), address(wide), unit
     struct.wide_kind = 0 if wide is None else _FLOATS[wide.dtype]
     struct.group, struct.groups = min(grid.group or shape[1], shape[1]), grid.groups(shape[1])
     return _finished(
@@ -103,7 +110,8 @@ def _finished(
     return Matrix(struct, shape, tuple(t for t in tensors if t is not None), coded)
 
 
-def _address(t: Tensor | None) -> int | None:
+def address(t: Tensor | None) -> int | None:
+    """Return where a tensor lies; None for none."""
     return None if t is None else t.data_ptr()
 
 

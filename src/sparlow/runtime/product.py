@@ -1,7 +1,12 @@
-"""y = x Wᵀ + b by the kernel, for a weight as it is stored: few tokens at once, or many by tiles of rows in float32."""
+"""y = x Wᵀ + b by the kernel, for a weight as it is stored: few tokens at once, or many by tiles of rows in float32.
 
+Layers that read one input are multiplied by it in one call: ``joined`` describes them once, and ``products`` is for a
+single use.
+"""
+
+import ctypes
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -14,7 +19,7 @@ from sparlow.errors import InputError
 from sparlow.finite import all_finite
 from sparlow.linalg.grid import Grid
 from sparlow.runtime.build import PATHS, Library, library
-from sparlow.runtime.matrix import Matrix, factor, sparse_matrix
+from sparlow.runtime.matrix import Layer, Matrix, address, factor, sparse_matrix
 
 TOKENS = 8  # that one call of the kernel takes; more are quicker by tiles
 _TILE = 1 << 19  # entries of a tile, 2 MB: it stays in the cache until it is multiplied
@@ -72,27 +77,17 @@ class Operand:
             x: (tokens, in) float32, contiguous.
             rounded: Round x to int8, a scale for each token and 128 columns, where the levels of S are integers.
         """
-        y = torch.empty(len(x), self.S.shape[0], **_HERE)
-        if len(x) > TOKENS:
-            return self._by_tiles(x, y)
-        if len(x) == 0 or not y.numel():
-            return y
-        failed = self.lib.functions.sparlow_product(
-            _number(self.lib), torch.get_num_threads(), rounded, self.S.at,
-            self.V.at if self.V else None, self.U.at if self.U else None, _at(self.fold), _at(self.bias),
-            x.data_ptr(), len(x), y.data_ptr(),
-        )  # fmt: skip
-        if failed:
-            raise MemoryError("There is no memory for a product of a packed layer.")
-        return y
+        return joined((self,)).product(x, rounded=rounded)
 
-    def _by_tiles(self, x: Tensor, y: Tensor) -> Tensor:
+    def by_tiles(self, x: Tensor, y: Tensor) -> None:
+        """Write the product to y (tokens, out), in which a row may be part of a wider one."""
         for rows, tile in self.tiles():
             torch.mm(x, tile.T, out=y[:, rows])
         if self.U and self.V:
             t = x @ self.decoded(self.V).T
             y.addmm_(t if self.fold is None else t * self.fold, self.decoded(self.U).T)
-        return y if self.bias is None else y.add_(self.bias)
+        if self.bias is not None:
+            y.add_(self.bias)
 
     def back(self, dy: Tensor) -> Tensor:
         """Return dy W (tokens, in) for dy (tokens, out) float32."""
@@ -124,8 +119,74 @@ class Operand:
         return found
 
 
-def _at(t: Tensor | None) -> int | None:
-    return None if t is None else t.data_ptr()
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """Weights that are multiplied by one input in one call.
+
+    Attributes:
+        operands: The weights, all with the same columns.
+        layers: Their descriptions for the kernel, one behind the other.
+        sizes: The rows of each.
+    """
+
+    operands: tuple[Operand, ...]
+    layers: ctypes.Array[Layer]
+    sizes: tuple[int, ...]
+
+    def product(self, x: Tensor, *, rounded: bool = False) -> Tensor:
+        """Return x Wᵀ + b (tokens, rows of all) in float32, that of each weight beside the one before.
+
+        Args:
+            x: (tokens, in) float32, contiguous.
+            rounded: Round x to int8, a scale for each token and 128 columns, where the levels of an S are integers.
+        """
+        y = torch.empty(len(x), sum(self.sizes), **_HERE)
+        if len(x) > TOKENS:
+            for operand, part in zip(self.operands, y.split(self.sizes, 1), strict=True):
+                operand.by_tiles(x, part)
+            return y
+        if not y.numel():
+            return y
+        lib = self.operands[0].lib
+        failed = lib.functions.sparlow_products(
+            _number(lib), torch.get_num_threads(), rounded, self.layers, len(self.layers),
+            x.data_ptr(), len(x), y.data_ptr(), y.shape[1],
+        )  # fmt: skip
+        if failed:
+            raise MemoryError("There is no memory for a product of a packed layer.")
+        return y
+
+
+def joined(operands: Sequence[Operand]) -> Joined:
+    """Describe weights that read one input, such as those of queries, keys and values, to be multiplied in one call.
+
+    Raises:
+        InputError: They have other numbers of columns.
+    """
+    if len({weight.S.shape[1] for weight in operands}) != 1:
+        raise InputError("Weights that read one input must have one number of columns. Multiply them one by one.")
+    layers = (Layer * len(operands))(*(_layer(weight) for weight in operands))
+    return Joined(tuple(operands), layers, tuple(weight.S.shape[0] for weight in operands))
+
+
+def _layer(weight: Operand) -> Layer:
+    V, U = (part.at if part else None for part in (weight.V, weight.U))
+    return Layer(weight.S.at, V, U, address(weight.fold), address(weight.bias))
+
+
+def products(operands: Sequence[Operand], x: Tensor, *, rounded: bool = False) -> list[Tensor]:
+    """Return x Wᵀ + b (tokens, out) of each weight in float32, in one call; the results lie beside each other.
+
+    Args:
+        operands: Weights with the columns of x.
+        x: (tokens, in) float32, contiguous.
+        rounded: As in ``Joined.product``.
+
+    Raises:
+        InputError: The weights have other numbers of columns.
+    """
+    together = joined(operands)
+    return list(together.product(x, rounded=rounded).split(together.sizes, 1))
 
 
 def operand(parts: Mapping[str, Tensor], shape: tuple[int, int], grid: Grid | None, bias: Tensor | None) -> Operand:

@@ -39,35 +39,34 @@ INL VF v_block(const uint8_t *w, const int8_t *xq, const int32_t *xc) {
   return _mm256_cvtepi32_ps(_mm256_add_epi32(v_half_block(w, xq), v_half_block(w + 32, xq + 32)));
 }
 
-INL VI table_of(const uint8_t *table) { return _mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)table)); }
-INL void unpack4(const uint8_t *p, int64_t n, const uint8_t *table, uint8_t *to) {
-  VI levels = table_of(table), low = _mm256_set1_epi8(15);
-  for (int64_t i = 0; i < n; i += 32) {
-    VI b = _mm256_cvtepu8_epi16(_mm_loadu_si128((const void *)(p + i / 2)));
-    b = _mm256_and_si256(_mm256_or_si256(b, _mm256_slli_epi16(b, 4)), low);
-    _mm256_storeu_si256((void *)(to + i), _mm256_shuffle_epi8(levels, b));
-  }
+/* 32 codes, a byte each. */
+INL VI codes4(const uint8_t *p) {
+  VI b = _mm256_cvtepu8_epi16(_mm_loadu_si128((const void *)p));
+  return _mm256_and_si256(_mm256_or_si256(b, _mm256_slli_epi16(b, 4)), _mm256_set1_epi8(15));
 }
-INL void unpack3(const uint8_t *p, int64_t n, const uint8_t *table, uint8_t *to) {
+INL VI codes3(const uint8_t *p) { /* 12 bits, four codes, to each of eight 32-bit words */
   const VI place = _mm256_setr_epi8(0, 1, -1, -1, 1, 2, -1, -1, 3, 4, -1, -1, 4, 5, -1, -1, 6, 7, -1, -1, 7, 8, -1, -1, 9, 10, -1, -1, 10, 11, -1, -1);
-  VI levels = table_of(table), shift = _mm256_setr_epi32(0, 4, 0, 4, 0, 4, 0, 4);
-  VI even = _mm256_set1_epi32(0x00070007), odd = _mm256_set1_epi32(0x07000700);
-  for (int64_t i = 0; i < n; i += 32, p += 12) { /* 12 bits, four codes, to each of eight 32-bit words */
-    VI b = _mm256_srlv_epi32(_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)p)), place), shift);
-    b = _mm256_and_si256(b, _mm256_set1_epi32(0xfff)); /* codes 0, 2 in bits 0, 6 and 1, 3 in bits 3, 9 */
-    VI low = _mm256_and_si256(b, _mm256_set1_epi32(0x3f)), high = _mm256_slli_epi32(_mm256_srli_epi32(b, 6), 16), two = _mm256_or_si256(low, high);
-    b = _mm256_or_si256(_mm256_and_si256(two, even), _mm256_and_si256(_mm256_slli_epi32(two, 5), odd));
-    _mm256_storeu_si256((void *)(to + i), _mm256_shuffle_epi8(levels, b));
-  }
+  VI shift = _mm256_setr_epi32(0, 4, 0, 4, 0, 4, 0, 4), even = _mm256_set1_epi32(0x00070007), odd = _mm256_set1_epi32(0x07000700);
+  VI b = _mm256_srlv_epi32(_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)p)), place), shift);
+  b = _mm256_and_si256(b, _mm256_set1_epi32(0xfff)); /* codes 0, 2 in bits 0, 6 and 1, 3 in bits 3, 9 */
+  VI low = _mm256_and_si256(b, _mm256_set1_epi32(0x3f)), high = _mm256_slli_epi32(_mm256_srli_epi32(b, 6), 16), two = _mm256_or_si256(low, high);
+  return _mm256_or_si256(_mm256_and_si256(two, even), _mm256_and_si256(_mm256_slli_epi32(two, 5), odd));
 }
-INL void unpack2(const uint8_t *p, int64_t n, const uint8_t *table, uint8_t *to) {
-  VI levels = table_of(table), low = _mm256_set1_epi8(3);
-  for (int64_t i = 0; i < n; i += 32) {
-    VI b = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const void *)(p + i / 4)));
-    b = _mm256_or_si256(_mm256_or_si256(b, _mm256_slli_epi32(b, 6)), _mm256_or_si256(_mm256_slli_epi32(b, 12), _mm256_slli_epi32(b, 18)));
-    _mm256_storeu_si256((void *)(to + i), _mm256_shuffle_epi8(levels, _mm256_and_si256(b, low)));
-  }
+INL VI codes2(const uint8_t *p) {
+  VI b = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const void *)p));
+  b = _mm256_or_si256(_mm256_or_si256(b, _mm256_slli_epi32(b, 6)), _mm256_or_si256(_mm256_slli_epi32(b, 12), _mm256_slli_epi32(b, 18)));
+  return _mm256_and_si256(b, _mm256_set1_epi8(3));
 }
+INL VI table_of(const uint8_t *table) { return _mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)table)); }
+#define UNPACK(bits)                                                                                    \
+  INL void unpack##bits(const uint8_t *p, int64_t n, const uint8_t *table, uint8_t *to) {              \
+    VI levels = table_of(table);                                                                        \
+    for (int64_t i = 0; i < n; i += 32)                                                                 \
+      _mm256_storeu_si256((void *)(to + i), _mm256_shuffle_epi8(levels, codes##bits(p + i * bits / 8))); \
+  }
+UNPACK(4)
+UNPACK(3)
+UNPACK(2)
 INL void wide16(const uint8_t *codes, int64_t n, const uint16_t *table, uint16_t *to) {
   uint8_t half[2][16];
   for (int k = 0; k < 16; k++) half[0][k] = (uint8_t)table[k], half[1][k] = (uint8_t)(table[k] >> 8);
@@ -111,8 +110,180 @@ INL void spread32(const float *p, const uint8_t *mask, int64_t cols, float *to) 
            _mm256_storeu_ps(to + c, _mm256_blendv_ps(v, _mm256_setzero_ps(), _mm256_castsi256_ps(i))))
 }
 
+/* ---- One token in registers (see stream.h) */
+#define STREAMS
+#define WIDE4 0
+#define PAIRS 1
+#include "spread.h"
+INL int order_of(int way) {
+  if (way > ROUNDED) return way == R_DENSE4 ? EVEN_ODD : way < R_MASKED8 ? AS_IT_IS : HALVES;
+  return way == BUFFERED ? 0 : way <= MASKED_CODES ? 1 : way == DENSE8 || way == DENSE2 ? 4 : 8;
+}
+INL int columns_of(int way) { return way == DENSE4 || way == DENSE3 ? 64 : 32; }
+INL int shifted(int way) { return way == R_DENSE4; }
+INL VF v_first(float f) { return _mm256_zextps128_ps256(_mm_set_ss(f)); }
+
+typedef struct { VI bytes; VF floats; float factor, shift; } levels;
+INL levels levels_of(int way, const matrix *m) {
+  levels t = {.bytes = _mm256_setzero_si256(), .floats = v_zero(), .factor = 1, .shift = 0};
+  if (way == MASKED8 || way == MASKED_CODES || way == DENSE8 || way == DENSE4) t.factor = 0x1p-24f; /* see dot_upper */
+  if (way == R_DENSE4) t.factor = m->narrow[1] - m->narrow[0], t.shift = (m->narrow[0] - 128) / t.factor;
+  if (way == DENSE4 || way == R_DENSE3 || way == R_DENSE2) t.bytes = _mm256_xor_si256(table_of(m->narrow), _mm256_set1_epi8((char)SAME));
+  if (way == DENSE3 || way == DENSE2) {
+    float f[8];
+    for (int k = 0; k < 8; k++) f[k] = level_of(m, way == DENSE2 ? k & 3 : k);
+    t.floats = _mm256_loadu_ps(f);
+  }
+  return t;
+}
+
+/* 32 signed bytes: each in turn to the top of its int32. */
+INL VF dot_upper(VI v, const float *x, int64_t apart, VF s) {
+  const VI second = _mm256_setr_epi8(-1, -1, -1, 1, -1, -1, -1, 5, -1, -1, -1, 9, -1, -1, -1, 13, -1, -1, -1, 1, -1, -1, -1, 5, -1, -1, -1, 9, -1, -1, -1, 13);
+  const VI third = _mm256_setr_epi8(-1, -1, -1, 2, -1, -1, -1, 6, -1, -1, -1, 10, -1, -1, -1, 14, -1, -1, -1, 2, -1, -1, -1, 6, -1, -1, -1, 10, -1, -1, -1, 14);
+  s = v_fma(_mm256_cvtepi32_ps(_mm256_slli_epi32(v, 24)), _mm256_loadu_ps(x), s);
+  s = v_fma(_mm256_cvtepi32_ps(_mm256_shuffle_epi8(v, second)), _mm256_loadu_ps(x + apart), s);
+  s = v_fma(_mm256_cvtepi32_ps(_mm256_shuffle_epi8(v, third)), _mm256_loadu_ps(x + 2 * apart), s);
+  return v_fma(_mm256_cvtepi32_ps(_mm256_and_si256(v, _mm256_set1_epi32((int)0xff000000))), _mm256_loadu_ps(x + 3 * apart), s);
+}
+INL VF step_dense8(cursor *a, const float *x, VF s) {
+  VI v = _mm256_xor_si256(_mm256_loadu_si256((const void *)a->at), _mm256_set1_epi8((char)SAME));
+  a->at += 32;
+  return dot_upper(v, x, 8, s);
+}
+INL VF step_dense4(cursor *a, const float *x, VI bytes, VF s) { /* even nibbles of each int32, then odd ones */
+  const VI low = _mm256_set1_epi8(15);
+  VI v = _mm256_loadu_si256((const void *)a->at);
+  a->at += 32;
+  s = dot_upper(_mm256_shuffle_epi8(bytes, _mm256_and_si256(v, low)), x, 16, s);
+  return dot_upper(_mm256_shuffle_epi8(bytes, _mm256_and_si256(_mm256_srli_epi16(v, 4), low)), x + 8, 16, s);
+}
+INL VF step_dense3(cursor *a, const float *x, VF floats, VF s) { /* 24 bits, eight codes, to each int32 */
+  const VI place = _mm256_setr_epi8(0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11, -1, 0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11, -1);
+  VI v = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const void *)a->at)), _mm_loadu_si128((const void *)(a->at + 12)), 1);
+  v = _mm256_shuffle_epi8(v, place);
+  a->at += 24;
+#pragma GCC unroll 8
+  for (int n = 0; n < 8; n++) s = v_fma(_mm256_permutevar8x32_ps(floats, _mm256_srli_epi32(v, 3 * n)), _mm256_loadu_ps(x + 8 * n), s);
+  return s;
+}
+INL VF step_dense2(cursor *a, const float *x, VF floats, VF s) {
+  VI v = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const void *)a->at));
+  a->at += 8;
+#pragma GCC unroll 4
+  for (int n = 0; n < 4; n++) s = v_fma(_mm256_permutevar_ps(floats, _mm256_srli_epi32(v, 2 * n)), _mm256_loadu_ps(x + 8 * n), s);
+  return s;
+}
+INL VF step(int way, cursor *a, const float *x, const levels *t, VF s) {
+  switch (way) {
+    case DENSE8: return step_dense8(a, x, s);
+    case DENSE4: return step_dense4(a, x, t->bytes, s);
+    case DENSE3: return step_dense3(a, x, t->floats, s);
+    case DENSE2: return step_dense2(a, x, t->floats, s);
+    default: return spread_dot(way, a, x, s);
+  }
+}
+
+/* 32 products of bytes within 127: |x| and w with the sign of x, so that no sum of two saturates; |x| lies apart bytes on. */
+INL VI dot_rounded(VI s, VI w, const int8_t *x, int64_t apart) {
+  VI signs = _mm256_loadu_si256((const void *)x), size = _mm256_loadu_si256((const void *)(x + apart));
+  return _mm256_add_epi32(s, _mm256_madd_epi16(_mm256_maddubs_epi16(size, _mm256_sign_epi8(w, signs)), _mm256_set1_epi16(1)));
+}
+INL VI signed_codes(int way, const uint8_t *p, VI bytes) {
+  if (way == R_DENSE8) return _mm256_xor_si256(_mm256_loadu_si256((const void *)p), _mm256_set1_epi8((char)SAME));
+  return _mm256_shuffle_epi8(bytes, way == R_DENSE3 ? codes3(p) : codes2(p));
+}
+INL VI rounded_dense(int way, cursor *a, const int8_t *x, int64_t apart, VI bytes) {
+  const int each = way == R_DENSE8 ? 32 : way == R_DENSE3 ? 12 : 8;
+  VI s = _mm256_setzero_si256();
+#pragma GCC unroll 4
+  for (int k = 0; k < 4; k++) s = dot_rounded(s, signed_codes(way, a->at + each * k, bytes), x + 32 * k, apart);
+  a->at += 4 * each;
+  return s;
+}
+/* Codes of 4 bits stand for themselves: 16 of their products with x stay below 2^15. */
+INL VI rounded_dense4(cursor *a, const int8_t *x) {
+  const VI low = _mm256_set1_epi8(15);
+  VI s = _mm256_setzero_si256();
+#pragma GCC unroll 2
+  for (int k = 0; k < 2; k++, x += 64) {
+    VI v = _mm256_loadu_si256((const void *)(a->at + 32 * k));
+    s = _mm256_add_epi16(s, _mm256_maddubs_epi16(_mm256_and_si256(v, low), _mm256_loadu_si256((const void *)x)));
+    s = _mm256_add_epi16(s, _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16(v, 4), low), _mm256_loadu_si256((const void *)(x + 32))));
+  }
+  a->at += 64;
+  return _mm256_madd_epi16(s, _mm256_set1_epi16(1));
+}
+
+#define BOTH(...) _mm256_setr_epi8(__VA_ARGS__, __VA_ARGS__)
+#define NO (char)128
+/* The nibbles of 128 mask bits, a byte each: words of 32 columns 0, 1 in the lower half and 2, 3 in the upper one. */
+INL VI nibbles_of(const uint8_t *mask) {
+  const __m128i low = _mm_set1_epi8(15);
+  __m128i m = _mm_loadu_si128((const void *)mask), even = _mm_and_si128(m, low), odd = _mm_and_si128(_mm_srli_epi16(m, 4), low);
+  return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_unpacklo_epi8(even, odd)), _mm_unpackhi_epi8(even, odd), 1);
+}
+INL VI halves(const uint8_t *low, const uint8_t *high) {
+  return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const void *)low)), _mm_loadu_si128((const void *)high), 1);
+}
+/* Where each of 16 columns finds its value, in each half. Columns 0 and 1 of a nibble count up from the values before it, columns 2
+   and 3 down from those behind it, so that one or two bits of the nibble decide: 12 cases, which fit one table. */
+INL VI places(VI nibbles, VI sums, int quarter) {
+  const VI bits = BOTH(1, 3, 12, 8, 1, 3, 12, 8, 1, 3, 12, 8, 1, 3, 12, 8), cases = BOTH(6, 0, 0, 5, 6, 0, 0, 5, 6, 0, 0, 5, 6, 0, 0, 5);
+  const VI of_case = BOTH(NO, NO, 0, 1, -1, NO, NO, 0, NO, NO, NO, NO, -2, -1, NO, NO);
+  const VI nibble = BOTH(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3), before = BOTH(NO, NO, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3);
+  VI on = _mm256_set1_epi8((char)(4 * quarter));
+  VI which = _mm256_or_si256(_mm256_and_si256(_mm256_shuffle_epi8(nibbles, _mm256_add_epi8(nibble, on)), bits), cases);
+  return _mm256_add_epi8(_mm256_shuffle_epi8(of_case, which), _mm256_shuffle_epi8(sums, _mm256_or_si256(before, on)));
+}
+INL VI rounded_masked(int way, cursor *a, const int8_t *x, int64_t apart) {
+  const VI kept = BOTH(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4);
+  VI n = nibbles_of(a->mask), sums = _mm256_shuffle_epi8(kept, n), s = _mm256_setzero_si256();
+  sums = _mm256_add_epi8(sums, _mm256_slli_epi32(sums, 8)), sums = _mm256_add_epi8(sums, _mm256_slli_epi32(sums, 16)); /* of 16 columns */
+  uint64_t low, high;
+  memcpy(&low, a->mask, 8), memcpy(&high, a->mask + 8, 8);
+  const uint8_t *p = a->at, *q = p + _mm_popcnt_u64(low);
+#pragma GCC unroll 4
+  for (int k = 0; k < 4; k++) {
+    VI v = _mm256_shuffle_epi8(way == R_MASKED8 ? _mm256_xor_si256(halves(p, q), _mm256_set1_epi8((char)SAME)) : halves(p, q), places(n, sums, k));
+    s = dot_rounded(s, v, x + 32 * k, apart);
+    p += _mm_popcnt_u64(low >> 16 * k & 0xffff), q += _mm_popcnt_u64(high >> 16 * k & 0xffff);
+  }
+  a->at = q, a->mask += 16;
+  return s;
+}
+/* Two of four columns: 32 kept values stay as they lie, and x is gathered for them. A nibble's bits {0, 1} decide where the
+   first is, its bits {2, 3} where the second is. */
+INL VI gathered(VI nibbles, int half, const int8_t *x) {
+  const VI bits = BOTH(3, 12, 3, 12, 3, 12, 3, 12, 3, 12, 3, 12, 3, 12, 3, 12), cases = BOTH(0, 2, 0, 2, 0, 2, 0, 2, 0, 2, 0, 2, 0, 2, 0, 2);
+  const VI of_case = BOTH(2, 0, 1, 0, 0, 0, 2, 0, 0, 0, 3, 0, 0, 0, 3, 0), four = BOTH(0, 0, 4, 4, 8, 8, 12, 12, 0, 0, 4, 4, 8, 8, 12, 12);
+  const VI nibble = BOTH(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
+  VI which = _mm256_shuffle_epi8(nibbles, _mm256_add_epi8(nibble, _mm256_set1_epi8((char)(8 * half))));
+  VI at = _mm256_add_epi8(four, _mm256_shuffle_epi8(of_case, _mm256_or_si256(_mm256_and_si256(which, bits), cases)));
+  VI first = _mm256_shuffle_epi8(_mm256_loadu_si256((const void *)x), at), second = _mm256_shuffle_epi8(_mm256_loadu_si256((const void *)(x + 32)), at);
+  return _mm256_blend_epi32(first, second, 0xcc);
+}
+INL VI rounded_pairs(int way, cursor *a, const int8_t *x) {
+  VI n = nibbles_of(a->mask), s = _mm256_setzero_si256();
+#pragma GCC unroll 2
+  for (int k = 0; k < 2; k++) {
+    VI w = halves(a->at + 16 * k, a->at + 32 + 16 * k), g = gathered(n, k, x + 64 * k);
+    if (way == R_PAIRS8) w = _mm256_xor_si256(w, _mm256_set1_epi8((char)SAME));
+    s = _mm256_add_epi32(s, _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(g, w)), _mm256_set1_epi16(1)));
+  }
+  a->at += 64, a->mask += 16;
+  return s;
+}
+INL VF step_rounded(int way, cursor *a, const int8_t *x, int64_t apart, const levels *t) {
+  VI s;
+  if (way == R_DENSE4) s = rounded_dense4(a, x);
+  else if (way < R_MASKED8) s = rounded_dense(way, a, x, apart, t->bytes);
+  else s = way < R_PAIRS8 ? rounded_masked(way, a, x, apart) : rounded_pairs(way, a, x);
+  return _mm256_cvtepi32_ps(s);
+}
+
 #include "rows.h"
-const path path_avx2 = {product, decode};
+const path path_avx2 = {product, decode, order, W};
 #else
-const path path_avx2 = {0, 0};
+const path path_avx2 = {0};
 #endif

@@ -30,33 +30,31 @@ INL VF v_block(const uint8_t *w, const int8_t *xq, const int32_t *xc) {
 }
 
 INL VI table_of(const uint8_t *table) { return _mm512_broadcast_i32x4(_mm_loadu_si128((const void *)table)); }
-INL void unpack4(const uint8_t *p, int64_t n, const uint8_t *table, uint8_t *to) {
-  VI levels = table_of(table), low = _mm512_set1_epi8(15);
-  for (int64_t i = 0; i < n; i += 64) {
-    VI b = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const void *)(p + i / 2)));
-    b = _mm512_and_si512(_mm512_or_si512(b, _mm512_slli_epi16(b, 4)), low);
-    _mm512_storeu_si512(to + i, _mm512_shuffle_epi8(levels, b));
-  }
+/* 64 codes, a byte each. */
+INL VI codes4(const uint8_t *p) {
+  VI b = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const void *)p));
+  return _mm512_and_si512(_mm512_or_si512(b, _mm512_slli_epi16(b, 4)), _mm512_set1_epi8(15));
 }
-INL void unpack3(const uint8_t *p, int64_t n, const uint8_t *table, uint8_t *to) {
-  uint8_t at[64];
-  for (int k = 0; k < 64; k++) at[k] = (uint8_t)(k % 8 < 3 ? 3 * (k / 8) + k % 8 : 24); /* three bytes to each eight */
-  VI levels = table_of(table), low = _mm512_set1_epi8(7), place = _mm512_loadu_si512(at);
-  VI shift = _mm512_set1_epi64(0x15120f0c09060300);
-  for (int64_t i = 0; i < n; i += 64, p += 24) {
-    VI b = _mm512_permutexvar_epi8(place, _mm512_castsi256_si512(_mm256_loadu_si256((const void *)p)));
-    b = _mm512_and_si512(_mm512_multishift_epi64_epi8(shift, b), low);
-    _mm512_storeu_si512(to + i, _mm512_shuffle_epi8(levels, b));
-  }
+#define EIGHT(k) 3 * (k), 3 * (k) + 1, 3 * (k) + 2, 24, 24, 24, 24, 24
+static const uint8_t eights[64] = {EIGHT(0), EIGHT(1), EIGHT(2), EIGHT(3), EIGHT(4), EIGHT(5), EIGHT(6), EIGHT(7)};
+INL VI codes3(const uint8_t *p) { /* three bytes to each eight */
+  VI b = _mm512_permutexvar_epi8(_mm512_loadu_si512(eights), _mm512_castsi256_si512(_mm256_loadu_si256((const void *)p)));
+  return _mm512_and_si512(_mm512_multishift_epi64_epi8(_mm512_set1_epi64(0x15120f0c09060300), b), _mm512_set1_epi8(7));
 }
-INL void unpack2(const uint8_t *p, int64_t n, const uint8_t *table, uint8_t *to) {
-  VI levels = table_of(table), low = _mm512_set1_epi8(3);
-  for (int64_t i = 0; i < n; i += 64) {
-    VI b = _mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)(p + i / 4)));
-    b = _mm512_or_si512(_mm512_or_si512(b, _mm512_slli_epi32(b, 6)), _mm512_or_si512(_mm512_slli_epi32(b, 12), _mm512_slli_epi32(b, 18)));
-    _mm512_storeu_si512(to + i, _mm512_shuffle_epi8(levels, _mm512_and_si512(b, low)));
-  }
+INL VI codes2(const uint8_t *p) {
+  VI b = _mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)p));
+  b = _mm512_or_si512(_mm512_or_si512(b, _mm512_slli_epi32(b, 6)), _mm512_or_si512(_mm512_slli_epi32(b, 12), _mm512_slli_epi32(b, 18)));
+  return _mm512_and_si512(b, _mm512_set1_epi8(3));
 }
+#define UNPACK(bits)                                                                                    \
+  INL void unpack##bits(const uint8_t *p, int64_t n, const uint8_t *table, uint8_t *to) {              \
+    VI levels = table_of(table);                                                                        \
+    for (int64_t i = 0; i < n; i += 64)                                                                 \
+      _mm512_storeu_si512(to + i, _mm512_shuffle_epi8(levels, codes##bits(p + i * bits / 8)));           \
+  }
+UNPACK(4)
+UNPACK(3)
+UNPACK(2)
 INL void wide16(const uint8_t *codes, int64_t n, const uint16_t *table, uint16_t *to) {
   VI levels = _mm512_castsi256_si512(_mm256_loadu_si256((const void *)table));
   for (int64_t i = 0; i < n; i += 32) {
@@ -91,8 +89,113 @@ INL void spread32(const float *p, const uint8_t *mask, int64_t cols, float *to) 
   }
 }
 
+/* ---- One token in registers (see stream.h) */
+#define STREAMS
+#define WIDE4 1
+#define PAIRS 0
+#include "spread.h"
+INL int order_of(int way) {
+  if (way > ROUNDED) return way == R_DENSE4 ? EVEN_ODD : AS_IT_IS;
+  return way == BUFFERED ? 0 : way == MASKED16 ? 1 : way == DENSE4 || way == DENSE3 ? 8 : 4;
+}
+INL int columns_of(int way) { return way == DENSE4 || way == DENSE3 ? 128 : 64; }
+INL int shifted(int way) { return way == R_DENSE4; }
+INL VF v_first(float f) { return _mm512_zextps128_ps512(_mm_set_ss(f)); }
+
+typedef struct { VI bytes; VF floats; float factor, shift; } levels;
+INL levels levels_of(int way, const matrix *m) {
+  levels t = {.bytes = _mm512_setzero_si512(), .floats = v_zero(), .factor = 1, .shift = 0};
+  if (way == MASKED8 || way == MASKED_CODES || way == DENSE8) t.factor = 0x1p-24f; /* see dot_upper */
+  if (way == R_DENSE4) t.factor = m->narrow[1] - m->narrow[0], t.shift = (m->narrow[0] - 128) / t.factor;
+  if (way == R_DENSE3 || way == R_DENSE2) t.bytes = table_of(m->narrow);
+  if (way == DENSE4 || way == DENSE3 || way == DENSE2) {
+    float f[16];
+    for (int k = 0; k < 16; k++) f[k] = level_of(m, way == DENSE4 ? k : way == DENSE3 ? k & 7 : k & 3);
+    t.floats = _mm512_loadu_ps(f);
+  }
+  return t;
+}
+INL uint64_t next_mask(cursor *a) {
+  uint64_t k;
+  memcpy(&k, a->mask, 8);
+  a->mask += 8;
+  return k;
+}
+/* On Zen 4, vpexpandw takes half as long again as the tables of AVX2. */
+INL VF step_masked16(cursor *a, const float *x, VF s) {
+  __m256 low = spread_dot(MASKED16, a, x, _mm512_castps512_ps256(s));
+  return _mm512_zextps256_ps512(spread_dot(MASKED16, a, x + 32, low));
+}
+/* 64 signed bytes: each in turn to the top of its int32, which is 2^24 times as much. */
+INL VF dot_upper(VI v, const float *x, VF s) {
+  const VI second = _mm512_set4_epi32(0x0dffffff, 0x09ffffff, 0x05ffffff, 0x01ffffff), third = _mm512_set4_epi32(0x0effffff, 0x0affffff, 0x06ffffff, 0x02ffffff);
+  s = v_fma(_mm512_cvtepi32_ps(_mm512_slli_epi32(v, 24)), _mm512_loadu_ps(x), s);
+  s = v_fma(_mm512_cvtepi32_ps(_mm512_shuffle_epi8(v, second)), _mm512_loadu_ps(x + 16), s);
+  s = v_fma(_mm512_cvtepi32_ps(_mm512_shuffle_epi8(v, third)), _mm512_loadu_ps(x + 32), s);
+  return v_fma(_mm512_cvtepi32_ps(_mm512_and_si512(v, _mm512_set1_epi32((int)0xff000000))), _mm512_loadu_ps(x + 48), s);
+}
+INL VF step_bytes(int way, cursor *a, const float *x, VF s) {
+  VI v = _mm512_loadu_si512(a->at);
+  if (way != MASKED_CODES) v = _mm512_xor_si512(v, _mm512_set1_epi8((char)SAME));
+  if (way == DENSE8) {
+    a->at += 64;
+    return dot_upper(v, x, s);
+  }
+  uint64_t k = next_mask(a);
+  a->at += __builtin_popcountll(k);
+  return dot_upper(_mm512_maskz_expand_epi8(k, v), x, s);
+}
+/* Codes in turn to the lowest bits of their int32, where a permutation of 16 floats finds their levels. */
+INL VF dot_codes(int bits, int codes, VI v, const float *x, VF floats, VF s) {
+#pragma GCC unroll 8
+  for (int n = 0; n < codes; n++) s = v_fma(_mm512_permutexvar_ps(_mm512_srli_epi32(v, bits * n), floats), _mm512_loadu_ps(x + 16 * n), s);
+  return s;
+}
+#define FOUR(k) 3 * (k), 3 * (k) + 1, 3 * (k) + 2, 63
+static const uint8_t fours[64] = {FOUR(0), FOUR(1), FOUR(2), FOUR(3), FOUR(4), FOUR(5), FOUR(6), FOUR(7), FOUR(8), FOUR(9), FOUR(10), FOUR(11), FOUR(12), FOUR(13), FOUR(14), FOUR(15)};
+INL VI three_of_four(const uint8_t *p) { /* 24 bits to each int32 */
+  return _mm512_permutexvar_epi8(_mm512_loadu_si512(fours), _mm512_loadu_si512(p));
+}
+INL VF step(int way, cursor *a, const float *x, const levels *t, VF s) {
+  const uint8_t *p = a->at;
+  switch (way) {
+    case DENSE4: a->at += 64; return dot_codes(4, 8, _mm512_loadu_si512(p), x, t->floats, s);
+    case DENSE3: a->at += 48; return dot_codes(3, 8, three_of_four(p), x, t->floats, s);
+    case DENSE2: a->at += 16; return dot_codes(2, 4, _mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)p)), x, t->floats, s);
+    case MASKED16: return step_masked16(a, x, s);
+    default: return step_bytes(way, a, x, s);
+  }
+}
+
+INL VI rounded_bytes(int way, cursor *a, const levels *t) { /* 64 bytes that stand for level + 128 */
+  const VI same = _mm512_set1_epi8((char)SAME);
+  const uint8_t *p = a->at;
+  if (way == R_DENSE3) return a->at += 24, _mm512_shuffle_epi8(t->bytes, codes3(p));
+  if (way == R_DENSE2) return a->at += 16, _mm512_shuffle_epi8(t->bytes, codes2(p));
+  VI v = _mm512_loadu_si512(p);
+  if (way == R_DENSE8) return a->at += 64, v;
+  if (way == R_MASKED_CODES) v = _mm512_xor_si512(v, same);
+  uint64_t k = next_mask(a);
+  a->at += __builtin_popcountll(k);
+  return _mm512_mask_expand_epi8(same, k, v);
+}
+/* vpdpbusd wants one side without signs: level + 128, or a code of 4 bits itself. */
+INL VF step_rounded(int way, cursor *a, const int8_t *x, int64_t apart, const levels *t) {
+  VI s = _mm512_setzero_si512(), first = _mm512_loadu_si512(x), second = _mm512_loadu_si512(x + 64);
+  if (way == R_DENSE4) {
+    const VI low = _mm512_set1_epi8(15);
+    VI v = _mm512_loadu_si512(a->at);
+    a->at += 64;
+    s = _mm512_dpbusd_epi32(s, _mm512_and_si512(v, low), first);
+    return _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(s, _mm512_and_si512(_mm512_srli_epi16(v, 4), low), second));
+  }
+  s = _mm512_add_epi32(_mm512_loadu_si512(x + 2 * apart), _mm512_loadu_si512(x + 2 * apart + 64)); /* what 128 adds to each level: exact */
+  s = _mm512_dpbusd_epi32(s, rounded_bytes(way, a, t), first);
+  return _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(s, rounded_bytes(way, a, t), second));
+}
+
 #include "rows.h"
-const path path_avx512 = {product, decode};
+const path path_avx512 = {product, decode, order, W};
 #else
-const path path_avx512 = {0, 0};
+const path path_avx512 = {0};
 #endif

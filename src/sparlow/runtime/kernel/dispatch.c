@@ -47,30 +47,40 @@ static uint8_t *kept(int which, size_t bytes) {
 }
 uint8_t *scratch(size_t bytes) { return kept(0, bytes); }
 
-static int enough(const matrix *m, int threads) {
-  int64_t worth = m->rows * m->cols / FEW;
+static int enough(int64_t entries, int threads) {
+  int64_t worth = entries / FEW;
   return worth < threads ? (worth < 1 ? 1 : (int)worth) : threads;
 }
-typedef struct { const path *by; const void *given; float *out; } call;
+/* Some of the rows of all matrices, counted through. */
+typedef struct { const path *by; const job *jobs; int64_t count; } round_of;
 static void multiply(void *data, int64_t from, int64_t to) {
-  const call *c = data;
-  c->by->product(c->given, from, to);
+  const round_of *all = data;
+  for (const job *j = all->jobs; j < all->jobs + all->count; from -= j->m->rows, to -= j->m->rows, j++) {
+    int64_t first = from > 0 ? from : 0, last = to < j->m->rows ? to : j->m->rows;
+    if (first < last) all->by->product(j, first, last);
+  }
 }
+static void multiply_all(const path *by, int threads, const job *jobs, int64_t count) {
+  int64_t rows = 0, entries = 0;
+  for (int64_t i = 0; i < count; i++) rows += jobs[i].m->rows, entries += jobs[i].m->rows * jobs[i].m->cols;
+  if (rows) share(enough(entries, threads), multiply, &(round_of){by, jobs, count}, rows);
+}
+typedef struct { const path *by; const matrix *m; float *out; } expansion;
 static void expand(void *data, int64_t from, int64_t to) {
-  const call *c = data;
-  const matrix *m = c->given;
-  c->by->decode(m, from, to, c->out + from * m->cols);
+  const expansion *e = data;
+  e->by->decode(e->m, from, to, e->out + from * e->m->cols);
 }
 
 /* Round x (tokens, cols) to int8 with a scale for each token and X_GROUP columns; a group of zeros has the scale 0. */
-static void round_inputs(const float *x, int64_t ldx, int64_t tokens, int64_t cols, int8_t *q, float *scales, int32_t *sums) {
+static void round_inputs(const float *x, int64_t ldx, int64_t tokens, int64_t cols, int8_t *q, float *scales, int32_t *totals, int32_t *sums) {
   int64_t wide = padded(cols), groups = (cols + X_GROUP - 1) / X_GROUP;
-  for (int64_t t = 0; t < tokens; t++, q += wide, scales += groups, sums += wide / 4) {
+  for (int64_t t = 0; t < tokens; t++, q += wide, scales += groups, totals += groups, sums += wide / 4) {
     const float *from = x + t * ldx;
     for (int64_t g = 0; g < groups; g++) {
       int64_t c = g * X_GROUP, end = c + X_GROUP < cols ? c + X_GROUP : cols;
       float big = 0;
       int known = 1;
+      totals[g] = 0;
       for (int64_t k = c; k < end; k++) big = fabsf(from[k]) > big ? fabsf(from[k]) : big, known &= from[k] == from[k];
       float per = 127 / big;
       if (!known || isinf(big) || isinf(per)) { /* NaN and infinity make NaN of the result; below 1e-36 all is zero */
@@ -79,34 +89,88 @@ static void round_inputs(const float *x, int64_t ldx, int64_t tokens, int64_t co
         continue;
       }
       scales[g] = big / 127;
-      for (int64_t k = c; k < end; k++) q[k] = (int8_t)rintf(from[k] * per);
+      for (int64_t k = c; k < end; k++) q[k] = (int8_t)rintf(from[k] * per), totals[g] += q[k];
     }
     memset(q + cols, 0, (size_t)(wide - cols));
     for (int64_t k = 0; k < wide / 4; k++) sums[k] = -128 * (q[4 * k] + q[4 * k + 1] + q[4 * k + 2] + q[4 * k + 3]);
   }
 }
 
-/* y (tokens, rows) = x Sᵀ + (x Vᵀ · fold) Uᵀ + bias for up to TOKENS tokens. S is always there; V, U, fold, bias may be NULL.
-   With a8, x is rounded to int8 for S where its levels are integers and its groups whole blocks. Returns 0, or 1: no memory. */
-EXPORT int sparlow_product(int number, int threads, int a8, const matrix *S, const matrix *V, const matrix *U, const float *fold,
-                           const float *bias, const float *x, int64_t tokens, float *y) {
-  const path *by = paths[number];
-  int64_t cols = S->cols, wide = padded(cols), groups = (cols + X_GROUP - 1) / X_GROUP, rank = V ? V->rows : 0;
-  a8 = a8 && S->kind >= CODES8 && !S->wide && (S->group >= cols || S->group % BLOCK == 0);
-  size_t of_t = (size_t)(4 * tokens * rank), of_q = a8 ? (size_t)(tokens * wide) : 0;
-  uint8_t *room = kept(1, 2 * of_q + 4 * (size_t)(tokens * groups) + of_t + 64);
-  if (!room) return 1;
-  int32_t *sums = (int32_t *)room; /* what is widest comes first; a fourth of wide in 32 bits is as many bytes as wide */
-  float *t = (float *)(room + of_q), *scales = t + tokens * rank;
-  int8_t *q = (int8_t *)(scales + tokens * groups);
-  if (a8) round_inputs(x, cols, tokens, cols, q, scales, sums);
-  if (rank) {
-    job first = {.m = V, .x = x, .fold = fold, .y = t, .ldx = cols, .ldy = rank, .tokens = tokens};
-    share(enough(V, threads), multiply, &(call){by, &first, NULL}, rank);
+/* Lay out x as order k wants it: of k * lanes columns first 0 k 2k .., then 1 k+1 .., and so on; 0 behind the last column. */
+static void lay_out(const float *x, int64_t cols, int k, int lanes, float *to) {
+  int64_t span = k * lanes, end = ordered(cols);
+  for (int64_t c = 0; c < end; c += span)
+    for (int n = 0; n < k; n++)
+      for (int l = 0; l < lanes; l++, to++) {
+        int64_t from = c + k * l + n;
+        *to = from < cols ? x[from] : 0;
+      }
+}
+/* The same for bytes; behind them what they are without their signs, and then -128 times the sums of four neighbours, 32 bits each. */
+static void lay_out_bytes(const int8_t *x, int64_t cols, int order, int lanes, int8_t *to) {
+  int64_t end = ordered(cols), span = order == EVEN_ODD ? 8 * lanes : X_GROUP;
+  for (int64_t i = 0; i < end; i++) {
+    int64_t from = i, k = i % span;
+    if (order == EVEN_ODD) from += (k < span / 2 ? 2 * k : 2 * k - span + 1) - k;
+    if (order == HALVES) from += 64 * (k / 16 & 1) + 16 * (k / 32) + k % 16 - k; /* of each 16 columns, those 64 on are beside them */
+    to[i] = from < cols ? x[from] : 0;
+    to[end + i] = (int8_t)abs(to[i]);
   }
-  job second = {.m = S, .u = rank ? U : NULL, .x = x, .t = t, .bias = bias, .y = y, .ldx = cols, .ldt = rank, .ldy = S->rows, .tokens = tokens};
-  if (a8) second.xq = q, second.xs = scales, second.xc = sums;
-  share(enough(S, threads), multiply, &(call){by, &second, NULL}, S->rows);
+  int32_t *sums = (int32_t *)(to + 2 * end);
+  for (int64_t i = 0; i < end; i += 4) sums[i / 4] = -128 * (to[i] + to[i + 1] + to[i + 2] + to[i + 3]);
+}
+/* The same for each job that goes through registers; several may want one order. Room for ORDERS times ordered(cols) numbers. */
+static void lay_out_for(const path *by, job *jobs, int64_t count, float *room) {
+  const float *made[ALL_ORDERS] = {0};
+  for (job *j = jobs; j < jobs + count; j++) {
+    int k = by->order(j);
+    if (!k) continue;
+    if (!made[k]) {
+      if (k < AS_IT_IS) lay_out(j->x, j->m->cols, k, by->lanes, room);
+      else lay_out_bytes(j->xq, j->m->cols, k, by->lanes, (int8_t *)room);
+      made[k] = room, room += ordered(j->m->cols);
+    }
+    j->xp = made[k];
+  }
+}
+static int takes_rounded(const matrix *S) {
+  return S->kind >= CODES8 && !S->wide && (S->group >= S->cols || S->group % BLOCK == 0);
+}
+
+/* y (tokens, rows of all S, ldy apart) = x Sᵀ + (x Vᵀ · fold) Uᵀ + bias of each layer beside the one before, for up to TOKENS
+   tokens; all layers have the columns of x. V, U, fold, bias may be NULL. With a8, x is rounded to int8 for each S whose levels
+   are integers and whose groups are whole blocks. All V are taken in one round of the threads, then all S. Returns 0, or 1: no memory. */
+EXPORT int sparlow_products(int number, int threads, int a8, const layer *layers, int64_t count, const float *x, int64_t tokens, float *y, int64_t ldy) {
+  const path *by = paths[number];
+  int64_t cols = layers->S->cols, wide = padded(cols), groups = (cols + X_GROUP - 1) / X_GROUP, ranks = 0;
+  int rounds = 0;
+  for (int64_t i = 0; i < count; i++) ranks += layers[i].V ? layers[i].V->rows : 0, rounds |= a8 && takes_rounded(layers[i].S);
+  size_t of_jobs = 2 * (size_t)count * sizeof(job), of_q = rounds ? (size_t)(tokens * wide) : 0;
+  size_t of_x = tokens == 1 ? ORDERS * 4 * (size_t)ordered(cols) : 0;
+  uint8_t *room = kept(1, of_jobs + of_x + 2 * of_q + 4 * (size_t)(tokens * (2 * groups + ranks)));
+  if (!room) return 1;
+  job *first = (job *)room, *second = first + count; /* what is widest comes first */
+  float *laid_out = (float *)(room + of_jobs);
+  int32_t *sums = (int32_t *)(room + of_jobs + of_x); /* a fourth of wide in 32 bits is as many bytes as wide */
+  float *t = (float *)(room + of_jobs + of_x + of_q), *scales = t + tokens * ranks;
+  int32_t *totals = (int32_t *)(scales + tokens * groups);
+  int8_t *q = (int8_t *)(totals + tokens * groups);
+  if (rounds) round_inputs(x, cols, tokens, cols, q, scales, totals, sums);
+  int64_t low = 0;
+  for (int64_t i = 0; i < count; i++) {
+    const layer *l = &layers[i];
+    second[i] = (job){.m = l->S, .x = x, .bias = l->bias, .y = y, .ldx = cols, .ldy = ldy, .tokens = tokens};
+    if (a8 && takes_rounded(l->S)) second[i].xq = q, second[i].xs = scales, second[i].xsum = totals, second[i].xc = sums;
+    y += l->S->rows;
+    if (!l->V) continue;
+    int64_t rank = l->V->rows;
+    first[low++] = (job){.m = l->V, .x = x, .fold = l->fold, .y = t, .ldx = cols, .ldy = rank, .tokens = tokens};
+    second[i].u = l->U, second[i].t = t, second[i].ldt = rank;
+    t += tokens * rank;
+  }
+  if (of_x) lay_out_for(by, second, count, laid_out);
+  multiply_all(by, threads, first, low);
+  multiply_all(by, threads, second, count);
   return 0;
 }
 
@@ -116,18 +180,24 @@ EXPORT void sparlow_decode(int number, int threads, const matrix *m, int64_t fro
   if (m->mask) some.mask = m->mask + from * mask_bytes(m->cols);
   if (m->scale) some.scale = m->scale + from * m->groups;
   some.start = m->start + from, some.rows = m->rows - from; /* where the tensor ends stays the same */
-  share(enough(m, threads), expand, &(call){paths[number], &some, out}, to - from);
+  share(enough(m->rows * m->cols, threads), expand, &(expansion){paths[number], &some, out}, to - from);
 }
 
-/* Where each row begins, in bytes: (rows + 1) from the bits of a kept value. */
-EXPORT void sparlow_starts(const uint8_t *mask, int64_t rows, int64_t cols, int64_t bits, int64_t *start) {
+/* Where each row begins, in bytes: (rows + 1) from the bits of a kept value. Returns whether two of each four are kept. */
+EXPORT int sparlow_starts(const uint8_t *mask, int64_t rows, int64_t cols, int64_t bits, int64_t *start) {
   int64_t at = 0;
+  int pairs = mask && cols % 4 == 0;
   for (int64_t r = 0; r < rows; r++) {
     start[r] = at;
     int64_t kept_here = mask ? 0 : cols;
-    if (mask)
-      for (int64_t c = 0; c < cols; c += 64) kept_here += __builtin_popcountll(mask_word(mask + r * mask_bytes(cols), c, cols));
+    for (int64_t c = 0; mask && c < cols; c += 64) {
+      uint64_t word = mask_word(mask + r * mask_bytes(cols), c, cols), twos = word - (word >> 1 & 0x5555555555555555);
+      uint64_t fours = (twos & 0x3333333333333333) + (twos >> 2 & 0x3333333333333333);
+      kept_here += __builtin_popcountll(word);
+      pairs &= fours == 0x2222222222222222 >> (cols - c < 64 ? 64 - (cols - c) : 0);
+    }
     at += (kept_here * bits + 7) / 8;
   }
   start[rows] = at;
+  return pairs;
 }

@@ -43,4 +43,4 @@ SPREAD(spread16, uint16_t, 0)
 SPREAD(spread32, float, 0)
 
 #include "rows.h"
-const path path_plain = {product, decode};
+const path path_plain = {product, decode, order, W};

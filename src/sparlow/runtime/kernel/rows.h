@@ -15,23 +15,28 @@ static const uint8_t SELF[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 1
 
 typedef struct { uint8_t *raw, *codes, *wide, *full; } buffers;
 
-/* Return row r with every column in its place; it may lie in the file's mapping. */
+/* The kept values or codes of row r; whole vectors may be read behind its end. */
+INL const uint8_t *stored(const matrix *m, int64_t r, buffers b) {
+  const uint8_t *p = m->data + m->start[r];
+  int64_t size = m->start[r + 1] - m->start[r];
+  if (m->start[r + 1] + PAD <= m->start[m->rows]) return p;
+  memcpy(b.raw, p, (size_t)size), memset(b.raw + size, 0, PAD);
+  return b.raw;
+}
+/* Codes of less than 8 bits as bytes, each through a table. */
+INL int64_t unpacked(const matrix *m, int64_t r, const uint8_t *p, const uint8_t *table, uint8_t *to) {
+  int bits = m->kind == CODES4 ? 4 : m->kind == CODES3 ? 3 : 2;
+  int64_t n = (m->start[r + 1] - m->start[r]) * 8 / bits; /* up to 7 too many, which nobody looks at */
+  if (bits == 4) unpack4(p, n, table, to);
+  else if (bits == 3) unpack3(p, n, table, to);
+  else unpack2(p, n, table, to);
+  return n;
+}
+/* Row r with every column in its place; it may lie in the file's mapping. */
 static const void *decoded(const matrix *m, int64_t r, buffers b) {
-  const uint8_t *p = m->data + m->start[r], *mask = m->mask ? m->mask + r * mask_bytes(m->cols) : NULL;
-  int64_t size = m->start[r + 1] - m->start[r], kept = size;
-  if (m->start[r + 1] + PAD > m->start[m->rows]) { /* whole vectors are read */
-    memcpy(b.raw, p, (size_t)size), memset(b.raw + size, 0, PAD);
-    p = b.raw;
-  }
-  if (m->kind >= CODES4) {
-    int bits = m->kind == CODES4 ? 4 : m->kind == CODES3 ? 3 : 2;
-    const uint8_t *table = m->wide ? SELF : m->narrow;
-    kept = size * 8 / bits; /* up to 7 too many, which nobody looks at */
-    if (bits == 4) unpack4(p, kept, table, b.codes);
-    else if (bits == 3) unpack3(p, kept, table, b.codes);
-    else unpack2(p, kept, table, b.codes);
-    p = b.codes;
-  }
+  const uint8_t *p = stored(m, r, b), *mask = m->mask ? m->mask + r * mask_bytes(m->cols) : NULL;
+  int64_t kept = m->start[r + 1] - m->start[r];
+  if (m->kind >= CODES4) kept = unpacked(m, r, p, m->wide ? SELF : m->narrow, b.codes), p = b.codes;
   if (m->kind >= CODES8 && m->wide) {
     uint16_t *to = (uint16_t *)b.wide;
     if (m->kind == CODES8) for (int64_t i = 0; i < kept; i++) to[i] = m->wide[p[i]];
@@ -143,8 +148,10 @@ INL void tokens(int F, int A8, int R, const void *const *w, const int64_t *r, co
 }
 
 static void scales_of(const matrix *m, int64_t r, float *to) {
-  for (int64_t g = 0; g < m->groups; g++)
-    to[g] = m->unit * (m->scale ? of_16(m->scale_kind, m->scale[r * m->groups + g]) : 1);
+  const uint16_t *from = m->scale + r * m->groups;
+  if (!m->scale) to[0] = m->unit;
+  else if (m->scale_kind == BF16) for (int64_t g = 0; g < m->groups; g++) to[g] = m->unit * of_bf16(from[g]);
+  else for (int64_t g = 0; g < m->groups; g++) to[g] = m->unit * of_fp16(from[g]);
 }
 
 /* Buffers of n rows and their scales; where there is no memory, none. */
@@ -174,6 +181,13 @@ INL void rows_as(int F, int A8, const job *j, int64_t from, int64_t to, buffers 
   }
 }
 
+#ifdef STREAMS
+#include "stream.h"
+static int order(const job *j) { return order_of(way_of(j)); }
+#else
+static int order(const job *j) { return (void)j, 0; }
+#endif
+
 static void product(const job *j, int64_t from, int64_t to) {
   buffers b[4];
   float *scale;
@@ -182,6 +196,9 @@ static void product(const job *j, int64_t from, int64_t to) {
       for (int64_t r = from; r < to; r++) memset(&j->y[t * j->ldy + r], 0xff, 4);
     return;
   }
+#ifdef STREAMS
+  if (j->xp && streamed(j, from, to, b, scale)) return;
+#endif
   switch (format_of(j->m)) {
     case F_FP32: rows_as(F_FP32, 0, j, from, to, b, scale); break;
     case F_BF16: rows_as(F_BF16, 0, j, from, to, b, scale); break;

@@ -12,6 +12,9 @@
 #define PAD 64       /* bytes that may be read, and written, behind a row */
 #define BLOCK 64     /* columns of one step with rounded inputs */
 #define X_GROUP 128  /* columns of an input that share a scale when it is rounded to int8 */
+#define ORDERS 4     /* of x, one beside the other, that layers of one call may ask for */
+/* Orders of x, see stream.h: k = 1, 2, 4 or 8 for floats, and of bytes these. */
+enum order { AS_IT_IS = 9, EVEN_ODD, HALVES, ALL_ORDERS };
 #define TOKENS 8     /* that one call takes */
 #define SAME 0x80    /* of a byte that stands for level + 128: the level 0 */
 
@@ -29,14 +32,23 @@ typedef struct {
   const uint16_t *wide;  /* (256) code -> level in 16 bits, or NULL */
   int64_t rows, cols, group, groups;
   int32_t kind, scale_kind, wide_kind;
+  int32_t pairs;         /* whether two of each four columns are kept, of whole fours */
   float unit;            /* what an integer level is multiplied by */
 } matrix;
+
+/* A layer x Sᵀ + (x Vᵀ · fold) Uᵀ + bias; all but S may be NULL. */
+typedef struct {
+  const matrix *S, *V, *U;
+  const float *fold, *bias;
+} layer;
 
 typedef struct {
   const matrix *m, *u;        /* y = m x + u t + bias, times fold */
   const float *x, *t, *bias, *fold;
+  const void *xp;             /* (ordered cols) one token in the order that the path asked for, or NULL; see stream.h */
   const int8_t *xq;           /* (tokens, padded cols) x rounded, or NULL: x as it is */
   const float *xs;            /* (tokens, groups of X_GROUP) its scales */
+  const int32_t *xsum;        /* (tokens, groups of X_GROUP) sums of xq */
   const int32_t *xc;          /* (tokens, padded cols / 4) -128 times the sums of four neighbours */
   float *y;
   int64_t ldx, ldt, ldy, tokens;
@@ -45,6 +57,8 @@ typedef struct {
 typedef struct {
   void (*product)(const job *, int64_t from, int64_t to);
   void (*decode)(const matrix *, int64_t from, int64_t to, float *out);
+  int (*order)(const job *); /* of xp, see stream.h; 0: not wanted */
+  int lanes;
 } path;
 
 extern const path path_plain, path_avx2, path_avx512;
@@ -57,6 +71,7 @@ INL int format_of(const matrix *m) {
 }
 INL int width_of(int format) { return format == F_FP32 ? 4 : format <= F_FP16 ? 2 : 1; }
 INL int64_t padded(int64_t cols) { return (cols + BLOCK - 1) / BLOCK * BLOCK; }
+INL int64_t ordered(int64_t cols) { return (cols + X_GROUP - 1) / X_GROUP * X_GROUP; }
 INL int64_t mask_bytes(int64_t cols) { return (cols + 7) / 8; }
 
 INL float of_bf16(uint16_t h) {

@@ -1,0 +1,38 @@
+/* Masked values for AVX2, which AVX-512 takes where it is quicker. */
+#include <immintrin.h>
+#include "ways.h"
+
+/* A table of 32 bytes for each mask byte spreads and widens at once: a bf16 is the upper half of a float32, and an int8
+   the uppermost byte of an int32 that is 2^24 times as much. */
+static uint8_t upper16[256][32] __attribute__((aligned(64))), upper8[256][32] __attribute__((aligned(64)));
+__attribute__((constructor)) static void fill_upper(void) {
+  memset(upper16, 128, sizeof upper16), memset(upper8, 128, sizeof upper8);
+  for (int m = 0; m < 256; m++)
+    for (int k = 0, kept = 0; k < 8; k++)
+      if (m >> k & 1) {
+        upper16[m][4 * k + 2] = (uint8_t)(2 * kept), upper16[m][4 * k + 3] = (uint8_t)(2 * kept + 1);
+        upper8[m][4 * k + 3] = (uint8_t)kept++;
+      }
+}
+INL __m256 spread_upper(int way, const uint8_t *p, uint64_t offset) { /* offset: 32 times the mask byte */
+  if (way == MASKED16)
+    return _mm256_castsi256_ps(_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)p)), *(const __m256i *)((const uint8_t *)upper16 + offset)));
+  int64_t eight;
+  memcpy(&eight, p, 8);
+  __m256i v = _mm256_set1_epi64x(eight);
+  if (way == MASKED8) v = _mm256_xor_si256(v, _mm256_set1_epi8((char)SAME));
+  return _mm256_cvtepi32_ps(_mm256_shuffle_epi8(v, *(const __m256i *)((const uint8_t *)upper8 + offset)));
+}
+/* Adds the products of 32 columns; a mask byte and a table at a time. */
+INL __m256 spread_dot(int way, cursor *a, const float *x, __m256 s) {
+  const int size = way == MASKED16 ? 2 : 1;
+#pragma GCC unroll 4
+  for (int k = 0; k < 4; k++) {
+    uint64_t offset = (uint64_t)a->mask[k] << 5; /* as many bits are set as in the byte */
+    __asm__("" : "+r"(offset));                  /* or gcc widens the byte again at each use */
+    s = _mm256_fmadd_ps(spread_upper(way, a->at, offset), _mm256_loadu_ps(x + 8 * k), s);
+    a->at += size * _mm_popcnt_u64(offset);
+  }
+  a->mask += 4;
+  return s;
+}

@@ -1,0 +1,168 @@
+/* One token: rows are decoded, spread and multiplied in registers, four rows at a time, each a stream of its own.
+
+   Included by rows.h where the instruction set has, behind its other pieces,
+
+     WIDE4, PAIRS                     whether DENSE4 has levels that are no integers, and whether there is R_PAIRS
+     order_of(way)                    how x is laid out: k for floats, of k * W columns first 0 k 2k .., then 1 k+1 .., and so on;
+                                      for bytes AS_IT_IS, EVEN_ODD of 8 * W columns, or HALVES: 16 columns of a group of 128
+                                      beside those 64 on
+     columns_of(way)                  columns of a step, a multiple of what order_of spans
+     v_first(f), shifted(way)         f and zeros; whether shift counts
+     levels_of(way, m)                what it keeps in registers for a whole row
+     step(way, cursor, x, levels, s)  adds the products of a step to s, and moves the cursor on
+     step_rounded(way, cursor, x, apart, levels)  the sums of a step of X_GROUP columns of rounded inputs; without signs they are
+                                      so many bytes on, and at twice that there are -128 times the sums of four
+     factor, shift                    in levels: what the sums of a row are to be multiplied by, and what is missing of a level
+
+   Bits of a mask behind the last column are 0 here, and so is x. */
+
+INL int way_for(const matrix *m) {
+  if (m->mask) {
+    if (m->kind == BF16) return MASKED16;
+    return m->kind < CODES8 || m->wide ? BUFFERED : m->kind == CODES8 ? MASKED8 : MASKED_CODES;
+  }
+  switch (m->kind) {
+    case CODES8: return m->wide ? BUFFERED : DENSE8;
+    case CODES4: return m->wide && !WIDE4 ? BUFFERED : DENSE4;
+    case CODES3: return DENSE3;
+    case CODES2: return DENSE2;
+    default: return BUFFERED;
+  }
+}
+/* Whether the levels of 4 bits are evenly apart, so that a code may stand for itself. */
+INL int even_levels(const matrix *m) {
+  for (int k = 1; k < 16; k++)
+    if (m->narrow[k] - m->narrow[k - 1] != m->narrow[1] - m->narrow[0] || m->narrow[k] <= m->narrow[k - 1]) return 0;
+  return 1;
+}
+INL int rounded_way_for(const matrix *m) {
+  if (m->kind < CODES8 || m->wide) return BUFFERED;
+  if (m->mask && m->pairs && PAIRS) return m->kind == CODES8 ? R_PAIRS8 : R_PAIRS_CODES;
+  if (m->mask) return m->kind == CODES8 ? R_MASKED8 : R_MASKED_CODES;
+  if (m->kind == CODES4) return even_levels(m) ? R_DENSE4 : BUFFERED;
+  return m->kind == CODES8 ? R_DENSE8 : m->kind == CODES3 ? R_DENSE3 : R_DENSE2;
+}
+/* A step has one scale. */
+INL int way_of(const job *j) {
+  if (j->tokens != 1) return BUFFERED;
+  int way = j->xq ? rounded_way_for(j->m) : way_for(j->m);
+  int64_t columns = way > ROUNDED ? X_GROUP : columns_of(way);
+  return j->m->group < j->m->cols && j->m->group % columns ? BUFFERED : way;
+}
+
+/* Let the masks of a row's last columns, fewer than a step, be followed by zeros. */
+INL void end_masks(int R, cursor *a, int64_t columns, uint8_t (*rest)[32]) {
+  for (int i = 0; i < R; i++) {
+    memset(rest[i], 0, 32);
+    memcpy(rest[i], a[i].mask, (size_t)mask_bytes(columns));
+    if (columns & 7) rest[i][columns / 8] &= (uint8_t)((1 << (columns & 7)) - 1);
+    a[i].mask = rest[i];
+  }
+}
+
+INL void streams(int way, int R, cursor *a, const job *j, const float *scale, float *found) {
+  const matrix *m = j->m;
+  const int64_t columns = columns_of(way);
+  const levels t = levels_of(way, m);
+  const float *x = j->xp;
+  VF acc[4], s[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < R; i++) acc[i] = v_zero();
+  for (int64_t g = 0, c = 0; g < m->groups; g++) {
+    int64_t end = c + m->group < m->cols ? c + m->group : m->cols;
+#pragma GCC unroll 4
+    for (int i = 0; i < R; i++) s[i] = v_zero();
+    for (; c + columns <= end; c += columns)
+#pragma GCC unroll 4
+      for (int i = 0; i < R; i++) s[i] = step(way, &a[i], x + c, &t, s[i]);
+    if (c < end) { /* the last columns of a row */
+      uint8_t rest[4][32];
+      if (m->mask) end_masks(R, a, end - c, rest);
+#pragma GCC unroll 4
+      for (int i = 0; i < R; i++) s[i] = step(way, &a[i], x + c, &t, s[i]);
+      c = end;
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < R; i++) acc[i] = v_fma(s[i], v_set(scale[i * m->groups + g]), acc[i]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < R; i++) found[i] = v_sum(acc[i]) * t.factor;
+}
+
+INL void rounded_streams(int way, int R, cursor *a, const job *j, const float *scale, float *found) {
+  const matrix *m = j->m;
+  const levels t = levels_of(way, m);
+  const int8_t *x = j->xp;
+  VF acc[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < R; i++) acc[i] = v_zero();
+  for (int64_t n = 0, c = 0; c < m->cols; n++, c += X_GROUP) {
+    uint8_t rest[4][32];
+    const float *own = scale + (m->group >= m->cols ? 0 : c / m->group);
+    VF missing = v_first(t.shift * (float)j->xsum[n]);
+    if (m->mask && m->cols - c < X_GROUP) end_masks(R, a, m->cols - c, rest);
+#pragma GCC unroll 4
+    for (int i = 0; i < R; i++) {
+      VF sums = step_rounded(way, &a[i], x + c, ordered(m->cols), &t);
+      if (shifted(way)) sums = v_add(sums, missing);
+      acc[i] = v_fma(sums, v_set(own[i * m->groups] * j->xs[n]), acc[i]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < R; i++) found[i] = v_sum(acc[i]) * t.factor;
+}
+
+/* The codes of row r as signed bytes. */
+INL const uint8_t *signed_bytes(const matrix *m, int64_t r, buffers b) {
+  uint8_t table[16];
+  for (int k = 0; k < 16; k++) table[k] = m->narrow[k] ^ SAME;
+  unpacked(m, r, stored(m, r, b), table, b.codes);
+  return b.codes;
+}
+
+INL void streamed_rows(int way, int R, const int64_t *r, const job *j, const buffers *b, float *scale) {
+  const matrix *m = j->m;
+  cursor a[4];
+  float found[4];
+  for (int i = 0; i < R; i++) {
+    a[i].at = in_bytes(way) ? signed_bytes(m, r[i], b[i]) : stored(m, r[i], b[i]);
+    a[i].mask = m->mask ? m->mask + r[i] * mask_bytes(m->cols) : NULL;
+    scales_of(m, r[i], scale + i * m->groups);
+  }
+  if (way > ROUNDED) rounded_streams(way, R, a, j, scale, found);
+  else streams(way, R, a, j, scale, found);
+  for (int i = 0; i < R; i++) finish(j, r[i], 0, 1, found + i);
+}
+
+INL void streamed_as(int way, const job *j, int64_t from, int64_t to, const buffers *b, float *scale) {
+  int64_t apart = (to - from) / 4;
+  for (int64_t q = from; q < from + apart; q++) {
+    int64_t r[4] = {q, q + apart, q + 2 * apart, q + 3 * apart};
+    streamed_rows(way, 4, r, j, b, scale);
+  }
+  for (int64_t q = from + 4 * apart; q < to; q++) streamed_rows(way, 1, &q, j, b, scale);
+}
+
+/* Returns 0 where the product does not go through registers. */
+static int streamed(const job *j, int64_t from, int64_t to, const buffers *b, float *scale) {
+  switch (way_of(j)) {
+    case MASKED16: streamed_as(MASKED16, j, from, to, b, scale); return 1;
+    case MASKED8: streamed_as(MASKED8, j, from, to, b, scale); return 1;
+    case MASKED_CODES: streamed_as(MASKED_CODES, j, from, to, b, scale); return 1;
+    case DENSE8: streamed_as(DENSE8, j, from, to, b, scale); return 1;
+    case DENSE4: streamed_as(DENSE4, j, from, to, b, scale); return 1;
+    case DENSE3: streamed_as(DENSE3, j, from, to, b, scale); return 1;
+    case DENSE2: streamed_as(DENSE2, j, from, to, b, scale); return 1;
+    case R_DENSE8: streamed_as(R_DENSE8, j, from, to, b, scale); return 1;
+    case R_DENSE4: streamed_as(R_DENSE4, j, from, to, b, scale); return 1;
+    case R_DENSE3: streamed_as(R_DENSE3, j, from, to, b, scale); return 1;
+    case R_DENSE2: streamed_as(R_DENSE2, j, from, to, b, scale); return 1;
+    case R_MASKED8: streamed_as(R_MASKED8, j, from, to, b, scale); return 1;
+    case R_MASKED_CODES: streamed_as(R_MASKED_CODES, j, from, to, b, scale); return 1;
+#if PAIRS
+    case R_PAIRS8: streamed_as(R_PAIRS8, j, from, to, b, scale); return 1;
+    case R_PAIRS_CODES: streamed_as(R_PAIRS_CODES, j, from, to, b, scale); return 1;
+#endif
+    default: return 0;
+  }
+}
