@@ -140,5 +140,6 @@ def _declare(functions: ctypes.CDLL) -> None:
     pointer, number, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
     functions.sparlow_product.argtypes = [number, number, number, *[pointer] * 6, long, pointer]
     functions.sparlow_decode.argtypes = [number, number, pointer, long, long, pointer]
+    functions.sparlow_rows.argtypes = [number, number, pointer, pointer, long, pointer]
     functions.sparlow_starts.argtypes = [pointer, long, long, long, pointer]
-    functions.sparlow_decode.restype = functions.sparlow_starts.restype = None
+    functions.sparlow_decode.restype = functions.sparlow_starts.restype = functions.sparlow_rows.restype = None

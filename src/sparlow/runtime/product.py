@@ -104,6 +104,15 @@ class Operand:
             dx.addmm_(t if self.fold is None else t * self.fold, self.decoded(self.V))
         return dx
 
+    def rows(self, ids: Tensor) -> Tensor:
+        """Return rows (ids, in) of S in float32 for int64 ids, each of which is checked by the caller."""
+        found = torch.empty(len(ids), self.S.shape[1], **_HERE)
+        if found.numel():
+            self.lib.functions.sparlow_rows(
+                _number(self.lib), torch.get_num_threads(), self.S.at, ids.data_ptr(), len(ids), found.data_ptr()
+            )
+        return found
+
     def tiles(self) -> Iterator[tuple[slice, Tensor]]:
         """Yield some rows of S after the other in float32, with their place; all have one buffer."""
         out, columns = self.S.shape
