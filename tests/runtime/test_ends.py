@@ -8,13 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import sparlow
-from coded import coded_model
-from families import save_tiny, tiny_tokenizer
+from runnable import write
 from sparlow.errors import InputError
-from sparlow.model.artefact.checkpoint import CheckpointWriter
-from sparlow.model.artefact.embedding import quantise
-from sparlow.model.artefact.layers import compressed_layers
-from sparlow.model.forward.decoder import Decoder
 from sparlow.runtime.build import NoKernelError, library
 from sparlow.runtime.ends import PackedEmbedding
 from sparlow.runtime.packed import PackedLinear
@@ -26,19 +21,6 @@ except NoKernelError as problem:
 
 IDS = torch.randint(2, 97, (2, 7), generator=torch.Generator().manual_seed(1))
 BOUND = {torch.float32: 1e-5, torch.bfloat16: 0.06}  # of the largest logit; dense mode in bfloat16 is itself 0.03 off
-
-
-def write(folder, family, ends, *, dtype=torch.float32, group=None):
-    save_tiny(family, folder / "dense", dtype=dtype)
-    model = coded_model(AutoModelForCausalLM.from_pretrained(folder / "dense"), "int8", pattern="2:4")
-    quantise(model, *ends, group=group)
-    decoder = Decoder.of(model)
-    writer = CheckpointWriter(folder / "out", model, decoder)
-    for i, block in enumerate(decoder.blocks):
-        writer.write_block(i, block)
-    writer.write_rest(model)
-    writer.finish(model, tiny_tokenizer(), patterns=dict.fromkeys(compressed_layers(model), "2:4"))
-    return folder / "out"
 
 
 def logits(model, ids=IDS):

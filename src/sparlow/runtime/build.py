@@ -141,5 +141,7 @@ def _declare(functions: ctypes.CDLL) -> None:
     functions.sparlow_product.argtypes = [number, number, number, *[pointer] * 6, long, pointer]
     functions.sparlow_decode.argtypes = [number, number, pointer, long, long, pointer]
     functions.sparlow_rows.argtypes = [number, number, pointer, pointer, long, pointer]
+    functions.sparlow_step.argtypes = [number, number, pointer, long, long, pointer, pointer]
+    functions.sparlow_step_work.argtypes, functions.sparlow_step_work.restype = [pointer, long], long
     functions.sparlow_starts.argtypes = [pointer, long, long, long, pointer]
     functions.sparlow_decode.restype = functions.sparlow_starts.restype = functions.sparlow_rows.restype = None

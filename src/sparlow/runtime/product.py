@@ -30,7 +30,7 @@ def forced(path: str) -> Iterator[None]:
     Raises:
         InputError: This processor does not have it.
     """
-    _number(library(), path)
+    path_number(library(), path)
     token = _forced.set(path)
     try:
         yield
@@ -38,7 +38,12 @@ def forced(path: str) -> Iterator[None]:
         _forced.reset(token)
 
 
-def _number(lib: Library, asked: str | None = None) -> int:
+def path_number(lib: Library, asked: str | None = None) -> int:
+    """Return the number by which the kernel knows the path to take: the one asked for, forced, or else the best.
+
+    Raises:
+        InputError: This processor does not have it.
+    """
     name = asked or _forced.get() or os.environ.get(PATH) or lib.paths[-1]
     if name not in lib.paths:
         raise InputError(f"There is no kernel for {name} on this processor. Choose one of {', '.join(lib.paths)}.")
@@ -78,7 +83,7 @@ class Operand:
         if len(x) == 0 or not y.numel():
             return y
         failed = self.lib.functions.sparlow_product(
-            _number(self.lib), torch.get_num_threads(), rounded, self.S.at,
+            path_number(self.lib), torch.get_num_threads(), rounded, self.S.at,
             self.V.at if self.V else None, self.U.at if self.U else None, _at(self.fold), _at(self.bias),
             x.data_ptr(), len(x), y.data_ptr(),
         )  # fmt: skip
@@ -109,7 +114,7 @@ class Operand:
         found = torch.empty(len(ids), self.S.shape[1], **_HERE)
         if found.numel():
             self.lib.functions.sparlow_rows(
-                _number(self.lib), torch.get_num_threads(), self.S.at, ids.data_ptr(), len(ids), found.data_ptr()
+                path_number(self.lib), torch.get_num_threads(), self.S.at, ids.data_ptr(), len(ids), found.data_ptr()
             )
         return found
 
@@ -128,7 +133,7 @@ class Operand:
         found = torch.empty(stop - start, matrix.shape[1], **_HERE) if out is None else out
         if found.numel():
             self.lib.functions.sparlow_decode(
-                _number(self.lib), torch.get_num_threads(), matrix.at, start, stop, found.data_ptr()
+                path_number(self.lib), torch.get_num_threads(), matrix.at, start, stop, found.data_ptr()
             )
         return found
 
