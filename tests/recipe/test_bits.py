@@ -1,6 +1,7 @@
 """What so many bits a weight buy: never more, nearly all of it, and the forms that were measured to be the best."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -61,9 +62,14 @@ def test_no_choice_takes_more_than_was_asked_for_and_one_with_ranks_takes_nearly
         assert budget.bytes(shape, 2) <= 2 * math.prod(shape)
         assert budget.rank <= min(shape)
         assert low_rank or not budget.rank
-    full = all(budget.rank == min(LAYERS[name].shape) for name, budget in choice.budgets.items())
-    if low_rank and not full:
+    if low_rank and not all(is_full(budget, LAYERS[name].shape) for name, budget in choice.budgets.items()):
         assert choice.bits > 0.97 * bits
+
+
+def is_full(budget, shape):
+    """Whether one more of rank would be beyond the matrix, or beyond its dense bytes."""
+    more = replace(budget, rank=budget.rank + 1)
+    return budget.rank == min(shape) or more.bytes(shape, 2) > 2 * math.prod(shape)
 
 
 def test_more_bits_never_buy_fewer_bytes_nor_a_grid_of_fewer_bits():
@@ -73,8 +79,9 @@ def test_more_bits_never_buy_fewer_bytes_nor_a_grid_of_fewer_bits():
     assert sizes == sorted(sizes)
     grids = [choice.form.grid.bits for choice in found]
     assert grids == sorted(grids)
-    density = [choice.form.pattern.density for choice in found]
-    assert density == sorted(density)
+    for bits in {*grids}:
+        density = [choice.form.pattern.density for choice in found if choice.form.grid.bits == bits]
+        assert density == sorted(density)
 
 
 def test_ranks_are_the_same_up_to_a_quarter_of_the_shorter_side():
@@ -109,7 +116,9 @@ def test_layers_too_small_for_even_ranks_share_what_is_left():
     ("bits", "form"),
     [
         (2.5, ("dense", "int2", 128)),
-        (3.0, ("dense", "int2", 64)),
+        (2.75, ("dense", "int2", 128)),
+        (3.0, ("18:32", "int3", 128)),
+        (3.2, ("dense", "int3", 128)),
         (3.5, ("dense", "int3", 128)),
         (4.0, ("dense", "int3", 64)),
         (4.25, ("dense", "int4", 128)),
@@ -118,7 +127,7 @@ def test_layers_too_small_for_even_ranks_share_what_is_left():
         (8.2, ("dense", "int8", 128)),
     ],
 )
-def test_from_two_bits_on_every_entry_is_kept(bits, form):
+def test_every_entry_is_kept_but_where_int3_nearly_fits(bits, form):
     pattern, *grid = picked(bits)
     assert (pattern.replace("0.0", "dense"), *grid) == form
 

@@ -126,3 +126,16 @@ def accelerator_takes_bf16() -> bool:
         raise InputError(f"Leave out --bf16: {_lacks(problem)}.") from problem
     untyped: Any = is_torch_bf16_gpu_available
     return bool(untyped())
+
+
+def cache_layer() -> Any:  # noqa: ANN401 - a class of transformers
+    """Return the class of a layer's keys and values in a cache that grows.
+
+    Raises:
+        InputError: This release of transformers has none.
+    """
+    try:
+        from transformers.cache_utils import DynamicLayer
+    except ImportError as problem:
+        raise InputError(f"There is no cache to step through: {_lacks(problem)}.") from problem
+    return DynamicLayer

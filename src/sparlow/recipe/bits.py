@@ -1,16 +1,19 @@
 """Which pattern, values and ranks so many bits a weight buy: the rule behind ``--bits`` and ``--size``.
 
 Bits count all of a compressed weight: codes or values, mask, scales, book, U and V with their scales. The rule was
-measured on SmolLM2 (135M, one shot, WikiText-2), at equal bits:
+measured on SmolLM2 (135M, one shot), at equal bits, by the errors of layers (``benchmarks/bits.py``):
 
-* From 2.2 bits on every entry is kept, on the grid of most bits that fits. Zeros beside values of few bits do not pay:
-  16:32 with int4 ends at 39.8 at 3.5 bits, all entries in int3 with a rank of 16 at 30.0.
-* Below 4 bits a low-rank part pays more than anything else: at int3 0.23 bits of it halve the layers' errors. From
-  int4 on it may be empty: int4 without has half the error of int3 with a rank of 32.
+* From 3.13 bits on every entry is kept, on the grid of most bits that fits: up to 8 bits every other form has 1.4 to
+  2.4 times the error. Zeros beside values of few bits do not pay where all entries could be kept: int3 of all entries
+  and nothing else (3.15 bits) has 0.8 of the error of 19:32 in int3 with a rank of 9.
+* Where int3 does not fit, but N:32 of it with N of at least 17 and 0.1 bits for the rank (2.9 bits), that has 0.83 of
+  the error of all entries in int2 with a rank of 32; at 2.75 bits it has none of that gain.
+* A low-rank part pays: at int3 0.23 bits of it halve the layers' errors. It may be empty where more bits of the values
+  are had instead: int4 without has half the error of int3 with a rank of 32.
 * What is left goes to the rank, the same in all layers up to a quarter of their shorter side: that of a small layer
   takes fewer bytes, and lowers its error by as much (at int3 rank 16 takes o_proj to 0.58 of it, gate_proj to 0.66).
   Beyond three quarters of a bit a finer scale pays as much, so groups are halved then.
-* Below 2.2 bits values are pruned: N:32 in int2.
+* Below 2.2 bits N:32 in int2.
 * Values in the model's own type want N:32 with about a fifth of what the mask leaves for the low-rank part: 13:32 with
   a rank of a fourteenth of the width, where 16:32 and a small rank take the same bits.
 """
@@ -30,8 +33,10 @@ from sparlow.report.value_types import MODEL
 VALUES = ("int8", "int4", "int3", "int2")  # most bits first
 GROUPS = ("128", "64", "32")  # columns that share a scale, the cheapest first
 DEFAULT_GROUP = GROUPS[0]
-LEAST_FOR_RANK = {"int8": 0.0, "int4": 0.0, "int3": 0.15, "int2": 0.07}  # bits, where all entries are kept
-LEAST_BESIDE_ZEROS = 0.15  # bits, where values on a grid are pruned
+LEAST_FOR_RANK = {"int8": 0.0, "int4": 0.0, "int3": 0.0, "int2": 0.07}  # bits, where all entries are kept
+LEAST_BESIDE_ZEROS = 0.1  # bits, where values on a grid are pruned
+PRUNED = "int3"  # pays beside zeros before all entries of fewer bits do
+LEAST_OF_PRUNED = 17  # of 32 columns
 MOST_FOR_RANK = 0.75  # bits, before groups are halved
 SHARE_OF_RANK = 0.2  # of the bits that a mask leaves, beside values in the model's type
 SPARSE = 32  # columns of a group in which N are kept
@@ -208,7 +213,11 @@ def _candidates(asked: Asked) -> Iterator[Form]:
     if pattern is not None:
         yield from (asked.form(pattern, name) for name in values)
         return
-    yield from (asked.form(WHOLE, name) for name in values if name != MODEL)
+    for name in values:
+        if name != MODEL:
+            yield asked.form(WHOLE, name)
+        if name == PRUNED:
+            yield from (asked.form(NM(kept, SPARSE), name) for kept in range(SPARSE - 1, LEAST_OF_PRUNED - 1, -1))
     yield from (asked.form(NM(kept, SPARSE), values[-1]) for kept in range(SPARSE - 1, 0, -1))
 
 

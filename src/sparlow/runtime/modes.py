@@ -6,11 +6,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sparlow.errors import InputError
 from sparlow.model.artefact.opening import use
 from sparlow.runtime.opening import ACTIVATIONS, MODE, opening_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+STEPS = ("transformers", "kernel")
 
 
 def load(
@@ -18,6 +21,7 @@ def load(
     *,
     mode: str | None = None,
     activations: str | None = None,
+    step: str = "transformers",
     **options: Any,  # noqa: ANN401 - those of from_pretrained
 ) -> "PreTrainedModel":
     """Open a compressed model; as ``AutoModelForCausalLM.from_pretrained``, but strict.
@@ -30,17 +34,26 @@ def load(
             ``SPARLOW_MODE`` says, else dense.
         activations: Of packed layers: ``float``, or ``int8``, which rounds their inputs where the stored levels are
             integers. If left out, what ``SPARLOW_ACTIVATIONS`` says, else float.
+        step: What computes a token behind others: ``transformers``; or ``kernel``, one call for all blocks, where the
+            model's structure is one that the kernel knows, which the first ``generate`` finds out and says if not.
         options: Of ``from_pretrained``, such as dtype and device_map.
 
     Raises:
         InputError: It is no model that sparlow wrote, it is unfinished, damaged or from a newer sparlow, or there is no
-            such mode.
+            such mode or step.
     """
     from sparlow.model.artefact import checkpoint
 
     chosen = _chosen(mode, activations)
     opening_of(*chosen)  # a wrong name is told before anything is read
-    return checkpoint.load(folder, lambda: opening_of(*chosen), **options)
+    if step not in STEPS:
+        raise InputError(f"There is no step {step!r}. Choose transformers or kernel.")
+    model = checkpoint.load(folder, lambda: opening_of(*chosen), **options)
+    if step == "kernel":
+        from sparlow.runtime.stepping import use_step
+
+        use_step(model)
+    return model
 
 
 @contextmanager

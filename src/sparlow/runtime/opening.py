@@ -24,7 +24,7 @@ from sparlow.runtime.build import NoKernelError, library
 if TYPE_CHECKING:  # transformers imports this file while it is on its way in: see registration.py
     from transformers import PreTrainedModel
 
-    from sparlow.runtime.packed import PackedLinear
+    from sparlow.runtime.packed import Packed
 
 MODES = ("dense", "packed", "merged", "auto")
 MODE, ACTIVATIONS = "SPARLOW_MODE", "SPARLOW_ACTIVATIONS"
@@ -51,23 +51,25 @@ class Opened:
         self.mode = self._settled(device_map)
         if self.mode != "packed":
             return ()
-        from sparlow.runtime.packed import kernel_reads
+        from sparlow.runtime.ends import packable
 
-        taken = [layer for layer in layers if kernel_reads({part: h.dtype for part, h in layer.parts.items()})]
+        taken = packable(model, layers)
+        weights: dict[str, Packed] = {}  # by name in the files: what is tied is one
         with _files() as read:
             for layer in taken:
-                packed = _packed(model, layer, read(layer), self.activations)
-                packed.unseen = True  # else transformers would look for parameters
-                _put(model, layer.name, packed)
+                if layer.stored not in weights:
+                    weights[layer.stored] = _packed(model, layer, read(layer))
+                _put_packed(model, layer, weights[layer.stored], self.activations)
+        _untie(model, {layer.name for layer in taken})
         return [layer.name for layer in taken]
 
     def after(self, model: "PreTrainedModel") -> bool:
         """See ``Opening``."""
         if self.mode == "packed":
-            from sparlow.runtime.packed import PackedLinear
+            from sparlow.runtime.packed import PackedModule
 
             for module in model.modules():
-                if isinstance(module, PackedLinear):
+                if isinstance(module, PackedModule):
                     module.unseen = False
             return True
         for name, layer in compressed_layers(model).items():
@@ -165,16 +167,41 @@ def _files() -> Iterator[Any]:
         yield read
 
 
-def _packed(model: "PreTrainedModel", layer: InFile, parts: dict[str, Tensor], activations: str) -> "PackedLinear":
-    from sparlow.runtime.packed import Packed, PackedLinear
+def _packed(model: "PreTrainedModel", layer: InFile, parts: dict[str, Tensor]) -> "Packed":
+    from sparlow.runtime.packed import Packed
 
     own, scheme = model.get_submodule(layer.name), layer.record.scheme
     bias = parts.pop("bias", None)
-    shape = (int(own.out_features), int(own.in_features))  # type: ignore[arg-type]  # a SparseLowRankLinear
+    names = ("num_embeddings", "embedding_dim") if isinstance(own, nn.Embedding) else ("out_features", "in_features")
+    out, columns = (int(getattr(own, name)) for name in names)
+    return Packed(parts, (out, columns), scheme.grid, scheme.dtype, bias)
+
+
+def _put_packed(model: "PreTrainedModel", layer: InFile, weight: "Packed", activations: str) -> None:
+    from sparlow.runtime.packed import PackedLinear, PackedModule
+
+    own = model.get_submodule(layer.name)
     try:
-        return PackedLinear(Packed(parts, shape, scheme.grid, scheme.dtype, bias), activations)
+        if isinstance(own, nn.Embedding):
+            from sparlow.runtime.ends import PackedEmbedding, refuse_resizing
+
+            packed: PackedModule = PackedEmbedding(weight, own.weight.dtype, own.padding_idx)
+            refuse_resizing(model)
+        else:
+            packed = PackedLinear(weight, activations)
     except InputError as problem:
         raise InputError(f"{layer.stored}: {problem}") from None
+    packed.unseen = True  # else transformers would look for parameters
+    _put(model, layer.name, packed)
+
+
+def _untie(model: "PreTrainedModel", names: Collection[str]) -> None:
+    """Take packed layers, which share what is stored, out of the list of parameters that transformers ties."""
+    for attribute in ("_tied_weights_keys", "all_tied_weights_keys"):
+        tied = getattr(model, attribute, None)
+        if isinstance(tied, Mapping):
+            left = {one: other for one, other in tied.items() if one.removesuffix(".weight") not in names}
+            setattr(model, attribute, left)
 
 
 opening.DEFAULT = by_environment

@@ -1,4 +1,4 @@
-"""The packed layer: it computes with the tensors of the file as they lie there, and never holds them expanded."""
+"""Packed layers: they compute with the tensors of the file as they lie there, and never hold them expanded."""
 
 import itertools
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from sparlow.runtime.product import Operand, operand
 ACTIVATIONS = ("float", "int8")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.uint8)  # that the kernel reads
 _numbers = itertools.count()
-_layers: WeakValueDictionary[int, "PackedLinear"] = WeakValueDictionary()  # by number, which torch.compile can hold
+_layers: WeakValueDictionary[int, Any] = WeakValueDictionary()  # by number, which torch.compile can hold
 
 
 @dataclass(frozen=True)
@@ -40,34 +40,32 @@ class Packed:
     bias: Tensor | None
 
 
+def layer_of(number: int) -> Any:  # noqa: ANN401 - a PackedModule of some class
+    """Return a packed layer by its number."""
+    return _layers[number]
+
+
 def kernel_reads(dtypes: Mapping[str, torch.dtype | None]) -> bool:
     """Whether the kernel reads weights whose tensors have these types."""
     return all(dtype in _DTYPES for part, dtype in dtypes.items() if part in PARTS)
 
 
-class PackedLinear(nn.Module):
-    """y = x Sᵀ + (x Vᵀ) Uᵀ + b on the CPU, S, U and V being decoded on the way, in float32 and unrounded.
+class PackedModule(nn.Module):
+    """What a layer that stays packed does beside computing: it has no parameters, and holds the tensors of a file.
 
-    It has no parameters: ``half``, ``float`` and ``to`` leave what is stored alone, and the result has the type of x.
-    Gradients reach x, but nothing of the layer is trained; ``dequantize`` gives a layer for that. Copies share what is
-    stored, which is never written to. The state dict holds the tensors of the file under their names there.
+    ``half``, ``float`` and ``to`` leave what is stored alone, copies share it, and the state dict holds it under its
+    names in the file.
 
     Args:
         packed: The weight, its tensors on the CPU.
-        activations: ``float``; or ``int8``: x is rounded to int8, a scale for each token and 128 columns, wherever the
-            levels of S are integers and a group whole multiples of 64 columns.
 
     Raises:
         InputError: The tensors do not fit each other, or there is no kernel on this machine.
     """
 
-    def __init__(self, packed: Packed, activations: str = "float") -> None:
+    def __init__(self, packed: Packed) -> None:
         super().__init__()
-        if activations not in ACTIVATIONS:
-            raise InputError(f"The activations cannot be {activations}. Choose one of {', '.join(ACTIVATIONS)}.")
-        self.packed, self.activations = packed, activations
-        self.out_features, self.in_features = packed.shape
-        self.rank = len(packed.parts["V"])
+        self.packed = packed
         self.unseen = False  # whether the state dict leaves out what is stored: while transformers opens a model
         self._operand: Operand | None = operand(packed.parts, packed.shape, packed.grid, packed.bias)
         self._register()
@@ -76,63 +74,22 @@ class PackedLinear(nn.Module):
         self._number = next(_numbers)
         _layers[self._number] = self
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (…, in) to (…, out), in the type of x."""
-        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
-            y: Tensor = torch.ops.sparlow.packed_linear(x, self._number, self.out_features)
-            return y
-        return self.product(x)
-
-    def product(self, x: Tensor) -> Tensor:
-        """Return the result without gradients.
-
-        Raises:
-            InputError: x is not on the CPU, or has another width.
-        """
-        if x.device.type != "cpu":
-            raise InputError(
-                f"Packed layers compute on the CPU, not on {x.device.type}. Open the model with mode='dense'."
-            )
-        if x.shape[-1] != self.in_features:
-            raise InputError(f"The input must have {self.in_features} columns, not {x.shape[-1]}.")
-        flat = x.detach().reshape(-1, self.in_features).float().contiguous()
-        y = self._described().product(flat, rounded=self.activations == "int8")
-        return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
-
-    def back(self, dy: Tensor) -> Tensor:
-        """Return the gradient of x (…, in) for that of the result (…, out)."""
-        flat = dy.detach().reshape(-1, self.out_features).float().contiguous()
-        return self._described().back(flat).view(*dy.shape[:-1], self.in_features).to(dy.dtype)
-
-    def _described(self) -> Operand:
+    def described(self) -> Operand:
+        """Return the weight as the kernel reads it."""
         if self._operand is None:
             packed = self.packed
             self._operand = operand(packed.parts, packed.shape, packed.grid, packed.bias)
         return self._operand
 
-    def dequantize(self) -> SparseLowRankLinear:
-        """Return the same layer in floats, to be trained; what ``mode="dense"`` opens."""
-        packed = self.packed
-        weight, stored = unpack_weight(packed.parts, packed.shape, packed.grid, packed.dtype)
-        layer = SparseLowRankLinear(*weight, packed.bias)
-        layer.stored = stored
-        return layer.train(self.training)
+    @property
+    def values(self) -> str:
+        """The type of the stored values."""
+        return self.packed.grid.name if self.packed.grid else str(self.packed.parts["weight"].dtype).split(".")[-1]
 
     @property
-    def weight(self) -> Tensor:
-        """S + U V (out, in), for code that looks at a linear layer's weight; expanded at each access."""
-        return self.dequantize().weight.detach()
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The bias (out,), or None."""
-        return self.packed.bias
-
-    def extra_repr(self) -> str:
-        """Return what ``print(model)`` shows of the layer."""
-        values = self.packed.grid.name if self.packed.grid else str(self.packed.parts["weight"].dtype).split(".")[-1]
-        sizes = f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
-        return f"{sizes}, bias={self.bias is not None}, values={values}, activations={self.activations}"
+    def bytes(self) -> int:
+        """What is stored takes."""
+        return sum(tensor.nbytes for tensor in self._state().values())
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_operand": None}  # addresses of this process
@@ -178,14 +135,91 @@ class PackedLinear(nn.Module):
             self.packed = Packed(found, packed.shape, packed.grid, packed.dtype, bias)
 
 
+class PackedLinear(PackedModule):
+    """y = x Sᵀ + (x Vᵀ) Uᵀ + b on the CPU, S, U and V being decoded on the way, in float32 and unrounded.
+
+    The result has the type of x. Gradients reach x, but nothing of the layer is trained; ``dequantize`` gives a layer
+    for that.
+
+    Args:
+        packed: The weight, its tensors on the CPU.
+        activations: ``float``; or ``int8``: x is rounded to int8, a scale for each token and 128 columns, wherever the
+            levels of S are integers and a group whole multiples of 64 columns.
+
+    Raises:
+        InputError: The tensors do not fit each other, or there is no kernel on this machine.
+    """
+
+    def __init__(self, packed: Packed, activations: str = "float") -> None:
+        if activations not in ACTIVATIONS:
+            raise InputError(f"The activations cannot be {activations}. Choose one of {', '.join(ACTIVATIONS)}.")
+        super().__init__(packed)
+        self.activations = activations
+        self.out_features, self.in_features = packed.shape
+        self.rank = len(packed.parts["V"])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (…, in) to (…, out), in the type of x."""
+        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
+            y: Tensor = torch.ops.sparlow.packed_linear(x, self._number, self.out_features)
+            return y
+        return self.product(x)
+
+    def product(self, x: Tensor) -> Tensor:
+        """Return the result without gradients.
+
+        Raises:
+            InputError: x is not on the CPU, or has another width.
+        """
+        if x.device.type != "cpu":
+            raise InputError(
+                f"Packed layers compute on the CPU, not on {x.device.type}. Open the model with mode='dense'."
+            )
+        if x.shape[-1] != self.in_features:
+            raise InputError(f"The input must have {self.in_features} columns, not {x.shape[-1]}.")
+        flat = x.detach().reshape(-1, self.in_features).float().contiguous()
+        y = self.described().product(flat, rounded=self.activations == "int8")
+        return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
+
+    def back(self, dy: Tensor) -> Tensor:
+        """Return the gradient of x (…, in) for that of the result (…, out)."""
+        flat = dy.detach().reshape(-1, self.out_features).float().contiguous()
+        return self.described().back(flat).view(*dy.shape[:-1], self.in_features).to(dy.dtype)
+
+    def dequantize(self) -> SparseLowRankLinear:
+        """Return the same layer in floats, to be trained; what ``mode="dense"`` opens."""
+        packed = self.packed
+        weight, stored = unpack_weight(packed.parts, packed.shape, packed.grid, packed.dtype)
+        layer = SparseLowRankLinear(*weight, packed.bias)
+        layer.stored = stored
+        return layer.train(self.training)
+
+    @property
+    def weight(self) -> Tensor:
+        """S + U V (out, in), for code that looks at a linear layer's weight; expanded at each access."""
+        return self.dequantize().weight.detach()
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias (out,), or None."""
+        return self.packed.bias
+
+    def extra_repr(self) -> str:
+        """Return what ``print(model)`` shows of the layer."""
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+        return f"{sizes}, bias={self.bias is not None}, values={self.values}, activations={self.activations}"
+
+
 @torch.library.custom_op("sparlow::packed_linear", mutates_args=())
 def _forward(x: Tensor, number: int, out: int) -> Tensor:  # noqa: ARG001 - for the shape
-    return _layers[number].product(x)
+    found: Tensor = layer_of(number).product(x)
+    return found
 
 
 @torch.library.custom_op("sparlow::packed_linear_back", mutates_args=())
 def _backward(dy: Tensor, number: int, columns: int) -> Tensor:  # noqa: ARG001 - for the shape
-    return _layers[number].back(dy)
+    found: Tensor = layer_of(number).back(dy)
+    return found
 
 
 def _shaped(x: Tensor, number: int, features: int) -> Tensor:  # noqa: ARG001 - an operator's form

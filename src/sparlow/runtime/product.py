@@ -35,7 +35,7 @@ def forced(path: str) -> Iterator[None]:
     Raises:
         InputError: This processor does not have it.
     """
-    _number(library(), path)
+    path_number(library(), path)
     token = _forced.set(path)
     try:
         yield
@@ -43,7 +43,12 @@ def forced(path: str) -> Iterator[None]:
         _forced.reset(token)
 
 
-def _number(lib: Library, asked: str | None = None) -> int:
+def path_number(lib: Library, asked: str | None = None) -> int:
+    """Return the number by which the kernel knows the path to take: the one asked for, forced, or else the best.
+
+    Raises:
+        InputError: This processor does not have it.
+    """
     name = asked or _forced.get() or os.environ.get(PATH) or lib.paths[-1]
     if name not in lib.paths:
         raise InputError(f"There is no kernel for {name} on this processor. Choose one of {', '.join(lib.paths)}.")
@@ -99,6 +104,15 @@ class Operand:
             dx.addmm_(t if self.fold is None else t * self.fold, self.decoded(self.V))
         return dx
 
+    def rows(self, ids: Tensor) -> Tensor:
+        """Return rows (ids, in) of S in float32 for int64 ids, each of which is checked by the caller."""
+        found = torch.empty(len(ids), self.S.shape[1], **_HERE)
+        if found.numel():
+            self.lib.functions.sparlow_rows(
+                path_number(self.lib), torch.get_num_threads(), self.S.at, ids.data_ptr(), len(ids), found.data_ptr()
+            )
+        return found
+
     def tiles(self) -> Iterator[tuple[slice, Tensor]]:
         """Yield some rows of S after the other in float32, with their place; all have one buffer."""
         out, columns = self.S.shape
@@ -114,7 +128,7 @@ class Operand:
         found = torch.empty(stop - start, matrix.shape[1], **_HERE) if out is None else out
         if found.numel():
             self.lib.functions.sparlow_decode(
-                _number(self.lib), torch.get_num_threads(), matrix.at, start, stop, found.data_ptr()
+                path_number(self.lib), torch.get_num_threads(), matrix.at, start, stop, found.data_ptr()
             )
         return found
 
@@ -149,7 +163,7 @@ class Joined:
             return y
         lib = self.operands[0].lib
         failed = lib.functions.sparlow_products(
-            _number(lib), torch.get_num_threads(), rounded, self.layers, len(self.layers),
+            path_number(lib), torch.get_num_threads(), rounded, self.layers, len(self.layers),
             x.data_ptr(), len(x), y.data_ptr(), y.shape[1],
         )  # fmt: skip
         if failed:

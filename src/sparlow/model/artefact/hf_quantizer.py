@@ -23,7 +23,7 @@ from sparlow.model import _transformers as private
 from sparlow.model.artefact.layers import SparseLowRankLinear, compressed_layers, install, own_weights
 from sparlow.model.artefact.loader import forget_loader
 from sparlow.model.artefact.opening import Dense, InFile, Opening, opening
-from sparlow.model.artefact.outside import Outside, check_outside, mark, outside_modules
+from sparlow.model.artefact.outside import HEAD, Outside, check_outside, ends_in_file, mark, outside_modules
 from sparlow.model.artefact.packing import packed_state, packed_weights, stored_form, stored_layer
 from sparlow.model.artefact.schemes import (
     FORMAT,
@@ -155,17 +155,18 @@ class SparlowQuantizer(private.HfQuantizer):
                 check_outside(layer, parts.get(name, {}), records[name])
         _check_rest(model, headers, [layer.name for layer in layers.values() if isinstance(layer, Outside)])
         self._opening = opening()
-        inside = [
-            InFile(_name_in(model, name), name, records[name], parts[name])
+        found = {
+            name: InFile(_name_in(model, name), name, records[name], parts[name])
             for name, layer in layers.items()
             if isinstance(layer, SparseLowRankLinear)
-        ]
-        self._take(model, inside, device_map)
+        }
+        ends = {name: layer for name, layer in layers.items() if isinstance(layer, Outside)}
+        self._take(model, found | ends_in_file(model, ends, records, parts), device_map)
 
-    def _take(self, model: "PreTrainedModel", layers: list[InFile], device_map: object) -> None:
-        """Let layers be opened in another way; their tensors are no surprise to transformers then."""
-        taken = set(self._opening.before(model, layers, device_map))
-        self._stored_taken = {layer.stored for layer in layers if layer.name in taken}
+    def _take(self, model: "PreTrainedModel", layers: Mapping[str, InFile], device_map: object) -> None:
+        """Let layers, by the names of their records, be opened in another way; transformers expects no tensors then."""
+        taken = set(self._opening.before(model, [*layers.values()], device_map))
+        self._stored_taken = {name for name, layer in layers.items() if layer.name in taken}
         if taken:
             names = any_of(sorted({*self._stored_taken, *taken}))
             known = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
@@ -216,6 +217,7 @@ class SparlowQuantizer(private.HfQuantizer):
         """Return what ``save_pretrained`` writes after the config, whose records follow the model as it is now."""
         state, packs = packed_state(model)
         known = self.quantization_config.records
+        flat = [name for name in known if name not in packs and is_flat(state.get(f"{name}.weight"))]
         self.quantization_config.records = records = {
             name: stored_layer(
                 name,
@@ -225,7 +227,11 @@ class SparlowQuantizer(private.HfQuantizer):
                 transposed=name in known and known[name].scheme.transposed,
             )
             for name, packed in packs.items()
-        } | {name: row for name, row in known.items() if name not in packs and is_flat(state.get(f"{name}.weight"))}
+        } | {name: known[name] for name in flat}
+        at = {name: state[f"{name}.weight"].data_ptr() for name in flat}
+        head = next((end.name for end in outside_modules(model).values() if end.what == HEAD), "")
+        if head in at and [*at.values()].count(at[head]) > 1:  # tied: written once, by the other name
+            state = {key: t for key, t in state.items() if key.rpartition(".")[0] != head}
         gone = [name for name, row in known.items() if row.scheme.grid and name not in records]
         if gone and not any(stored_form(module) for name, module in model.named_modules() if name in gone):
             warnings.warn(f"{gone[0]} has been replaced, so it is stored in the model's own type.", stacklevel=2)

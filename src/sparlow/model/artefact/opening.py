@@ -20,11 +20,11 @@ if TYPE_CHECKING:  # transformers imports this file while it is on its way in: s
 
 @dataclass(frozen=True)
 class InFile:
-    """A compressed layer of a model that is opened.
+    """A compressed layer of a model that is opened, or an embedding or a head in codes.
 
     Attributes:
         name: In the model.
-        stored: Its name in the files.
+        stored: Its name in the files; of a head that is tied, that of the embedding.
         record: How it is stored.
         parts: Its tensors by the last part of their names, which have been checked.
     """

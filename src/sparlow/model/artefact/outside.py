@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from sparlow.errors import InputError
 from sparlow.model.artefact.layers import SparseLowRankLinear
+from sparlow.model.artefact.opening import InFile
 from sparlow.model.artefact.packing import stored_form
 from sparlow.model.artefact.schemes import DENSE, StoredLayer
 from sparlow.model.artefact.shards import Header, check_parts
@@ -94,6 +95,28 @@ def check_outside(outside: Outside, parts: Mapping[str, Header], record: StoredL
         raise InputError(f"{outside.name} is the {outside.what}, which cannot be stored in this way. Restore the file.")
     bias = getattr(outside.module, "bias", None) is not None
     check_parts(outside.name, parts, record, shape=outside.shape, bias=bias)
+
+
+def ends_in_file(
+    model: "PreTrainedModel",
+    ends: Mapping[str, Outside],
+    records: Mapping[str, StoredLayer],
+    parts: Mapping[str, Mapping[str, Header]],
+) -> dict[str, InFile]:
+    """Return the embedding and the head in codes, by the names of their records.
+
+    One that is tied lies where the other does. Where the two are tied and only one is on record, there are none.
+    """
+    tied = (model.all_tied_weights_keys or {}).items()
+    ties = {one.removesuffix(".weight"): other.removesuffix(".weight") for one, other in tied}
+    names = {end.name: name for name, end in ends.items()}
+    found = {}
+    for name, end in ends.items():
+        others = {ties.get(end.name), *(one for one, other in ties.items() if other == end.name)} - {None}
+        stored = name if name in parts else next((names[o] for o in others if names.get(o) in parts), None)
+        if stored and others <= names.keys():
+            found[name] = InFile(end.name, stored, records[name], parts[stored])
+    return found
 
 
 def mark(module: nn.Module, form: StoredForm) -> None:
