@@ -25,6 +25,7 @@ from sparlow.cli.parameters import (
     OutOfComparison,
     OutOfPlan,
     Overwrite,
+    Prompt,
     Timed,
     WithMatching,
 )
@@ -32,6 +33,7 @@ from sparlow.cli.signals import resumable
 from sparlow.errors import InputError, RunError
 from sparlow.finetuning.options import FinetuneOptions
 from sparlow.recipe.run_options import RunOptions
+from sparlow.runtime.options import RunningOptions, TextOptions
 from sparlow.schema import values_of
 
 __all__ = ["app", "main"]
@@ -183,6 +185,15 @@ def inspect(
     problems = show(directory, verify=verify, json=as_json)
     if problems:
         raise RunError(" ".join(problems))
+
+
+@command
+def generate(model: Model, prompt: Prompt, text: TextOptions, running: RunningOptions) -> None:
+    """Let MODEL, compressed or not, go on from --prompt: its text as it comes, then tokens a second."""
+    from sparlow.runtime.running import open_to_run, stream
+
+    clock = stream(open_to_run(model, running), prompt, text, display.text)
+    display.show_pace(clock)
 
 
 @command

@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # help is shown without torch, which comes with these
     from sparlow.progress import Notify, Progress
     from sparlow.report.comparison import Comparison
     from sparlow.report.records import Report
+    from sparlow.runtime.running import Clock
 
 WIDE = 200  # columns where nobody looks, as in a pipe: no name is cut
 
@@ -100,6 +101,18 @@ def show_report(report: "Report") -> None:
         out.print(f"and {len(report.warnings) - 10} more warnings in report.json", highlight=False)
     for note in report.notes:
         out.print(escape(note), highlight=False)
+
+
+def text(some: str) -> None:
+    """A few letters of a text that is being written."""
+    sys.stdout.write(printable(some))
+    sys.stdout.flush()
+
+
+def show_pace(clock: "Clock") -> None:
+    """How long a text took, beside it and not in it."""
+    rate = "" if clock.rate is None else f", then {clock.rate:.1f} tokens a second"
+    err.print(f"{len(clock.stamps)} tokens: {clock.first:.2f} s to the first{rate}", highlight=False)
 
 
 def show_columns(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

@@ -8,6 +8,7 @@ from sparlow.cli.options import EvaluateOptions, WriteOptions
 from sparlow.finetuning.options import FinetuneOptions
 from sparlow.recipe.recipe import Recipe
 from sparlow.recipe.run_options import RunOptions
+from sparlow.runtime.options import RunningOptions, TextOptions
 from sparlow.schema import Bound, Doc, FileOnly, Option, Panel, options_of
 
 INTRODUCTION = """# Options
@@ -28,6 +29,8 @@ SECTIONS: tuple[tuple[str, str, type], ...] = (
     ("Writing", "Options of `compress` and `compare`, and keywords of `sparlow.compress`.", WriteOptions),
     ("Fine-tuning", "Options of `finetune`, and keywords of `sparlow.finetune`.", FinetuneOptions),
     ("Evaluation", "Options of `evaluate`.", EvaluateOptions),
+    ("Running", "Options of `generate`.", RunningOptions),
+    ("Text", "Options of `generate`, beside `prompt`, the text to go on from.", TextOptions),
 )
 
 

@@ -13,10 +13,20 @@ def nearest(W: Tensor, grid: Grid) -> Tensor:
     No data are looked at, and the largest entry of a group of columns decides on its scale. Of a book the levels are
     those from which it is learned.
     """
+    values = grid_of_largest(W, grid)
+    return values.decode(values.encode(W))
+
+
+def grid_of_largest(W: Tensor, grid: Grid, *, masked: bool = False) -> GridValues:
+    """Return the grid, with scales, that holds the largest entry of each group of columns of W (out, in).
+
+    Args:
+        W: It.
+        grid: Its kind.
+        masked: Whether zeros stand outside of it.
+    """
     rows, columns = W.shape
     width = min(grid.group or columns, columns)
     groups = functional.pad(W.float(), (0, -columns % width)).view(rows, -1, width)
     levels = grid.uniform().to(W.device)
-    scale = (groups.abs().amax(2) / levels[-1]).to(torch.bfloat16)
-    values = GridValues(grid, scale, levels, masked=False)
-    return values.decode(values.encode(W))
+    return GridValues(grid, (groups.abs().amax(2) / levels[-1]).to(torch.bfloat16), levels, masked)
