@@ -2,16 +2,16 @@
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 from weakref import WeakValueDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparlow.errors import InputError
 from sparlow.linalg.grid import Grid
-from sparlow.model.artefact.layers import SparseLowRankLinear
+from sparlow.model.artefact.layers import SparseLowRankLinear, StillPacked
 from sparlow.model.artefact.stored_form import PARTS, unpack_weight
 from sparlow.runtime.product import Operand, operand
 
@@ -45,7 +45,7 @@ def kernel_reads(dtypes: Mapping[str, torch.dtype | None]) -> bool:
     return all(dtype in _DTYPES for part, dtype in dtypes.items() if part in PARTS)
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(StillPacked):
     """y = x Sᵀ + (x Vᵀ) Uᵀ + b on the CPU, S, U and V being decoded on the way, in float32 and unrounded.
 
     It has no parameters: ``half``, ``float`` and ``to`` leave what is stored alone, and the result has the type of x.
@@ -69,6 +69,7 @@ class PackedLinear(nn.Module):
         self.out_features, self.in_features = packed.shape
         self.rank = len(packed.parts["V"])
         self.unseen = False  # whether the state dict leaves out what is stored: while transformers opens a model
+        self._lent: dict[str, Tensor] | None = None
         self._operand: Operand | None = operand(packed.parts, packed.shape, packed.grid, packed.bias)
         self._register()
 
@@ -124,6 +125,11 @@ class PackedLinear(nn.Module):
         return self.dequantize().weight.detach()
 
     @property
+    def qweight(self) -> Tensor:
+        """What is stored of S: libraries that look for a device (PEFT) ask for this name before ``weight``."""
+        return self.packed.parts["weight"]
+
+    @property
     def bias(self) -> Tensor | None:
         """The bias (out,), or None."""
         return self.packed.bias
@@ -135,7 +141,9 @@ class PackedLinear(nn.Module):
         return f"{sizes}, bias={self.bias is not None}, values={values}, activations={self.activations}"
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_operand": None}  # addresses of this process
+        parts = dict(self._outward())
+        seen = replace(self.packed, bias=parts.pop("bias", None), parts=parts)
+        return self.__dict__ | {"_operand": None, "_lent": None, "packed": seen}  # addresses are of this process
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]  # untyped in torch
@@ -144,24 +152,35 @@ class PackedLinear(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         other = type(self).__new__(type(self))
         memo[id(self)] = other
-        other.__setstate__({k: v.copy() if isinstance(v, dict) else v for k, v in self.__getstate__().items()})
+        state = self.__dict__ | {"_operand": None, "_lent": None}
+        other.__setstate__({k: v.copy() if isinstance(v, dict) else v for k, v in state.items()})
         return other
 
     def _state(self) -> dict[str, Tensor]:
         bias = {} if self.packed.bias is None else {"bias": self.packed.bias}
         return {**self.packed.parts, **bias}
 
+    def _outward(self) -> dict[str, Tensor]:
+        """Return what is stored for others, each the same memory as a storage of its own.
+
+        To send a tensor to another process, torch moves its storage to shared memory and frees what was there; the
+        kernel would go on reading that. So the layer's own tensors never leave it, and what leaves it lives as long.
+        """
+        if self._lent is None:
+            self._lent = {part: _view(t.detach()) for part, t in self._state().items()}
+        return self._lent
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if not self.unseen:
-            destination |= {f"{prefix}{part}": tensor for part, tensor in self._state().items()}
+            destination |= {f"{prefix}{part}": tensor for part, tensor in self._outward().items()}
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:  # noqa: ANN401 - torch
         *_, missing, _unexpected, errors = args
         found = {part: state_dict.get(f"{prefix}{part}") for part in self._state()}
         missing += [f"{prefix}{part}" for part, tensor in found.items() if tensor is None]
         try:
-            self._take({part: t.detach().cpu().contiguous() for part, t in found.items() if t is not None})
+            self._take({part: t.detach().clone().cpu().contiguous() for part, t in found.items() if t is not None})
         except InputError as problem:
             errors.append(f"{prefix.removesuffix('.')}: {problem}")
 
@@ -174,8 +193,12 @@ class PackedLinear(nn.Module):
                 raise InputError(f"Its {part} is stored in another way. Open the directory with sparlow.load.")
         if found.keys() == own.keys():
             packed, bias = self.packed, found.pop("bias", None)
-            self._operand = operand(found, packed.shape, packed.grid, bias)
+            self._operand, self._lent = operand(found, packed.shape, packed.grid, bias), None
             self.packed = Packed(found, packed.shape, packed.grid, packed.dtype, bias)
+
+
+def _view(t: Tensor) -> Tensor:
+    return torch.from_dlpack(t) if t.numel() else t.clone()
 
 
 @torch.library.custom_op("sparlow::packed_linear", mutates_args=())
