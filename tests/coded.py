@@ -4,8 +4,10 @@ import itertools
 import json
 
 import torch
+from transformers import AutoModelForCausalLM
 
 import sparlow
+from families import save_tiny, tiny_tokenizer
 from sparlow.linalg.grid import FactorScales, GridValues, make_grid
 from sparlow.model.artefact.checkpoint import CheckpointWriter
 from sparlow.model.artefact.checksums import small_sums
@@ -78,6 +80,19 @@ def coded_model(model, values="int4", **options):
             weight.put(layer)
             del name
     return model
+
+
+def save_coded(family, values, dtype, folder, pattern="2:4"):
+    """Write a tiny model in codes, its tokenizer beside it, as a finished directory; its path."""
+    save_tiny(family, folder / "dense", dtype=dtype)
+    model = coded_model(AutoModelForCausalLM.from_pretrained(folder / "dense"), values, pattern=pattern)
+    decoder = Decoder.of(model)
+    writer = CheckpointWriter(folder / "out", model, decoder)
+    for i, block in enumerate(decoder.blocks):
+        writer.write_block(i, block)
+    writer.write_rest(model)
+    writer.finish(model, tiny_tokenizer(), patterns=dict.fromkeys(compressed_layers(model), pattern))
+    return folder / "out"
 
 
 def write_in_codes(folder, kinds, group=8):

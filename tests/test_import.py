@@ -12,7 +12,7 @@ from samples import few_of
 from sparlow.recipe.recipe import Recipe
 
 REGISTERED = "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as found; assert 'sparlow' in found; "
-NO_FINDER = "assert not [f for f in sys.meta_path if type(f).__module__.startswith('sparlow')]; "
+NO_FINDER = "assert not [f for f in sys.meta_path if getattr(f, 'name', '') == 'transformers.quantizers.auto']; "
 
 
 LOOKED_FOR = """
@@ -55,6 +55,14 @@ def test_from_pretrained_opens_a_compressed_model_whatever_is_imported_first(imp
     opened = "from transformers import AutoModelForCausalLM; m = AutoModelForCausalLM.from_pretrained(sys.argv[1]); "
     density = "print(float((m.model.layers[0].mlp.up_proj.S != 0).float().mean()))"
     assert run(imports + REGISTERED + NO_FINDER + opened + density, compressed) == "0.5\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("imports", ["import peft, sparlow; ", "import sparlow, peft; "])
+def test_peft_is_taught_whatever_is_imported_first(imports):
+    pytest.importorskip("peft")
+    known = "print(sorted(layer.__name__ for layer in peft.LoraConfig()._custom_modules))"
+    assert run(imports + known) == "['PackedLinear', 'SparseLowRankLinear']\n"
 
 
 BLOCKED = """

@@ -109,7 +109,9 @@ def test_a_state_dict_has_both_names_and_is_taken_back(tied):
     assert state["lm_head.weight"].dtype == torch.uint8
     other = sparlow.load(tied, mode="packed")
     embedding = ends_of(other)[0]
-    embedding._take({part: torch.zeros_like(t) if part == "scale" else t for part, t in embedding._state().items()})
+    embedding._take(
+        {part: torch.zeros_like(t) if part == "scale" else t for part, t in embedding.packed.tensors.items()}
+    )
     assert not torch.equal(logits(other), logits(packed))
     other.load_state_dict(state)
     assert torch.equal(logits(other), logits(packed))
@@ -168,3 +170,14 @@ def test_what_cannot_be_done_says_so(tied):
             packed(torch.tensor([[3, bad]]))
     packed.tie_weights()  # nothing is left to tie
     assert ends_of(packed)[0].packed is ends_of(packed)[1].packed
+
+
+def test_dequantize_gives_plain_ends_tied_as_they_were(case):
+    what, folder, dtype = case
+    model = sparlow.load(folder, mode="packed")
+    right = logits(model)
+    plain = model.dequantize()
+    embedding, head = ends_of(plain)
+    assert (type(embedding), type(head)) == (torch.nn.Embedding, torch.nn.Linear)
+    assert (embedding.weight is head.weight) == (what in TIED)
+    assert close(logits(plain), right, dtype)

@@ -11,12 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import sparlow
-from coded import coded_model
-from families import save_tiny, tiny_tokenizer
+from coded import save_coded
 from sparlow.errors import InputError
-from sparlow.model.artefact.checkpoint import CheckpointWriter, load
+from sparlow.model.artefact.checkpoint import load
 from sparlow.model.artefact.layers import SparseLowRankLinear, compressed_layers
-from sparlow.model.forward.decoder import Decoder
 from sparlow.model.loading.source import open_model
 from sparlow.runtime import build, opening
 from sparlow.runtime.build import NoKernelError, library
@@ -27,29 +25,13 @@ try:
 except NoKernelError as problem:
     pytest.skip(str(problem), allow_module_level=True)
 
-FORMS = {
-    "int8": {"pattern": "2:4"},
-    "int4": {"pattern": "dense"},
-    "int3": {"pattern": "free"},
-}
+PATTERNS = {"int8": "2:4", "int4": "dense", "int3": "free"}
 BOUND = {torch.float32: 1e-5, torch.bfloat16: 0.03}  # of the largest logit; dense mode computes in the model's type
-
-
-def write(family, values, dtype, folder):
-    save_tiny(family, folder / "dense", dtype=dtype)
-    model = coded_model(AutoModelForCausalLM.from_pretrained(folder / "dense"), values, **FORMS[values])
-    decoder = Decoder.of(model)
-    writer = CheckpointWriter(folder / "out", model, decoder)
-    for i, block in enumerate(decoder.blocks):
-        writer.write_block(i, block)
-    writer.write_rest(model)
-    writer.finish(model, tiny_tokenizer(), patterns=dict.fromkeys(compressed_layers(model), FORMS[values]["pattern"]))
-    return folder / "out"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return write("llama", "int8", torch.float32, tmp_path_factory.mktemp("model"))
+    return save_coded("llama", "int8", torch.float32, tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
@@ -74,7 +56,7 @@ def packed_layers(model):
     [("llama", "int8", torch.float32), ("gpt2", "int4", torch.float32), ("qwen2", "int3", torch.bfloat16)],
 )
 def test_every_mode_gives_the_same_logits(family, values, dtype, tmp_path):
-    folder = write(family, values, dtype, tmp_path)
+    folder = save_coded(family, values, dtype, tmp_path, PATTERNS[values])
     dense = sparlow.load(folder, mode="dense")
     right, few = logits(dense), logits(dense, IDS[:1, :2])
     for mode in ("packed", "merged"):
@@ -160,7 +142,7 @@ def test_the_state_dict_is_what_the_file_holds(folder, packed):
     }  # fmt: skip
     other = sparlow.load(folder, mode="packed")
     other.get_submodule(name)._take(
-        {k: torch.zeros_like(t) if k == "U" else t for k, t in other.get_submodule(name)._state().items()}
+        {k: torch.zeros_like(t) if k == "U" else t for k, t in other.get_submodule(name).packed.tensors.items()}
     )
     assert not torch.equal(logits(other), logits(packed))
     other.load_state_dict(state)

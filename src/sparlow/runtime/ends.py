@@ -87,6 +87,11 @@ class PackedEmbedding(PackedModule):
             )
         return self.described().rows(flat).view(*ids.shape, self.embedding_dim)
 
+    def dequantize(self) -> nn.Embedding:
+        """Return the same embedding in floats."""
+        found = nn.Embedding(*self.packed.shape, self.padding_idx, _weight=self.weight)
+        return found.train(self.training)
+
     @property
     def weight(self) -> Tensor:
         """The whole embedding (vocabulary, features), for code that looks at it; decoded at each access."""

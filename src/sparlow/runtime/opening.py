@@ -11,13 +11,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from sparlow.errors import InputError
 from sparlow.model.artefact import opening
-from sparlow.model.artefact.layers import SparseLowRankLinear, compressed_layers
+from sparlow.model.artefact.layers import compressed_layers, merged
 from sparlow.model.artefact.opening import Dense, InFile, Opening
 from sparlow.runtime.build import NoKernelError, library
 
@@ -133,16 +132,6 @@ def opening_of(mode: str, activations: str = "float") -> Opening:
 def by_environment() -> Opening:
     """Return how a model is opened where nobody has said: as the environment says, else for training."""
     return opening_of(os.environ.get(MODE) or "dense", os.environ.get(ACTIVATIONS) or "float")
-
-
-def merged(layer: SparseLowRankLinear) -> nn.Linear:
-    """Return a linear layer of the weight S + U V, which is rounded once."""
-    with torch.no_grad():
-        W = (layer.S.float() + layer.U.float() @ layer.V.float()).to(layer.S.dtype) if layer.rank else layer.S
-    found = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-    found.weight = nn.Parameter(W.detach())
-    found.register_parameter("bias", layer.bias)
-    return found.train(layer.training)
 
 
 def _put(model: "PreTrainedModel", name: str, layer: nn.Module) -> None:

@@ -2,16 +2,18 @@
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Self
 from weakref import WeakValueDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from sparlow.errors import InputError
 from sparlow.linalg.grid import Grid
-from sparlow.model.artefact.layers import SparseLowRankLinear
+from sparlow.model.artefact.layers import SparseLowRankLinear, StillPacked
 from sparlow.model.artefact.stored_form import PARTS, unpack_weight
 from sparlow.runtime.product import Operand, operand
 
@@ -39,6 +41,28 @@ class Packed:
     dtype: torch.dtype
     bias: Tensor | None
 
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it by the last part of names, the bias included."""
+        return {**self.parts, **({} if self.bias is None else {"bias": self.bias})}
+
+    @cached_property
+    def outward(self) -> dict[str, Tensor]:
+        """What is stored for others, each the same memory as a storage of its own.
+
+        To send a tensor to another process, torch moves its storage to shared memory and frees what was there; the
+        kernel would go on reading that. So the layer's own tensors never leave it, and what leaves it lives as long.
+        """
+        return {part: _view(tensor.detach()) for part, tensor in self.tensors.items()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        parts = dict(self.outward)
+        return vars(replace(self, bias=parts.pop("bias", None), parts=parts))
+
+
+def _view(t: Tensor) -> Tensor:
+    return from_dlpack(t) if t.numel() else t.clone()
+
 
 def layer_of(number: int) -> Any:  # noqa: ANN401 - a PackedModule of some class
     """Return a packed layer by its number."""
@@ -50,7 +74,7 @@ def kernel_reads(dtypes: Mapping[str, torch.dtype | None]) -> bool:
     return all(dtype in _DTYPES for part, dtype in dtypes.items() if part in PARTS)
 
 
-class PackedModule(nn.Module):
+class PackedModule(StillPacked):
     """What a layer that stays packed does beside computing: it has no parameters, and holds the tensors of a file.
 
     ``half``, ``float`` and ``to`` leave what is stored alone, copies share it, and the state dict holds it under its
@@ -89,7 +113,7 @@ class PackedModule(nn.Module):
     @property
     def bytes(self) -> int:
         """What is stored takes."""
-        return sum(tensor.nbytes for tensor in self._state().values())
+        return sum(tensor.nbytes for tensor in self.packed.tensors.values())
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_operand": None}  # addresses of this process
@@ -101,29 +125,26 @@ class PackedModule(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         other = type(self).__new__(type(self))
         memo[id(self)] = other
-        other.__setstate__({k: v.copy() if isinstance(v, dict) else v for k, v in self.__getstate__().items()})
+        state = self.__dict__ | {"_operand": None}
+        other.__setstate__({k: v.copy() if isinstance(v, dict) else v for k, v in state.items()})
         return other
-
-    def _state(self) -> dict[str, Tensor]:
-        bias = {} if self.packed.bias is None else {"bias": self.packed.bias}
-        return {**self.packed.parts, **bias}
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if not self.unseen:
-            destination |= {f"{prefix}{part}": tensor for part, tensor in self._state().items()}
+            destination |= {f"{prefix}{part}": tensor for part, tensor in self.packed.outward.items()}
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:  # noqa: ANN401 - torch
         *_, missing, _unexpected, errors = args
-        found = {part: state_dict.get(f"{prefix}{part}") for part in self._state()}
+        found = {part: state_dict.get(f"{prefix}{part}") for part in self.packed.tensors}
         missing += [f"{prefix}{part}" for part, tensor in found.items() if tensor is None]
         try:
-            self._take({part: t.detach().cpu().contiguous() for part, t in found.items() if t is not None})
+            self._take({part: t.detach().clone().cpu().contiguous() for part, t in found.items() if t is not None})
         except InputError as problem:
             errors.append(f"{prefix.removesuffix('.')}: {problem}")
 
     def _take(self, found: dict[str, Tensor]) -> None:
-        own = self._state()
+        own = self.packed.tensors
         for part, tensor in found.items():
             if tensor.dtype != own[part].dtype or tensor.ndim != own[part].ndim or (
                 part != "weight" and tensor.shape != own[part].shape
@@ -198,6 +219,11 @@ class PackedLinear(PackedModule):
     def weight(self) -> Tensor:
         """S + U V (out, in), for code that looks at a linear layer's weight; expanded at each access."""
         return self.dequantize().weight.detach()
+
+    @property
+    def qweight(self) -> Tensor:
+        """What is stored of S: libraries that look for a device (PEFT) ask for this name before ``weight``."""
+        return self.packed.parts["weight"]
 
     @property
     def bias(self) -> Tensor | None:

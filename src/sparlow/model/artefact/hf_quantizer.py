@@ -20,7 +20,14 @@ from torch import Tensor
 from sparlow.errors import InputError
 from sparlow.files import resolve_inside
 from sparlow.model import _transformers as private
-from sparlow.model.artefact.layers import SparseLowRankLinear, compressed_layers, install, own_weights
+from sparlow.model.artefact.layers import (
+    SparseLowRankLinear,
+    StillPacked,
+    compressed_layers,
+    install,
+    merged,
+    own_weights,
+)
 from sparlow.model.artefact.loader import forget_loader
 from sparlow.model.artefact.opening import Dense, InFile, Opening, opening
 from sparlow.model.artefact.outside import HEAD, Outside, check_outside, ends_in_file, mark, outside_modules
@@ -121,8 +128,8 @@ class SparlowQuantizer(private.HfQuantizer):
 
     @property
     def is_qat_trainable(self) -> bool:
-        """``Trainer`` asks for no adapter: S, U and V are ordinary parameters."""
-        return True
+        """``Trainer`` asks for no adapter: S, U and V are ordinary parameters, unless they stay packed."""
+        return not self._stored_taken
 
     def _process_model_before_weight_loading(
         self,
@@ -212,6 +219,19 @@ class SparlowQuantizer(private.HfQuantizer):
         model._weight_conversions = []  # type: ignore[assignment]  # noqa: SLF001 - no public way
         if not self._opening.after(model):
             self.remove_quantization_config(model)  # type: ignore[no-untyped-call]  # untyped there
+
+    def _dequantize(self, model: "PreTrainedModel", dtype: torch.dtype | None = None) -> "PreTrainedModel":
+        """Put one dense weight S + U V in the place of every compressed layer: ``model.dequantize()``."""
+        for name, module in list(model.named_modules()):
+            layer = module.dequantize() if isinstance(module, StillPacked) else module
+            if isinstance(layer, SparseLowRankLinear):
+                model.set_submodule(name, merged(layer.to(dtype or layer.S.dtype)))
+            elif layer is not module:
+                model.set_submodule(name, layer.to(dtype))
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        if model.config.tie_word_embeddings and head is not None:
+            head.weight = embedding.weight
+        return model
 
     def get_state_dict_and_metadata(self, model: "PreTrainedModel") -> tuple[dict[str, Tensor], dict[str, str]]:
         """Return what ``save_pretrained`` writes after the config, whose records follow the model as it is now."""

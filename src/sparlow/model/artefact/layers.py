@@ -39,6 +39,14 @@ class _OnSupport(torch.autograd.Function):
         return grad.masked_fill(S == 0, 0)
 
 
+class StillPacked(nn.Module):
+    """A layer that is held as it is stored, and can be had in floats."""
+
+    def dequantize(self) -> nn.Module:
+        """Return the same layer in floats: with S, U and V if it is a compressed one."""
+        raise NotImplementedError
+
+
 class SparseLowRankLinear(nn.Module):
     """y = x Sᵀ + (x Vᵀ) Uᵀ + b, where entries of S that are zero stay zero in training.
 
@@ -128,6 +136,16 @@ class SparseLowRankLinear(nn.Module):
 def compressed_layers(root: nn.Module) -> dict[str, SparseLowRankLinear]:
     """Return the compressed layers by name, in module order."""
     return {name: m for name, m in root.named_modules() if isinstance(m, SparseLowRankLinear)}
+
+
+def merged(layer: SparseLowRankLinear) -> nn.Linear:
+    """Return a linear layer of the weight S + U V, which is rounded once."""
+    with torch.no_grad():
+        W = (layer.S.float() + layer.U.float() @ layer.V.float()).to(layer.S.dtype) if layer.rank else layer.S
+    found = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+    found.weight = nn.Parameter(W.detach())
+    found.register_parameter("bias", layer.bias)
+    return found.train(layer.training)
 
 
 def install(root: nn.Module, name: str, rank: int) -> SparseLowRankLinear:

@@ -2,26 +2,32 @@
 
 ``hf_quantizer`` registers when it is imported, and needs transformers. A finder on ``sys.meta_path`` waits for the
 module that holds the list of quantizers, lets the others find and run it, imports ``hf_quantizer``, and removes itself.
+Other packages are waited for in the same way, see ``when_imported``.
 """
 
 import importlib
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 LIST = "transformers.quantizers.auto"
-OURS = ("sparlow.model.artefact.hf_quantizer", "sparlow.runtime.opening")
+OURS = ("sparlow.model.artefact.hf_quantizer", "sparlow.runtime.opening", "sparlow.runtime.adapters")
 
 
 def register() -> None:
     """Register the quantizer now if the list of quantizers is there, otherwise when it comes."""
-    if LIST in sys.modules:
-        _import_ours()
-    elif not any(isinstance(finder, _Waiting) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Waiting())
+    when_imported(LIST, _import_ours)
+
+
+def when_imported(name: str, then: Callable[[], None]) -> None:
+    """Call a function now if a module is there, otherwise right after it has been run; once, however often asked."""
+    if name in sys.modules:
+        then()
+    elif not any(isinstance(finder, _Waiting) and finder.name == name for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Waiting(name, then))
 
 
 def _import_ours() -> None:
@@ -39,12 +45,15 @@ def _import_ours() -> None:
 
 
 class _Waiting(MetaPathFinder):
-    """Finds no module by itself, but makes a loader import our quantizer right after transformers' list."""
+    """Finds no module by itself, but makes a loader call a function right after a module has been run."""
+
+    def __init__(self, name: str, then: Callable[[], None]) -> None:
+        self.name, self.then = name, then
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != LIST:
+        if fullname != self.name:
             return None
         others = (finder for finder in sys.meta_path if finder is not self)
         specs = (finder.find_spec(fullname, path, target) for finder in others)
@@ -55,7 +64,7 @@ class _Waiting(MetaPathFinder):
 
 
 class _ThenOurs(Loader):
-    """Runs a module as its own loader does, then removes the finder and imports ours."""
+    """Runs a module as its own loader does, then removes the finder and calls what waited."""
 
     def __init__(self, loader: Loader, finder: _Waiting) -> None:
         self._loader, self._finder = loader, finder
@@ -70,4 +79,4 @@ class _ThenOurs(Loader):
         module.__loader__ = self._loader
         if self._finder in sys.meta_path:  # another thread may have removed it
             sys.meta_path.remove(self._finder)
-        _import_ours()
+        self._finder.then()
