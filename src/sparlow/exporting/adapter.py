@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sparlow.errors import InputError
-from sparlow.files import read_json, replacing, sha256, shard_filename, write_json
+from sparlow.files import CONFIG, read_json, replacing, sha256, shard_filename, write_json
 from sparlow.model.artefact.shards import ShardRecord
 
 if TYPE_CHECKING:
@@ -154,6 +154,9 @@ def open_adapter(folder: str | Path, base: str | Path | None = None, **options: 
         raise InputError("Adapters need the package peft. Run: pip install 'sparlow[finetune]'") from problem
     from transformers import AutoModelForCausalLM
 
+    from sparlow.exporting.compressed_tensors import as_floats  # above this file
+
     untyped: Any = AutoModelForCausalLM
-    found: PeftModel = PeftModel.from_pretrained(untyped.from_pretrained(beside, **options), str(place))
+    given = {**as_floats(read_json(beside / CONFIG)), **options}
+    found: PeftModel = PeftModel.from_pretrained(untyped.from_pretrained(beside, **given), str(place))
     return found

@@ -143,6 +143,24 @@ class Stored:
         coded = [name for name in self.records if name not in self.layers]
         return sorted({*plain, *coded} - self.layers.keys())
 
+    def outline(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Yield the name and shape of each tensor of the dense model, in the order in which ``shards`` gives them."""
+        for file in self.files:
+            inside = self._inside(file)
+            for name, parts in inside.items():
+                if name in self.layers:
+                    yield f"{name}.weight", self.shape(name)
+                    yield from ((f"{name}.bias", parts["bias"].shape) for _ in range("bias" in parts))
+            for name, parts in inside.items():
+                if name in self.records and name not in self.layers:
+                    yield f"{name}.weight", self.shape(name)
+                    yield from ((f"{name}.bias", parts["bias"].shape) for _ in range("bias" in parts))
+                elif name not in self.records:
+                    yield from ((f"{name}.{part}" if name else part, header.shape) for part, header in parts.items())
+
+    def _inside(self, file: Path) -> dict[str, dict[str, Header]]:
+        return by_layer({name: header for name, header in self.headers.items() if header.file == file})
+
     def shards(self) -> Iterator[Shard]:
         """Yield the files' contents, one file after the other.
 
@@ -156,10 +174,7 @@ class Stored:
         layers: list[Layer] = []
         others: dict[str, Tensor] = {}
         with safe_open(file, framework="pt") as shard:
-            names: Mapping[str, dict[str, Header]] = by_layer(
-                {name: header for name, header in self.headers.items() if header.file == file}
-            )
-            for module, parts in names.items():
+            for module, parts in self._inside(file).items():
                 tensors = {part: shard.get_tensor(f"{module}.{part}" if module else part) for part in parts}
                 record = self.records.get(module)
                 if record is None:
