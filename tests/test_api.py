@@ -16,12 +16,14 @@ PUBLIC = {
     "evaluate": "model, tokenizer, *, perplexity_on=('builtin',), seqlen=2048, limit=None, column='text', "
     "tasks=(), task_path=None, "
     "fewshot=None, batch_size=8, baseline=None, notify=…",
+    "export": "folder, out, *, form, options=None, overwrite=False, notify=…",
     "finetune": "folder, out, *, dataset='c4', steps=500, lr=0.0001, rank=None, block_size=1024, bos='auto', "
     "column='text', batch=4, "
     "accumulate=4, bf16=False, gradient_checkpointing=False, report_to='none', peft=None, evaluate=('builtin',), "
     "limit=None, device='auto', seed=0, overwrite=False, trust_remote_code=False, notify=…",
     "load": "folder, *, mode=None, activations=None, **options",
     "mode": "name, *, activations=None",
+    "open_adapter": "folder, base=None, **options",
     "plan": f"model, recipe=None, *, calibration=None, out=None, {RUN}trust_remote_code=False, timed=True",
     "pruner": "name, *, aliases={}",
 }

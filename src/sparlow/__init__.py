@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from sparlow.algorithms import Decomposition, decompose, decomposer, pruner
     from sparlow.errors import InputError, RunError
     from sparlow.evaluation.perplexity import evaluate
+    from sparlow.exporting.adapter import open_adapter
+    from sparlow.exporting.export import export
     from sparlow.finetuning.finetune import finetune
     from sparlow.linalg.patterns import NM, Unstructured
     from sparlow.model.artefact.layers import SparseLowRankLinear
@@ -43,9 +45,11 @@ __all__ = [
     "decompose",
     "decomposer",
     "evaluate",
+    "export",
     "finetune",
     "load",
     "mode",
+    "open_adapter",
     "plan",
     "pruner",
 ]
@@ -54,6 +58,8 @@ _MODULES = {
     "sparlow.algorithms": ("Decomposition", "decompose", "decomposer", "pruner"),
     "sparlow.errors": ("InputError", "RunError"),
     "sparlow.evaluation.perplexity": ("evaluate",),
+    "sparlow.exporting.adapter": ("open_adapter",),
+    "sparlow.exporting.export": ("export",),
     "sparlow.finetuning.finetune": ("finetune",),
     "sparlow.linalg.patterns": ("NM", "Unstructured"),
     "sparlow.model.artefact.layers": ("SparseLowRankLinear",),

@@ -234,7 +234,7 @@ def test_the_report_keeps_that_of_compression(place, tuned):
     assert state["fingerprint"]["finetuning"]["steps"] == 20
 
 
-def test_the_adapter_opens_with_peft_alone(tuned):
+def test_the_adapter_opens_with_peft_alone(tuned, monkeypatch):
     out, folder, _, _ = tuned
     base = AutoModelForCausalLM.from_pretrained(folder / "base")
     assert not compressed_layers(base)
@@ -243,8 +243,18 @@ def test_the_adapter_opens_with_peft_alone(tuned):
         expected = sparlow.load(out)(ids).logits
         assert not torch.allclose(base(ids).logits, expected, atol=1e-2)
         assert torch.allclose(peft.PeftModel.from_pretrained(base, folder)(ids).logits, expected, atol=1e-5)
-        again = peft.AutoPeftModelForCausalLM.from_pretrained(folder)
-        assert torch.allclose(again(ids).logits, expected, atol=1e-5)
+        assert torch.allclose(sparlow.open_adapter(folder)(ids).logits, expected, atol=1e-5)
+        monkeypatch.chdir(folder)  # the base is named by a path inside
+        assert torch.allclose(peft.AutoPeftModelForCausalLM.from_pretrained(".")(ids).logits, expected, atol=1e-5)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["rank_pattern"], config["alpha_pattern"]) == (8, 8, {}, {})
+
+
+def test_an_adapter_that_no_server_would_take_is_refused_before_training(place, tmp_path, monkeypatch):
+    monkeypatch.setattr("sparlow.exporting.adapter.RANKS", (2,))
+    with pytest.raises(sparlow.InputError, match=r"The largest rank is \d, .* Leave out --peft"):
+        tune(place, "mixed", tmp_path / "out", peft=tmp_path / "peft")
+    assert not (tmp_path / "peft").exists()
 
 
 def test_the_adapter_and_its_base_have_the_mode_of_new_files(tuned, tmp_path):

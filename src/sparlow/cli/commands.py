@@ -12,17 +12,22 @@ import typer
 from sparlow.cli import display
 from sparlow.cli.app import app, command
 from sparlow.cli.app import run as main
-from sparlow.cli.options import EvaluateOptions, Given, Without, WriteOptions, parse_named_pairs, split
+from sparlow.cli.options import EvaluateOptions, Given, Without, WriteOptions, parse_named_pairs, parse_pairs, split
 from sparlow.cli.parameters import (
     Adapter,
     Algorithms,
     Directory,
+    DirectoryOrNone,
     Dtype,
+    FormName,
     JsonFile,
+    ListForms,
     Model,
+    OptionOfForm,
     OptionOfOne,
     Out,
     OutOfComparison,
+    OutOfExport,
     OutOfPlan,
     Overwrite,
     Prompt,
@@ -194,6 +199,34 @@ def generate(model: Model, prompt: Prompt, text: TextOptions, running: RunningOp
 
     clock = stream(open_to_run(model, running), prompt, text, display.text)
     display.show_pace(clock)
+
+
+@command
+def export(
+    directory: DirectoryOrNone = None,
+    out: OutOfExport = None,
+    form: FormName = None,
+    option: OptionOfForm = None,
+    overwrite: Overwrite = False,
+    show: ListForms = False,
+) -> None:
+    """Write DIRECTORY in a form that other programs open: merged, lora, compressed-tensors or gguf."""
+    if show:
+        from sparlow.exporting._registry import forms
+
+        display.show_forms(forms())
+        return
+    for what, given in (("DIRECTORY", directory), ("--out", out), ("--as", form)):
+        if given is None:
+            raise InputError(
+                f"{what} is missing. Write sparlow export DIRECTORY --out OUT --as FORM; --list shows all."
+            )
+    from sparlow.exporting.export import export as run_export
+
+    pairs = parse_pairs(option or [])
+    with display.progress() as notify:
+        found = run_export(directory, out, form=form, options=pairs, overwrite=overwrite, notify=notify)  # type: ignore[arg-type]  # none is None
+    display.show_export(found)
 
 
 @command

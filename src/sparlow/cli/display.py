@@ -13,12 +13,14 @@ from rich.segment import Segment
 
 from sparlow.errors import printable
 from sparlow.files import human_bytes
+from sparlow.schema import Doc
 
 if TYPE_CHECKING:  # help is shown without torch, which comes with these
     from rich.table import Table
 
     from sparlow.algorithms import Algorithm
     from sparlow.evaluation.perplexity import Evaluation
+    from sparlow.exporting._registry import Exported, Form
     from sparlow.model.artefact.describe import LayerInfo
     from sparlow.planning.plan import Plan
     from sparlow.progress import Notify, Progress
@@ -286,12 +288,37 @@ def show_algorithms(algorithms: "Iterable[Algorithm]") -> None:
             )
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> "Table":
+def show_forms(forms: "Iterable[Form]") -> None:
+    """The forms of ``sparlow export``: what each keeps and loses, and which programs open it."""
+    forms = list(forms)
+    rows = [(form.name, form.keeps, form.loses, ", ".join(form.opened_by)) for form in forms]
+    out.print(_table(("form", "keeps", "loses", "opened by"), rows, left=True))
+    for form in forms:
+        out.print(f"[bold]{escape(form.name)}[/]: {escape(form.summary)}", highlight=False)
+        for option in form.options.values():
+            doc = option.note(Doc)
+            out.print(
+                f"    --option {option.name}={escape(option.shown_default)}  ({escape(option.choices)})"
+                + (f"  {escape(doc.text)}" if doc else ""),
+                highlight=False,
+            )
+
+
+def show_export(found: "Exported") -> None:
+    """The result of ``sparlow export``: size, what was rounded, and how to open it."""
+    out.print(f"written to {found.out}: {found.form}, {human_bytes(found.bytes)}", markup=False, highlight=False)
+    for note in found.notes:
+        out.print(f"note: {note}", markup=False, highlight=False)
+    for line in found.commands:
+        out.print(line, markup=False, highlight=False)
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]], *, left: bool = False) -> "Table":
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for i, title in enumerate(head):
-        table.add_column(escape(title), justify="right" if i else "left", overflow="fold")
+        table.add_column(escape(title), justify="right" if i and not left else "left", overflow="fold")
     for row in rows:
         table.add_row(*(escape(printable(cell)) for cell in row))  # before its width is measured
     return table

@@ -10,6 +10,9 @@ Model = Annotated[
     typer.Argument(metavar="MODEL", help="Model to read: a hub id, a directory, or a .gguf file.", show_default=False),
 ]
 Prompt = Annotated[str, typer.Option(metavar="TEXT", rich_help_panel="Text", help="Text to go on from.")]
+DirectoryOrNone = Annotated[
+    Path | None, typer.Argument(metavar="DIRECTORY", help="A directory that sparlow wrote.", show_default=False)
+]
 Directory = Annotated[
     Path, typer.Argument(metavar="DIRECTORY", help="A directory that sparlow wrote.", show_default=False)
 ]
@@ -87,4 +90,19 @@ Adapter = Annotated[
         rich_help_panel="Output",
         help="Also write the adapter in PEFT's form to this directory, with the plain model of all S in base.",
     ),
+]
+FormName = Annotated[
+    str | None,
+    typer.Option("--as", metavar="FORM", help="Form to write; --list shows all of them.", show_default=False),
+]
+OutOfExport = Annotated[
+    Path | None,
+    typer.Option(metavar="DIRECTORY", rich_help_panel="Output", help="Directory to write.", show_default=False),
+]
+OptionOfForm = Annotated[
+    list[str] | None,
+    typer.Option(metavar="KEY=VALUE", help="An option of the form. Repeat it for several."),
+]
+ListForms = Annotated[
+    bool, typer.Option("--list", help="Show what each form keeps and loses, which programs open it, and its options.")
 ]

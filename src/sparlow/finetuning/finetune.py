@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sparlow.errors import InputError
 from sparlow.evaluation.texts import require_context, require_tokenizer, require_vocabulary
+from sparlow.exporting.adapter import common_rank
 from sparlow.finetuning.options import FinetuneOptions
 from sparlow.finetuning.parent import Parent, Paths
 from sparlow.machine import pick_device
@@ -100,6 +101,8 @@ def finetune(
     with claimed(paths.out, overwrite=overwrite):
         parent = Parent.read(paths.folder)
         ranks = parent.ranks_to_train(rank)
+        if peft is not None:
+            common_rank(ranks.values(), "Leave out --peft.")
         opened = open_model(str(folder), device=device, trust_remote_code=trust_remote_code)
         windows = _windows_to_train_on(opened, plan)
         evaluation = windows_to_evaluate(evaluate, opened, parent.report.recipe["seqlen"], limit, column)

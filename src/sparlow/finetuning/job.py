@@ -3,7 +3,7 @@
 import math
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -17,27 +17,26 @@ from sparlow.algorithms import REVISION
 from sparlow.errors import InputError, RunError
 from sparlow.evaluation.agreement import Measured
 from sparlow.evaluation.perplexity import perplexity
-from sparlow.files import follow_umask, read_json, write_json
+from sparlow.exporting.adapter import BASE, ORIGIN, sign, write_adapter
+from sparlow.files import follow_umask, read_json
 from sparlow.finetuning.options import FinetuneOptions
-from sparlow.finetuning.parent import ORIGIN, Parent, Paths
+from sparlow.finetuning.parent import Parent, Paths
 from sparlow.finetuning.trainer import train
 from sparlow.machine import machine, versions
 from sparlow.model.artefact.checkpoint import CheckpointWriter, read_layers
 from sparlow.model.artefact.describe import changed_sparse_parts
 from sparlow.model.artefact.dtypes import StoredDtypes
-from sparlow.model.artefact.layers import compressed_layers
+from sparlow.model.artefact.layers import compressed_layers, own_weights
 from sparlow.model.artefact.loader import LOADER
 from sparlow.model.artefact.peft_adapter import (
     LowRank,
     put_together,
-    save_adapter,
     take_apart,
     to_own_form,
     unwrap,
     with_lora,
 )
 from sparlow.model.artefact.schemes import FORMAT
-from sparlow.model.artefact.shards import ShardRecord
 from sparlow.model.forward.decoder import Decoder
 from sparlow.model.loading.source import OpenedModel, upcast_for_cpu
 from sparlow.model.training.unmoved import undone
@@ -164,13 +163,22 @@ class FineTuning:
         wrapped = with_lora(self.model, starts, self.ranks, self.plan.seed)
         losses = train(wrapped, windows, self.plan, self.paths.out / CHECKPOINTS, self.notify)
         if self.paths.peft:
-            self.sign(self.paths.peft, [])  # first, so that a run that is killed from here on may write it again
-            save_adapter(wrapped, self.paths.peft, self.paths.peft.absolute() / "base", self.storage.dtype)
-            follow_umask(self.paths.peft)
+            sign(
+                self.paths.peft, self.journal.record.fingerprint, []
+            )  # first, so that a run that is killed from here on may write it again
         self.model, trained = unwrap(wrapped, self.storage.dtype)
+        if self.paths.peft:
+            self.write_adapter(self.paths.peft, trained)
         put_together(self.model, parts | trained)
         self.undone = self.rounded_away(starts, trained)
         return losses
+
+    def write_adapter(self, peft: Path, trained: Mapping[str, LowRank]) -> None:
+        """Write the trained U and V in the form that every reader of adapters takes, while the model is taken apart."""
+        modules = [name for name, module in self.model.named_modules() if [*module.parameters(recurse=False)]]
+        stored = own_weights(self.model)
+        write_adapter(peft, trained, modules, transposed=all(stored[name].transposed for name in trained))
+        follow_umask(peft)
 
     def rounded_away(self, starts: Mapping[str, LowRank], trained: Mapping[str, LowRank]) -> list[str]:
         """Warn if rounding to the type they are stored in left the numbers where they were."""
@@ -203,17 +211,11 @@ class FineTuning:
     def write_base(self, peft: Path) -> None:
         """Write the plain model of all S that the adapter belongs to; the model is taken apart for it."""
         to_own_form(self.model, take_apart(self.model))
-        writer = self.writer(peft / "base", self.model)
-        shards: list[ShardRecord] = [writer.write_block(i, block) for i, block in enumerate(self.decoder.blocks)]
+        writer = self.writer(peft / BASE, self.model)
+        shards = [writer.write_block(i, block) for i, block in enumerate(self.decoder.blocks)]
         shards.append(writer.write_rest(self.model, plain=True))
         writer.finish(self.model, self.opened.tokenizer, plain=True, companions=self.opened.companions)
-        self.sign(peft, shards)
-
-    def sign(self, peft: Path, shards: Sequence[ShardRecord]) -> None:
-        """Record in the adapter's folder which run it comes from and which base it belongs to."""
-        peft.mkdir(parents=True, exist_ok=True)
-        base = {shard.file: {"bytes": shard.bytes, "sha256": shard.sha256} for shard in shards}
-        write_json(peft / ORIGIN, {"run": self.journal.record.fingerprint, "base": base})
+        sign(peft, self.journal.record.fingerprint, shards)
 
     def writer(self, folder: Path, model: PreTrainedModel) -> CheckpointWriter:
         """A writer in the types that the parent is stored in."""

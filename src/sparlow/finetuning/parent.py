@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sparlow.errors import InputError
+from sparlow.exporting.adapter import ORIGIN
 from sparlow.model.artefact.checkpoint import read_layers
 from sparlow.model.artefact.describe import in_blocks
 from sparlow.report.records import Report
 from sparlow.run.record import RunRecord, read_record
 
 FRESH_RANK = 16  # of the adapters of a model that was only pruned
-ORIGIN = "sparlow-adapter.json"  # in a PEFT folder: the run it comes from, and the shards of the base it belongs to
 
 
 @dataclass(frozen=True)

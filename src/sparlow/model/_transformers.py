@@ -18,6 +18,7 @@ STREAMING = (
     "get_checkpoint_shard_files",
     "get_model_conversion_mapping",
     "rename_source_key",
+    "revert_weight_conversion",
 )
 __all__ = [
     "ConversionOps",
@@ -60,6 +61,7 @@ def _streaming() -> dict[str, Any]:
         WeightRenaming,
         convert_and_load_state_dict_in_model,
         rename_source_key,
+        revert_weight_conversion,
     )
     from transformers.modeling_utils import LoadStateDictConfig
     from transformers.utils.hub import cached_file, get_checkpoint_shard_files
@@ -72,6 +74,7 @@ def _streaming() -> dict[str, Any]:
         "get_checkpoint_shard_files": get_checkpoint_shard_files,
         "get_model_conversion_mapping": get_model_conversion_mapping,
         "rename_source_key": rename_source_key,
+        "revert_weight_conversion": revert_weight_conversion,
         "NO_STREAMING": None,
     }
 

@@ -34,3 +34,11 @@ def forget_loader(config: Any) -> None:  # noqa: ANN401 - of any model
     found = getattr(config, "auto_map", None)
     if isinstance(found, dict) and all(str(place).startswith(f"{_MODULE}.") for place in found.values()):
         del config.auto_map
+
+
+def remote_code_left(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of config.json without the mention of the file."""
+    found = config.get("auto_map")
+    if isinstance(found, dict) and all(str(place).startswith(f"{_MODULE}.") for place in found.values()):
+        return {key: value for key, value in config.items() if key != "auto_map"}
+    return dict(config)

@@ -9,7 +9,6 @@ changes, but for clipping, is that the learning rate of U is 16 / r times that o
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -136,15 +135,6 @@ def unwrap(wrapped: "PeftModel", dtype: torch.dtype) -> tuple[PreTrainedModel, d
     untyped: Any = wrapped
     model: PreTrainedModel = untyped.unload()
     return model, found
-
-
-def save_adapter(wrapped: "PeftModel", folder: Path, base: Path, dtype: torch.dtype) -> None:
-    """Write the adapter in PEFT's own form, rounded to ``dtype``, to be put on the plain model in ``base``."""
-    wrapped.peft_config[_ADAPTER].base_model_name_or_path = str(base)
-    for layer in _lora_layers(wrapped).values():
-        for part in (layer.lora_A[_ADAPTER], layer.lora_B[_ADAPTER]):
-            part.to(dtype)
-    wrapped.save_pretrained(str(folder), save_embedding_layers=False)
 
 
 def _set(part: nn.Linear, value: Tensor) -> None:

@@ -1,0 +1,115 @@
+"""The forms in which a model can leave, by name. What one file registers is known to Python and to the command."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from pkgutil import iter_modules
+from typing import Any, Protocol
+
+from sparlow.errors import InputError
+from sparlow.exporting.stored import Stored
+from sparlow.progress import Notify
+from sparlow.schema import Option, options_of, unknown
+
+
+@dataclass
+class Exported:
+    """What an export has written.
+
+    Attributes:
+        form: Its name.
+        out: The directory.
+        bytes: Of all its files.
+        notes: What was rounded or left behind, a sentence each.
+        commands: With which other programs open it.
+    """
+
+    form: str
+    out: Path
+    bytes: int = 0
+    notes: list[str] = field(default_factory=list)
+    commands: list[str] = field(default_factory=list)
+
+
+class Writer(Protocol):
+    """Writes a form into an empty directory. All that makes it impossible has been said before by ``prepare``."""
+
+    def __call__(self, folder: Path, notify: Notify) -> Exported:
+        """Write, and say what was written; ``out`` is set by the caller."""
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """A form that other programs read.
+
+    Attributes:
+        name: As typed.
+        keeps: What of the compressed model is kept.
+        loses: What is lost.
+        opened_by: The programs.
+        prepare: ``(stored, *, options) -> Writer``; raises InputError, with the reason, where the model cannot be
+            expressed, before anything is written.
+    """
+
+    name: str
+    keeps: str
+    loses: str
+    opened_by: tuple[str, ...]
+    prepare: Callable[..., Writer]
+
+    @property
+    def summary(self) -> str:
+        """The first sentence of the function's docstring."""
+        return (inspect.getdoc(self.prepare) or "").split("\n", 1)[0]
+
+    @property
+    def options(self) -> dict[str, Option]:
+        """The keyword-only parameters of the function, in order."""
+        return dict(options_of(self.prepare))
+
+    def parse_options(self, given: Mapping[str, object]) -> dict[str, Any]:
+        """Check names and values of options against the signature; InputError names what is wrong and what there is."""
+        known = self.options
+        for name in given:
+            if name not in known:
+                what = f"The form {self.name} has no option {name!r}"
+                raise InputError(unknown(what, name, sorted(known)) if known else f"{what} (it takes none).")
+        return {name: known[name].parse(value) for name, value in given.items()}
+
+
+_FORMS: dict[str, Form] = {}
+
+
+def form(
+    name: str, *, keeps: str, loses: str, opened_by: tuple[str, ...]
+) -> Callable[[Callable[..., Writer]], Callable[..., Writer]]:
+    """Register a function ``(stored: Stored, *, options) -> Writer`` under ``name``; see ``Form``."""
+
+    def register(function: Callable[..., Writer]) -> Callable[..., Writer]:
+        if name in _FORMS:
+            raise ValueError(f"Two forms are called {name!r}.")
+        _FORMS[name] = Form(name, keeps, loses, opened_by, function)
+        return function
+
+    return register
+
+
+def forms() -> tuple[Form, ...]:
+    """All forms by name. Every module of this folder is imported for it, so that a new file is enough."""
+    package = __package__ or "sparlow.exporting"
+    for module in iter_modules(import_module(package).__path__):
+        import_module(f"{package}.{module.name}")
+    return tuple(sorted(_FORMS.values(), key=lambda one: one.name))
+
+
+def find(name: str) -> Form:
+    """Look up a form; InputError with the nearest name and the whole list if there is none."""
+    known = {one.name: one for one in forms()}
+    if name not in known:
+        raise InputError(unknown(f"There is no form {name!r}", name, sorted(known)))
+    return known[name]
+
+
+__all__ = ["Exported", "Form", "Stored", "Writer", "find", "form", "forms"]

@@ -1,0 +1,69 @@
+"""``lora``: plain S, and U V as a LoRA adapter on it."""
+
+from pathlib import Path
+
+from torch import Tensor
+
+from sparlow.errors import InputError
+from sparlow.exporting._registry import Exported, Writer, form
+from sparlow.exporting.adapter import BASE, common_rank, sign, write_adapter
+from sparlow.exporting.directory import write_plain
+from sparlow.exporting.stored import Layer, Stored
+from sparlow.progress import Notify
+
+
+@form(
+    "lora",
+    keeps="S, U and V bit for bit, S's zeros included",
+    loses="the small size: S is stored dense",
+    opened_by=("transformers with PEFT", "vLLM", "SGLang", "llama.cpp's converters"),
+)
+def lora(stored: Stored) -> Writer:
+    """Plain S in base, and U V as an adapter of one rank for all layers, to go on training or to serve."""
+    rank = require_adapter(stored)
+    parts: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def plain(layer: Layer) -> dict[str, Tensor]:
+        if layer.rank:
+            parts[layer.name] = layer.U, layer.V
+        return {"weight": layer.as_stored(layer.S)}
+
+    def write(folder: Path, notify: Notify) -> Exported:
+        shards = write_plain(stored, folder / BASE, plain, notify)
+        adapt(stored, folder, parts)
+        sign(folder, stored.fingerprint, shards)
+        found = Exported("lora", folder)
+        found.notes.append(f"The adapter has the rank {rank} in all layers; the layers' own ranks are {own(stored)}.")
+        found.commands = adapter_commands(rank)
+        return found
+
+    return write
+
+
+def require_adapter(stored: Stored) -> int:
+    """Return the rank of the adapter; InputError if there can be none."""
+    if not stored.ranks:
+        raise InputError("No layer has a low-rank part, so there is nothing to put into an adapter. Export merged.")
+    return common_rank(stored.ranks.values())
+
+
+def adapt(stored: Stored, folder: Path, parts: dict[str, tuple[Tensor, Tensor]]) -> None:
+    """Write the adapter of a stored model."""
+    transposed = all(stored.layers[name].scheme.transposed for name in parts)
+    write_adapter(folder, parts, stored.modules(), transposed=transposed)
+
+
+def own(stored: Stored) -> str:
+    """Return the ranks of a stored model as text."""
+    ranks = sorted({record.scheme.rank for record in stored.layers.values()})
+    return str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+
+
+def adapter_commands(rank: int) -> list[str]:
+    """Return how a base with an adapter is opened elsewhere."""
+    return [
+        'transformers + PEFT, checksums compared: sparlow.open_adapter("OUT")',
+        'transformers + PEFT: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("OUT/base"), "OUT")',
+        f"vLLM: vllm serve OUT/base --enable-lora --max-lora-rank {rank} --lora-modules compressed=OUT",
+        "SGLang: python -m sglang.launch_server --model-path OUT/base --lora-paths compressed=OUT",
+    ]
