@@ -108,14 +108,14 @@ def side_by_side(
 
 
 @torch.no_grad()
-def round_layers(model: PreTrainedModel) -> Grid:
+def round_layers(model: PreTrainedModel, values: str = ROUNDED) -> Grid:
     """Round every linear layer of the decoder blocks to the nearest number on a grid, in place; return the grid.
 
     No data are looked at, and the largest number of a group of columns decides on its scale.
     """
-    grid = make_grid(ROUNDED, "integer")
+    grid = make_grid(values, "integer")
     if grid is None:
-        raise InputError(f"{ROUNDED} is no grid.")
+        raise InputError(f"{values} is no grid.")
     decoder = Decoder.of(model)
     for i in range(len(decoder)):
         for weight in decoder.weights(i).values():
