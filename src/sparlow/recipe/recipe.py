@@ -193,7 +193,12 @@ class Recipe:
         KEEP,
     ] = 5.0
     match: Annotated[
-        bool, Doc("Train what is kept towards the dense model after compression. Zeros stay zero."), MATCHING
+        bool,
+        Doc(
+            "Train what is kept towards the dense model after compression. Zeros stay zero; of values on a grid the "
+            "scales are trained."
+        ),
+        MATCHING,
     ] = False
     match_preset: Annotated[
         str,
@@ -211,7 +216,7 @@ class Recipe:
     ] = None
     match_lr: Annotated[
         float | None,
-        Doc("Learning rate of Adam. logits gives U and V a quarter of it."),
+        Doc("Learning rate of Adam. logits gives U and V a quarter of it, scales of a grid have more."),
         ABOVE_0,
         PRESETS_OWN,
         MATCH_ONLY,

@@ -24,7 +24,12 @@ class RunOptions:
         MACHINE,
     ] = "auto"
     offload: Annotated[
-        str, Doc("Where to keep block inputs between blocks: cpu, disk, or auto (the fastest that fits)."), MACHINE
+        str,
+        Doc(
+            "Where to keep block inputs between blocks: cpu, disk, or auto (the fastest that fits; with --match the "
+            "disk, unless an accelerator has room)."
+        ),
+        MACHINE,
     ] = "auto"
     evaluate: Annotated[
         tuple[str, ...],
