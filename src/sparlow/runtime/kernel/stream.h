@@ -2,7 +2,7 @@
 
    Included by rows.h where the instruction set has, behind its other pieces,
 
-     WIDE4, PAIRS                     whether DENSE4 has levels that are no integers, and whether there is R_PAIRS
+     WIDE_BITS, PAIRS                 up to how many bits dense codes may have levels that are no integers; whether there is R_PAIRS
      order_of(way)                    how x is laid out: k for floats, of k * W columns first 0 k 2k .., then 1 k+1 .., and so on;
                                       for bytes AS_IT_IS, EVEN_ODD of 8 * W columns, or HALVES: 16 columns of a group of 128
                                       beside those 64 on
@@ -23,9 +23,9 @@ INL int way_for(const matrix *m) {
   }
   switch (m->kind) {
     case CODES8: return m->wide ? BUFFERED : DENSE8;
-    case CODES4: return m->wide && !WIDE4 ? BUFFERED : DENSE4;
-    case CODES3: return DENSE3;
-    case CODES2: return DENSE2;
+    case CODES4: return m->wide && WIDE_BITS < 4 ? BUFFERED : DENSE4;
+    case CODES3: return m->wide && WIDE_BITS < 3 ? BUFFERED : DENSE3;
+    case CODES2: return m->wide && WIDE_BITS < 2 ? BUFFERED : DENSE2;
     default: return BUFFERED;
   }
 }
