@@ -11,6 +11,9 @@ from hypothesis import strategies as st
 
 from coded import random_factors, random_grid, random_sparse
 from sparlow.errors import InputError
+from sparlow.linalg.grid import GridValues, make_grid
+from sparlow.linalg.grid_target import GridTarget
+from sparlow.linalg.scales import learned
 from sparlow.model.artefact.stored_form import StoredForm, Weight, pack_weight
 from sparlow.runtime.build import PATHS, NoKernelError, library
 from sparlow.runtime.product import TOKENS, forced, joined, operand, products
@@ -182,6 +185,21 @@ def test_gradients_reach_the_input(path, weight, seed):
     right = dy.double() @ S + (dy.double() @ U) @ V
     size = dy.abs().double() @ S.abs() + (dy.abs().double() @ U.abs()) @ V.abs()
     assert ((dx - right).abs() <= ROUNDING * size).all()
+
+
+@pytest.mark.parametrize("values", ["int3", "int2"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_learned_book_is_one_of_bytes(values, masked):
+    generator = torch.Generator().manual_seed(0)
+    W = torch.randn(24, 256, generator=generator)
+    W = W * (W.abs() > 0.7) if masked else W
+    target = GridTarget(make_grid(values, "book"), masked)
+    rounding = learned(W, torch.ones(256), target)
+    scale = target.storage.scale(W.abs().view(24, 2, 128).amax(2) / rounding.top)
+    grid = GridValues(target.grid, scale.bfloat16(), rounding.levels().bfloat16(), masked)
+    S = rounding.to_grid(W, grid.steps(256), torch.empty_like(W))
+    packed = pack_weight(Weight(S, W[:, :0], W[:0]), StoredForm(grid, None, torch.float32))
+    assert operand(packed.tensors, (24, 256), packed.grid, None).S.coded
 
 
 def large(values="int4", shape=(512, 1024), rank=16):

@@ -1,4 +1,4 @@
-"""The kernel's paths for 64-bit ARM, compiled by a cross compiler and run by qemu, against float64 of the stored numbers."""
+"""The kernel's paths for 64-bit ARM, cross-compiled and run by qemu, against float64 of the stored numbers."""
 
 import ctypes
 import os
@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from test_kernel import CODES, FLOATS, ROUNDING, expected, inputs, rounded, takes_rounded, weights
 
 from sparlow.runtime.build import FLAGS, FOLDER, PATHS, NoKernelError, arm_flags, library
 from sparlow.runtime.product import TOKENS, operand
-from test_kernel import CODES, FLOATS, ROUNDING, expected, inputs, rounded, takes_rounded, weights
 
 CASES = int(os.environ.get("SPARLOW_ARM_CASES", "100"))  # of each path
 COMPILER, EMULATOR = "aarch64-linux-gnu-gcc", "qemu-aarch64"
