@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from sparlow.linalg.grid import Grid, GridValues, make_grid
-from sparlow.linalg.rounding import Rounding, learn_magnitudes
+from sparlow.linalg.rounding import Rounding, learn_magnitudes, whole_magnitudes
 
 GRIDS = [Grid(bits, levels, 8) for bits in (8, 4, 3, 2) for levels in ("integer", "half", "book")]
 
@@ -81,3 +81,31 @@ def test_levels_of_a_book_stay_apart_in_16_bits():
 def test_weights_of_zero_leave_a_level_where_it_is():
     start = torch.tensor([0.5, 1.5])
     assert torch.equal(learn_magnitudes(torch.ones(4), torch.zeros(4), start), start)
+
+
+@pytest.mark.parametrize(
+    ("m", "units"),
+    [
+        ([0.5, 1.5, 2.5, 3.5], [18, 54, 91, 127]),
+        ([1e-4, 2e-4, 3e-4, 4.0], [1, 2, 3, 127]),
+        ([3.98, 3.99, 4.0], [125, 126, 127]),
+    ],
+)
+def test_whole_magnitudes_are_the_nearest_that_stay_apart(m, units):
+    found = whole_magnitudes(torch.tensor(m))
+    assert (found * 64).tolist() == units
+    assert torch.equal(found.bfloat16().float(), found)
+    assert torch.equal(found.half().float(), found)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_whole_magnitudes_cost_next_to_nothing(bits):
+    z, start = gaussian(50000) * 2 ** (bits - 2), make_grid(f"int{bits}", "half").uniform()[2 ** (bits - 1) :]
+    grid, m = Grid(bits, "book"), learn_magnitudes(z, torch.ones(50000), start)
+    whole = whole_magnitudes(m)
+    factors = [1.0, *(m[-1] / whole[-1] * f for f in torch.linspace(0.99, 1.01, 21))]  # scales are fitted to a book
+    errors = [
+        (Rounding(grid, masked=False, magnitudes=own)(z / factor) * factor - z).norm().item()
+        for own, factor in zip([m, *[whole] * 21], factors, strict=True)
+    ]
+    assert min(errors[1:]) <= 1.003 * errors[0]

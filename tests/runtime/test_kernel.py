@@ -11,6 +11,9 @@ from hypothesis import strategies as st
 
 from coded import random_factors, random_grid, random_sparse
 from sparlow.errors import InputError
+from sparlow.linalg.grid import GridValues, make_grid
+from sparlow.linalg.grid_target import GridTarget
+from sparlow.linalg.scales import learned
 from sparlow.model.artefact.stored_form import StoredForm, Weight, pack_weight
 from sparlow.runtime.build import PATHS, NoKernelError, library
 from sparlow.runtime.product import TOKENS, forced, joined, operand, products
@@ -49,9 +52,12 @@ def masks(shape, kind, generator):
 @st.composite
 def weights(draw, values=(*FLOATS, *CODES)):
     """The tensors of a weight as the format's own packer writes them, and S, U, V, bias in float64."""
-    shape = (draw(st.integers(1, 21)), draw(st.one_of(st.integers(1, 140), st.sampled_from((64, 128, 192, 256, 321)))))
+    shape = (
+        draw(st.integers(1, 21)),
+        draw(st.one_of(st.integers(1, 140), st.sampled_from((64, 128, 192, 256, 321, 384, 640)))),
+    )
     kind, rank = draw(st.sampled_from(values)), draw(st.sampled_from((0, 1, 3, 17)))
-    seed, pattern = draw(st.integers(0, 2**31)), draw(st.sampled_from(("dense", "free", "2:4", "16:32")))
+    seed, pattern = draw(st.integers(0, 2**31)), draw(st.sampled_from(("dense", "free", "2:4", "4:8", "16:32")))
     generator = torch.Generator().manual_seed(seed)
     mask = masks(shape, pattern, generator)
     form, factors = None, draw(st.sampled_from(FACTORS))
@@ -101,6 +107,12 @@ def rounded(x):
     return torch.cat(parts, 1)
 
 
+def takes_rounded(weight):
+    """Whether inputs are rounded for this weight: its levels are integers, its groups whole blocks."""
+    struct = weight.S.struct
+    return weight.S.coded and (struct.group >= struct.cols or struct.group % 64 == 0)
+
+
 @path
 @quick
 @given(weights(), st.integers(1, TOKENS + 3), st.integers(0, 2**31))
@@ -123,9 +135,7 @@ def test_a_product_of_rounded_inputs_is_that_of_the_rounded_ones(path, weight, t
     with forced(path):
         found = operand(packed.tensors, shape, packed.grid, exact[3])
         y = found.product(x, rounded=True)
-    grid = packed.grid
-    applies = found.S.coded and (grid.group is None or grid.group >= shape[1] or grid.group % 64 == 0)
-    right, size = expected(exact, rounded(x) if applies else x.double(), x.double())
+    right, size = expected(exact, rounded(x) if takes_rounded(found) else x.double(), x.double())
     assert ((y - right).abs() <= ROUNDING * size).all()
 
 
@@ -175,6 +185,21 @@ def test_gradients_reach_the_input(path, weight, seed):
     right = dy.double() @ S + (dy.double() @ U) @ V
     size = dy.abs().double() @ S.abs() + (dy.abs().double() @ U.abs()) @ V.abs()
     assert ((dx - right).abs() <= ROUNDING * size).all()
+
+
+@pytest.mark.parametrize("values", ["int3", "int2"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_learned_book_is_one_of_bytes(values, masked):
+    generator = torch.Generator().manual_seed(0)
+    W = torch.randn(24, 256, generator=generator)
+    W = W * (W.abs() > 0.7) if masked else W
+    target = GridTarget(make_grid(values, "book"), masked)
+    rounding = learned(W, torch.ones(256), target)
+    scale = target.storage.scale(W.abs().view(24, 2, 128).amax(2) / rounding.top)
+    grid = GridValues(target.grid, scale.bfloat16(), rounding.levels().bfloat16(), masked)
+    S = rounding.to_grid(W, grid.steps(256), torch.empty_like(W))
+    packed = pack_weight(Weight(S, W[:, :0], W[:0]), StoredForm(grid, None, torch.float32))
+    assert operand(packed.tensors, (24, 256), packed.grid, None).S.coded
 
 
 def large(values="int4", shape=(512, 1024), rank=16):

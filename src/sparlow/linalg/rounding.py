@@ -16,6 +16,7 @@ SAMPLE = 2**17  # numbers that a book is learned from
 LLOYD_ROUNDS = 20
 GAP = 1 + 2**-6  # least ratio of two neighbouring magnitudes of a book, so that 16 bits keep them apart
 SMALLEST = 2**-10  # magnitude of a book, of the largest
+LARGEST, UNIT = 127, 2**-6  # magnitude of a book in units of a byte, and what a unit is: 16 bits hold all of them
 
 
 class Rounding:
@@ -101,6 +102,19 @@ def learn_magnitudes(z: Tensor, weight: Tensor, start: Tensor) -> Tensor:
         mass, moment = sums[:, edges].diff()
         m = torch.where(mass > 0, moment / mass.clamp_min(torch.finfo(torch.float64).tiny), m)
     return _apart(m).float()
+
+
+def whole_magnitudes(m: Tensor) -> Tensor:
+    """Return magnitudes (n,), up to 127 of them: those of m times a factor, in integers of units of 2^−6.
+
+    They rise from 1 or more to 127 units. A kernel then multiplies levels of a byte each by inputs in int8, exactly.
+    """
+    found = (m * (LARGEST / m[-1])).round().tolist()
+    for k in range(len(found)):
+        found[k] = max(found[k], found[k - 1] + 1 if k else 1)
+    for k in range(len(found)):
+        found[k] = min(found[k], LARGEST - (len(found) - 1 - k))
+    return torch.tensor(found) * UNIT
 
 
 def _apart(m: Tensor) -> Tensor:

@@ -20,13 +20,14 @@ from sparlow.errors import InputError, first_line, reason
 from sparlow.files import cache_folder
 
 FOLDER = Path(__file__).parent / "kernel"
-PATHS = ("plain", "avx2", "avx512")  # in the order of dispatch.c
+PATHS = ("plain", "avx2", "avx512", "neon", "dotprod")  # in the order of dispatch.c
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-O2", "-ftree-vectorize", "-std=gnu11", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-w")
 _X86: dict[str, tuple[str, ...]] = {
     "avx2.c": ("-mavx2", "-mfma", "-mf16c"),
     "avx512.c": ("-march=icelake-server",),
 }
+_ARM: dict[str, tuple[str, ...]] = {"dotprod.c": ("-march=armv8.2-a+dotprod",)}
 _PATIENCE = 600  # seconds for a file, which takes a few; on a busy machine more
 
 
@@ -90,8 +91,15 @@ def _sources() -> list[Path]:
 
 
 def _flags(source: Path) -> tuple[str, ...]:
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
-    return FLAGS + (_X86.get(source.name, ()) if x86 else ())
+    machine = platform.machine().lower()
+    if machine in ("aarch64", "arm64"):
+        return FLAGS + arm_flags(source)
+    return FLAGS + (_X86.get(source.name, ()) if machine in ("x86_64", "amd64") else ())
+
+
+def arm_flags(source: Path) -> tuple[str, ...]:
+    """Return what a source needs beside ``FLAGS`` on 64-bit ARM."""
+    return _ARM.get(source.name, ())
 
 
 def _name(version: str) -> str:

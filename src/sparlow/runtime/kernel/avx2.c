@@ -112,7 +112,7 @@ INL void spread32(const float *p, const uint8_t *mask, int64_t cols, float *to) 
 
 /* ---- One token in registers (see stream.h) */
 #define STREAMS
-#define WIDE4 0
+#define WIDE_BITS 3
 #define PAIRS 1
 #include "spread.h"
 INL int order_of(int way) {

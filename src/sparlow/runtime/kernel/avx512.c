@@ -91,7 +91,7 @@ INL void spread32(const float *p, const uint8_t *mask, int64_t cols, float *to) 
 
 /* ---- One token in registers (see stream.h) */
 #define STREAMS
-#define WIDE4 1
+#define WIDE_BITS 4
 #define PAIRS 0
 #include "spread.h"
 INL int order_of(int way) {

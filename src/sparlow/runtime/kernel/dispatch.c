@@ -1,13 +1,17 @@
 /* What Python calls: which paths this processor has, and products and decoding by one of them. */
 #include <math.h>
 #include <pthread.h>
+#if defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
 #include "pool.h"
 #include "sparlow.h"
 
 #define EXPORT __attribute__((visibility("default")))
 #define FEW 32768 /* entries of a matrix for which another thread is not worth its waking */
 
-static const path *const paths[] = {&path_plain, &path_avx2, &path_avx512};
+static const path *const paths[] = {&path_plain, &path_avx2, &path_avx512, &path_neon, &path_dotprod};
 
 /* Paths are numbered in this order; bit i says whether this processor has number i. */
 EXPORT int sparlow_paths(void) {
@@ -18,6 +22,13 @@ EXPORT int sparlow_paths(void) {
   if (path_avx512.product && __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vnni") &&
       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi"))
     found |= 4;
+#elif defined(__aarch64__)
+  if (path_neon.product) found |= 8;
+#if defined(__linux__)
+  if (path_dotprod.product && getauxval(AT_HWCAP) & HWCAP_ASIMDDP) found |= 16;
+#elif defined(__APPLE__)
+  if (path_dotprod.product) found |= 16;
+#endif
 #endif
   return found;
 }

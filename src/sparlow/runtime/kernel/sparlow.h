@@ -9,7 +9,7 @@
 #include <string.h>
 
 #define INL static inline __attribute__((always_inline))
-#define PAD 64       /* bytes that may be read, and written, behind a row */
+#define PAD 128      /* bytes that may be read, and written, behind a row */
 #define BLOCK 64     /* columns of one step with rounded inputs */
 #define X_GROUP 128  /* columns of an input that share a scale when it is rounded to int8 */
 #define ORDERS 4     /* of x, one beside the other, that layers of one call may ask for */
@@ -61,7 +61,7 @@ typedef struct {
   int lanes;
 } path;
 
-extern const path path_plain, path_avx2, path_avx512;
+extern const path path_plain, path_avx2, path_avx512, path_neon, path_dotprod;
 
 uint8_t *scratch(size_t bytes); /* of this thread, kept for the next call; NULL: no memory */
 

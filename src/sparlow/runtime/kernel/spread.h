@@ -1,5 +1,4 @@
-/* Masked values for AVX2, which AVX-512 takes where it is quicker. */
-#include <immintrin.h>
+/* Masked values to float32 by tables: for NEON, AVX2, and AVX-512 where they are quicker. */
 #include "ways.h"
 
 /* A table of 32 bytes for each mask byte spreads and widens at once: a bf16 is the upper half of a float32, and an int8
@@ -14,6 +13,9 @@ __attribute__((constructor)) static void fill_upper(void) {
         upper8[m][4 * k + 3] = (uint8_t)kept++;
       }
 }
+
+#if defined(__AVX2__)
+#include <immintrin.h>
 INL __m256 spread_upper(int way, const uint8_t *p, uint64_t offset) { /* offset: 32 times the mask byte */
   if (way == MASKED16)
     return _mm256_castsi256_ps(_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)p)), *(const __m256i *)((const uint8_t *)upper16 + offset)));
@@ -36,3 +38,4 @@ INL __m256 spread_dot(int way, cursor *a, const float *x, __m256 s) {
   a->mask += 4;
   return s;
 }
+#endif

@@ -2,7 +2,7 @@
 
    Included by rows.h where the instruction set has, behind its other pieces,
 
-     WIDE4, PAIRS                     whether DENSE4 has levels that are no integers, and whether there is R_PAIRS
+     WIDE_BITS, PAIRS                 up to how many bits dense codes may have levels that are no integers; whether there is R_PAIRS
      order_of(way)                    how x is laid out: k for floats, of k * W columns first 0 k 2k .., then 1 k+1 .., and so on;
                                       for bytes AS_IT_IS, EVEN_ODD of 8 * W columns, or HALVES: 16 columns of a group of 128
                                       beside those 64 on
@@ -23,9 +23,9 @@ INL int way_for(const matrix *m) {
   }
   switch (m->kind) {
     case CODES8: return m->wide ? BUFFERED : DENSE8;
-    case CODES4: return m->wide && !WIDE4 ? BUFFERED : DENSE4;
-    case CODES3: return DENSE3;
-    case CODES2: return DENSE2;
+    case CODES4: return m->wide && WIDE_BITS < 4 ? BUFFERED : DENSE4;
+    case CODES3: return m->wide && WIDE_BITS < 3 ? BUFFERED : DENSE3;
+    case CODES2: return m->wide && WIDE_BITS < 2 ? BUFFERED : DENSE2;
     default: return BUFFERED;
   }
 }
@@ -120,6 +120,29 @@ INL const uint8_t *signed_bytes(const matrix *m, int64_t r, buffers b) {
   return b.codes;
 }
 
+/* Adds u times t to some rows, as low_rank does for one row and several tokens. */
+INL void low_rank_as_rows(int F, int R, const int64_t *r, const job *j, float *found) {
+  const float one = 1;
+  const void *w[4];
+  VF acc[4];
+  float tail[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < R; i++) w[i] = j->u->data + j->u->start[r[i]], acc[i] = v_zero(), tail[i] = 0;
+  segment(F, R, 1, w, j->t, j->ldt, 0, j->u->cols, &one, 0, acc, tail);
+#pragma GCC unroll 4
+  for (int i = 0; i < R; i++) found[i] += v_sum(acc[i]) + tail[i];
+}
+INL void low_rank_rows(int R, const int64_t *r, const job *j, float *found) {
+  switch (format_of(j->u)) {
+    case F_FP32: low_rank_as_rows(F_FP32, R, r, j, found); break;
+    case F_BF16: low_rank_as_rows(F_BF16, R, r, j, found); break;
+    case F_FP16: low_rank_as_rows(F_FP16, R, r, j, found); break;
+    default: low_rank_as_rows(F_S8, R, r, j, found);
+  }
+}
+static void low_rank_of_one(const int64_t *r, const job *j, float *found) { low_rank_rows(1, r, j, found); }
+static void low_rank_of_four(const int64_t *r, const job *j, float *found) { low_rank_rows(4, r, j, found); }
+
 INL void streamed_rows(int way, int R, const int64_t *r, const job *j, const buffers *b, float *scale) {
   const matrix *m = j->m;
   cursor a[4];
@@ -131,7 +154,11 @@ INL void streamed_rows(int way, int R, const int64_t *r, const job *j, const buf
   }
   if (way > ROUNDED) rounded_streams(way, R, a, j, scale, found);
   else streams(way, R, a, j, scale, found);
-  for (int i = 0; i < R; i++) finish(j, r[i], 0, 1, found + i);
+  if (j->u) (R == 4 ? low_rank_of_four : low_rank_of_one)(r, j, found);
+  for (int i = 0; i < R; i++) {
+    float y = found[i] + (j->bias ? j->bias[r[i]] : 0);
+    j->y[r[i]] = j->fold ? y * j->fold[r[i]] : y;
+  }
 }
 
 INL void streamed_as(int way, const job *j, int64_t from, int64_t to, const buffers *b, float *scale) {
