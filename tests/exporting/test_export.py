@@ -13,6 +13,7 @@ import sparlow
 from artefacts import edit
 from command_line import run
 from results import logits, write_result
+from sparlow.cli import display
 from sparlow.exporting import _registry
 from sparlow.exporting.adapter import RANKS, common_rank, targets
 from sparlow.exporting.export import MARK
@@ -243,6 +244,7 @@ def test_the_command_lists_what_is_registered_and_exports(llama, tmp_path, capsy
         """A form of a test."""
         raise NotImplementedError
 
+    monkeypatch.setattr(display.out, "_width", 400)  # nothing is wrapped
     assert run("export", "--list") == 0
     shown = capsys.readouterr().out
     for one in _registry.forms():
