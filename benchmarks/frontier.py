@@ -9,6 +9,7 @@ are measured here, in the same windows. Printed are a row for each, fewest bytes
 """
 
 import argparse
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -60,35 +61,41 @@ def measured(opened: OpenedModel, name: str, kind: str, size: int, args: argpars
 def rounded(opened: OpenedModel, values: str, args: argparse.Namespace) -> Row:
     """Measure a model whose layers are rounded to a grid, its embedding and head to int8 by rows; it is changed."""
     model, of_rows = opened.model, make_grid("int8", "integer", WHOLE_ROW)
-    grid, size, weights = round_layers(model, values), 0, 0
     decoder = Decoder.of(model)
-    for i in range(len(decoder)):
-        for weight in decoder.weights(i).values():
-            size += math.ceil(grid.bytes(weight.shape, weight.shape[1]))
-            weights += math.prod(weight.shape)
+    shapes = [weight.shape for i in range(len(decoder)) for weight in decoder.weights(i).values()]
+    grid = round_layers(model, values)
+    size = inside = sum(math.ceil(grid.bytes(shape, shape[1])) for shape in shapes)
     ends = {id(end.weight): end for end in (model.get_input_embeddings(), model.get_output_embeddings())}
     for end in ends.values():
         if of_rows is not None:
             end.weight.copy_(nearest(end.weight.float(), of_rows))
             size += math.ceil(of_rows.bytes(tuple(end.weight.shape), end.weight.shape[1]))
     rest = sum(p.numel() for p in model.parameters() if p.ndim == 1)
-    return measured(opened, f"{values} in groups of {grid.group}", ROUNDED, size + 2 * rest, args) | {
-        "bits": 8 * (size - sum(end.weight.numel() for end in ends.values())) / weights
-    }
+    bits = {"bits": 8 * inside / sum(math.prod(shape) for shape in shapes)}
+    return measured(opened, values, ROUNDED, size + 2 * rest, args) | bits
 
 
 def rows_of(args: argparse.Namespace) -> list[Row]:
     """All rows, fewest bytes first."""
     rows = [result(folder, args.text) for folder in args.results]
-    if args.model:
+    kept = json.loads(args.keep.read_text())["rows"] if args.keep else []
+    rows += [row for row in kept if row["kind"] != OURS]
+    known = {row["name"] for row in rows}
+    if args.model and DENSE not in known:
         opened = open_model(args.model, dtype="float32")
         numbers = sum(p.numel() for p in opened.model.parameters())
-        rows.append(measured(opened, "dense", DENSE, 2 * numbers, args))
-        grids = filter(None, args.round.split(","))
-        rows += [rounded(open_model(args.model, dtype="float32"), values, args) for values in grids]
-    for name, file in (pair.split("=", 1) for pair in filter(None, args.others.split(","))):
-        rows.append(measured(open_model(file, dtype="float32"), name, OTHERS, Path(file).stat().st_size, args))
+        rows.append(measured(opened, DENSE, DENSE, 2 * numbers, args))
+    for values in _listed(args.round):
+        if args.model and values not in known:
+            rows.append(rounded(open_model(args.model, dtype="float32"), values, args))
+    for name, file in (pair.split("=", 1) for pair in _listed(args.others)):
+        if name not in known:
+            rows.append(measured(open_model(file, dtype="float32"), name, OTHERS, Path(file).stat().st_size, args))
     return sorted(rows, key=lambda row: row["bytes"])
+
+
+def _listed(words: str) -> list[str]:
+    return [word for word in words.split(",") if word]
 
 
 def table(rows: list[Row]) -> str:
@@ -144,6 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--others", default="", help="NAME=FILE.gguf of the same model, separated by commas")
     parser.add_argument("--seqlen", type=int, default=1024)
     parser.add_argument("--limit", type=int, default=24)
+    parser.add_argument("--keep", type=Path, metavar="FILE", help="JSON of an earlier call, whose other rows are taken")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--figure", type=Path, metavar="FILE.svg")
     return parser
