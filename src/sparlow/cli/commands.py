@@ -20,6 +20,7 @@ from sparlow.cli.parameters import (
     Dtype,
     JsonFile,
     Model,
+    Models,
     OptionOfOne,
     Out,
     OutOfComparison,
@@ -33,7 +34,7 @@ from sparlow.cli.signals import resumable
 from sparlow.errors import InputError, RunError
 from sparlow.finetuning.options import FinetuneOptions
 from sparlow.recipe.run_options import RunOptions
-from sparlow.runtime.options import RunningOptions, TextOptions
+from sparlow.runtime.options import BenchmarkOptions, RunningOptions, TextOptions
 from sparlow.schema import values_of
 
 __all__ = ["app", "main"]
@@ -194,6 +195,26 @@ def generate(model: Model, prompt: Prompt, text: TextOptions, running: RunningOp
 
     clock = stream(open_to_run(model, running), prompt, text, display.text)
     display.show_pace(clock)
+
+
+@command
+def benchmark(models: Models, options: BenchmarkOptions, json_file: JsonFile = None) -> None:
+    """Measure how fast MODELS run on the CPU, compressed or not, in turns; what they compute is checked."""
+    from sparlow.files import write_json
+    from sparlow.runtime.benchmark import benchmark as measure
+
+    _require_folder(json_file)
+    with display.progress() as notify:
+        found = measure(models, options, notify)
+    display.show_benchmark(found)
+    if json_file:
+        write_json(json_file, found.to_dict(), indent=2)
+    wrong = [row for row in found.rows if not row.same_output]
+    if wrong:
+        raise RunError(
+            f"{len(wrong)} of {len(found.rows)} rows compute something else than their weights in float32, "
+            f"{wrong[0].model} for one. Report it."
+        )
 
 
 @command
