@@ -1,14 +1,16 @@
 """Directories in packed forms without a solver, for measuring how fast they run: what they say is of no worth.
 
     python benchmarks/packed.py MODEL_OR_SHAPE --out DIR [--forms bf16:16:32,int8:16:32,int4:dense] [--rank 64]
-        [--ends int8] [--blocks 16]
+        [--ends int8] [--blocks 16] [--copies]
 
 A form is a type of values, then a pattern. The largest entries of each group stay and are rounded to nearest, U and V
 are random and small, in int8 where the values are. A shape is one of ``_shapes.py``, whose random dense model goes to
-DIR/dense first. DIR then holds a directory a form, such as int8-16-32, which ``sparlow benchmark`` takes.
+DIR/dense first. With --copies every block is the first one, which is quicker to write. DIR then holds a directory a
+form, such as int8-16-32, which ``sparlow benchmark`` takes.
 """
 
 import argparse
+import shutil
 from pathlib import Path
 
 import torch
@@ -49,19 +51,34 @@ def packed(weight: CompressibleWeight, values: str, pattern: str, rank: int) -> 
     return layer
 
 
+def copy_block(writer: CheckpointWriter, decoder: Decoder, i: int) -> None:
+    """Write the first block's file again, under the names of block i."""
+    first, other = writer._path(0), writer._path(i)  # noqa: SLF001 - where it writes
+    with first.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = file.read(size).decode().replace(decoder.layer_name(0, ""), decoder.layer_name(i, "")).encode()
+        header += b" " * (-len(header) % 8)
+        with other.open("wb") as copy:
+            copy.write(len(header).to_bytes(8, "little") + header)
+            shutil.copyfileobj(file, copy)
+
+
 @torch.no_grad()
-def write_form(source: str, form: str, rank: int, ends: str, out: Path) -> None:
+def write_form(source: str, form: str, given: argparse.Namespace, out: Path) -> None:
     """Write a model in a form, one block after the other."""
     values, _, pattern = form.partition(":")
     opened = open_model(source)
     model, decoder = opened.model, Decoder.of(opened.model)
-    with quantised(model, ends, ends):
+    with quantised(model, given.ends, given.ends):
         writer = CheckpointWriter(out, model, decoder)
         names = [decoder.layer_name(i, name) for i in range(len(decoder)) for name in decoder.weights(i)]
         for i, block in enumerate(decoder.blocks):
-            for weight in decoder.weights(i).values():
-                weight.put(packed(weight, values, pattern, rank))
-            writer.write_block(i, block)
+            if i and given.copies:
+                copy_block(writer, decoder, i)
+            else:
+                for weight in decoder.weights(i).values():
+                    weight.put(packed(weight, values, pattern, given.rank))
+                writer.write_block(i, block)
             block.to("meta")  # written; its memory is free
         writer.write_rest(model)
         writer.finish(model, opened.tokenizer, patterns=dict.fromkeys(names, pattern))
@@ -76,6 +93,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--ends", default="int8", choices=("keep", "int8", "int4"))
     parser.add_argument("--blocks", type=int, default=16)
+    parser.add_argument("--copies", action="store_true")
     given = parser.parse_args()
     source = given.source
     if source in SHAPES:
@@ -84,7 +102,7 @@ def main() -> None:
             write(SHAPES[given.source], given.blocks, given.out / "dense")
     for form in given.forms.split(","):
         folder = given.out / form.replace(":", "-")
-        write_form(source, form, given.rank, given.ends, folder)
+        write_form(source, form, given, folder)
         print(folder)
 
 

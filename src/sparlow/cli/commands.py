@@ -23,6 +23,7 @@ from sparlow.cli.parameters import (
     JsonFile,
     ListForms,
     Model,
+    Models,
     OptionOfForm,
     OptionOfOne,
     Out,
@@ -38,7 +39,7 @@ from sparlow.cli.signals import resumable
 from sparlow.errors import InputError, RunError
 from sparlow.finetuning.options import FinetuneOptions
 from sparlow.recipe.run_options import RunOptions
-from sparlow.runtime.options import RunningOptions, TextOptions
+from sparlow.runtime.options import BenchmarkOptions, RunningOptions, TextOptions
 from sparlow.schema import values_of
 
 __all__ = ["app", "main"]
@@ -227,6 +228,26 @@ def export(
     with display.progress() as notify:
         found = run_export(directory, out, form=form, options=pairs, overwrite=overwrite, notify=notify)  # type: ignore[arg-type]  # none is None
     display.show_export(found)
+
+
+@command
+def benchmark(models: Models, options: BenchmarkOptions, json_file: JsonFile = None) -> None:
+    """Measure how fast MODELS run on the CPU, compressed or not, in turns; what they compute is checked."""
+    from sparlow.files import write_json
+    from sparlow.runtime.benchmark import benchmark as measure
+
+    _require_folder(json_file)
+    with display.progress() as notify:
+        found = measure(models, options, notify)
+    display.show_benchmark(found)
+    if json_file:
+        write_json(json_file, found.to_dict(), indent=2)
+    wrong = [row for row in found.rows if not row.same_output]
+    if wrong:
+        raise RunError(
+            f"{len(wrong)} of {len(found.rows)} rows compute something else than their weights in float32, "
+            f"{wrong[0].model} for one. Report it."
+        )
 
 
 @command

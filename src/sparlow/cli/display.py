@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # help is shown without torch, which comes with these
     from sparlow.progress import Notify, Progress
     from sparlow.report.comparison import Comparison
     from sparlow.report.records import Report
+    from sparlow.runtime.benchmark import Benchmark
     from sparlow.runtime.running import Clock
 
 WIDE = 200  # columns where nobody looks, as in a pipe: no name is cut
@@ -115,6 +116,32 @@ def show_pace(clock: "Clock") -> None:
     """How long a text took, beside it and not in it."""
     rate = "" if clock.rate is None else f", then {clock.rate:.1f} tokens a second"
     err.print(f"{len(clock.stamps)} tokens: {clock.first:.2f} s to the first{rate}", highlight=False)
+
+
+def show_benchmark(found: "Benchmark") -> None:
+    """A line a row and number of texts: medians, and half of what lies between the slowest and the fastest run."""
+    from statistics import median
+
+    from sparlow.machine import described
+    from sparlow.runtime.benchmark import spread
+
+    names = {row.model: Path(row.model).name for row in found.rows}
+    head = ("", "mode", "type", "step", "texts", "prompt tokens/s", "to first, s", "tokens/s", "×", "peak", "before")
+    rows = []
+    for row in found.rows:
+        for batch, rates in row.decode.items():
+            times = found.times(row, batch)
+            rates_said = f"{median(rates):.1f} ± {spread(rates):.0%}"
+            measured = (f"{median(row.prefill[batch]):.0f}", f"{median(row.first[batch]):.2f}", rates_said)
+            memory = (human_bytes(row.peak[batch]), human_bytes(row.interpreter), human_bytes(row.bytes_read))
+            same = f"{'yes' if row.same_output else 'NO'} ({row.difference:.1e})"
+            first = (names[row.model], row.mode, row.dtype, row.step, str(batch))
+            rows.append((*first, *measured, "–" if times is None else f"{times:.2f}", *memory, same))
+    out.print(_table((*head, "read a token", "same output"), rows))
+    for note in found.notes:
+        out.print(f"note: {escape(note)}", highlight=False)
+    about = ", ".join(f"{name} {number}" for name, number in found.versions.items())
+    out.print(f"{escape(described(found.machine))}; {about}", highlight=False)
 
 
 def show_columns(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

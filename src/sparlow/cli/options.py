@@ -34,7 +34,7 @@ from sparlow.schema import (
 EVALUATION, MACHINE, OUTPUT = Panel("Evaluation"), Panel("Machine"), Panel("Output")
 PANELS = (  # as help shows them, after the arguments and what belongs to none
     *("What to keep", "Calibration", "Solver", "Matching", "Text", "Training"),
-    *("Evaluation", "Tasks", "Machine", "Output"),
+    *("Measured", "Evaluation", "Tasks", "Machine", "Output"),
 )
 LONGEST_METAVAR = 20  # characters
 METAVARS = {int: "INTEGER", float: "NUMBER", str: "TEXT", Path: "DIRECTORY"}

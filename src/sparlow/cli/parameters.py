@@ -9,6 +9,10 @@ Model = Annotated[
     str,
     typer.Argument(metavar="MODEL", help="Model to read: a hub id, a directory, or a .gguf file.", show_default=False),
 ]
+Models = Annotated[
+    list[str],
+    typer.Argument(metavar="MODELS", help="Models to read: hub ids, directories, or .gguf files.", show_default=False),
+]
 Prompt = Annotated[str, typer.Option(metavar="TEXT", rich_help_panel="Text", help="Text to go on from.")]
 DirectoryOrNone = Annotated[
     Path | None, typer.Argument(metavar="DIRECTORY", help="A directory that sparlow wrote.", show_default=False)

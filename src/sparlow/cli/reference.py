@@ -8,7 +8,7 @@ from sparlow.cli.options import EvaluateOptions, WriteOptions
 from sparlow.finetuning.options import FinetuneOptions
 from sparlow.recipe.recipe import Recipe
 from sparlow.recipe.run_options import RunOptions
-from sparlow.runtime.options import RunningOptions, TextOptions
+from sparlow.runtime.options import BenchmarkOptions, RunningOptions, TextOptions
 from sparlow.schema import Bound, Doc, FileOnly, Option, Panel, options_of
 
 INTRODUCTION = """# Options
@@ -31,6 +31,7 @@ SECTIONS: tuple[tuple[str, str, type], ...] = (
     ("Evaluation", "Options of `evaluate`.", EvaluateOptions),
     ("Running", "Options of `generate`.", RunningOptions),
     ("Text", "Options of `generate`, beside `prompt`, the text to go on from.", TextOptions),
+    ("Measuring speed", "Options of `benchmark`.", BenchmarkOptions),
 )
 
 

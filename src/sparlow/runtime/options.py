@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from sparlow.errors import InputError
-from sparlow.schema import NOT_NEGATIVE, Choices, Doc, Panel, Unset, at_least, check_fields
+from sparlow.schema import NOT_NEGATIVE, Choices, Doc, Panel, Unset, at_least, check_fields, unknown
 
 MODES = ("dense", "packed", "merged", "auto")
 ACTIVATIONS = ("float", "int8")
@@ -79,3 +79,51 @@ class TextOptions:
             raise InputError(f"--top-p must be above 0 and at most 1, not {self.top_p:g}.")
         if self.top_p is not None and self.temperature == 0:
             raise InputError("--top-p has no effect without --temperature. Add it, or leave --top-p out.")
+
+
+@dataclass(frozen=True)
+class BenchmarkOptions:
+    """What is measured, side by side."""
+
+    mode: Annotated[
+        tuple[str, ...],
+        Doc("Modes of compressed models: packed, which computes in float32, merged or dense, in each --dtype."),
+        MEASURED,
+    ] = ("packed",)
+    dtype: Annotated[tuple[str, ...], Doc("Data types of dense models: float32, bfloat16 or float16."), MEASURED] = (
+        "float32",
+        "bfloat16",
+    )
+    step: Annotated[
+        tuple[str, ...], Doc("What computes the tokens behind the prompt: kernel or transformers."), MEASURED
+    ] = STEPS
+    activations: Annotated[
+        str, Doc("Of packed layers; int8 rounds their inputs."), Choices("activations", ACTIVATIONS), MEASURED
+    ] = "float"
+    batch: Annotated[tuple[str, ...], Doc("Texts that are written at once."), MEASURED] = ("1",)
+    prompt_tokens: Annotated[int, Doc("Tokens of each prompt, drawn at random."), at_least(2), MEASURED] = 512
+    tokens: Annotated[int, Doc("Tokens that are written behind it."), at_least(2), MEASURED] = 64
+    repeats: Annotated[int, Doc("Runs of each, in turns; the median counts."), at_least(1), MEASURED] = 5
+    threads: Annotated[
+        int | None, Doc("Threads of torch and of the kernel."), Unset("torch's own number"), at_least(1), MACHINE
+    ] = None
+    trust_remote_code: Annotated[bool, Doc("Run Python code that comes with the model."), MACHINE] = False
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        check_fields(self, "the options of benchmark")
+        known = {"mode": MODES[:3], "dtype": DTYPES, "step": STEPS, "batch": None}
+        for name, words in known.items():
+            given = getattr(self, name)
+            if not given:
+                raise InputError(f"There is nothing to measure without --{name}. Give one, or leave it out.")
+            for word in given:
+                if words and word not in words:
+                    raise InputError(unknown(f"There is no {name} {word!r} to measure", word, words))
+        if not all(text.isascii() and text.isdigit() and int(text) for text in self.batch):
+            raise InputError(f"--batch must be whole numbers of at least 1, not {', '.join(self.batch)}.")
+
+    @property
+    def batches(self) -> list[int]:
+        """The numbers of texts."""
+        return [int(text) for text in self.batch]

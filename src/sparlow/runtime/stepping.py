@@ -128,9 +128,14 @@ def _takes_any_cache(model: Any, asked: Mapping[str, Any]) -> bool:  # noqa: ANN
     return True
 
 
-def use_step(model: PreTrainedModel) -> Stepping:
-    """Let a model decode by the kernel's step where it can, from now on; whether it can is seen at the first use."""
-    stepping = Stepping(model)
+def use_step(model: PreTrainedModel, stepping: Stepping | None = None) -> Stepping:
+    """Let a model decode by the kernel's step where it can, from now on; whether it can is seen at the first use.
+
+    Args:
+        model: It.
+        stepping: What an earlier call returned, to go on with that.
+    """
+    stepping = stepping or Stepping(model)
     vars(model)["forward"], vars(model)["generate"] = _Forward(stepping), _Generate(stepping)
     return stepping
 
