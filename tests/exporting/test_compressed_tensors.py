@@ -64,7 +64,9 @@ FORMS = {  # values, pattern, levels, group → bits and columns a scale, in 32 
 }
 
 
-@pytest.mark.parametrize(("form", "expected"), FORMS.items(), ids=lambda x: "-".join(map(str, x)))
+@pytest.mark.parametrize(
+    ("form", "expected"), FORMS.items(), ids=lambda x: "-".join(map(str, x if isinstance(x, tuple) else ""))
+)
 def test_s_is_kept_bit_for_bit(form, expected, tmp_path):
     dtype = (torch.bfloat16, torch.float32, torch.float16)[[*FORMS].index(form) % 3]
     values, pattern, levels, group = form
