@@ -1,6 +1,8 @@
 """Finished directories of sparlow without a solver: random S, U and V of any form in tiny models of any family."""
 
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from coded import coded_layer, free, two_of_four
 from families import tiny, tiny_tokenizer
@@ -66,3 +68,14 @@ def logits(model, seed=0, tokens=24, vocabulary=128):
     ids = torch.randint(2, vocabulary, (2, tokens), generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
         return model(ids).logits.float()
+
+
+def byte_tokenizer():
+    """A byte-level BPE tokenizer of less than 128 tokens, as published models have it: printable ASCII, few merges."""
+    characters = [*map(chr, range(33, 127)), "Ġ", "Ċ"]
+    merges = [("Ġ", "t"), ("h", "e"), ("Ġt", "he"), ("i", "n"), ("a", "n"), ("an", "d")]
+    tokens = ["<s>", "</s>", *characters, *("".join(pair) for pair in merges)]
+    found = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
+    found.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    found.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=found, bos_token="<s>", eos_token="</s>")  # noqa: S106 - no secret

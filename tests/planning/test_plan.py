@@ -9,11 +9,13 @@ import sparlow
 from families import save_tiny, tiny
 from samples import few_of
 from sparlow.errors import InputError
+from sparlow.linalg.grid import make_grid
 from sparlow.model.artefact.describe import describe
 from sparlow.model.forward.decoder import Decoder
 from sparlow.model.loading.meta import meta_model
 from sparlow.model.loading.source import open_model
 from sparlow.model.training.packed_layer import packed, trained_parameters
+from sparlow.planning.choices import measured, opened_by
 from sparlow.planning.duration import seconds
 from sparlow.planning.memory import disk, stages
 from sparlow.planning.microbenchmarks import BOUND, Solver, Speed
@@ -250,3 +252,32 @@ def test_layers_behind_each_other_take_more_passes_and_fewer_grams_at_a_time(tmp
     looks = behind.batch * (behind.blocks[0].parameters + 16 * 32) + sum(64 * 16 * (n + 16 * 32) for n in passed)
     more = 2 * (looks - 64 * 16 * (behind.blocks[0].parameters + 16 * 32)) / 1e9
     assert after["walk"] - before["walk"] == pytest.approx(3 * more, rel=1e-6)
+
+
+def test_the_choices_are_sorted_say_what_fits_and_have_the_bytes_that_are_written(folder):
+    asked = foreseen(folder, Recipe(bits=9.0, algorithm="magnitude", **SIZES)).choices
+    assert [choice.bytes for choice in asked] == sorted(choice.bytes for choice in asked)
+    assert {choice.fits for choice in asked} == {True, False}
+    assert all(choice.fits == (choice.bits <= 9.0) for choice in asked)
+    for choice in asked:
+        recipe = Recipe(algorithm="magnitude", **{**choice.recipe, **SIZES})
+        alone = foreseen(folder, recipe)
+        assert alone.bytes["compressed"] == choice.bytes
+        assert alone.bits_per_weight == pytest.approx(choice.bits, rel=0.02)
+        assert "sparlow" in choice.opened_by
+    assert all(choice.fits is None for choice in foreseen(folder, Recipe(algorithm="magnitude", **SIZES)).choices)
+
+
+def test_every_measured_form_is_a_recipe_and_the_figures_name_their_origin():
+    about = measured()
+    assert about["model"]
+    assert "--evaluate" in about["command"]
+    names = [row["name"] for row in about["form"]]
+    assert len(set(names)) == len(names)
+    for row in about["form"]:
+        Recipe(**row["recipe"])
+        assert row["perplexity"] == 0 or row["perplexity"] >= about["dense"]
+        assert row["speed"]
+    assert opened_by(make_grid("int4", "integer"))[1].startswith("vLLM")
+    assert opened_by(make_grid("int4", "half"))[1].startswith("llama.cpp")
+    assert len(opened_by(make_grid("int3", "book"))) == len(opened_by(None)) == 2

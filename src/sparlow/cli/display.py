@@ -194,6 +194,7 @@ def show_plan(found: "Plan") -> None:
     rows = [(row["name"], str(row["count"]), f"{row['parameters']:,}", row["why"]) for row in found.not_compressed]
     out.print(_table(("not compressed", "count", "parameters", "why"), rows))
     _show_sizes(found)
+    _show_choices(found)
     here = f"of {found.device}" if found.peak_memory["device"] else "of the device"
     parts = [(stage.name, human_bytes(found.baseline + stage.cpu), human_bytes(stage.device)) for stage in found.stages]
     parts.append(("peak", human_bytes(found.peak_memory["rss"]), human_bytes(found.peak_memory["device"])))
@@ -221,6 +222,28 @@ def _show_sizes(found: "Plan") -> None:
         f"{found.share_compressed:.1%} of the parameters of the blocks are compressed; the whole file has "
         f"{found.bits_per_parameter:.2f} bits a parameter\n"
         f"disk {human_bytes(files.out)}{second}{hidden}; {_free(found.available['disk'])} are free",
+        highlight=False,
+    )
+
+
+def _show_choices(found: "Plan") -> None:
+    """The forms that the model can take, and what is known of each."""
+    from sparlow.planning.choices import measured
+
+    rows = []
+    for choice in found.choices:
+        fits = {None: "", True: "fits", False: "too large"}[choice.fits]
+        quality = "not measured" if choice.perplexity is None else f"{choice.perplexity:.2f} ×"
+        options = " ".join(f"--{name} {value}" for name, value in choice.recipe.items())
+        sizes = (human_bytes(choice.bytes), f"{choice.bits:.2f}", fits, quality)
+        rows.append((choice.name, *sizes, choice.speed, "; ".join(choice.opened_by), options))
+    head = ("form", "whole file", "bits", "", "perplexity", "on a CPU (packed)", "opened by", "options")
+    out.print(_table(head, rows, left=True))
+    about = measured()
+    out.print(
+        f"perplexity as a multiple of the dense model's, measured with {about['model']} ({about['text']}). "
+        "Other models differ: measure yours. Options not shown are the defaults.",
+        markup=False,
         highlight=False,
     )
 

@@ -16,6 +16,7 @@ from sparlow.model.loading.left_out import left_out
 from sparlow.model.loading.meta import meta_model
 from sparlow.model.loading.objects import require_as_it_is, require_usable
 from sparlow.own_settings import own_settings
+from sparlow.planning.choices import Choice, choices
 from sparlow.planning.duration import seconds
 from sparlow.planning.memory import Disk, Stage, disk, stages
 from sparlow.planning.microbenchmarks import solver, speed, typical, workspace
@@ -77,6 +78,7 @@ class Plan:
         seconds: By stage, and ``total``; empty if no time was asked for.
         probe: ``seconds`` it took, and what it found of this machine and the algorithm.
         notes: What the numbers do not know.
+        choices: The forms that the model can take, the smallest first: what fits, and what was measured of each.
         version: Of these keys.
     """
 
@@ -98,6 +100,7 @@ class Plan:
     seconds: dict[str, float]
     probe: dict[str, Any]
     notes: tuple[str, ...]
+    choices: tuple[Choice, ...] = ()
     version: int = VERSION
 
     def to_json(self) -> str:
@@ -198,6 +201,7 @@ def _planned(name: str, model: PreTrainedModel, work: Workload, out: Path, basel
         seconds=spent,
         probe={"seconds": time.perf_counter() - start, **found},
         notes=tuple(_notes(work)),
+        choices=choices(model, work.recipe),
     )
 
 

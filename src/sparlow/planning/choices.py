@@ -1,0 +1,104 @@
+"""What fits into a size: the forms a model can take, the bytes of the whole file, and what was measured of each.
+
+The quality is that of another model, which is named with it: a measurement to go by, no promise. Figures are in
+``measured.toml``, and nowhere else.
+"""
+
+import tomllib
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from sparlow.errors import InputError
+from sparlow.exporting.integers import Need
+from sparlow.linalg.grid import Grid, make_grid
+from sparlow.model.artefact.dtypes import StoredDtypes
+from sparlow.model.forward.decoder import Decoder
+from sparlow.recipe.budgets import select
+from sparlow.recipe.recipe import Recipe
+from sparlow.recipe.sizes import parse_size
+
+_OURS = "sparlow"
+_UNASKED: dict[str, Any] = {  # fields of a recipe that say what to keep, which a form says anew
+    **dict.fromkeys(("bits", "size", "compression", "rank_share", "pattern", "rank", "values", "group")),
+    "levels": "auto",
+    "layers": (),
+    "allocate": "uniform",
+}
+_ANY = "any program at full size (merged)"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A form that a model can take.
+
+    Attributes:
+        name: What is kept, in words.
+        recipe: The options of ``compress`` for it.
+        bytes: Of the whole file, without headers.
+        bits: A compressed weight, U V and scales included.
+        fits: Whether it keeps to the size or the bits that were asked for; None where nothing was.
+        perplexity: What was measured, as a multiple of the dense model's; None if nothing was.
+        speed: In words.
+        opened_by: The programs that open it, or what ``sparlow export`` makes of it.
+    """
+
+    name: str
+    recipe: dict[str, Any]
+    bytes: int
+    bits: float
+    fits: bool | None
+    perplexity: float | None
+    speed: str
+    opened_by: tuple[str, ...]
+
+
+@cache
+def measured() -> dict[str, Any]:
+    """Return what was measured, and with which model, text and command."""
+    return tomllib.loads(files(__package__ or "sparlow.planning").joinpath("measured.toml").read_text("utf-8"))
+
+
+def choices(model: PreTrainedModel, recipe: Recipe) -> tuple[Choice, ...]:
+    """Return the forms in the order of their bytes.
+
+    Args:
+        model: It may be on the meta device.
+        recipe: Says what is left dense, and the bits or the size that is asked for.
+    """
+    decoder, storage = Decoder.of(model), StoredDtypes.of(model)
+    found = []
+    for row in measured()["form"]:
+        try:
+            one = recipe.changed(**{**_UNASKED, **row["recipe"]})
+            selection = select(model, decoder, one, storage)
+        except InputError:  # the method has no low-rank part, or the layers are too small
+            continue
+        sizes = {name: (weight.shape, storage.of_layer(name).itemsize) for name, weight in decoder.layers()}
+        kept = sum(budget.bytes(*sizes[name]) for name, budget in selection.budgets.items())
+        weights = sum(sizes[name][0][0] * sizes[name][0][1] for name in selection.budgets)
+        dense = sum(sizes[name][0][0] * sizes[name][0][1] * sizes[name][1] for name in selection.budgets)
+        total = storage.bytes_of(model) - dense + kept - selection.ends.saved
+        bits = 8 * kept / weights
+        ratio = row["perplexity"] / measured()["dense"] if row["perplexity"] else None
+        fits = _fits(recipe, total, bits, storage.bytes_of(model))
+        opened = opened_by(make_grid(one.values or "model", one.levels, one.group or "128"))
+        found.append(Choice(row["name"], dict(row["recipe"]), total, bits, fits, ratio, row["speed"], opened))
+    return tuple(sorted(found, key=lambda choice: choice.bytes))
+
+
+def _fits(recipe: Recipe, total: int, bits: float, dense: int) -> bool | None:
+    if recipe.size is not None:
+        return total <= parse_size(recipe.size, dense)
+    return None if recipe.bits is None else bits <= recipe.bits
+
+
+def opened_by(grid: Grid | None) -> tuple[str, ...]:
+    """Return the programs that open values on a grid in about the same bytes; None stands for 16 bits."""
+    need = Need.of(grid).bits
+    whole = ("vLLM, SGLang, transformers (compressed-tensors)",) if grid and need and need <= max(grid.bits, 4) else ()
+    blocks = ("llama.cpp, Ollama (gguf)",) if grid and need else ()
+    return (_OURS, *whole, *blocks, _ANY)
