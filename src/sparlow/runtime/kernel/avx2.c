@@ -137,82 +137,84 @@ INL levels levels_of(int way, const matrix *m) {
   return t;
 }
 
-/* 32 signed bytes: each in turn to the top of its int32. */
-INL VF dot_upper(VI v, const float *x, int64_t apart, VF s) {
+INL void add_product(VF w, floats x, int64_t on, int T, VF *s) {
+#pragma GCC unroll 4
+  for (int t = 0; t < T; t++) s[t] = v_fma(w, _mm256_loadu_ps(x.at + on + t * x.apart), s[t]);
+}
+/* 32 signed bytes: each in turn to the top of its int32, which is 2^24 times as much. */
+INL void dot_upper(VI v, floats x, int64_t on, int T, VF *s) {
   const VI second = _mm256_setr_epi8(-1, -1, -1, 1, -1, -1, -1, 5, -1, -1, -1, 9, -1, -1, -1, 13, -1, -1, -1, 1, -1, -1, -1, 5, -1, -1, -1, 9, -1, -1, -1, 13);
   const VI third = _mm256_setr_epi8(-1, -1, -1, 2, -1, -1, -1, 6, -1, -1, -1, 10, -1, -1, -1, 14, -1, -1, -1, 2, -1, -1, -1, 6, -1, -1, -1, 10, -1, -1, -1, 14);
-  s = v_fma(_mm256_cvtepi32_ps(_mm256_slli_epi32(v, 24)), _mm256_loadu_ps(x), s);
-  s = v_fma(_mm256_cvtepi32_ps(_mm256_shuffle_epi8(v, second)), _mm256_loadu_ps(x + apart), s);
-  s = v_fma(_mm256_cvtepi32_ps(_mm256_shuffle_epi8(v, third)), _mm256_loadu_ps(x + 2 * apart), s);
-  return v_fma(_mm256_cvtepi32_ps(_mm256_and_si256(v, _mm256_set1_epi32((int)0xff000000))), _mm256_loadu_ps(x + 3 * apart), s);
+  add_product(_mm256_cvtepi32_ps(_mm256_slli_epi32(v, 24)), x, 0, T, s);
+  add_product(_mm256_cvtepi32_ps(_mm256_shuffle_epi8(v, second)), x, on, T, s);
+  add_product(_mm256_cvtepi32_ps(_mm256_shuffle_epi8(v, third)), x, 2 * on, T, s);
+  add_product(_mm256_cvtepi32_ps(_mm256_and_si256(v, _mm256_set1_epi32((int)0xff000000))), x, 3 * on, T, s);
 }
-INL VF step_dense8(cursor *a, const float *x, VF s) {
-  VI v = _mm256_xor_si256(_mm256_loadu_si256((const void *)a->at), _mm256_set1_epi8((char)SAME));
-  a->at += 32;
-  return dot_upper(v, x, 8, s);
-}
-INL VF step_dense4(cursor *a, const float *x, VI bytes, VF s) { /* even nibbles of each int32, then odd ones */
+INL void step_dense4(VI v, VI levels, floats x, int T, VF *s) { /* even nibbles of each int32, then odd ones */
   const VI low = _mm256_set1_epi8(15);
-  VI v = _mm256_loadu_si256((const void *)a->at);
-  a->at += 32;
-  s = dot_upper(_mm256_shuffle_epi8(bytes, _mm256_and_si256(v, low)), x, 16, s);
-  return dot_upper(_mm256_shuffle_epi8(bytes, _mm256_and_si256(_mm256_srli_epi16(v, 4), low)), x + 8, 16, s);
+  dot_upper(_mm256_shuffle_epi8(levels, _mm256_and_si256(v, low)), x, 16, T, s);
+  x.at += 8;
+  dot_upper(_mm256_shuffle_epi8(levels, _mm256_and_si256(_mm256_srli_epi16(v, 4), low)), x, 16, T, s);
 }
-INL VF step_dense3(cursor *a, const float *x, VF floats, VF s) { /* 24 bits, eight codes, to each int32 */
+INL VI three_of_four(const uint8_t *p) { /* 24 bits, eight codes, to each int32 */
   const VI place = _mm256_setr_epi8(0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11, -1, 0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11, -1);
-  VI v = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const void *)a->at)), _mm_loadu_si128((const void *)(a->at + 12)), 1);
-  v = _mm256_shuffle_epi8(v, place);
-  a->at += 24;
+  return _mm256_shuffle_epi8(_mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const void *)p)), _mm_loadu_si128((const void *)(p + 12)), 1), place);
+}
+/* The levels of 3 or 2 bits are found by a permutation of floats, which looks at the lowest bits. */
+INL void step_few_bits(int bits, VI v, VF levels, floats x, int T, VF *s) {
 #pragma GCC unroll 8
-  for (int n = 0; n < 8; n++) s = v_fma(_mm256_permutevar8x32_ps(floats, _mm256_srli_epi32(v, 3 * n)), _mm256_loadu_ps(x + 8 * n), s);
-  return s;
+  for (int n = 0; n < (bits == 3 ? 8 : 4); n++) {
+    VI code = _mm256_srli_epi32(v, bits * n);
+    add_product(bits == 3 ? _mm256_permutevar8x32_ps(levels, code) : _mm256_permutevar_ps(levels, code), x, 8 * n, T, s);
+  }
 }
-INL VF step_dense2(cursor *a, const float *x, VF floats, VF s) {
-  VI v = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const void *)a->at));
-  a->at += 8;
-#pragma GCC unroll 4
-  for (int n = 0; n < 4; n++) s = v_fma(_mm256_permutevar_ps(floats, _mm256_srli_epi32(v, 2 * n)), _mm256_loadu_ps(x + 8 * n), s);
-  return s;
-}
-INL VF step(int way, cursor *a, const float *x, const levels *t, VF s) {
+INL void step(int way, cursor *a, floats x, int T, const levels *t, VF *s) {
+  const uint8_t *p = a->at;
   switch (way) {
-    case DENSE8: return step_dense8(a, x, s);
-    case DENSE4: return step_dense4(a, x, t->bytes, s);
-    case DENSE3: return step_dense3(a, x, t->floats, s);
-    case DENSE2: return step_dense2(a, x, t->floats, s);
-    default: return spread_dot(way, a, x, s);
+    case DENSE8: a->at += 32; dot_upper(_mm256_xor_si256(_mm256_loadu_si256((const void *)p), _mm256_set1_epi8((char)SAME)), x, 8, T, s); break;
+    case DENSE4: a->at += 32; step_dense4(_mm256_loadu_si256((const void *)p), t->bytes, x, T, s); break;
+    case DENSE3: a->at += 24; step_few_bits(3, three_of_four(p), t->floats, x, T, s); break;
+    case DENSE2: a->at += 8; step_few_bits(2, _mm256_cvtepu8_epi32(_mm_loadl_epi64((const void *)p)), t->floats, x, T, s); break;
+    default: spread_dot(way, a, x, T, s);
   }
 }
 
-/* 32 products of bytes within 127: |x| and w with the sign of x, so that no sum of two saturates; |x| lies apart bytes on. */
-INL VI dot_rounded(VI s, VI w, const int8_t *x, int64_t apart) {
-  VI signs = _mm256_loadu_si256((const void *)x), size = _mm256_loadu_si256((const void *)(x + apart));
-  return _mm256_add_epi32(s, _mm256_madd_epi16(_mm256_maddubs_epi16(size, _mm256_sign_epi8(w, signs)), _mm256_set1_epi16(1)));
-}
-INL VI signed_codes(int way, const uint8_t *p, VI bytes) {
-  if (way == R_DENSE8) return _mm256_xor_si256(_mm256_loadu_si256((const void *)p), _mm256_set1_epi8((char)SAME));
-  return _mm256_shuffle_epi8(bytes, way == R_DENSE3 ? codes3(p) : codes2(p));
-}
-INL VI rounded_dense(int way, cursor *a, const int8_t *x, int64_t apart, VI bytes) {
-  const int each = way == R_DENSE8 ? 32 : way == R_DENSE3 ? 12 : 8;
-  VI s = _mm256_setzero_si256();
+/* 32 products of bytes within 127: |x| and w with the sign of x, so that no sum of two saturates. */
+INL void dot_rounded(VI w, bytes x, int64_t on, int T, VI *s) {
 #pragma GCC unroll 4
-  for (int k = 0; k < 4; k++) s = dot_rounded(s, signed_codes(way, a->at + each * k, bytes), x + 32 * k, apart);
+  for (int t = 0; t < T; t++) {
+    const int8_t *at = x.at + on + 4 * t * x.apart;
+    VI signs = _mm256_loadu_si256((const void *)at), size = _mm256_loadu_si256((const void *)(at + x.apart));
+    s[t] = _mm256_add_epi32(s[t], _mm256_madd_epi16(_mm256_maddubs_epi16(size, _mm256_sign_epi8(w, signs)), _mm256_set1_epi16(1)));
+  }
+}
+INL VI signed_codes(int way, const uint8_t *p, VI levels) {
+  if (way == R_DENSE8) return _mm256_xor_si256(_mm256_loadu_si256((const void *)p), _mm256_set1_epi8((char)SAME));
+  return _mm256_shuffle_epi8(levels, way == R_DENSE3 ? codes3(p) : codes2(p));
+}
+INL void rounded_dense(int way, cursor *a, bytes x, int T, VI levels, VI *s) {
+  const int each = way == R_DENSE8 ? 32 : way == R_DENSE3 ? 12 : 8;
+#pragma GCC unroll 4
+  for (int k = 0; k < 4; k++) dot_rounded(signed_codes(way, a->at + each * k, levels), x, 32 * k, T, s);
   a->at += 4 * each;
-  return s;
 }
 /* Codes of 4 bits stand for themselves: 16 of their products with x stay below 2^15. */
-INL VI rounded_dense4(cursor *a, const int8_t *x) {
+INL void rounded_dense4(cursor *a, bytes x, int T, VI *s) {
   const VI low = _mm256_set1_epi8(15);
-  VI s = _mm256_setzero_si256();
+  VI w[4];
 #pragma GCC unroll 2
-  for (int k = 0; k < 2; k++, x += 64) {
-    VI v = _mm256_loadu_si256((const void *)(a->at + 32 * k));
-    s = _mm256_add_epi16(s, _mm256_maddubs_epi16(_mm256_and_si256(v, low), _mm256_loadu_si256((const void *)x)));
-    s = _mm256_add_epi16(s, _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16(v, 4), low), _mm256_loadu_si256((const void *)(x + 32))));
+  for (int k = 0; k < 2; k++, a->at += 32) {
+    VI v = _mm256_loadu_si256((const void *)a->at);
+    w[2 * k] = _mm256_and_si256(v, low), w[2 * k + 1] = _mm256_and_si256(_mm256_srli_epi16(v, 4), low);
   }
-  a->at += 64;
-  return _mm256_madd_epi16(s, _mm256_set1_epi16(1));
+#pragma GCC unroll 4
+  for (int t = 0; t < T; t++) {
+    const int8_t *at = x.at + 4 * t * x.apart;
+    VI pairs = _mm256_setzero_si256();
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; k++) pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(w[k], _mm256_loadu_si256((const void *)(at + 32 * k))));
+    s[t] = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+  }
 }
 
 #define BOTH(...) _mm256_setr_epi8(__VA_ARGS__, __VA_ARGS__)
@@ -236,9 +238,9 @@ INL VI places(VI nibbles, VI sums, int quarter) {
   VI which = _mm256_or_si256(_mm256_and_si256(_mm256_shuffle_epi8(nibbles, _mm256_add_epi8(nibble, on)), bits), cases);
   return _mm256_add_epi8(_mm256_shuffle_epi8(of_case, which), _mm256_shuffle_epi8(sums, _mm256_or_si256(before, on)));
 }
-INL VI rounded_masked(int way, cursor *a, const int8_t *x, int64_t apart) {
+INL void rounded_masked(int way, cursor *a, bytes x, int T, VI *s) {
   const VI kept = BOTH(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4);
-  VI n = nibbles_of(a->mask), sums = _mm256_shuffle_epi8(kept, n), s = _mm256_setzero_si256();
+  VI n = nibbles_of(a->mask), sums = _mm256_shuffle_epi8(kept, n);
   sums = _mm256_add_epi8(sums, _mm256_slli_epi32(sums, 8)), sums = _mm256_add_epi8(sums, _mm256_slli_epi32(sums, 16)); /* of 16 columns */
   uint64_t low, high;
   memcpy(&low, a->mask, 8), memcpy(&high, a->mask + 8, 8);
@@ -246,11 +248,10 @@ INL VI rounded_masked(int way, cursor *a, const int8_t *x, int64_t apart) {
 #pragma GCC unroll 4
   for (int k = 0; k < 4; k++) {
     VI v = _mm256_shuffle_epi8(way == R_MASKED8 ? _mm256_xor_si256(halves(p, q), _mm256_set1_epi8((char)SAME)) : halves(p, q), places(n, sums, k));
-    s = dot_rounded(s, v, x + 32 * k, apart);
+    dot_rounded(v, x, 32 * k, T, s);
     p += _mm_popcnt_u64(low >> 16 * k & 0xffff), q += _mm_popcnt_u64(high >> 16 * k & 0xffff);
   }
   a->at = q, a->mask += 16;
-  return s;
 }
 /* Two of four columns: 32 kept values stay as they lie, and x is gathered for them. A nibble's bits {0, 1} decide where the
    first is, its bits {2, 3} where the second is. */
@@ -263,23 +264,31 @@ INL VI gathered(VI nibbles, int half, const int8_t *x) {
   VI first = _mm256_shuffle_epi8(_mm256_loadu_si256((const void *)x), at), second = _mm256_shuffle_epi8(_mm256_loadu_si256((const void *)(x + 32)), at);
   return _mm256_blend_epi32(first, second, 0xcc);
 }
-INL VI rounded_pairs(int way, cursor *a, const int8_t *x) {
-  VI n = nibbles_of(a->mask), s = _mm256_setzero_si256();
+INL void rounded_pairs(int way, cursor *a, bytes x, int T, VI *s) {
+  VI n = nibbles_of(a->mask);
 #pragma GCC unroll 2
   for (int k = 0; k < 2; k++) {
-    VI w = halves(a->at + 16 * k, a->at + 32 + 16 * k), g = gathered(n, k, x + 64 * k);
+    VI w = halves(a->at + 16 * k, a->at + 32 + 16 * k);
     if (way == R_PAIRS8) w = _mm256_xor_si256(w, _mm256_set1_epi8((char)SAME));
-    s = _mm256_add_epi32(s, _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(g, w)), _mm256_set1_epi16(1)));
+    VI size = _mm256_abs_epi8(w);
+#pragma GCC unroll 4
+    for (int t = 0; t < T; t++) {
+      VI g = gathered(n, k, x.at + 64 * k + 4 * t * x.apart);
+      s[t] = _mm256_add_epi32(s[t], _mm256_madd_epi16(_mm256_maddubs_epi16(size, _mm256_sign_epi8(g, w)), _mm256_set1_epi16(1)));
+    }
   }
   a->at += 64, a->mask += 16;
-  return s;
 }
-INL VF step_rounded(int way, cursor *a, const int8_t *x, int64_t apart, const levels *t) {
-  VI s;
-  if (way == R_DENSE4) s = rounded_dense4(a, x);
-  else if (way < R_MASKED8) s = rounded_dense(way, a, x, apart, t->bytes);
-  else s = way < R_PAIRS8 ? rounded_masked(way, a, x, apart) : rounded_pairs(way, a, x);
-  return _mm256_cvtepi32_ps(s);
+INL void step_rounded(int way, cursor *a, bytes x, int T, const levels *t, VF *found) {
+  VI s[4];
+#pragma GCC unroll 4
+  for (int k = 0; k < T; k++) s[k] = _mm256_setzero_si256();
+  if (way == R_DENSE4) rounded_dense4(a, x, T, s);
+  else if (way < R_MASKED8) rounded_dense(way, a, x, T, t->bytes, s);
+  else if (way < R_PAIRS8) rounded_masked(way, a, x, T, s);
+  else rounded_pairs(way, a, x, T, s);
+#pragma GCC unroll 4
+  for (int k = 0; k < T; k++) found[k] = _mm256_cvtepi32_ps(s[k]);
 }
 
 #include "rows.h"

@@ -122,48 +122,53 @@ INL uint64_t next_mask(cursor *a) {
   return k;
 }
 /* On Zen 4, vpexpandw takes half as long again as the tables of AVX2. */
-INL VF step_masked16(cursor *a, const float *x, VF s) {
-  __m256 low = spread_dot(MASKED16, a, x, _mm512_castps512_ps256(s));
-  return _mm512_zextps256_ps512(spread_dot(MASKED16, a, x + 32, low));
+INL void step_masked16(cursor *a, floats x, int T, VF *s) {
+  __m256 low[4];
+#pragma GCC unroll 4
+  for (int t = 0; t < T; t++) low[t] = _mm512_castps512_ps256(s[t]);
+  spread_dot(MASKED16, a, x, T, low);
+  x.at += 32;
+  spread_dot(MASKED16, a, x, T, low);
+#pragma GCC unroll 4
+  for (int t = 0; t < T; t++) s[t] = _mm512_zextps256_ps512(low[t]);
+}
+INL void add_product(VF w, floats x, int64_t on, int T, VF *s) {
+#pragma GCC unroll 4
+  for (int t = 0; t < T; t++) s[t] = v_fma(w, _mm512_loadu_ps(x.at + on + t * x.apart), s[t]);
 }
 /* 64 signed bytes: each in turn to the top of its int32, which is 2^24 times as much. */
-INL VF dot_upper(VI v, const float *x, VF s) {
+INL void dot_upper(VI v, floats x, int T, VF *s) {
   const VI second = _mm512_set4_epi32(0x0dffffff, 0x09ffffff, 0x05ffffff, 0x01ffffff), third = _mm512_set4_epi32(0x0effffff, 0x0affffff, 0x06ffffff, 0x02ffffff);
-  s = v_fma(_mm512_cvtepi32_ps(_mm512_slli_epi32(v, 24)), _mm512_loadu_ps(x), s);
-  s = v_fma(_mm512_cvtepi32_ps(_mm512_shuffle_epi8(v, second)), _mm512_loadu_ps(x + 16), s);
-  s = v_fma(_mm512_cvtepi32_ps(_mm512_shuffle_epi8(v, third)), _mm512_loadu_ps(x + 32), s);
-  return v_fma(_mm512_cvtepi32_ps(_mm512_and_si512(v, _mm512_set1_epi32((int)0xff000000))), _mm512_loadu_ps(x + 48), s);
+  add_product(_mm512_cvtepi32_ps(_mm512_slli_epi32(v, 24)), x, 0, T, s);
+  add_product(_mm512_cvtepi32_ps(_mm512_shuffle_epi8(v, second)), x, 16, T, s);
+  add_product(_mm512_cvtepi32_ps(_mm512_shuffle_epi8(v, third)), x, 32, T, s);
+  add_product(_mm512_cvtepi32_ps(_mm512_and_si512(v, _mm512_set1_epi32((int)0xff000000))), x, 48, T, s);
 }
-INL VF step_bytes(int way, cursor *a, const float *x, VF s) {
+INL void step_bytes(int way, cursor *a, floats x, int T, VF *s) {
   VI v = _mm512_loadu_si512(a->at);
   if (way != MASKED_CODES) v = _mm512_xor_si512(v, _mm512_set1_epi8((char)SAME));
-  if (way == DENSE8) {
-    a->at += 64;
-    return dot_upper(v, x, s);
-  }
-  uint64_t k = next_mask(a);
-  a->at += __builtin_popcountll(k);
-  return dot_upper(_mm512_maskz_expand_epi8(k, v), x, s);
+  uint64_t k = way == DENSE8 ? ~0ull : next_mask(a);
+  a->at += way == DENSE8 ? 64 : __builtin_popcountll(k);
+  dot_upper(way == DENSE8 ? v : _mm512_maskz_expand_epi8(k, v), x, T, s);
 }
 /* Codes in turn to the lowest bits of their int32, where a permutation of 16 floats finds their levels. */
-INL VF dot_codes(int bits, int codes, VI v, const float *x, VF floats, VF s) {
+INL void dot_codes(int bits, int codes, VI v, floats x, int T, VF levels, VF *s) {
 #pragma GCC unroll 8
-  for (int n = 0; n < codes; n++) s = v_fma(_mm512_permutexvar_ps(_mm512_srli_epi32(v, bits * n), floats), _mm512_loadu_ps(x + 16 * n), s);
-  return s;
+  for (int n = 0; n < codes; n++) add_product(_mm512_permutexvar_ps(_mm512_srli_epi32(v, bits * n), levels), x, 16 * n, T, s);
 }
 #define FOUR(k) 3 * (k), 3 * (k) + 1, 3 * (k) + 2, 63
 static const uint8_t fours[64] = {FOUR(0), FOUR(1), FOUR(2), FOUR(3), FOUR(4), FOUR(5), FOUR(6), FOUR(7), FOUR(8), FOUR(9), FOUR(10), FOUR(11), FOUR(12), FOUR(13), FOUR(14), FOUR(15)};
 INL VI three_of_four(const uint8_t *p) { /* 24 bits to each int32 */
   return _mm512_permutexvar_epi8(_mm512_loadu_si512(fours), _mm512_loadu_si512(p));
 }
-INL VF step(int way, cursor *a, const float *x, const levels *t, VF s) {
+INL void step(int way, cursor *a, floats x, int T, const levels *t, VF *s) {
   const uint8_t *p = a->at;
   switch (way) {
-    case DENSE4: a->at += 64; return dot_codes(4, 8, _mm512_loadu_si512(p), x, t->floats, s);
-    case DENSE3: a->at += 48; return dot_codes(3, 8, three_of_four(p), x, t->floats, s);
-    case DENSE2: a->at += 16; return dot_codes(2, 4, _mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)p)), x, t->floats, s);
-    case MASKED16: return step_masked16(a, x, s);
-    default: return step_bytes(way, a, x, s);
+    case DENSE4: a->at += 64; dot_codes(4, 8, _mm512_loadu_si512(p), x, T, t->floats, s); break;
+    case DENSE3: a->at += 48; dot_codes(3, 8, three_of_four(p), x, T, t->floats, s); break;
+    case DENSE2: a->at += 16; dot_codes(2, 4, _mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)p)), x, T, t->floats, s); break;
+    case MASKED16: step_masked16(a, x, T, s); break;
+    default: step_bytes(way, a, x, T, s);
   }
 }
 
@@ -179,19 +184,22 @@ INL VI rounded_bytes(int way, cursor *a, const levels *t) { /* 64 bytes that sta
   a->at += __builtin_popcountll(k);
   return _mm512_mask_expand_epi8(same, k, v);
 }
-/* vpdpbusd wants one side without signs: level + 128, or a code of 4 bits itself. */
-INL VF step_rounded(int way, cursor *a, const int8_t *x, int64_t apart, const levels *t) {
-  VI s = _mm512_setzero_si512(), first = _mm512_loadu_si512(x), second = _mm512_loadu_si512(x + 64);
+/* vpdpbusd wants one side without signs: level + 128, whose 128 are taken off exactly, or a code of 4 bits itself. */
+INL void step_rounded(int way, cursor *a, bytes x, int T, const levels *t, VF *found) {
+  VI first, second;
   if (way == R_DENSE4) {
-    const VI low = _mm512_set1_epi8(15);
     VI v = _mm512_loadu_si512(a->at);
     a->at += 64;
-    s = _mm512_dpbusd_epi32(s, _mm512_and_si512(v, low), first);
-    return _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(s, _mm512_and_si512(_mm512_srli_epi16(v, 4), low), second));
+    first = _mm512_and_si512(v, _mm512_set1_epi8(15)), second = _mm512_and_si512(_mm512_srli_epi16(v, 4), _mm512_set1_epi8(15));
+  } else first = rounded_bytes(way, a, t), second = rounded_bytes(way, a, t);
+#pragma GCC unroll 4
+  for (int k = 0; k < T; k++) {
+    const int8_t *at = x.at + 4 * k * x.apart;
+    VI s = _mm512_setzero_si512();
+    if (way != R_DENSE4) s = _mm512_add_epi32(_mm512_loadu_si512(at + 2 * x.apart), _mm512_loadu_si512(at + 2 * x.apart + 64));
+    s = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(s, first, _mm512_loadu_si512(at)), second, _mm512_loadu_si512(at + 64));
+    found[k] = _mm512_cvtepi32_ps(s);
   }
-  s = _mm512_add_epi32(_mm512_loadu_si512(x + 2 * apart), _mm512_loadu_si512(x + 2 * apart + 64)); /* what 128 adds to each level: exact */
-  s = _mm512_dpbusd_epi32(s, rounded_bytes(way, a, t), first);
-  return _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(s, rounded_bytes(way, a, t), second));
 }
 
 #include "rows.h"

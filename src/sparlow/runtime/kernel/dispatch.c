@@ -130,16 +130,17 @@ static void lay_out_bytes(const int8_t *x, int64_t cols, int order, int lanes, i
   int32_t *sums = (int32_t *)(to + 2 * end);
   for (int64_t i = 0; i < end; i += 4) sums[i / 4] = -128 * (to[i] + to[i + 1] + to[i + 2] + to[i + 3]);
 }
-/* The same for each job that goes through registers; several may want one order. Room for ORDERS times ordered(cols) numbers. */
+/* The same of all tokens for each job that goes through registers; several may want one order. */
 static void lay_out_for(const path *by, job *jobs, int64_t count, float *room) {
   const float *made[ALL_ORDERS] = {0};
   for (job *j = jobs; j < jobs + count; j++) {
     int k = by->order(j);
     if (!k) continue;
     if (!made[k]) {
-      if (k < AS_IT_IS) lay_out(j->x, j->m->cols, k, by->lanes, room);
-      else lay_out_bytes(j->xq, j->m->cols, k, by->lanes, (int8_t *)room);
-      made[k] = room, room += ordered(j->m->cols);
+      made[k] = room;
+      for (int64_t t = 0, cols = j->m->cols; t < j->tokens; t++, room += ordered(cols))
+        if (k < AS_IT_IS) lay_out(j->x + t * j->ldx, cols, k, by->lanes, room);
+        else lay_out_bytes(j->xq + t * padded(cols), cols, k, by->lanes, (int8_t *)room);
     }
     j->xp = made[k];
   }
@@ -157,7 +158,7 @@ EXPORT int sparlow_products(int number, int threads, int a8, const layer *layers
   int rounds = 0;
   for (int64_t i = 0; i < count; i++) ranks += layers[i].V ? layers[i].V->rows : 0, rounds |= a8 && takes_rounded(layers[i].S);
   size_t of_jobs = 2 * (size_t)count * sizeof(job), of_q = rounds ? (size_t)(tokens * wide) : 0;
-  size_t of_x = tokens == 1 ? ORDERS * 4 * (size_t)ordered(cols) : 0;
+  size_t of_x = ORDERS * 4 * (size_t)(tokens * ordered(cols));
   uint8_t *room = kept(1, of_jobs + of_x + 2 * of_q + 4 * (size_t)(tokens * (2 * groups + ranks)));
   if (!room) return 1;
   job *first = (job *)room, *second = first + count; /* what is widest comes first */
@@ -179,7 +180,7 @@ EXPORT int sparlow_products(int number, int threads, int a8, const layer *layers
     second[i].u = l->U, second[i].t = t, second[i].ldt = rank;
     t += tokens * rank;
   }
-  if (of_x) lay_out_for(by, second, count, laid_out);
+  lay_out_for(by, second, count, laid_out);
   multiply_all(by, threads, first, low);
   multiply_all(by, threads, second, count);
   return 0;

@@ -132,18 +132,21 @@ INL VF spread_upper(int way, VI v, const uint8_t *table) {
   VI upper = vqtbl1q_u8(v, vld1q_u8(table));
   return way == MASKED16 ? vreinterpretq_f32_u8(upper) : vcvtq_n_f32_s32(vreinterpretq_s32_u8(upper), 24);
 }
-INL VF step_masked(int way, cursor *a, const float *x, VF s) {
+INL void add_product(VF w, floats x, int64_t on, int T, VF *s) {
+#pragma GCC unroll 4
+  for (int t = 0; t < T; t++) s[t] = v_fma(w, vld1q_f32(x.at + on + t * x.apart), s[t]);
+}
+INL void step_masked(int way, cursor *a, floats x, int T, VF *s) {
 #pragma GCC unroll 4
   for (int k = 0; k < 4; k++) {
     unsigned b = *a->mask++;
     const uint8_t *table = way == MASKED16 ? upper16[b] : upper8[b];
     VI v = way == MASKED16 ? vld1q_u8(a->at) : vcombine_u8(vld1_u8(a->at), vdup_n_u8(0));
     if (way == MASKED8) v = veorq_u8(v, same());
-    s = v_fma(spread_upper(way, v, table), vld1q_f32(x + 8 * k), s);
-    s = v_fma(spread_upper(way, v, table + 16), vld1q_f32(x + 8 * k + 4), s);
+    add_product(spread_upper(way, v, table), x, 8 * k, T, s);
+    add_product(spread_upper(way, v, table + 16), x, 8 * k + 4, T, s);
     a->at += (way == MASKED16 ? 2 : 1) * kept_of[b];
   }
-  return s;
 }
 /* 16 signed bytes of dense codes. */
 INL VI next_dense(int way, cursor *a, VI bytes) {
@@ -155,14 +158,17 @@ INL VI next_dense(int way, cursor *a, VI bytes) {
     default: return a->at += 16, veorq_u8(vld1q_u8(p), same());
   }
 }
-INL VF step(int way, cursor *a, const float *x, const levels *t, VF s) {
-  if (way < DENSE8) return step_masked(way, a, x, s);
+INL void step(int way, cursor *a, floats x, int T, const levels *t, VF *s) {
+  if (way < DENSE8) {
+    step_masked(way, a, x, T, s);
+    return;
+  }
   int8x16_t v = vreinterpretq_s8_u8(next_dense(way, a, t->bytes));
   int16x8_t low = vmovl_s8(vget_low_s8(v)), high = vmovl_s8(vget_high_s8(v));
-  s = v_fma(vcvtq_f32_s32(vmovl_s16(vget_low_s16(low))), vld1q_f32(x), s);
-  s = v_fma(vcvtq_f32_s32(vmovl_s16(vget_high_s16(low))), vld1q_f32(x + 4), s);
-  s = v_fma(vcvtq_f32_s32(vmovl_s16(vget_low_s16(high))), vld1q_f32(x + 8), s);
-  return v_fma(vcvtq_f32_s32(vmovl_s16(vget_high_s16(high))), vld1q_f32(x + 12), s);
+  add_product(vcvtq_f32_s32(vmovl_s16(vget_low_s16(low))), x, 0, T, s);
+  add_product(vcvtq_f32_s32(vmovl_s16(vget_high_s16(low))), x, 4, T, s);
+  add_product(vcvtq_f32_s32(vmovl_s16(vget_low_s16(high))), x, 8, T, s);
+  add_product(vcvtq_f32_s32(vmovl_s16(vget_high_s16(high))), x, 12, T, s);
 }
 /* 16 columns of masked bytes; what is not kept stays out of the table's range. */
 INL VI next_masked(int way, cursor *a) {
@@ -171,12 +177,18 @@ INL VI next_masked(int way, cursor *a) {
   a->at += kept_of[b] + kept_of[c], a->mask += 2;
   return vqtbl1q_u8(way == R_MASKED8 ? veorq_u8(v, same()) : v, at);
 }
-INL VF step_rounded(int way, cursor *a, const int8_t *x, int64_t apart, const levels *t) {
-  int32x4_t s = vdupq_n_s32(0);
-  (void)apart;
+INL void step_rounded(int way, cursor *a, bytes x, int T, const levels *t, VF *found) {
+  int32x4_t s[4];
+#pragma GCC unroll 4
+  for (int k = 0; k < T; k++) s[k] = vdupq_n_s32(0);
 #pragma GCC unroll 8
-  for (int k = 0; k < X_GROUP; k += 16) s = dot16(s, way < R_MASKED8 ? next_dense(way, a, t->bytes) : next_masked(way, a), x + k);
-  return vcvtq_f32_s32(s);
+  for (int c = 0; c < X_GROUP; c += 16) {
+    VI w = way < R_MASKED8 ? next_dense(way, a, t->bytes) : next_masked(way, a);
+#pragma GCC unroll 4
+    for (int k = 0; k < T; k++) s[k] = dot16(s[k], w, x.at + c + 4 * k * x.apart);
+  }
+#pragma GCC unroll 4
+  for (int k = 0; k < T; k++) found[k] = vcvtq_f32_s32(s[k]);
 }
 
 #include "rows.h"

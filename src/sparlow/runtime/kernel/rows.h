@@ -124,12 +124,13 @@ static void low_rank(const job *j, int64_t r, int64_t t0, int T, float *found) {
     default: low_rank_as(F_S8, w, j, t0, T, found);
   }
 }
+INL void put(const job *j, int64_t r, int64_t t, float found) {
+  float y = found + (j->bias ? j->bias[r] : 0);
+  j->y[t * j->ldy + r] = j->fold ? y * j->fold[r] : y;
+}
 static void finish(const job *j, int64_t r, int64_t t0, int T, float *found) {
   if (j->u) low_rank(j, r, t0, T, found);
-  for (int t = 0; t < T; t++) {
-    float y = found[t] + (j->bias ? j->bias[r] : 0);
-    j->y[(t0 + t) * j->ldy + r] = j->fold ? y * j->fold[r] : y;
-  }
+  for (int t = 0; t < T; t++) put(j, r, t0 + t, found[t]);
 }
 
 /* Some rows (1 or 4) and all tokens. Two rows and four tokens go together, so that a decoded number is used for each. */

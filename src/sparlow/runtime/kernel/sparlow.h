@@ -12,7 +12,7 @@
 #define PAD 128      /* bytes that may be read, and written, behind a row */
 #define BLOCK 64     /* columns of one step with rounded inputs */
 #define X_GROUP 128  /* columns of an input that share a scale when it is rounded to int8 */
-#define ORDERS 4     /* of x, one beside the other, that layers of one call may ask for */
+#define ORDERS 6     /* of x that layers of one call may ask for: three of floats, three of bytes */
 /* Orders of x, see stream.h: k = 1, 2, 4 or 8 for floats, and of bytes these. */
 enum order { AS_IT_IS = 9, EVEN_ODD, HALVES, ALL_ORDERS };
 #define TOKENS 8     /* that one call takes */

@@ -26,16 +26,17 @@ INL __m256 spread_upper(int way, const uint8_t *p, uint64_t offset) { /* offset:
   return _mm256_cvtepi32_ps(_mm256_shuffle_epi8(v, *(const __m256i *)((const uint8_t *)upper8 + offset)));
 }
 /* Adds the products of 32 columns; a mask byte and a table at a time. */
-INL __m256 spread_dot(int way, cursor *a, const float *x, __m256 s) {
+INL void spread_dot(int way, cursor *a, floats x, int T, __m256 *s) {
   const int size = way == MASKED16 ? 2 : 1;
 #pragma GCC unroll 4
-  for (int k = 0; k < 4; k++) {
+  for (int k = 0; k < 4; k++, x.at += 8) {
     uint64_t offset = (uint64_t)a->mask[k] << 5; /* as many bits are set as in the byte */
     __asm__("" : "+r"(offset));                  /* or gcc widens the byte again at each use */
-    s = _mm256_fmadd_ps(spread_upper(way, a->at, offset), _mm256_loadu_ps(x + 8 * k), s);
+    __m256 w = spread_upper(way, a->at, offset);
+#pragma GCC unroll 4
+    for (int t = 0; t < T; t++) s[t] = _mm256_fmadd_ps(w, _mm256_loadu_ps(x.at + t * x.apart), s[t]);
     a->at += size * _mm_popcnt_u64(offset);
   }
   a->mask += 4;
-  return s;
 }
 #endif

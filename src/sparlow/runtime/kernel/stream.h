@@ -1,4 +1,4 @@
-/* One token: rows are decoded, spread and multiplied in registers, four rows at a time, each a stream of its own.
+/* Rows are decoded, spread and multiplied in registers: four rows, each a stream of its own, by one token, or two by four.
 
    Included by rows.h where the instruction set has, behind its other pieces,
 
@@ -9,9 +9,9 @@
      columns_of(way)                  columns of a step, a multiple of what order_of spans
      v_first(f), shifted(way)         f and zeros; whether shift counts
      levels_of(way, m)                what it keeps in registers for a whole row
-     step(way, cursor, x, levels, s)  adds the products of a step to s, and moves the cursor on
-     step_rounded(way, cursor, x, apart, levels)  the sums of a step of X_GROUP columns of rounded inputs; without signs they are
-                                      so many bytes on, and at twice that there are -128 times the sums of four
+     step(way, cursor, x, T, levels, s)   adds the products of a step and of T tokens to s, and moves the cursor on
+     step_rounded(way, cursor, x, T, levels, s)  sets s to the sums of X_GROUP columns of rounded inputs; without signs they are
+                                      x.apart bytes on, and at twice that there are -128 times the sums of four
      factor, shift                    in levels: what the sums of a row are to be multiplied by, and what is missing of a level
 
    Bits of a mask behind the last column are 0 here, and so is x. */
@@ -44,7 +44,6 @@ INL int rounded_way_for(const matrix *m) {
 }
 /* A step has one scale. */
 INL int way_of(const job *j) {
-  if (j->tokens != 1) return BUFFERED;
   int way = j->xq ? rounded_way_for(j->m) : way_for(j->m);
   int64_t columns = way > ROUNDED ? X_GROUP : columns_of(way);
   return j->m->group < j->m->cols && j->m->group % columns ? BUFFERED : way;
@@ -60,56 +59,60 @@ INL void end_masks(int R, cursor *a, int64_t columns, uint8_t (*rest)[32]) {
   }
 }
 
-INL void streams(int way, int R, cursor *a, const job *j, const float *scale, float *found) {
+INL void streams(int way, int R, int T, cursor *a, const job *j, int64_t t0, const float *scale, float *found) {
   const matrix *m = j->m;
   const int64_t columns = columns_of(way);
   const levels t = levels_of(way, m);
-  const float *x = j->xp;
-  VF acc[4], s[4];
-#pragma GCC unroll 4
-  for (int i = 0; i < R; i++) acc[i] = v_zero();
+  floats x = {(const float *)j->xp + t0 * ordered(m->cols), ordered(m->cols)};
+  VF acc[8], s[8];
+#pragma GCC unroll 8
+  for (int k = 0; k < R * T; k++) acc[k] = v_zero();
   for (int64_t g = 0, c = 0; g < m->groups; g++) {
     int64_t end = c + m->group < m->cols ? c + m->group : m->cols;
+#pragma GCC unroll 8
+    for (int k = 0; k < R * T; k++) s[k] = v_zero();
+    for (; c + columns <= end; c += columns, x.at += columns)
 #pragma GCC unroll 4
-    for (int i = 0; i < R; i++) s[i] = v_zero();
-    for (; c + columns <= end; c += columns)
-#pragma GCC unroll 4
-      for (int i = 0; i < R; i++) s[i] = step(way, &a[i], x + c, &t, s[i]);
+      for (int i = 0; i < R; i++) step(way, &a[i], x, T, &t, s + i * T);
     if (c < end) { /* the last columns of a row */
       uint8_t rest[4][32];
       if (m->mask) end_masks(R, a, end - c, rest);
 #pragma GCC unroll 4
-      for (int i = 0; i < R; i++) s[i] = step(way, &a[i], x + c, &t, s[i]);
+      for (int i = 0; i < R; i++) step(way, &a[i], x, T, &t, s + i * T);
       c = end;
     }
-#pragma GCC unroll 4
-    for (int i = 0; i < R; i++) acc[i] = v_fma(s[i], v_set(scale[i * m->groups + g]), acc[i]);
+#pragma GCC unroll 8
+    for (int k = 0; k < R * T; k++) acc[k] = v_fma(s[k], v_set(scale[k / T * m->groups + g]), acc[k]);
   }
-#pragma GCC unroll 4
-  for (int i = 0; i < R; i++) found[i] = v_sum(acc[i]) * t.factor;
+#pragma GCC unroll 8
+  for (int k = 0; k < R * T; k++) found[k] = v_sum(acc[k]) * t.factor;
 }
 
-INL void rounded_streams(int way, int R, cursor *a, const job *j, const float *scale, float *found) {
+INL void rounded_streams(int way, int R, int T, cursor *a, const job *j, int64_t t0, const float *scale, float *found) {
   const matrix *m = j->m;
   const levels t = levels_of(way, m);
-  const int8_t *x = j->xp;
-  VF acc[4];
-#pragma GCC unroll 4
-  for (int i = 0; i < R; i++) acc[i] = v_zero();
-  for (int64_t n = 0, c = 0; c < m->cols; n++, c += X_GROUP) {
+  const int64_t xgroups = (m->cols + X_GROUP - 1) / X_GROUP;
+  bytes x = {(const int8_t *)j->xp + 4 * t0 * ordered(m->cols), ordered(m->cols)};
+  VF acc[8];
+#pragma GCC unroll 8
+  for (int k = 0; k < R * T; k++) acc[k] = v_zero();
+  for (int64_t n = 0, c = 0; c < m->cols; n++, c += X_GROUP, x.at += X_GROUP) {
     uint8_t rest[4][32];
-    const float *own = scale + (m->group >= m->cols ? 0 : c / m->group);
-    VF missing = v_first(t.shift * (float)j->xsum[n]);
+    const float *own = scale + (m->group >= m->cols ? 0 : c / m->group), *xs = j->xs + t0 * xgroups + n;
     if (m->mask && m->cols - c < X_GROUP) end_masks(R, a, m->cols - c, rest);
 #pragma GCC unroll 4
     for (int i = 0; i < R; i++) {
-      VF sums = step_rounded(way, &a[i], x + c, ordered(m->cols), &t);
-      if (shifted(way)) sums = v_add(sums, missing);
-      acc[i] = v_fma(sums, v_set(own[i * m->groups] * j->xs[n]), acc[i]);
+      VF s[4];
+      step_rounded(way, &a[i], x, T, &t, s);
+#pragma GCC unroll 4
+      for (int k = 0; k < T; k++) {
+        if (shifted(way)) s[k] = v_add(s[k], v_first(t.shift * (float)j->xsum[(t0 + k) * xgroups + n]));
+        acc[i * T + k] = v_fma(s[k], v_set(own[i * m->groups] * xs[k * xgroups]), acc[i * T + k]);
+      }
     }
   }
-#pragma GCC unroll 4
-  for (int i = 0; i < R; i++) found[i] = v_sum(acc[i]) * t.factor;
+#pragma GCC unroll 8
+  for (int k = 0; k < R * T; k++) found[k] = v_sum(acc[k]) * t.factor;
 }
 
 /* The codes of row r as signed bytes. */
@@ -120,44 +123,54 @@ INL const uint8_t *signed_bytes(const matrix *m, int64_t r, buffers b) {
   return b.codes;
 }
 
-/* Adds u times t to some rows, as low_rank does for one row and several tokens. */
-INL void low_rank_as_rows(int F, int R, const int64_t *r, const job *j, float *found) {
+/* Adds u times a token's t to some rows, as low_rank does for one row and several tokens. */
+INL void low_rank_as_rows(int F, int R, const int64_t *r, const job *j, int64_t t, float *found) {
   const float one = 1;
   const void *w[4];
   VF acc[4];
   float tail[4];
 #pragma GCC unroll 4
   for (int i = 0; i < R; i++) w[i] = j->u->data + j->u->start[r[i]], acc[i] = v_zero(), tail[i] = 0;
-  segment(F, R, 1, w, j->t, j->ldt, 0, j->u->cols, &one, 0, acc, tail);
+  segment(F, R, 1, w, j->t + t * j->ldt, j->ldt, 0, j->u->cols, &one, 0, acc, tail);
 #pragma GCC unroll 4
   for (int i = 0; i < R; i++) found[i] += v_sum(acc[i]) + tail[i];
 }
-INL void low_rank_rows(int R, const int64_t *r, const job *j, float *found) {
+INL void low_rank_rows(int R, const int64_t *r, const job *j, int64_t t, float *found) {
   switch (format_of(j->u)) {
-    case F_FP32: low_rank_as_rows(F_FP32, R, r, j, found); break;
-    case F_BF16: low_rank_as_rows(F_BF16, R, r, j, found); break;
-    case F_FP16: low_rank_as_rows(F_FP16, R, r, j, found); break;
-    default: low_rank_as_rows(F_S8, R, r, j, found);
+    case F_FP32: low_rank_as_rows(F_FP32, R, r, j, t, found); break;
+    case F_BF16: low_rank_as_rows(F_BF16, R, r, j, t, found); break;
+    case F_FP16: low_rank_as_rows(F_FP16, R, r, j, t, found); break;
+    default: low_rank_as_rows(F_S8, R, r, j, t, found);
   }
 }
-static void low_rank_of_one(const int64_t *r, const job *j, float *found) { low_rank_rows(1, r, j, found); }
-static void low_rank_of_four(const int64_t *r, const job *j, float *found) { low_rank_rows(4, r, j, found); }
+static void low_rank_of_one(const int64_t *r, const job *j, int64_t t, float *found) { low_rank_rows(1, r, j, t, found); }
+static void low_rank_of_four(const int64_t *r, const job *j, int64_t t, float *found) { low_rank_rows(4, r, j, t, found); }
 
+INL void streams_as(int way, int R, int T, const cursor *from, const job *j, int64_t t0, const float *scale, float *found) {
+  cursor a[4];
+  memcpy(a, from, (size_t)R * sizeof *a);
+  if (way > ROUNDED) rounded_streams(way, R, T, a, j, t0, scale, found);
+  else streams(way, R, T, a, j, t0, scale, found);
+}
 INL void streamed_rows(int way, int R, const int64_t *r, const job *j, const buffers *b, float *scale) {
   const matrix *m = j->m;
   cursor a[4];
-  float found[4];
+  float found[8];
+  int64_t t = 0;
   for (int i = 0; i < R; i++) {
     a[i].at = in_bytes(way) ? signed_bytes(m, r[i], b[i]) : stored(m, r[i], b[i]);
     a[i].mask = m->mask ? m->mask + r[i] * mask_bytes(m->cols) : NULL;
     scales_of(m, r[i], scale + i * m->groups);
   }
-  if (way > ROUNDED) rounded_streams(way, R, a, j, scale, found);
-  else streams(way, R, a, j, scale, found);
-  if (j->u) (R == 4 ? low_rank_of_four : low_rank_of_one)(r, j, found);
-  for (int i = 0; i < R; i++) {
-    float y = found[i] + (j->bias ? j->bias[r[i]] : 0);
-    j->y[r[i]] = j->fold ? y * j->fold[r[i]] : y;
+  for (; R == 4 && j->tokens - t >= 4; t += 4)
+    for (int i = 0; i < 4; i += 2) { /* what they read lies in the cache by now */
+      streams_as(way, 2, 4, a + i, j, t, scale + i * m->groups, found);
+      finish(j, r[i], t, 4, found), finish(j, r[i + 1], t, 4, found + 4);
+    }
+  for (; t < j->tokens; t++) {
+    streams_as(way, R, 1, a, j, t, scale, found);
+    if (j->u) (R == 4 ? low_rank_of_four : low_rank_of_one)(r, j, t, found);
+    for (int i = 0; i < R; i++) put(j, r[i], t, found[i]);
   }
 }
 

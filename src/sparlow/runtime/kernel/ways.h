@@ -1,4 +1,4 @@
-/* The ways that a product of one token may take through registers, see stream.h. */
+/* The ways that a product may take through registers, see stream.h. */
 #ifndef SPARLOW_WAYS_H
 #define SPARLOW_WAYS_H
 #include "sparlow.h"
@@ -17,6 +17,10 @@ INL int in_bytes(int way) { return way == MASKED_CODES || way == R_MASKED_CODES 
 
 /* Where the next step begins: of the values, and of the mask. */
 typedef struct { const uint8_t *at, *mask; } cursor;
+
+/* The inputs of a step: those of the next token are a row on, for bytes 4 * apart bytes. */
+typedef struct { const float *at; int64_t apart; } floats;
+typedef struct { const int8_t *at; int64_t apart; } bytes;
 
 /* What a code stands for, but for its scale. */
 INL float level_of(const matrix *m, int code) {
