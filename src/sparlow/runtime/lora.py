@@ -13,7 +13,7 @@ from sparlow.runtime.packed import PackedLinear
 _STARTS = (True, False, "gaussian", "orthogonal", "eva")  # that leave the layer below as it is
 
 
-class CompressedLora(Linear):  # type: ignore[misc]  # untyped in PEFT
+class CompressedLora(Linear):
     """y = layer(x) + (alpha / r) B A x; the layer is packed or has S, U and V, and stays what it is.
 
     PEFT would write a merged weight into ``layer.weight``, which is computed at each access here, so that it would be

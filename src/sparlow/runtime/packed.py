@@ -8,6 +8,7 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from sparlow.errors import InputError
 from sparlow.linalg.grid import Grid
@@ -198,7 +199,7 @@ class PackedLinear(StillPacked):
 
 
 def _view(t: Tensor) -> Tensor:
-    return torch.from_dlpack(t) if t.numel() else t.clone()
+    return from_dlpack(t) if t.numel() else t.clone()
 
 
 @torch.library.custom_op("sparlow::packed_linear", mutates_args=())
