@@ -1,4 +1,4 @@
-# setup · demo · test · test-portable · test-transformers · test-slow · test-faults · check · bench · docs-options.
+# setup · demo · test · test-portable · test-transformers · test-slow · test-faults · test-hostile · check · bench · docs-options.
 # PYTHON=python3.12 make setup chooses another interpreter.
 PYTHON ?= python3
 VENV ?= .venv
@@ -27,13 +27,13 @@ demo: setup
 PYTEST := $(BIN)/python -m pytest -q -n auto --dist loadfile
 
 test: setup
-	$(PYTEST) -m "not slow and not faults"
+	$(PYTEST) -m "not slow and not faults and not hostile"
 
 # The numerical part with kernels for processors without AVX, which round otherwise; left out are two files whose tests
 # start programs and compute next to nothing
 PLAIN := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE
 test-portable: setup
-	$(PLAIN) $(PYTEST) -m "not slow and not faults" tests/linalg tests/algorithms tests/model \
+	$(PLAIN) $(PYTEST) -m "not slow and not faults and not hostile" tests/linalg tests/algorithms tests/model \
 		--ignore tests/model/artefact/test_format.py --ignore tests/model/test_transformers.py
 
 test-slow: setup
@@ -43,6 +43,10 @@ test-slow: setup
 # processes killed, disks full, thousands of damaged files; tests/faults/faults.py prints the table of docs/reliability.md
 test-faults: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m faults
+
+# damaged models and layers by the thousands, and the kernel under the compiler's sanitizers; after a change of the kernel
+test-hostile: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m hostile tests/runtime
 
 # what depends most on transformers, with each of these releases and everything else as it is in $(VENV)
 test-transformers: setup

@@ -16,7 +16,7 @@ from sparlow.errors import InputError
 from sparlow.model.artefact.checkpoint import load
 from sparlow.model.artefact.layers import SparseLowRankLinear, compressed_layers
 from sparlow.model.loading.source import open_model
-from sparlow.runtime import build, opening
+from sparlow.runtime import build, opening, which
 from sparlow.runtime.build import NoKernelError, library
 from sparlow.runtime.packed import PackedLinear
 
@@ -206,7 +206,9 @@ def no_compiler(monkeypatch, tmp_path):
     """A machine without a compiler, on which nothing has been compiled either."""
     monkeypatch.setenv("SPARLOW_CACHE", str(tmp_path))
     monkeypatch.setenv("CC", str(tmp_path / "nothing"))
-    monkeypatch.setattr(opening, "library", build.library.__wrapped__)
+    monkeypatch.setattr(build, "prebuilt", lambda: tmp_path / "nothing")
+    for module in (opening, which):
+        monkeypatch.setattr(module, "library", build.library.__wrapped__)
 
 
 @pytest.mark.usefixtures("no_compiler")
@@ -229,6 +231,32 @@ def test_auto_says_once_what_it_took(folder, caplog):
     assert bool(packed_layers(model)) == ("opened packed" in caplog.text) == (library().paths[-1] != "plain")
 
 
+def test_it_is_said_which_kernel_is_used_and_where_it_lies(monkeypatch, folder, caplog):
+    found = which.kernel()
+    assert (found.path, found.file, found.origin) == (library().paths[-1], library().file, library().origin)
+    assert str(found).startswith(f"{found.path}, prebuilt" if found.origin == "prebuilt" else f"{found.path}, compiled")
+    monkeypatch.setenv("SPARLOW_KERNEL", "plain")
+    assert which.kernel().path == "plain"
+    assert not packed_layers(sparlow.load(folder, mode="auto"))
+    assert "opened merged: the kernel has no instruction set for this processor" in caplog.text
+    monkeypatch.setenv("SPARLOW_KERNEL", "avx9")
+    assert str(which.kernel()).startswith("none: There is no kernel for avx9 on this processor. Choose one of plain")
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_it_is_said_why_there_is_no_kernel():
+    found = which.kernel()
+    assert (found.path, found.file, found.origin) == ("", None, "none")
+    assert str(found).startswith("none: There is no C compiler")
+
+
+def test_other_flags_make_another_library(monkeypatch):
+    before = build.fingerprint("cc 1.0"), build.prebuilt()
+    monkeypatch.setenv("SPARLOW_KERNEL_FLAGS", "-g")
+    assert build.fingerprint("cc 1.0") != before[0]
+    assert build.prebuilt() == before[1]
+
+
 def test_a_compiler_that_fails_is_quoted(monkeypatch, tmp_path):
     compiler = tmp_path / "cc"
     compiler.write_text(
@@ -237,6 +265,7 @@ def test_a_compiler_that_fails_is_quoted(monkeypatch, tmp_path):
     compiler.chmod(0o755)
     monkeypatch.setenv("CC", str(compiler))
     monkeypatch.setenv("SPARLOW_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(build, "prebuilt", lambda: tmp_path / "nothing")
     with pytest.raises(NoKernelError, match=r"failed \(x.c: error: no such thing\). Install another"):
         build.library.__wrapped__()
     assert not list((tmp_path / "cache").rglob("*.so"))

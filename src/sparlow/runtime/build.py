@@ -1,7 +1,10 @@
-"""The kernel as a library: compiled with the machine's C compiler at first use, and kept in the user's cache.
+"""The kernel as a library: prebuilt in the package, or compiled at first use and kept in the user's cache.
 
-The file's name holds a hash of the sources, the compiler's version and the flags, so that none of them is ever mistaken
-for another. It is written under another name and then renamed: several processes may do so at once.
+The file's name holds a hash of the sources and the flags, and in the cache of the compiler's version too, so that none
+of them is ever mistaken for another: a prebuilt library of other sources is not looked at. It is written under another
+name and then renamed: several processes may do so at once.
+
+The hook that builds wheels imports this file where neither torch nor any other dependency is installed.
 """
 
 import ctypes
@@ -17,7 +20,6 @@ from functools import cache
 from pathlib import Path
 
 from sparlow.errors import InputError, first_line, reason
-from sparlow.files import cache_folder
 
 FOLDER = Path(__file__).parent / "kernel"
 PATHS = ("plain", "avx2", "avx512", "neon", "dotprod")  # in the order of dispatch.c
@@ -28,6 +30,7 @@ _X86: dict[str, tuple[str, ...]] = {
     "avx512.c": ("-march=icelake-server",),
 }
 _ARM: dict[str, tuple[str, ...]] = {"dotprod.c": ("-march=armv8.2-a+dotprod",)}
+EXTRA = "SPARLOW_KERNEL_FLAGS"  # more flags for the compiler, from the environment; then nothing prebuilt is taken
 _PATIENCE = 600  # seconds for a file, which takes a few; on a busy machine more
 
 
@@ -42,40 +45,64 @@ class Library:
     Attributes:
         functions: Its functions.
         paths: Those of ``PATHS`` that this processor has, the best last.
-        compiler: What it was compiled with.
+        origin: ``prebuilt`` or ``compiled``.
+        file: Where it lies.
     """
 
     functions: ctypes.CDLL
     paths: tuple[str, ...]
-    compiler: str
+    origin: str
+    file: Path
 
 
 @cache
 def library() -> Library:
-    """Return the kernel, compiled if it has not been yet.
+    """Return the kernel: prebuilt if there is one of these very sources that this system takes, else compiled.
 
     Raises:
-        NoKernelError: It cannot be compiled here.
+        NoKernelError: There is none, and it cannot be compiled here.
     """
+    problem = ""
+    if (file := prebuilt()).exists() and not os.environ.get(EXTRA):
+        try:
+            return _loaded(file, "prebuilt")
+        except OSError as found:  # as an older C library says
+            problem = f"The prebuilt kernel cannot be loaded ({first_line(found)}). "
+    try:
+        return _compiled()
+    except NoKernelError as found:
+        raise NoKernelError(f"{problem}{found}") from None
+
+
+def prebuilt() -> Path:
+    """Return where a kernel of these sources lies that was built with the package, if there is one."""
+    return FOLDER / f"prebuilt-{fingerprint()}.so"
+
+
+def _compiled() -> Library:
+    from sparlow.files import cache_folder
+
     compiler = _compiler()
     version = _run([compiler, "--version"]).splitlines()
     try:
-        file = cache_folder() / f"kernel-{_name(version[0] if version else '')}.so"
+        file = cache_folder() / f"kernel-{fingerprint(version[0] if version else compiler)}.so"
     except RuntimeError:  # as Python says that there is no home directory
         raise NoKernelError("There is no home directory to keep the kernel in. Set SPARLOW_CACHE.") from None
     if not file.exists():
-        _compile(compiler, file)
+        compile_to(file, compiler)
     try:
-        functions = ctypes.CDLL(str(file))
+        return _loaded(file, "compiled")
     except OSError as problem:
         raise NoKernelError(
             f"The kernel in {file} cannot be loaded ({first_line(problem)}). Delete the file."
         ) from None
+
+
+def _loaded(file: Path, origin: str) -> Library:
+    functions = ctypes.CDLL(str(file))
     _declare(functions)
     there = functions.sparlow_paths()
-    return Library(
-        functions, tuple(name for i, name in enumerate(PATHS) if there >> i & 1), version[0] if version else compiler
-    )
+    return Library(functions, tuple(name for i, name in enumerate(PATHS) if there >> i & 1), origin, file)
 
 
 def _compiler() -> str:
@@ -102,15 +129,34 @@ def arm_flags(source: Path) -> tuple[str, ...]:
     return _ARM.get(source.name, ())
 
 
-def _name(version: str) -> str:
-    """Return the hash of all that decides what is compiled."""
-    found = hashlib.sha256(f"{version} {platform.machine()} {platform.libc_ver()}".encode())
+def _extra() -> list[str]:
+    return os.environ.get(EXTRA, "").split()
+
+
+def fingerprint(compiler: str = "") -> str:
+    """Return the hash of all that decides what is compiled.
+
+    Args:
+        compiler: Its version. Left out for what is prebuilt, as whoever installs that may have another or none.
+    """
+    known = f"{compiler} {platform.machine()} {platform.libc_ver()} {_extra()}" if compiler else platform.machine()
+    found = hashlib.sha256(known.encode())
     for source in _sources():
         found.update(f"\0{source.name} {' '.join(_flags(source))}\0".encode() + source.read_bytes())
     return found.hexdigest()[:24]
 
 
-def _compile(compiler: str, file: Path) -> None:
+def compile_to(file: Path, compiler: str | None = None) -> None:
+    """Compile the kernel.
+
+    Args:
+        file: Written beside and renamed; its directory is made.
+        compiler: By default the one that is found.
+
+    Raises:
+        NoKernelError: There is no compiler, it fails, or the file cannot be written.
+    """
+    compiler = compiler or _compiler()
     try:
         file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryDirectory(dir=file.parent) as folder:
@@ -118,8 +164,8 @@ def _compile(compiler: str, file: Path) -> None:
             for source in _sources():
                 if source.suffix == ".c":
                     objects.append(f"{folder}/{source.stem}.o")
-                    _run([compiler, *_flags(source), "-c", str(source), "-o", objects[-1]])
-            _run([compiler, "-shared", *objects, "-o", f"{folder}/kernel.so", "-lpthread", "-lm"])
+                    _run([compiler, *_flags(source), *_extra(), "-c", str(source), "-o", objects[-1]])
+            _run([compiler, "-shared", *_extra(), *objects, "-o", f"{folder}/kernel.so", "-lpthread", "-lm"])
             Path(f"{folder}/kernel.so").replace(file)
     except OSError as problem:
         raise NoKernelError(

@@ -19,6 +19,7 @@ from sparlow.model.artefact import opening
 from sparlow.model.artefact.layers import compressed_layers, merged
 from sparlow.model.artefact.opening import Dense, InFile, Opening
 from sparlow.runtime.build import NoKernelError, library
+from sparlow.runtime.which import kernel
 
 if TYPE_CHECKING:  # transformers imports this file while it is on its way in: see registration.py
     from transformers import PreTrainedModel
@@ -97,13 +98,12 @@ def _best(elsewhere: str) -> tuple[str, str]:
     """Return the mode that serves best, and why."""
     if elsewhere:
         return "merged", f"packed layers compute on the CPU, not on {elsewhere}"
-    try:
-        path = library().paths[-1]
-    except NoKernelError as problem:
-        return "merged", str(problem).rstrip(".")
-    if path == "plain":
+    found = kernel()
+    if not found.path:
+        return "merged", found.why.rstrip(".")
+    if found.path == "plain":
         return "merged", "the kernel has no instruction set for this processor"
-    return "packed", f"the kernel has {path} on this processor"
+    return "packed", f"the kernel has {found}"
 
 
 def _told(mode: str, why: str) -> str:

@@ -20,10 +20,10 @@ from sparlow.finite import all_finite
 from sparlow.linalg.grid import Grid
 from sparlow.runtime.build import PATHS, Library, library
 from sparlow.runtime.matrix import Layer, Matrix, address, factor, sparse_matrix
+from sparlow.runtime.which import PATH
 
 TOKENS = 8  # that one call of the kernel takes; more are quicker by tiles
 _TILE = 1 << 19  # entries of a tile, 2 MB: it stays in the cache until it is multiplied
-PATH = "SPARLOW_KERNEL"  # names the instruction set in the environment
 _HERE: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever the caller has set as defaults
 _forced: ContextVar[str | None] = ContextVar("path", default=None)
 
