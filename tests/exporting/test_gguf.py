@@ -45,6 +45,16 @@ def test_transformers_reads_it_back(family, tmp_path, monkeypatch):
     assert (logits(again, vocabulary=100) - expected).abs().max() < 5e-3 * expected.abs().max()
 
 
+def test_a_window_becomes_the_context_within_which_it_changes_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPARLOW_CACHE", str(tmp_path / "cache"))
+    model, reader, _ = written(tmp_path, "mistral", {"type": "f16"})
+    assert field(reader, "general.architecture") == "llama"
+    assert field(reader, "llama.context_length") == model.config.sliding_window == 8
+    again = open_model(str(tmp_path / "out" / "model.gguf")).model.float()
+    expected = logits(model, tokens=8, vocabulary=100)
+    assert (logits(again, tokens=8, vocabulary=100) - expected).abs().max() < 5e-3 * expected.abs().max()
+
+
 @pytest.mark.parametrize("weights", ["merged", "sparse"])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2"])
 def test_every_tensor_is_there_once_in_its_type(family, weights, tmp_path):
@@ -136,12 +146,12 @@ def test_what_gguf_or_llama_cpp_do_not_know_is_refused_by_name(tmp_path):
     write_result(tmp_path / "opt", "opt", tokenizer=byte_tokenizer())
     write_result(tmp_path / "letters")  # its tokenizer is one of this test suite
     write_result(tmp_path / "llama", tokenizer=byte_tokenizer())
-    said = {"opt": "Models of the kind opt cannot be written as GGUF yet", "letters": "no name that is known here"}
+    said = {"opt": "Models of the kind opt cannot be written as GGUF yet", "letters": "no name of llama.cpp is known"}
     for name, message in said.items():
         with pytest.raises(sparlow.InputError, match=message):
             sparlow.export(tmp_path / name, tmp_path / "out", form="gguf")
     for key, value, message in (
-        ("hidden_act", "relu", "computes llama with silu, and this model has relu"),
+        ("hidden_act", "relu", "For llama, llama.cpp computes silu, and this model has relu"),
         ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}, "rotary embedding .* yarn"),
     ):
         edit(tmp_path / "llama" / CONFIG, lambda config, k=key, v=value: config.update({k: v}))

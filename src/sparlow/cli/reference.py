@@ -5,6 +5,7 @@ from typing import Any
 
 from sparlow.algorithms import algorithms
 from sparlow.cli.options import EvaluateOptions, WriteOptions
+from sparlow.exporting._registry import forms
 from sparlow.finetuning.options import FinetuneOptions
 from sparlow.recipe.recipe import Recipe
 from sparlow.recipe.run_options import RunOptions
@@ -51,6 +52,10 @@ def page() -> str:
             "\n".join(["| option | value | default |", "|---|---|---|", *rows, ""]) if rows else "It has no options.\n"
         )
         parts.append(f"### {names}\n\n{_cell(algorithm.summary)}\n\n{table}")
+    parts.append("## Options of the forms of export\n\nGiven as `--option key=value` to `sparlow export`.\n")
+    for one in forms():
+        table = _table(one.options.values()) if one.options else "It has no options.\n"
+        parts.append(f"### `{one.name}`\n\n{_cell(one.summary)}\n\n{table}")
     return "\n".join(parts)
 
 

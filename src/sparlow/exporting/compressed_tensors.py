@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sparlow.errors import InputError
 from sparlow.exporting._registry import Exported, Writer, form
 from sparlow.exporting.adapter import BASE, sign
-from sparlow.exporting.directory import meta_model_of, write_plain
+from sparlow.exporting.directory import checkpoint_names, meta_model_of, write_plain
 from sparlow.exporting.integers import Need, exact_integers, group_of, rounded_integers
 from sparlow.exporting.lora import adapt, adapter_commands, require_adapter
 from sparlow.exporting.stored import Layer, Stored
@@ -44,6 +44,7 @@ def compressed_tensors(stored: Stored, *, round: Rounding = "no") -> Writer:  # 
     groups = {name: group_of(record.scheme.grid, stored.shape(name)[1]) for name, record in stored.layers.items()}
     dense = [name for name, module in meta_model_of(stored).named_modules() if isinstance(module, nn.Linear)]
     config = _quantization(stored, bits, groups, [name for name in dense if name not in bits])
+    names = checkpoint_names(stored)
     parts: dict[str, tuple[Tensor, Tensor]] = {}
     rounded: list[str] = []
 
@@ -56,7 +57,7 @@ def compressed_tensors(stored: Stored, *, round: Rounding = "no") -> Writer:  # 
         return _packed(layer, bits[layer.name], groups[layer.name], exact=layer.name not in rounded)
 
     def write(folder: Path, notify: Notify) -> Exported:
-        shards = write_plain(stored, folder / BASE if rank else folder, packed, notify, config)
+        shards = write_plain(stored, folder / BASE if rank else folder, packed, names, notify, config)
         found = Exported(METHOD, folder)
         if rank:
             adapt(stored, folder, parts)

@@ -28,10 +28,14 @@ _OURS = re.compile(  # what is of one form only; all else beside the weights tra
 _CODE = (".py", ".pyc")
 
 
+Names = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+
+
 def write_plain(
     stored: Stored,
     folder: Path,
     tensors: Callable[[Layer], Mapping[str, Tensor]],
+    renamed: Names,
     notify: Notify,
     quantization: Mapping[str, Any] | None = None,
 ) -> list[ShardRecord]:
@@ -41,6 +45,7 @@ def write_plain(
         stored: The model.
         folder: Where to; made if need be.
         tensors: What a compressed layer becomes, by the last part of the names; its bias is added.
+        renamed: What ``checkpoint_names`` gives.
         notify: Called after each shard.
         quantization: ``quantization_config`` of another method, if there is one.
 
@@ -49,7 +54,7 @@ def write_plain(
         InputError: A weight is damaged.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    advance, renamed = counting(notify, STAGE, len(stored.files)), checkpoint_names(stored)
+    advance = counting(notify, STAGE, len(stored.files))
     records: list[ShardRecord] = []
     where: dict[str, str] = {}
     for i, shard in enumerate(stored.shards()):
@@ -86,7 +91,7 @@ def _write_config(stored: Stored, folder: Path, quantization: Mapping[str, Any] 
     write_json(folder / CONFIG, config, indent=2)
 
 
-def checkpoint_names(stored: Stored) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+def checkpoint_names(stored: Stored) -> Names:
     """Return a function that gives tensors the names, and the form, of the model's published checkpoints.
 
     A directory of sparlow has the names in memory. They are the same for most families; where they are not, only

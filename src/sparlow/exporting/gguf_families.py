@@ -53,23 +53,23 @@ def _window_is_context(config: Settings) -> dict[str, Any]:
 def _soft_caps(config: Settings) -> dict[str, Any]:
     kinds = ["sliding_attention", "full_attention"] * config["num_hidden_layers"]
     if config.get("layer_types", kinds[: config["num_hidden_layers"]]) != kinds[: config["num_hidden_layers"]]:
-        raise InputError(f"llama.cpp knows {config['model_type']} with every other layer of local attention. {MERGE}")
+        raise InputError(
+            f"For {config['model_type']}, llama.cpp knows local attention in every other layer only. {MERGE}"
+        )
     if config.get("query_pre_attn_scalar", config["head_dim"]) != config["head_dim"]:
-        raise InputError(f"llama.cpp scales the queries of {config['model_type']} by its head size alone. {MERGE}")
+        raise InputError(f"For {config['model_type']}, llama.cpp scales queries by the head size alone. {MERGE}")
     caps = {name: config.get(name) or 0.0 for name in ("attn_logit_softcapping", "final_logit_softcapping")}
     if 0.0 in caps.values():
-        raise InputError(f"llama.cpp knows {config['model_type']} with soft caps only. {MERGE}")
+        raise InputError(f"For {config['model_type']}, llama.cpp knows no model without soft caps. {MERGE}")
     return {**{name: float(cap) for name, cap in caps.items()}, "attention.sliding_window": config["sliding_window"]}
 
 
-_TANH = ("gelu_pytorch_tanh",)
 FAMILIES: Mapping[str, Family] = {  # by model_type of config.json
     "llama": Family("llama", dealt=True),
     "mistral": Family("llama", dealt=True, more=_window_is_context),
     "qwen2": Family("qwen2", more=_no_window),
     "qwen3": Family("qwen3", more=_no_window),
-    "gemma": Family("gemma", (*_TANH, "gelu"), norms_from_zero=True),
-    "gemma2": Family("gemma2", _TANH, norms_from_zero=True, more=_soft_caps),
+    "gemma2": Family("gemma2", ("gelu_pytorch_tanh",), norms_from_zero=True, more=_soft_caps),
 }
 
 
@@ -88,7 +88,7 @@ def family_of(config: Settings) -> Family:
     found = FAMILIES[str(kind)]
     given = config.get("hidden_activation") or config.get("hidden_act")
     if given not in found.activation:
-        raise InputError(f"llama.cpp computes {kind} with {found.activation[0]}, and this model has {given}. {MERGE}")
+        raise InputError(f"For {kind}, llama.cpp computes {found.activation[0]}, and this model has {given}. {MERGE}")
     return found
 
 

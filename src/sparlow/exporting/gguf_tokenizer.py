@@ -86,7 +86,7 @@ def _raw(content: Mapping[str, Any]) -> list[Any]:
 def _bytes(content: Mapping[str, Any]) -> dict[str, Any]:
     name = _split_name(content.get("pre_tokenizer") or {})
     if name is None or bool(content["model"].get("ignore_merges")) != (name in _WHOLE_WORDS):
-        raise InputError(f"llama.cpp has no name that is known here for how this tokenizer splits text. {MERGE}")
+        raise InputError(f"The tokenizer splits text in a way for which no name of llama.cpp is known here. {MERGE}")
     return {"ggml.model": "gpt2", "ggml.pre": name, "ggml.merges": [" ".join(pair) for pair in _merges(content)]}
 
 

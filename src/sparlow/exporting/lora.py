@@ -7,7 +7,7 @@ from torch import Tensor
 from sparlow.errors import InputError
 from sparlow.exporting._registry import Exported, Writer, form
 from sparlow.exporting.adapter import BASE, common_rank, sign, write_adapter
-from sparlow.exporting.directory import write_plain
+from sparlow.exporting.directory import checkpoint_names, write_plain
 from sparlow.exporting.stored import Layer, Stored
 from sparlow.progress import Notify
 
@@ -20,7 +20,7 @@ from sparlow.progress import Notify
 )
 def lora(stored: Stored) -> Writer:
     """Plain S in base, and U V as an adapter of one rank for all layers, to go on training or to serve."""
-    rank = require_adapter(stored)
+    rank, names = require_adapter(stored), checkpoint_names(stored)
     parts: dict[str, tuple[Tensor, Tensor]] = {}
 
     def plain(layer: Layer) -> dict[str, Tensor]:
@@ -29,7 +29,7 @@ def lora(stored: Stored) -> Writer:
         return {"weight": layer.as_stored(layer.S)}
 
     def write(folder: Path, notify: Notify) -> Exported:
-        shards = write_plain(stored, folder / BASE, plain, notify)
+        shards = write_plain(stored, folder / BASE, plain, names, notify)
         adapt(stored, folder, parts)
         sign(folder, stored.fingerprint, shards)
         found = Exported("lora", folder)

@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+from torch import Tensor
+
 from sparlow.exporting._registry import Exported, Writer, form
-from sparlow.exporting.directory import write_plain
-from sparlow.exporting.stored import Stored
+from sparlow.exporting.directory import checkpoint_names, write_plain
+from sparlow.exporting.stored import Layer, Stored
 from sparlow.progress import Notify
 
 
@@ -16,9 +18,13 @@ from sparlow.progress import Notify
 )
 def merged(stored: Stored) -> Writer:
     """One plain weight S + U V a layer, for whatever opens the dense model."""
+    names = checkpoint_names(stored)
+
+    def whole(layer: Layer) -> dict[str, Tensor]:
+        return {"weight": layer.as_stored(layer.merged())}
 
     def write(folder: Path, notify: Notify) -> Exported:
-        shards = write_plain(stored, folder, lambda layer: {"weight": layer.as_stored(layer.merged())}, notify)
+        shards = write_plain(stored, folder, whole, names, notify)
         found = Exported("merged", folder)
         size = sum(shard.bytes for shard in shards) / 1e6
         found.notes.append(f"The weights take {size:,.1f} MB, as many as before compression.")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sparlow.errors import InputError
 from sparlow.files import CONFIG, RECORD, read_json
+from sparlow.finite import all_finite
 from sparlow.model.artefact.checksums import require_recorded
 from sparlow.model.artefact.describe import in_blocks
 from sparlow.model.artefact.hf_quantizer import SparlowConfig
@@ -48,11 +49,14 @@ class Layer:
         return len(self.V)
 
     def merged(self) -> Tensor:
-        """Return S + U V (out, in), rounded once to the type of S."""
+        """Return S + U V (out, in), rounded once to the type of S; InputError if it leaves its range."""
         if not self.rank:
             return self.S
         exact = torch.float64 if self.S.dtype == torch.float64 else torch.float32
-        return (self.S.to(exact) + self.U.to(exact) @ self.V.to(exact)).to(self.S.dtype)
+        found = (self.S.to(exact) + self.U.to(exact) @ self.V.to(exact)).to(self.S.dtype)
+        if not all_finite(found):
+            raise InputError(f"{self.name}: S + U V leaves the range of {self.S.dtype}. Export lora.")
+        return found
 
     def as_stored(self, weight: Tensor) -> Tensor:
         """Return a weight (out, in) as the model's class stores it."""
