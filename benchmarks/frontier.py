@@ -90,7 +90,10 @@ def rows_of(args: argparse.Namespace) -> list[Row]:
             rows.append(rounded(open_model(args.model, dtype="float32"), values, args))
     for name, file in (pair.split("=", 1) for pair in _listed(args.others)):
         if name not in known:
-            rows.append(measured(open_model(file, dtype="float32"), name, OTHERS, Path(file).stat().st_size, args))
+            try:
+                rows.append(measured(open_model(file, dtype="float32"), name, OTHERS, Path(file).stat().st_size, args))
+            except InputError as problem:
+                print(f"{name} is left out: {problem}", flush=True)
     return sorted(rows, key=lambda row: row["bytes"])
 
 

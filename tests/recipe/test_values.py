@@ -55,8 +55,8 @@ def test_values_on_a_grid_bring_factors_in_int8():
     [
         ({"values": "int8"}, Grid(8, "integer", 128)),
         ({"values": "int2", "levels": "half", "group": "64"}, Grid(2, "half", 64)),
-        ({"values": "int4", "group": "row"}, Grid(4, "half", None)),
-        ({"values": "int4", "group": 32}, Grid(4, "half", 32)),
+        ({"values": "int4", "group": "row"}, Grid(4, "book", None)),
+        ({"values": "int4", "group": 32}, Grid(4, "book", 32)),
     ],
 )
 def test_levels_and_groups(options, grid):
@@ -213,7 +213,7 @@ def test_a_plan_says_the_type_of_values_and_counts_their_bytes(tmp_path, monkeyp
     recipe = Recipe(algorithm="eora", pattern="4:8", rank=2, values="int4", group="row", samples=4, seqlen=16)
     plain = sparlow.plan(tmp_path, Recipe(algorithm="eora", pattern="4:8", rank=2, samples=4, seqlen=16), timed=False)
     found = sparlow.plan(tmp_path, recipe, timed=False)
-    assert {kind.values for kind in found.layers} == {"int4 half, all columns a scale"}
+    assert {kind.values for kind in found.layers} == {"int4 book, all columns a scale"}
     assert {kind.values for kind in plain.layers} == {"model"}
     for kind in found.layers:
         assert kind.bytes_kept == kind.count * recipe.budget(kind.name, kind.shape).bytes(kind.shape, 2)

@@ -156,7 +156,7 @@ class Recipe:
         str,
         Doc(
             "Levels of int values: integer (the only ones that other programs read), half (integers and a half, so no "
-            "zero), book (learned for each layer), auto (integer for int8, half for int4, book below)."
+            "zero), book (learned for each layer), auto (integer for int8, book below)."
         ),
         Choices("kind of levels", LEVELS),
         KEEP,
