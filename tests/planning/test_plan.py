@@ -200,11 +200,11 @@ GRIDS = ({}, {"values": "int3", "pattern": "dense"}, {"values": "int4", "factors
 @pytest.mark.parametrize("family", few_of(["llama", "opt", "mixtral", "gemma2", "mamba2"], "mixtral"))
 def test_what_is_foreseen_as_trained_is_what_is_trained(family, changes, tmp_path):
     save_tiny(family, tmp_path / "model")
-    recipe = Recipe(algorithm="eora", rank=2, pattern="2:4", match=True, match_preset="blocks").changed(**changes)
+    plain = Recipe(algorithm="eora", rank=2, pattern="2:4", **SIZES)
+    recipe = plain.changed(match=True, match_preset="blocks", **changes)
     model = open_model(str(tmp_path / "model")).model
     work = worked(tmp_path / "model", recipe)
-    words = windows(recipe.changed(samples=4, seqlen=16))
-    sparlow.compress(model, recipe.changed(match=False), inplace=True, force=True, **words)
+    sparlow.compress(model, plain.changed(**changes), inplace=True, force=True, **windows(recipe))
     for block, known in zip(Decoder.of(model).blocks, work.blocks, strict=True):
         with packed(block):
             assert sum(p.numel() for p in trained_parameters(block)) == known.trained
