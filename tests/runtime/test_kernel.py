@@ -1,5 +1,7 @@
 """Every path of the kernel that this processor has, against float64 of the numbers as they are stored."""
 
+import ctypes
+import mmap
 import subprocess
 import sys
 import threading
@@ -185,6 +187,30 @@ def test_gradients_reach_the_input(path, weight, seed):
     right = dy.double() @ S + (dy.double() @ U) @ V
     size = dy.abs().double() @ S.abs() + (dy.abs().double() @ U.abs()) @ V.abs()
     assert ((dx - right).abs() <= ROUNDING * size).all()
+
+
+def fenced(t):
+    """A copy of a tensor, behind whose last byte memory may not be read."""
+    page, size = mmap.PAGESIZE, max(t.nbytes, 1)
+    whole = -(-size // page) * page
+    memory = mmap.mmap(-1, whole + page)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(start + whole), page, 0) == 0
+    flat = torch.frombuffer(memory, dtype=torch.uint8, count=t.nbytes, offset=whole - t.nbytes) if t.nbytes else t
+    return flat.copy_(t.reshape(-1).view(torch.uint8)).view(t.dtype).view(t.shape) if t.nbytes else t
+
+
+@path
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is fenced by Linux's mprotect")
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(weights(), st.integers(1, TOKENS), st.booleans())
+def test_nothing_behind_a_tensor_is_read(path, weight, tokens, rounded):
+    packed, shape, exact = weight
+    parts = {part: fenced(t) for part, t in packed.tensors.items()}
+    with forced(path):
+        found = operand(parts, shape, packed.grid, exact[3])
+        found.product(inputs(tokens, shape[1], 0), rounded=rounded)
+        assert torch.equal(found.decoded(found.S).double(), exact[0])
 
 
 @pytest.mark.parametrize("values", ["int3", "int2"])
