@@ -35,7 +35,7 @@ class KernelHook(BuildHookInterface):
         try:
             build.compile_to(library)
         except build.NoKernelError as problem:
-            self.app.display_warning(f"The wheel is pure, the kernel is compiled at first use. {problem}")
+            sys.stderr.write(f"The wheel is pure: the kernel will be compiled at first use. {problem}\n")
             return
         inside = build.prebuilt().relative_to(Path(self.root) / "src").as_posix()
         build_data["force_include"][str(library)] = inside

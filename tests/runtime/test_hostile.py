@@ -262,7 +262,7 @@ def test_the_sanitizers_of_the_compiler_find_nothing(tmp_path):
         "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0:exitcode=99",
         "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1:exitcode=98",
         "CC": "gcc",
-        "SPARLOW_KERNEL_FLAGS": "-fsanitize=address,undefined -fno-omit-frame-pointer -g",
+        "SPARLOW_KERNEL_FLAGS": "-O1 -fsanitize=address,undefined -fno-omit-frame-pointer",
         "SPARLOW_CACHE": str(tmp_path),
         "PYTHONPATH": os.pathsep.join(sys.path),
         "PYTEST_ADDOPTS": "",

@@ -42,7 +42,7 @@ with torch.no_grad():
 
 def build(out, *options, **variables):
     pytest.importorskip("hatchling")
-    command = [sys.executable, "-m", "build", "-q", "--no-isolation", "--outdir", str(out), *options, str(ROOT)]
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), *options, str(ROOT)]
     ended = subprocess.run(
         command, check=False, capture_output=True, text=True, timeout=600, env=os.environ | variables
     )
