@@ -11,6 +11,17 @@ from ik_llama_cpp import _ctypes_api as api
 from ik_llama_cpp._internals import IkContext, IkModel
 
 
+def unfused() -> api.llama_context_params:
+    """The default parameters without the fused product of gate and up, which would leave an adapter out."""
+    found = DEFAULTS()
+    found.fused_up_gate = found.fused_moe_up_gate = False
+    return found
+
+
+DEFAULTS = api.llama_context_default_params
+api.llama_context_default_params = unfused
+
+
 def with_adapter(model: IkModel, context: IkContext, path: str) -> None:
     """Put an adapter on a context, with the factor 1 of the user; llama.cpp's own scale comes on top."""
     init, put = api._lib.llama_lora_adapter_init, api._lib.llama_lora_adapter_set  # noqa: SLF001 - not bound there

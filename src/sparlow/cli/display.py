@@ -340,11 +340,11 @@ def show_algorithms(algorithms: "Iterable[Algorithm]") -> None:
 
 def show_forms(forms: "Iterable[Form]") -> None:
     """The forms of ``sparlow export``: what each keeps and loses, and which programs open it."""
-    forms = list(forms)
-    rows = [(form.name, form.keeps, form.loses, ", ".join(form.opened_by)) for form in forms]
-    out.print(_table(("form", "keeps", "loses", "opened by"), rows, left=True))
     for form in forms:
         out.print(f"[bold]{escape(form.name)}[/]: {escape(form.summary)}", highlight=False)
+        rows = {"keeps": form.keeps, "loses": form.loses, "opened by": ", ".join(form.opened_by)}
+        for what, text in rows.items():
+            out.print(f"    {what + ':':<11}{text}", markup=False, highlight=False)
         for option in form.options.values():
             doc = option.note(Doc)
             out.print(

@@ -38,7 +38,7 @@ Type = Annotated[
 ]
 Weights = Annotated[
     Literal["merged", "sparse"],
-    Doc("merged: S + U V in one file. sparse: S, and U V as an adapter in a second file."),
+    Doc("Either merged (S + U V in one file) or sparse (S, and U V as an adapter in a second file)."),
 ]
 
 

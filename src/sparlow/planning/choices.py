@@ -77,10 +77,12 @@ def choices(model: PreTrainedModel, recipe: Recipe) -> tuple[Choice, ...]:
             selection = select(model, decoder, one, storage)
         except InputError:  # the method has no low-rank part, or the layers are too small
             continue
-        sizes = {name: (weight.shape, storage.of_layer(name).itemsize) for name, weight in decoder.layers()}
-        kept = sum(budget.bytes(*sizes[name]) for name, budget in selection.budgets.items())
-        weights = sum(sizes[name][0][0] * sizes[name][0][1] for name in selection.budgets)
-        dense = sum(sizes[name][0][0] * sizes[name][0][1] * sizes[name][1] for name in selection.budgets)
+        layers = {name: weight for name, weight in decoder.layers() if name in selection.budgets}
+        sizes = {name: (weight.shape, storage.of_layer(name).itemsize) for name, weight in layers.items()}
+        weights = sum(rows * columns for (rows, columns), _ in sizes.values())
+        dense = sum(storage.bytes_of_weight(weight, name) for name, weight in layers.items())  # with biases
+        biases = dense - sum(rows * columns * size for (rows, columns), size in sizes.values())
+        kept = biases + sum(budget.bytes(*sizes[name]) for name, budget in selection.budgets.items())
         total = storage.bytes_of(model) - dense + kept - selection.ends.saved
         bits = 8 * kept / weights
         ratio = row["perplexity"] / measured()["dense"] if row["perplexity"] else None
