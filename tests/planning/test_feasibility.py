@@ -104,6 +104,16 @@ def test_where_no_option_is_enough_the_fewest_together_are_named(folder):
     assert feasibility.options_that_fit(work, lambda _: False) == []
 
 
+def test_hidden_states_that_a_training_puts_on_a_full_disk_may_wait_in_memory(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("sparlow.model.forward.activation_store.lies_in_memory", lambda _: False)
+    recipe = RECIPE.changed(match=True, match_preset="blocks")
+    there = disk(worked(folder, recipe, offload="auto", out=tmp_path / "out"))
+    assert there.hidden > 0
+    monkeypatch.setattr(feasibility, "disk_available", lambda _: there.out + there.hidden - 1)
+    message = refused(folder, tmp_path / "out", recipe, offload="auto")
+    assert "It would fit with --offload cpu or --no-match" in message
+
+
 def test_where_nothing_would_fit_it_says_so(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(feasibility, "memory_available", lambda: 1)
     assert "No option makes it fit." in refused(folder, tmp_path / "out")

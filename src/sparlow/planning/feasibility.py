@@ -171,8 +171,10 @@ def require_disk(works: Mapping[Path | None, Workload]) -> None:
     def fits(changed: Workload) -> bool:
         return not _disk_shortage({folder: _with_changes(work, shared, changed) for folder, work in works.items()})
 
-    options = " or ".join(options_that_fit(shared, fits))
-    advice = f"It would fit with {options}." if options else f"Free some, or choose another --out than {out}."
+    found, in_memory = options_that_fit(shared, fits), replace(shared, offload="cpu")
+    if shared.place == "disk" and fits(in_memory) and not shortage(in_memory, BOUND):
+        found = ["--offload cpu", *found]
+    advice = f"It would fit with {' or '.join(found)}." if found else f"Free some, or choose another --out than {out}."
     raise InputError(f"{why} {advice} {FORCE}")
 
 
