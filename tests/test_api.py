@@ -21,7 +21,7 @@ PUBLIC = {
     "column='text', batch=4, "
     "accumulate=4, bf16=False, gradient_checkpointing=False, report_to='none', peft=None, evaluate=('builtin',), "
     "limit=None, device='auto', seed=0, overwrite=False, trust_remote_code=False, notify=…",
-    "load": "folder, *, mode=None, activations=None, **options",
+    "load": "folder, *, mode=None, activations=None, step='transformers', **options",
     "mode": "name, *, activations=None",
     "open_adapter": "folder, base=None, **options",
     "plan": f"model, recipe=None, *, calibration=None, out=None, {RUN}trust_remote_code=False, timed=True",

@@ -133,7 +133,10 @@ def test_a_baseline_needs_its_blocks_only_once(tmp_path):
     expected = evaluate(model, words, perplexity_on=text, seqlen=16, baseline=tiny("llama"))
     assert expected["agreement"][text].divergence > 0
     baseline = Baseline(dense)
-    assert evaluate(dense, words, perplexity_on=text, seqlen=16, baseline=baseline).keys() == {"perplexity"}
+    assert evaluate(dense, words, perplexity_on=text, seqlen=16, baseline=baseline).keys() == {
+        "perplexity",
+        "perplexity_stderr",
+    }
     assert baseline.release_blocks()
     assert all(p.is_meta for p in Decoder.of(dense).blocks.parameters())
     assert evaluate(model, words, perplexity_on=text, seqlen=16, baseline=baseline) == expected

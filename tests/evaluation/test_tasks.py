@@ -396,7 +396,7 @@ def test_two_models_side_by_side(place, folder, capfd, tmp_path):
     for label, value in [
         (
             f"perplexity (seqlen 16), {text} {remark}",
-            lambda found: f"{found['perplexity'][text]:.4f}",
+            lambda found: f"{found['perplexity'][text]:.4f} ± {found['perplexity_stderr'][text]:.4f}",
         ),
         ("both, acc_norm", lambda found: "{value:.4f} ± {stderr:.4f}".format(**found["tasks"]["both"])),
         ("inner, acc", lambda found: "{value:.4f} ± {stderr:.4f}".format(**found["tasks"]["inner"])),

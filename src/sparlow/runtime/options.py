@@ -60,7 +60,7 @@ class TextOptions:
     max_tokens: Annotated[int, Doc("Maximum number of new tokens."), at_least(1), TEXT] = 256
     temperature: Annotated[
         float,
-        Doc("0 takes the likeliest token; above, tokens are drawn, the more freely the higher."),
+        Doc("At 0 the likeliest token is taken; above, tokens are drawn, the more freely the higher."),
         NOT_NEGATIVE,
         TEXT,
     ] = 0.0

@@ -349,11 +349,17 @@ def _is_tied(model: "PreTrainedModel", name: str) -> bool:
 
 
 def _check_rest(model: "PreTrainedModel", headers: Mapping[str, Header], outside: Collection[str]) -> None:
-    """Refuse tensors whose shapes differ from the meta model's, which transformers would fill at random."""
+    """Refuse tensors whose shapes differ from the meta model's, which transformers would fill at random, or which hold
+    whole numbers where the model computes with others.
+    """
     compressed = {*compressed_layers(model), *outside}
     for name, tensor in model.state_dict().items():
         header = headers.get(name) or headers.get(f"{model.base_model_prefix}.{name}")
-        if header and name.rpartition(".")[0] not in compressed and header.shape != tuple(tensor.shape):
+        if not header or name.rpartition(".")[0] in compressed:
+            continue
+        if tensor.is_floating_point() and not header.floats:
+            raise InputError(f"{name} should hold floating-point numbers, and the file holds others. Fetch it anew.")
+        if header.shape != tuple(tensor.shape):
             shapes = f"{tuple(tensor.shape)}, but the file holds {header.shape}"
             raise InputError(f"{name} should have the shape {shapes}. Check that config.json belongs to this model.")
 

@@ -55,6 +55,11 @@ class Header(NamedTuple):
     file: Path
     dtype: torch.dtype | None
     shape: tuple[int, ...]
+    floats: bool = True  # whether the type is one of floating-point numbers, of whatever width
+
+
+def _header(file: Path, dtype: str, shape: Iterable[int]) -> Header:
+    return Header(file, _DTYPES.get(dtype), tuple(shape), dtype.startswith(("F", "BF")))
 
 
 def write_shard(
@@ -133,7 +138,7 @@ def read_headers(files: Iterable[Path]) -> dict[str, Header]:
         try:
             with safe_open(file, framework="pt") as shard:
                 parts = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118 - not a dict
-                found = {k: Header(file, _DTYPES.get(p.get_dtype()), tuple(p.get_shape())) for k, p in parts.items()}
+                found = {k: _header(file, p.get_dtype(), p.get_shape()) for k, p in parts.items()}
         except FileNotFoundError as problem:
             raise InputError(f"The shard {file} is missing. Restore it.") from problem
         except (SafetensorError, OSError) as problem:

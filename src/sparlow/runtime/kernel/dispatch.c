@@ -11,7 +11,7 @@
 #define EXPORT __attribute__((visibility("default")))
 #define FEW 32768 /* entries of a matrix for which another thread is not worth its waking */
 
-static const path *const paths[] = {&path_plain, &path_avx2, &path_avx512, &path_neon, &path_dotprod};
+const path *const paths[] = {&path_plain, &path_avx2, &path_avx512, &path_neon, &path_dotprod};
 
 /* Paths are numbered in this order; bit i says whether this processor has number i. */
 EXPORT int sparlow_paths(void) {

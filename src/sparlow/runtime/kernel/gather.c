@@ -4,8 +4,6 @@
 
 #define FEW 16384 /* entries for which another thread is not worth its waking */
 
-static const path *const paths[] = {&path_plain, &path_avx2, &path_avx512};
-
 typedef struct { const path *by; const matrix *m; const int64_t *ids; float *out; } call;
 static void some_rows(void *data, int64_t from, int64_t to) {
   const call *c = data;

@@ -20,7 +20,8 @@ INL const uint8_t *stored(const matrix *m, int64_t r, buffers b) {
   const uint8_t *p = m->data + m->start[r];
   int64_t size = m->start[r + 1] - m->start[r];
   if (m->start[r + 1] + PAD <= m->start[m->rows]) return p;
-  memcpy(b.raw, p, (size_t)size), memset(b.raw + size, 0, PAD);
+  if (size) memcpy(b.raw, p, (size_t)size); /* of no values there may be no place either */
+  memset(b.raw + size, 0, PAD);
   return b.raw;
 }
 /* Codes of less than 8 bits as bytes, each through a table. */

@@ -62,6 +62,7 @@ typedef struct {
 } path;
 
 extern const path path_plain, path_avx2, path_avx512, path_neon, path_dotprod;
+extern const path *const paths[]; /* by the number that Python knows them by */
 
 uint8_t *scratch(size_t bytes); /* of this thread, kept for the next call; NULL: no memory */
 
