@@ -106,6 +106,7 @@ NAMES = sorted(set(imported(PRIVATE)))
 TRAINING = {  # looked for when they are needed
     "get_available_reporting_integrations": private.reporting_integrations,
     "is_torch_bf16_gpu_available": private.accelerator_takes_bf16,
+    "DynamicLayer": private.cache_layer,
 }
 
 
@@ -173,6 +174,7 @@ STREAMING = {  # what only reading part by part needs
     "get_checkpoint_shard_files",
     "get_model_conversion_mapping",
     "rename_source_key",
+    "revert_weight_conversion",
 }
 
 

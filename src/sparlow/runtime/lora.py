@@ -29,8 +29,8 @@ class CompressedLora(Linear):
         start = config.init_lora_weights
         if start not in _STARTS:
             raise InputError(
-                f"With init_lora_weights={start!r} PEFT changes the compressed layer itself. Choose True, 'gaussian' or "
-                "'orthogonal', or open the model with mode='merged'."
+                f"With init_lora_weights={start!r} PEFT changes the compressed layer itself. Choose True, 'gaussian' "
+                "or 'orthogonal', or open the model with mode='merged'."
             )
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **options)
 

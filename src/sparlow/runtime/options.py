@@ -26,7 +26,7 @@ class RunningOptions:
     ] = None
     activations: Annotated[
         str | None,
-        Doc("int8 rounds the inputs of packed layers whose levels are integers: quicker and less exact."),
+        Doc("Type of the inputs of packed layers whose levels are integers; int8 is quicker and less exact."),
         Choices("activations", ACTIVATIONS),
         Unset("SPARLOW_ACTIVATIONS, or float"),
         MACHINE,

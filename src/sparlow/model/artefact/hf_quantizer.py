@@ -349,9 +349,7 @@ def _is_tied(model: "PreTrainedModel", name: str) -> bool:
 
 
 def _check_rest(model: "PreTrainedModel", headers: Mapping[str, Header], outside: Collection[str]) -> None:
-    """Refuse tensors whose shapes differ from the meta model's, which transformers would fill at random, or which hold
-    whole numbers where the model computes with others.
-    """
+    """Refuse shapes unlike the meta model's, which transformers would fill at random, and types it cannot use."""
     compressed = {*compressed_layers(model), *outside}
     for name, tensor in model.state_dict().items():
         header = headers.get(name) or headers.get(f"{model.base_model_prefix}.{name}")

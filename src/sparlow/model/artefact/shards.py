@@ -251,7 +251,7 @@ def check_parts(
         raise InputError(f"{name} should have the tensors {', '.join(expected)}, but has {', '.join(parts) or 'none'}.")
     types = packed_types(record.scheme)
     for part, size in expected.items():
-        _, dtype, found = parts[part]
+        dtype, found = parts[part].dtype, parts[part].shape
         right = dtype is not None and (dtype in types[part] if part in types else dtype.is_floating_point)
         fits = found == size or (
             part == "weight" and len(found) == 1 and size[0] <= found[0] <= longest_codes(shape, record)
