@@ -225,6 +225,19 @@ def attempt(folder):
     return False
 
 
+@pytest.mark.parametrize("mode", ["packed", "dense"])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.int64])
+def test_a_norm_of_whole_numbers_is_refused(mode, dtype, artefact, tmp_path):
+    folder = tmp_path / "damaged"
+    shutil.copytree(artefact, folder)
+    (file,) = (f for f in folder.glob("*.safetensors") if "gpt_neox.final_layer_norm.weight" in load_file(f))
+    tensors = load_file(file)
+    tensors["gpt_neox.final_layer_norm.weight"] = tensors["gpt_neox.final_layer_norm.weight"].to(dtype)
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(InputError, match="final_layer_norm.weight should hold floating-point numbers"):
+        sparlow.load(folder, mode=mode)
+
+
 @pytest.mark.parametrize("tries", TRIES)
 def test_damaged_models_are_refused_or_answer_as_dense_ones_do(tries, artefact, tmp_path):
     refused = 0
