@@ -234,7 +234,7 @@ def test_a_norm_of_whole_numbers_is_refused(mode, dtype, artefact, tmp_path):
     tensors = load_file(file)
     tensors["gpt_neox.final_layer_norm.weight"] = tensors["gpt_neox.final_layer_norm.weight"].to(dtype)
     save_file(tensors, file, {"format": "pt"})
-    with pytest.raises(InputError, match="final_layer_norm.weight should hold floating-point numbers"):
+    with pytest.raises(InputError, match=r"final_layer_norm\.weight should hold floating-point numbers"):
         sparlow.load(folder, mode=mode)
 
 
