@@ -114,7 +114,7 @@ class TestPeft:
         with pytest.raises(InputError, match=r"cannot be merged into a compressed layer. Open the model with mode="):
             model.merge_and_unload()
         for options, what in (
-            ({"init_lora_weights": "pissa"}, r"'pissa' changes the compressed layer itself. Choose True"),
+            ({"init_lora_weights": "pissa"}, r"'pissa' PEFT changes the compressed layer itself. Choose True"),
             ({"use_dora": True}, r"take plain LoRA only .*use_dora.*Leave the variant out"),
         ):
             with pytest.raises(InputError, match=what):
