@@ -130,7 +130,9 @@ def test_a_run_decides_by_the_bytes_that_the_plan_counts(name, tmp_path, monkeyp
     """Gemma-3n carries four hidden states a token, Gemma-4 embeddings for each block beside them."""
     sizes = []
     real = passes.place
-    monkeypatch.setattr(passes, "place", lambda offload, size, *more: sizes.append(size) or real(offload, size, *more))
+    monkeypatch.setattr(
+        passes, "place", lambda offload, size, *a, **k: sizes.append(size) or real(offload, size, *a, **k)
+    )
     save_tiny(name, tmp_path / "model")
     meta, options = meta_model(str(tmp_path / "model")), RunOptions("cpu", evaluate=())
     work = workload(meta, RECIPE, options)
