@@ -89,7 +89,6 @@ def finetune(
         RunError: The run could not go on; the same call resumes it.
     """
     plan = pick(FinetuneOptions, locals())
-    evaluate = listed(evaluate)
     _require_packages()
     from sparlow.finetuning.job import FineTuning
     from sparlow.finetuning.trainer import check_possible
@@ -105,7 +104,7 @@ def finetune(
             common_rank(ranks.values(), "Leave out --peft.")
         opened = open_model(str(folder), device=device, trust_remote_code=trust_remote_code)
         windows = _windows_to_train_on(opened, plan)
-        evaluation = windows_to_evaluate(evaluate, opened, parent.report.recipe["seqlen"], limit, column)
+        evaluation = windows_to_evaluate(listed(evaluate), opened, parent.report.recipe["seqlen"], limit, column)
         run = FineTuning(parent, opened, paths, plan, ranks, notify)
         run.begin(windows, overwrite=overwrite)
         return run.go(windows, evaluation)
