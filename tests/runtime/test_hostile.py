@@ -199,12 +199,15 @@ IDS = torch.arange(12).view(2, 6)
 
 
 def compute(folder, mode):
-    """Logits of few and of many tokens, or what was said."""
+    """Logits of few and of many tokens, or what was said, on opening or by torch."""
 
     def read(folder):
         model = sparlow.load(folder, mode=mode)
-        with torch.no_grad():
-            return [model(ids).logits.double() for ids in (IDS[:1, :3], IDS)]
+        try:
+            with torch.no_grad():
+                return [model(ids).logits.double() for ids in (IDS[:1, :3], IDS)]
+        except RuntimeError as problem:
+            return problem
 
     return outcome(read, folder)
 
@@ -217,11 +220,15 @@ def attempt(folder):
         assert "\n" not in str(found)
         return True
     right = compute(folder, "dense")
+    if isinstance(found, RuntimeError):  # a config that transformers opens and cannot compute with
+        assert isinstance(right, RuntimeError)
+        assert str(right) == str(found)
+        return True
     if not isinstance(right, InputError):
         for y, other in zip(found, right, strict=True):
             assert y.shape == other.shape
             finite = bool(other.isfinite().all()) and bool(y.isfinite().all())
-            assert not finite or same(y, other, 100 * other.abs().max())
+            assert not finite or same(y, other, 100 * other.abs().max() + 1)  # damaged numbers may cancel
     return False
 
 
