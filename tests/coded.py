@@ -86,13 +86,18 @@ def save_coded(family, values, dtype, folder, pattern="2:4"):
     """Write a tiny model in codes, its tokenizer beside it, as a finished directory; its path."""
     save_tiny(family, folder / "dense", dtype=dtype)
     model = coded_model(AutoModelForCausalLM.from_pretrained(folder / "dense"), values, pattern=pattern)
+    return finish(model, folder / "out", pattern)
+
+
+def finish(model, folder, pattern):
+    """Write a model whose layers are in codes, and its tokenizer, as a finished directory; its path."""
     decoder = Decoder.of(model)
-    writer = CheckpointWriter(folder / "out", model, decoder)
+    writer = CheckpointWriter(folder, model, decoder)
     for i, block in enumerate(decoder.blocks):
         writer.write_block(i, block)
     writer.write_rest(model)
     writer.finish(model, tiny_tokenizer(), patterns=dict.fromkeys(compressed_layers(model), pattern))
-    return folder / "out"
+    return folder
 
 
 def write_in_codes(folder, kinds, group=8):

@@ -18,6 +18,15 @@ HOSTILE = (
 SECONDS = 20  # after which a load counts as hanging
 GROWTH = 2**30  # bytes by which the address space may grow
 
+SIZES = {  # of a model that is damaged thousands of times
+    "vocab_size": 64,
+    "hidden_size": 8,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 16,
+}
+
 
 @contextmanager
 def bounded():

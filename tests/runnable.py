@@ -2,12 +2,9 @@
 
 from transformers import AutoModelForCausalLM
 
-from coded import coded_model
-from families import save_tiny, tiny_tokenizer
-from sparlow.model.artefact.checkpoint import CheckpointWriter
+from coded import coded_model, finish
+from families import save_tiny
 from sparlow.model.artefact.embedding import quantise
-from sparlow.model.artefact.layers import compressed_layers
-from sparlow.model.forward.decoder import Decoder
 
 
 def write(folder, family, ends=("keep", "keep"), *, dtype=None, group=None, values="int8", pattern="2:4"):
@@ -25,10 +22,4 @@ def write(folder, family, ends=("keep", "keep"), *, dtype=None, group=None, valu
     save_tiny(family, folder / "dense", **({} if dtype is None else {"dtype": dtype}))
     model = coded_model(AutoModelForCausalLM.from_pretrained(folder / "dense"), values, pattern=pattern)
     quantise(model, *ends, group=group)
-    decoder = Decoder.of(model)
-    writer = CheckpointWriter(folder / "out", model, decoder)
-    for i, block in enumerate(decoder.blocks):
-        writer.write_block(i, block)
-    writer.write_rest(model)
-    writer.finish(model, tiny_tokenizer(), patterns=dict.fromkeys(compressed_layers(model), pattern))
-    return folder / "out"
+    return finish(model, folder / "out", pattern)

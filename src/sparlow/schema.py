@@ -308,6 +308,24 @@ def documented(record: type[T]) -> type[T]:
     return record
 
 
+def parse_options(owner: str, known: Mapping[str, Option], given: Mapping[str, object]) -> dict[str, Any]:
+    """Return the values of options by name, checked.
+
+    Args:
+        owner: What takes them, as the beginning of a sentence.
+        known: The options that there are.
+        given: What was given for some of them.
+
+    Raises:
+        InputError: There is no such option, or a value is wrong; the sentence names what there is.
+    """
+    for name in given:
+        if name not in known:
+            what = f"{owner} has no option {name!r}"
+            raise InputError(unknown(what, name, sorted(known)) if known else f"{what} (it takes none).")
+    return {name: known[name].parse(value) for name, value in given.items()}
+
+
 def unknown(what: str, word: str, known: Iterable[str]) -> str:
     """Return an error about an unknown name, with the known names and the one that may have been meant."""
     names = list(known)

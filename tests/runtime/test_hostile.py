@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import sparlow
 from coded import coded_layer, write_in_codes
-from mutations import mutate, outcome
+from mutations import SIZES, mutate, outcome
 from sparlow.errors import InputError
 from sparlow.model.artefact.stored_form import Weight, pack_weight
 from sparlow.recipe.recipe import Recipe
@@ -32,14 +32,6 @@ except NoKernelError as problem:
 NEAR = 1e-4  # of the largest number
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 TRIES = [40, pytest.param(500, marks=pytest.mark.slow), pytest.param(5000, marks=pytest.mark.hostile)]
-SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 8,
-    "intermediate_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 16,
-}
 
 
 def a_weight(chance):

@@ -13,7 +13,7 @@ from sparlow.algorithms._results import Pruned
 from sparlow.errors import InputError
 from sparlow.linalg.gram import Gram
 from sparlow.linalg.patterns import Pattern
-from sparlow.schema import ABOVE_0, Named, Option, at_least, options_of, unknown
+from sparlow.schema import ABOVE_0, Named, Option, at_least, options_of, parse_options, unknown
 
 Positive = Annotated[float, ABOVE_0]  # annotations for options; plain float, int, bool, str and Literal do as well
 Count = Annotated[int, at_least(1)]
@@ -51,12 +51,7 @@ class Algorithm:
 
     def parse_options(self, given: Mapping[str, object]) -> dict[str, Any]:
         """Check option names and values against the signature; InputError names what is wrong and what there is."""
-        known = self.options
-        for name in given:
-            if name not in known:
-                what = f"{self.name} has no option {name!r}"
-                raise InputError(unknown(what, name, sorted(known)) if known else f"{what} (it takes none).")
-        return {name: known[name].parse(value) for name, value in given.items()}
+        return parse_options(self.name, self.options, given)
 
 
 _ALGORITHMS: dict[str, Algorithm] = {}

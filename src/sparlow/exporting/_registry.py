@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from sparlow.errors import InputError
 from sparlow.exporting.stored import Stored
 from sparlow.progress import Notify
-from sparlow.schema import Option, options_of, unknown
+from sparlow.schema import Option, options_of, parse_options, unknown
 
 
 @dataclass
@@ -71,12 +71,7 @@ class Form:
 
     def parse_options(self, given: Mapping[str, object]) -> dict[str, Any]:
         """Check names and values of options against the signature; InputError names what is wrong and what there is."""
-        known = self.options
-        for name in given:
-            if name not in known:
-                what = f"The form {self.name} has no option {name!r}"
-                raise InputError(unknown(what, name, sorted(known)) if known else f"{what} (it takes none).")
-        return {name: known[name].parse(value) for name, value in given.items()}
+        return parse_options(f"The form {self.name}", self.options, given)
 
 
 _FORMS: dict[str, Form] = {}

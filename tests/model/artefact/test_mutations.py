@@ -9,20 +9,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import sparlow
 from coded import write_in_codes
-from mutations import mutate, outcome
+from mutations import SIZES, mutate, outcome
 from sparlow.errors import InputError
 from sparlow.model.artefact.describe import describe
 from sparlow.recipe.recipe import Recipe
 from sparlow.run.verify import verify_artefact
 
-SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 8,
-    "intermediate_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 16,
-}
 SHARDS = tuple(f"model-{i:05d}-of-00002.safetensors" for i in (1, 2))  # a block, and the rest
 FILES = ("config.json", "model.safetensors.index.json", "generation_config.json", "sparlow.json", *SHARDS, *SHARDS)
 
