@@ -1,6 +1,7 @@
 """``sparlow generate``: the model's own tokens as text, in every mode, and how long they took."""
 
 import re
+import shutil
 
 import pytest
 import torch
@@ -100,3 +101,12 @@ def test_what_cannot_be_asked_for(arguments, message, folder, capsys):
     code, out, err = said(capsys, folder, *arguments)
     assert (code, out) == (2, "")
     assert message in " ".join(err.split())
+
+
+def test_a_compressed_model_without_a_tokenizer_opens_and_its_text_is_refused(folder, tmp_path):
+    bare = tmp_path / "bare"
+    shutil.copytree(folder, bare, ignore=shutil.ignore_patterns("tokenizer*", "special_tokens*"))
+    running = open_to_run(str(bare), RunningOptions())
+    assert running.tokenizer is None
+    with pytest.raises(sparlow.InputError, match="tokenizer"):
+        stream(running, PROMPT, TextOptions(), print)

@@ -9,12 +9,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
 from sparlow.errors import InputError, as_input_error
 from sparlow.model.artefact.schemes import METHOD
-from sparlow.model.loading.source import open_model, parse_dtype, resolve_model_path, upcast_for_cpu
+from sparlow.model.loading.source import find_tokenizer, open_model, parse_dtype, resolve_model_path, upcast_for_cpu
 from sparlow.runtime.modes import load
 from sparlow.runtime.opening import MODE
 from sparlow.runtime.options import RunningOptions, TextOptions
@@ -58,8 +58,7 @@ def open_to_run(name: str, options: RunningOptions) -> Running:
             dtype=parse_dtype(options.dtype),
             trust_remote_code=options.trust_remote_code,
         )
-        with as_input_error(f"Cannot open the tokenizer of {name}"):
-            tokenizer: Any = AutoTokenizer.from_pretrained(where, trust_remote_code=options.trust_remote_code)
+        tokenizer = find_tokenizer(name, where, trust_remote_code=options.trust_remote_code)
     else:
         if options.mode not in (None, "auto", "dense"):
             raise InputError(f"{name} is not compressed, so it cannot be opened {options.mode}. Leave out --mode.")

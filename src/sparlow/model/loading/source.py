@@ -122,7 +122,7 @@ def open_model(
         model: Any = loading()
         model = model.to(device).eval()
         seen = scan([model.state_dict(keep_vars=True)])
-        opened = OpenedModel(model, _tokenizer(name, where, options), name, seen.fingerprint, seen.damaged)
+        opened = OpenedModel(model, find_tokenizer(name, where, **options), name, seen.fingerprint, seen.damaged)
     packed = getattr(opened.model.config, "quantization_config", None) is not None
     lost = [] if packed or Path(name).suffix == ".gguf" else left_out(opened.model, where, revision)
     warnings = (*warnings, *rounded(opened.model), *lost)
@@ -140,7 +140,9 @@ def _streamed(
         model: Any = loading(device_map="meta")
         parts = OnDisk(model.eval(), stored_tensors(where, options["revision"]), device)
         seen = scan(parts.states())
-    return OpenedModel(model, _tokenizer(name, where, options), name, seen.fingerprint, seen.damaged, on_disk=parts)
+    return OpenedModel(
+        model, find_tokenizer(name, where, **options), name, seen.fingerprint, seen.damaged, on_disk=parts
+    )
 
 
 def upcast_for_cpu(model: PreTrainedModel) -> PreTrainedModel:
@@ -233,7 +235,16 @@ def _loaded(name: str, where: str, **options: Any) -> PreTrainedModel:  # noqa: 
     return cast("PreTrainedModel", model)
 
 
-def _tokenizer(name: str, where: str, options: dict[str, Any]) -> PreTrainedTokenizerBase | None:
+def find_tokenizer(
+    name: str,
+    where: str,
+    **options: Any,  # noqa: ANN401 - options of from_pretrained
+) -> PreTrainedTokenizerBase | None:
+    """Return the tokenizer that lies beside a model, or None if a directory holds none.
+
+    Raises:
+        InputError: It cannot be opened.
+    """
     folder = Path(where)
     if folder.is_dir() and not any((folder / file).exists() for file in _TOKENIZER_FILES):
         return None
@@ -253,7 +264,7 @@ def as_tokenizer(given: PreTrainedTokenizerBase | str | Path | None) -> PreTrain
         return given
     if not isinstance(given, str | Path):
         raise InputError(f"A tokenizer cannot be given as a {type(given).__name__}. Give a tokenizer or its directory.")
-    found = _tokenizer(str(given), str(given), {})
+    found = find_tokenizer(str(given), str(given))
     if found is None:
         raise InputError(f"There is no tokenizer in {given}. Give the directory that holds its files.")
     return found
