@@ -11,12 +11,13 @@ form, such as int8-16-32, which ``sparlow benchmark`` takes.
 
 import argparse
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from _shapes import SHAPES, write
 
-from sparlow.linalg.grid import FactorScales, make_grid
+from sparlow.linalg.grid import FactorScales, GridValues, make_grid
 from sparlow.linalg.nearest import grid_of_largest
 from sparlow.linalg.patterns import parse_pattern
 from sparlow.model.artefact.checkpoint import CheckpointWriter
@@ -41,7 +42,7 @@ def packed(weight: CompressibleWeight, values: str, pattern: str, rank: int) -> 
     grid = make_grid(values)
     if grid is None:
         raise SystemExit(f"There are no values of type {values}.")
-    found = grid_of_largest(W, grid, masked=mask is not None)
+    found = stored_grid(grid_of_largest(W, grid, masked=mask is not None))
     S = found.decode(found.encode(W))
     S = S if mask is None else S.masked_fill(~mask, 0)
     steps = torch.full((rank,), 2.0**-14).bfloat16()
@@ -49,6 +50,17 @@ def packed(weight: CompressibleWeight, values: str, pattern: str, rank: int) -> 
     layer = SparseLowRankLinear(S.to(dtype), U.to(dtype), V.to(dtype), weight.bias)
     layer.stored = StoredForm(found, FactorScales(steps, steps) if rank else None, dtype)
     return layer
+
+
+def stored_grid(values: GridValues) -> GridValues:
+    """Return a grid as a solver would leave it: the levels of a book are integers of a byte, times 2⁻⁶, in 16 bits."""
+    if values.grid.levels != "book":
+        return values
+    units = values.levels * (127 / values.levels[-1])
+    levels = (units.round() * 2**-6).bfloat16()
+    return replace(
+        values, levels=levels, scale=(values.scale.float() * values.levels[-1] / levels[-1].float()).bfloat16()
+    )
 
 
 def copy_block(writer: CheckpointWriter, decoder: Decoder, i: int) -> None:
