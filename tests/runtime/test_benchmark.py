@@ -47,13 +47,13 @@ def off(file, reference):
 @pytest.mark.parametrize("step", ["kernel", "transformers"])
 def test_a_worker_measures_and_writes_what_is_checked(step, folder, tmp_path):
     right, own = tmp_path / "right", tmp_path / "own"
-    answers(opened(folder, mode="dense", dtype="float32"), {"do": "reference", "file": str(right)})
+    answers(opened(folder, mode="packed", dtype="float32"), {"do": "reference", "file": str(right)})
     said = answers(
         opened(folder, mode="packed", dtype="float32"),
         {"do": "logits", "step": step, "file": str(own)},
         {"do": "run", "step": step, "batch": 2, "prompt": 8, "tokens": 4},
     )
-    assert off(own, right) <= BOUNDS["float32"]
+    assert off(own, right) <= BOUNDS["float32"] / 100  # the reference rounds nothing that packed layers do not
     assert said[0]["no_step"] == ""
     assert all(said[2][name] > 0 for name in ("first", "prefill", "decode", "peak"))
 

@@ -186,10 +186,11 @@ def benchmark(models: Sequence[str], options: BenchmarkOptions, notify: Notify) 
     found = Benchmark([], {}, versions(), asdict(options) | {"models": [*models]}, [])
     with ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
         workers: list[tuple[_Process, Row]] = []
-        for name in models:
-            reference = Path(folder) / f"{len(workers)}.safetensors"
-            _write_reference(name, options, reference)
+        for i, name in enumerate(models):
             for mode, dtype in _variants(name, options):
+                reference = Path(folder) / f"{i}{'-packed' if mode == 'packed' else ''}.safetensors"
+                if not reference.exists():
+                    _write_reference(name, mode, options, reference)
                 worker = stack.enter_context(_process())
                 for row in _opened(worker, name, mode, dtype, options, found):
                     _check(worker, row, reference, Path(folder) / "logits.safetensors")
@@ -226,11 +227,13 @@ def _opened(
         yield Row(name, mode, dtype, step, compressed, said["bytes_read"], said["interpreter"], bound=bound)
 
 
-def _write_reference(name: str, options: BenchmarkOptions, file: Path) -> None:
+def _write_reference(name: str, mode: str, options: BenchmarkOptions, file: Path) -> None:
+    """Write what a mode should compute: layers that stay packed do not round decoded numbers, others do."""
     with _process() as worker:
         compressed = is_compressed(resolve_model_path(name), trust=options.trust_remote_code)
+        opened = "packed" if mode == "packed" else "dense"
         worker.ask(
-            "open", name=name, threads=options.threads, mode="dense" if compressed else None, dtype="float32",
+            "open", name=name, threads=options.threads, mode=opened if compressed else None, dtype="float32",
             trust_remote_code=options.trust_remote_code,
         )  # fmt: skip
         worker.ask("reference", file=str(file))

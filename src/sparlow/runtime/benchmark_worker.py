@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TextIO
 
 import psutil
@@ -17,6 +18,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from sparlow.errors import InputError, RunError
 from sparlow.machine import machine, peak_memory, reset_peak_memory
+from sparlow.runtime.ends import PackedEmbedding
 from sparlow.runtime.options import RunningOptions
 from sparlow.runtime.packed import PackedModule
 from sparlow.runtime.running import Clock, Running, open_to_run
@@ -88,12 +90,27 @@ class Worker:
 
     @torch.no_grad()
     def reference(self, file: str) -> dict[str, Any]:
-        """Write what ``logits`` should give, from one pass of the model itself."""
+        """Write what ``logits`` should give, from one pass of the model itself, without the kernel."""
         leave_step(self._model)
         untyped: Any = self._model
+        _expand(self._model)
         found = untyped(_random_ids(self._model, 1, CHECKED)).logits[0, BEGUN - 1 :]
         save_file({"logits": found.float().contiguous()}, file)
         return {}
+
+
+def _expand(model: PreTrainedModel) -> None:
+    """Put dense weights in the place of packed ones, in float32, rounded only where packed layers round them."""
+    packed = [module for module in model.modules() if isinstance(module, PackedModule)]
+    rows = next((module.packed.dtype for module in packed if isinstance(module, PackedEmbedding)), None)
+    for module in packed:
+        module.packed = replace(module.packed, dtype=torch.float32)
+    untyped: Any = model
+    if packed:
+        untyped.dequantize()
+    if rows is not None:  # an embedding rounds the rows that it looks up; a head that is tied to it does not
+        embedding = untyped.get_input_embeddings()
+        embedding.weight = nn.Parameter(embedding.weight.detach().to(rows).float())
 
 
 def _random_ids(model: PreTrainedModel, batch: int, tokens: int) -> Tensor:
