@@ -75,6 +75,11 @@ def machine() -> dict[str, Any]:
     }
 
 
+def has_bfloat16_arithmetic() -> bool:
+    """Whether this processor has instructions for bfloat16; without them torch is slower in it than in float32."""
+    return "BF16" in _processor()[1]
+
+
 def described(record: Mapping[str, Any]) -> str:
     """One line on a machine, of what its record has."""
     sets, memory = record.get("instruction_sets"), record.get("memory")

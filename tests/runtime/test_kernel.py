@@ -127,6 +127,17 @@ def test_a_product_is_that_of_the_stored_numbers(path, weight, tokens, seed):
     assert ((y - right).abs() <= ROUNDING * size).all()
 
 
+@quick
+@given(weights(), st.integers(1, TOKENS + 3), st.integers(0, 2**31))
+def test_inputs_in_bfloat16_round_the_weight_only_where_tokens_are_many(weight, tokens, seed):
+    packed, shape, exact = weight
+    x = inputs(tokens, shape[1], seed).bfloat16()
+    y = operand(packed.tensors, shape, packed.grid, exact[3]).product(x)
+    right, size = expected(exact, x.double())
+    assert y.dtype == torch.float32
+    assert ((y - right).abs() <= (ROUNDING if tokens <= TOKENS else 2**-8) * size).all()
+
+
 @path
 @quick
 @given(weights(CODES), st.integers(1, TOKENS), st.integers(0, 2**31))

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import IO, Any
 
@@ -205,8 +206,7 @@ def _variants(name: str, options: BenchmarkOptions) -> Iterator[tuple[str, str]]
     if not is_compressed(resolve_model_path(name), trust=options.trust_remote_code):
         yield from (("dense", dtype) for dtype in options.dtype)
         return
-    for mode in options.mode:
-        yield from ((mode, dtype) for dtype in (options.dtype if mode != "packed" else ("float32",)))
+    yield from product(options.mode, options.dtype)
 
 
 def _opened(

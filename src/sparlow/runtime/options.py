@@ -87,10 +87,10 @@ class BenchmarkOptions:
 
     mode: Annotated[
         tuple[str, ...],
-        Doc("Modes of compressed models: packed, which computes in float32, merged or dense, in each --dtype."),
+        Doc("Modes of compressed models: packed, merged or dense, in each --dtype."),
         MEASURED,
     ] = ("packed",)
-    dtype: Annotated[tuple[str, ...], Doc("Data types of dense models: float32, bfloat16 or float16."), MEASURED] = (
+    dtype: Annotated[tuple[str, ...], Doc("Data types to compute in: float32, bfloat16 or float16."), MEASURED] = (
         "float32",
         "bfloat16",
     )

@@ -13,6 +13,7 @@ from torch.utils.dlpack import from_dlpack
 
 from sparlow.errors import InputError
 from sparlow.linalg.grid import Grid
+from sparlow.machine import has_bfloat16_arithmetic
 from sparlow.model.artefact.layers import SparseLowRankLinear, StillPacked
 from sparlow.model.artefact.stored_form import PARTS, unpack_weight
 from sparlow.runtime.product import Operand, operand
@@ -159,7 +160,8 @@ class PackedModule(StillPacked):
 class PackedLinear(PackedModule):
     """y = x Sᵀ + (x Vᵀ) Uᵀ + b on the CPU, S, U and V being decoded on the way, in float32 and unrounded.
 
-    The result has the type of x. Gradients reach x, but nothing of the layer is trained; ``dequantize`` gives a layer
+    Only many tokens in bfloat16 are multiplied by S in bfloat16, where the processor has instructions for that. The
+    result has the type of x. Gradients reach x, but nothing of the layer is trained; ``dequantize`` gives a layer
     for that.
 
     Args:
@@ -198,7 +200,9 @@ class PackedLinear(PackedModule):
             )
         if x.shape[-1] != self.in_features:
             raise InputError(f"The input must have {self.in_features} columns, not {x.shape[-1]}.")
-        flat = x.detach().reshape(-1, self.in_features).float().contiguous()
+        flat = x.detach().reshape(-1, self.in_features).contiguous()
+        if x.dtype != torch.bfloat16 or not has_bfloat16_arithmetic():
+            flat = flat.float()
         y = self.described().product(flat, rounded=self.activations == "int8")
         return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
 

@@ -1,4 +1,4 @@
-"""y = x Wᵀ + b by the kernel, for a weight as it is stored: few tokens at once, or many by tiles of rows in float32.
+"""y = x Wᵀ + b by the kernel, for a weight as it is stored: few tokens at once, or many by tiles of rows.
 
 Layers that read one input are multiplied by it in one call: ``joined`` describes them once, and ``products`` is for a
 single use.
@@ -79,17 +79,20 @@ class Operand:
         """Return x Wᵀ + b (tokens, out) in float32.
 
         Args:
-            x: (tokens, in) float32, contiguous.
+            x: (tokens, in) float32, contiguous; or in bfloat16, see ``Joined.product``.
             rounded: Round x to int8, a scale for each token and 128 columns, where the levels of S are integers.
         """
         return joined((self,)).product(x, rounded=rounded)
 
     def by_tiles(self, x: Tensor, y: Tensor) -> None:
-        """Write the product to y (tokens, out), in which a row may be part of a wider one."""
+        """Write the product to y (tokens, out) float32, in which a row may be part of a wider one."""
         for rows, tile in self.tiles():
-            torch.mm(x, tile.T, out=y[:, rows])
+            if x.dtype == torch.bfloat16:
+                y[:, rows] = x @ tile.bfloat16().T
+            else:
+                torch.mm(x, tile.T, out=y[:, rows])
         if self.U and self.V:
-            t = x @ self.decoded(self.V).T
+            t = x.float() @ self.decoded(self.V).T
             y.addmm_(t if self.fold is None else t * self.fold, self.decoded(self.U).T)
         if self.bias is not None:
             y.add_(self.bias)
@@ -151,9 +154,11 @@ class Joined:
         """Return x Wᵀ + b (tokens, rows of all) in float32, that of each weight beside the one before.
 
         Args:
-            x: (tokens, in) float32, contiguous.
+            x: (tokens, in) float32, contiguous; or in bfloat16, where S is rounded to it if there are many tokens.
             rounded: Round x to int8, a scale for each token and 128 columns, where the levels of an S are integers.
         """
+        if len(x) <= TOKENS:
+            x = x.float()
         y = torch.empty(len(x), sum(self.sizes), **_HERE)
         if len(x) > TOKENS:
             for operand, part in zip(self.operands, y.split(self.sizes, 1), strict=True):
