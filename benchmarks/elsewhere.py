@@ -1,106 +1,270 @@
-"""Results in other programs: ``python benchmarks/elsewhere.py DIR --text wikitext2_test.raw``.
+"""Results in other programs, each in an environment of its own: do they compute what sparlow computes?
 
-Makes an environment for ik-llama-cpp-python (a wheel; some 25 MB) outside of this one, exports DIR as GGUF in several
-ways, and compares perplexity and the likeliest tokens of the same windows with those of DIR itself in float32.
+    python benchmarks/packed.py MODEL --out DIR --forms int4:dense --levels integer --rank 16
+    python benchmarks/elsewhere.py DIR/int4-dense --text wikitext2_test.raw --json benchmarks/results/elsewhere.json
+        [--only vllm,llama.cpp] [--environments FOLDER]
+
+Any other finished directory will do as well. Exports it in each form, and compares the logits of the same windows, or
+the greedy tokens behind the same prompts, with those of the directory itself, opened by sparlow in float32. Makes the
+environments under --environments, of which vLLM's takes some minutes and 2 GB; rows of programs left out by --only stay
+in the file.
 """
 
 import argparse
 import json
+import os
+import socket
 import subprocess
 import sys
 import tempfile
-import venv
+import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from _environments import PROGRAMS, environment, versions
 from transformers import AutoTokenizer
 
 import sparlow
 from sparlow.machine import machine
 
-PACKAGE = "ik-llama-cpp-python"
-FORMS = (
+SCRIPTS = Path(__file__).parent / "elsewhere_programs"
+PROMPTS = ("The capital of France is", "Once upon a time", "def add(a, b):")
+TOKENS = 64
+CLOSE = {
+    "lora": 1e-4,
+    "compressed-tensors": 1e-4,
+    "merged": 5e-3,
+    "gguf": 0.01,
+}  # root mean square; gguf: perplexity, as in few bits
+GGUF = (
     {"type": "q8_0", "weights": "merged"},
     {"type": "q8_0", "weights": "sparse"},
     {"type": "f16", "weights": "merged"},
     {"type": "q4_0", "weights": "sparse"},
 )
-WORKER = Path(__file__).parent / "elsewhere_programs" / "llama_logits.py"
+PATIENCE = 600  # seconds for a server to be there
+Row = dict[str, Any]
 
 
-def environment(folder: Path) -> Path:
-    """Make an environment that has the package, and numpy from this one; return its Python."""
-    python = folder / "bin" / "python"
-    if not python.exists():
-        venv.create(folder, with_pip=False)
-        (borrowed,) = {str(Path(np.__file__).parents[1])}
-        (place,) = folder.glob("lib/python*/site-packages")
-        (place / "borrowed.pth").write_text(f"{borrowed}\n")
-        pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "-q", "--no-deps"]
-        subprocess.run([*pip, "--only-binary", ":all:", PACKAGE, "diskcache"], check=True)  # noqa: S603 - our own command
-    return python
+class Ours:
+    """What sparlow itself computes with a directory, in float32."""
+
+    def __init__(self, folder: Path, text: Path, windows: int, seqlen: int) -> None:
+        self.folder = folder
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokens = self.tokenizer(text.read_text("utf-8")[:100_000]).input_ids
+        self.ids = torch.tensor(tokens[: windows * seqlen]).view(windows, seqlen)
+        self.prompts = [self.tokenizer(prompt).input_ids for prompt in PROMPTS]
+        model: Any = sparlow.load(folder, dtype=torch.float32)
+        with torch.no_grad():
+            self.logits = torch.cat([model(row[None]).logits for row in self.ids]).numpy()
+            self.tokens = [self._greedy(model, prompt) for prompt in self.prompts]
+
+    def _greedy(self, model: Any, prompt: list[int]) -> list[int]:  # noqa: ANN401 - a model
+        found = model.generate(torch.tensor([prompt]), max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False)
+        tokens: list[int] = found[0, len(prompt) :].tolist()
+        return tokens
+
+    def scored(self, found: Row, *, exact: bool) -> Row:
+        """Compare greedy tokens, and likelihoods of the windows, which decide where numbers were rounded."""
+        equal = [agreeing(one, other) for one, other in zip(self.tokens, found["tokens"], strict=True)]
+        own, theirs = likelihoods(self.logits, self.ids), torch.tensor(found["likelihoods"])
+        here, there = (float((-each.mean()).exp()) for each in (own, theirs))
+        right = min(equal) == TOKENS if exact else abs(there / here - 1) < CLOSE["gguf"]
+        error = float((own - theirs).square().mean().sqrt())
+        about = {"equal_tokens": equal, "of": TOKENS, "rms_of_likelihoods": error}
+        return {**about, "perplexity_here": here, "perplexity_there": there, "right": right}
+
+    def compared(self, logits: np.ndarray) -> Row:
+        """Compare the logits of the windows."""
+        logits = logits[..., : self.logits.shape[-1]]
+        error = float(np.sqrt(((logits - self.logits) ** 2).mean() / (self.logits**2).mean()))
+        same = float((self.logits.argmax(-1) == logits.argmax(-1)).mean())
+        ours, theirs = perplexity(self.logits, self.ids), perplexity(logits, self.ids)
+        return {"rms": error, "same_token": same, "perplexity_here": ours, "perplexity_there": theirs}
 
 
 def perplexity(logits: np.ndarray, ids: torch.Tensor) -> float:
     """Of windows of tokens, each without its first."""
-    likelihoods = torch.log_softmax(torch.as_tensor(logits).float()[:, :-1], -1)
-    return float((-likelihoods.gather(-1, ids[:, 1:, None]).mean()).exp())
+    return float((-likelihoods(logits, ids).mean()).exp())
 
 
-def in_llama(python: Path, folder: Path, ids: torch.Tensor, scratch: Path) -> np.ndarray:
-    """Logits by ik_llama.cpp of an export."""
-    np.save(scratch / "ids.npy", ids.numpy().astype(np.int32))
-    adapter = [str(path) for path in [folder / "adapter.gguf"] if path.exists()]
-    files = [str(folder / "model.gguf"), str(scratch / "ids.npy"), str(scratch / "logits.npy")]
-    done = subprocess.run([python, WORKER, *files, *adapter], capture_output=True, text=True, check=False)  # noqa: S603
+def likelihoods(logits: np.ndarray, ids: torch.Tensor) -> torch.Tensor:
+    """Return the logarithms (windows, tokens - 1) of the likelihoods of the tokens behind each window's first."""
+    every = torch.log_softmax(torch.as_tensor(logits).float()[:, :-1], -1)
+    return every.gather(-1, ids[:, 1:, None])[..., 0]
+
+
+def run(python: Path, script: str, *words: object) -> None:
+    """Run one of the scripts in its environment."""
+    command = [str(python), str(SCRIPTS / script), *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=_bare())  # noqa: S603 - our own
     if done.returncode:
-        raise SystemExit(done.stderr[-2000:])
+        raise SystemExit(f"{script} failed:\n{done.stderr[-3000:]}")
+
+
+def _bare() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+
+def logits_of(python: Path, script: str, ours: Ours, scratch: Path, model: Path, *more: Path) -> np.ndarray:
+    """Return the logits that a program computes of the windows."""
+    np.save(scratch / "ids.npy", ours.ids.numpy().astype(np.int32))
+    run(python, script, model, scratch / "ids.npy", scratch / "logits.npy", *more)
     return np.load(scratch / "logits.npy")
 
 
-def rows(options: argparse.Namespace, ids: torch.Tensor, scratch: Path) -> Iterator[dict[str, Any]]:
-    """Yield what was measured of each form."""
-    python = environment(options.environment)
-    model = sparlow.load(options.folder, dtype=torch.float32)
-    with torch.no_grad():
-        ours = torch.cat([model(row[None]).logits for row in ids]).numpy()
-    for form in FORMS:
-        out = scratch / "-".join(form.values())
-        found = sparlow.export(options.folder, out, form="gguf", options=form)
-        theirs = in_llama(python, out, ids, scratch)
-        same = float((ours.argmax(-1) == theirs.argmax(-1)).mean())
-        numbers = {"ours": perplexity(ours, ids), "theirs": perplexity(theirs, ids), "same_token": same}
-        row = {**form, **numbers, "bytes": found.bytes, "notes": found.notes}
-        print(
-            f"{out.name}: {row['ours']:.3f} here, {row['theirs']:.3f} there, {same:.1%} of the likeliest tokens equal"
-        )
-        yield row
+def exported(ours: Ours, scratch: Path, form: str, **options: str) -> Path:
+    """Export the directory; return where to."""
+    out = scratch / "-".join([form, *options.values()])
+    if not out.exists():
+        sparlow.export(ours.folder, out, form=form, options=options)
+    return out
 
 
-def main() -> None:
+def in_transformers(python: Path, ours: Ours, scratch: Path) -> Iterator[Row]:
+    """Without sparlow: merged, and the two forms that have an adapter, with PEFT."""
+    for form in ("merged", "lora", "compressed-tensors"):
+        out = exported(ours, scratch, form)
+        words = (out,) if form == "merged" else (out / "base", out)
+        found = ours.compared(logits_of(python, "peft_logits.py", ours, scratch, *words[:1], *words[1:]))
+        yield {"form": form, **found, "right": found["rms"] < CLOSE[form]}
+
+
+def in_llama(python: Path, ours: Ours, scratch: Path) -> Iterator[Row]:
+    """GGUF, merged or with an adapter, of each type."""
+    for options in GGUF:
+        out = exported(ours, scratch, "gguf", **options)
+        adapter = [path for path in [out / "adapter.gguf"] if path.exists()]
+        found = ours.compared(logits_of(python, "llama_logits.py", ours, scratch, out / "model.gguf", *adapter))
+        apart = abs(found["perplexity_there"] / found["perplexity_here"] - 1)
+        yield {"form": f"gguf {' '.join(options.values())}", **found, "right": apart < CLOSE["gguf"]}
+
+
+def in_mlx(python: Path, ours: Ours, scratch: Path) -> Iterator[Row]:
+    """The merged form."""
+    found = ours.compared(logits_of(python, "mlx_logits.py", ours, scratch, exported(ours, scratch, "merged")))
+    yield {"form": "merged", **found, "right": found["rms"] < CLOSE["merged"]}
+
+
+def in_openvino(python: Path, ours: Ours, scratch: Path) -> Iterator[Row]:
+    """The merged form, by OpenVINO's own converter."""
+    found = ours.compared(logits_of(python, "openvino_logits.py", ours, scratch, exported(ours, scratch, "merged")))
+    yield {"form": "merged", **found, "right": found["rms"] < CLOSE["merged"]}
+
+
+def in_vllm(python: Path, ours: Ours, scratch: Path) -> Iterator[Row]:
+    """The directory itself by the plug-in, eager and compiled; compressed-tensors with the adapter; the server."""
+    coded, merged = (exported(ours, scratch, form) for form in ("compressed-tensors", "merged"))
+    cases = (
+        ("the directory, by the plug-in", (ours.folder,), "float32", True),
+        ("the directory, by the plug-in, compiled", (ours.folder,), "float32", False),
+        ("merged", (merged,), "float32", True),
+        ("compressed-tensors with LoRA", (coded / "base", coded), "bfloat16", True),  # its kernel has no float32
+    )
+    for form, (model, *adapter), dtype, eager in cases:
+        asked = {"prompts": ours.prompts, "tokens": TOKENS, "dtype": dtype, "repeats": 1, "eager": eager}
+        (scratch / "asked.json").write_text(json.dumps({**asked, "windows": ours.ids.tolist()}))
+        run(python, "vllm_greedy.py", model, scratch / "asked.json", scratch / "found.json", *adapter)
+        exact = dtype == "float32" and model == ours.folder
+        yield {
+            "form": form,
+            "dtype": dtype,
+            **ours.scored(json.loads((scratch / "found.json").read_text()), exact=exact),
+        }
+    yield {"form": "vllm serve, /v1/completions", **served(python, ours)}
+
+
+def agreeing(one: list[int], other: list[int]) -> int:
+    """Return how many tokens two texts have in common from the start."""
+    return next((i for i, pair in enumerate(zip(one, other, strict=True)) if pair[0] != pair[1]), len(one))
+
+
+def served(python: Path, ours: Ours) -> Row:
+    """Ask ``vllm serve DIR`` for a completion."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = ["serve", ours.folder, "--port", port, "--dtype", "float32", "--max-model-len", 512, "--max-num-seqs", 2]
+    environ = _bare() | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    with tempfile.TemporaryFile() as log:
+        command = [str(python.parent / "vllm"), *map(str, words), "--enforce-eager"]
+        server = subprocess.Popen(command, stdout=log, stderr=log, env=environ)  # noqa: S603 - our own command
+        try:
+            text = _completion(server, f"http://127.0.0.1:{port}", str(ours.folder))
+        finally:
+            server.terminate()
+            server.wait(60)
+    expected = ours.tokenizer.decode(ours.tokens[0][:32])
+    return {"prompt": PROMPTS[0], "text": text, "right": text == expected}
+
+
+def _completion(server: "subprocess.Popen[bytes]", address: str, model: str) -> str:
+    asked = {"model": model, "prompt": PROMPTS[0], "max_tokens": 32, "min_tokens": 32, "temperature": 0}
+    request = urllib.request.Request(f"{address}/v1/completions", json.dumps(asked).encode())  # noqa: S310 - of this machine
+    request.add_header("Content-Type", "application/json")
+    start = time.monotonic()
+    while time.monotonic() - start < PATIENCE and server.poll() is None:
+        try:
+            with urllib.request.urlopen(request, timeout=PATIENCE) as answer:  # noqa: S310 - the same
+                text: str = json.load(answer)["choices"][0]["text"]
+                return text
+        except urllib.error.URLError:
+            time.sleep(2)
+    return "no answer"
+
+
+CHECKS = {
+    "transformers": in_transformers,
+    "llama.cpp": in_llama,
+    "vllm": in_vllm,
+    "mlx": in_mlx,
+    "openvino": in_openvino,
+}
+
+
+def write(path: Path, rows: list[Row], given: argparse.Namespace) -> None:
+    """Put the rows of the programs that were tried in the place of earlier ones."""
+    about = {"machine": machine(), "sparlow": sparlow.__version__, "model": given.folder.name}
+    about |= {"windows": given.windows, "seqlen": given.seqlen, "prompts": PROMPTS}
+    before = json.loads(path.read_text("utf-8"))["rows"] if path.exists() else []
+    tried = {row["program"] for row in rows}
+    kept = [row for row in before if row["program"] not in tried] + rows
+    kept.sort(key=lambda row: [*CHECKS].index(row["program"]))
+    path.write_text(json.dumps({**about, "rows": kept}, indent=1) + "\n", "utf-8")
+
+
+def main() -> int:
     """Run it."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--windows", type=int, default=3)
     parser.add_argument("--seqlen", type=int, default=256)
-    parser.add_argument("--environment", type=Path, default=Path(tempfile.gettempdir()) / "sparlow-elsewhere")
+    parser.add_argument("--only", default=",".join(PROGRAMS))
+    parser.add_argument("--environments", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
-    tokens = AutoTokenizer.from_pretrained(given.folder)(given.text.read_text("utf-8")[:100_000]).input_ids
-    text = torch.tensor(tokens[: given.windows * given.seqlen]).view(given.windows, given.seqlen)
+    ours = Ours(given.folder, given.text, given.windows, given.seqlen)
+    rows: list[Row] = []
     with tempfile.TemporaryDirectory() as where:
-        measured = list(rows(given, text, Path(where)))
-    if given.json:
-        about = {"date": datetime.now(UTC).date().isoformat(), "machine": machine(), "sparlow": sparlow.__version__}
-        about |= {"transformers": version("transformers"), "windows": given.windows, "seqlen": given.seqlen}
-        given.json.write_text(json.dumps({**about, "program": PACKAGE, "rows": measured}, indent=1) + "\n", "utf-8")
+        for program in given.only.split(","):
+            python = environment(program, given.environments)
+            about = {"program": program, "date": datetime.now(UTC).date().isoformat()}
+            about["versions"] = versions(python, program)
+            for row in CHECKS[program](python, ours, Path(where)):
+                print(f"{program}: {row}", flush=True)
+                rows.append({**about, **row})
+            if given.json:
+                write(given.json, rows, given)
+    return 0 if all(row["right"] for row in rows) else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,7 +1,7 @@
 """Directories in packed forms without a solver, for measuring how fast they run: what they say is of no worth.
 
     python benchmarks/packed.py MODEL_OR_SHAPE --out DIR [--forms bf16:16:32,int8:16:32,int4:dense] [--rank 64]
-        [--ends int8] [--blocks 16] [--copies]
+        [--levels integer] [--ends int8] [--blocks 16] [--copies]
 
 A form is a type of values, then a pattern. The largest entries of each group stay and are rounded to nearest, U and V
 are random and small, in int8 where the values are. A shape is one of ``_shapes.py``, whose random dense model goes to
@@ -29,7 +29,7 @@ from sparlow.model.forward.decoder import Decoder
 from sparlow.model.loading.source import open_model
 
 
-def packed(weight: CompressibleWeight, values: str, pattern: str, rank: int) -> SparseLowRankLinear:
+def packed(weight: CompressibleWeight, values: str, pattern: str, rank: int, levels: str) -> SparseLowRankLinear:
     """Return a layer in a form, its weight on the grid that holds its largest entries."""
     W, dtype = weight.read().float(), weight.dtype
     mask = None if pattern == "dense" else parse_pattern("0.5" if pattern == "free" else pattern).mask(W.abs())
@@ -39,7 +39,7 @@ def packed(weight: CompressibleWeight, values: str, pattern: str, rank: int) -> 
     if values == "bf16":
         S = W if mask is None else W * mask
         return SparseLowRankLinear(S.to(dtype), U.to(dtype), V.to(dtype), weight.bias)
-    grid = make_grid(values)
+    grid = make_grid(values, levels)
     if grid is None:
         raise SystemExit(f"There are no values of type {values}.")
     found = stored_grid(grid_of_largest(W, grid, masked=mask is not None))
@@ -89,7 +89,7 @@ def write_form(source: str, form: str, given: argparse.Namespace, out: Path) -> 
                 copy_block(writer, decoder, i)
             else:
                 for weight in decoder.weights(i).values():
-                    weight.put(packed(weight, values, pattern, given.rank))
+                    weight.put(packed(weight, values, pattern, given.rank, given.levels))
                 writer.write_block(i, block)
             block.to("meta")  # written; its memory is free
         writer.write_rest(model)
@@ -103,6 +103,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--forms", default="bf16:16:32,int8:16:32,int4:dense")
     parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--levels", default="auto", choices=("auto", "integer", "half", "book"))
     parser.add_argument("--ends", default="int8", choices=("keep", "int8", "int4"))
     parser.add_argument("--blocks", type=int, default=16)
     parser.add_argument("--copies", action="store_true")

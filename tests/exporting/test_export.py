@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import sparlow
 from artefacts import edit
 from command_line import run
-from results import logits, write_result
+from results import byte_tokenizer, logits, write_result
 from sparlow.cli import display
 from sparlow.exporting import _registry
 from sparlow.exporting.adapter import RANKS, common_rank, targets
@@ -255,3 +255,38 @@ def test_the_command_lists_what_is_registered_and_exports(llama, tmp_path, capsy
     assert f"vllm serve {tmp_path / 'out'}/base --enable-lora --max-lora-rank 16" in " ".join(shown.split())
     assert run("export", llama, "--as", "lora") == 2
     assert "--out is missing" in capsys.readouterr().err
+
+
+FORMS = {
+    "merged": {},
+    "lora": {},
+    "compressed-tensors": {},
+    "gguf": {"type": "q8_0", "weights": "sparse"},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_full_disk_is_told_before_anything_is_written(form, tmp_path, monkeypatch):
+    """What is said to be needed is what the large files take: their headers are all that comes on top."""
+    if form == "gguf":
+        pytest.importorskip("gguf")
+    options = {"values": "int4", "levels": "integer", "group": 16, "pattern": "dense", "embedding": "int8"}
+    write_result(tmp_path / "in", ranks=(3, 0, 9), tokenizer=byte_tokenizer(), **options)
+    monkeypatch.setattr("sparlow.exporting.export.disk_available", lambda _: 1000)
+    with pytest.raises(sparlow.InputError, match=r"^The export takes \d+\.\d MB, and 0.0 MB are free for .*out. Free"):
+        sparlow.export(tmp_path / "in", tmp_path / "out", form=form, options=FORMS[form])
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+    monkeypatch.undo()
+    asked = []
+    monkeypatch.setattr("sparlow.exporting.export._require_space", lambda _, needed: asked.append(needed))
+    sparlow.export(tmp_path / "in", tmp_path / "out", form=form, options=FORMS[form])
+    files = [file for file in (tmp_path / "out").rglob("*") if file.suffix in (".safetensors", ".gguf")]
+    headers = {".safetensors": lambda file: 8 + int.from_bytes(file.read_bytes()[:8], "little"), ".gguf": gguf_header}
+    taken = sum(file.stat().st_size - headers[file.suffix](file) for file in files)
+    assert asked[0] <= taken <= 1.02 * asked[0]  # GGUF fills up tensors to 32 bytes
+
+
+def gguf_header(file):
+    from gguf import GGUFReader
+
+    return GGUFReader(file).data_offset

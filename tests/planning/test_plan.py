@@ -1,4 +1,5 @@
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -267,6 +268,20 @@ def test_the_choices_are_sorted_say_what_fits_and_have_the_bytes_that_are_writte
     within = foreseen(folder, Recipe(size=f"{every[-2].bytes}B", **QUICK)).choices
     assert [choice.fits for choice in within] == [choice.bytes <= every[-2].bytes for choice in every]
     assert {choice.fits for choice in within} == {True, False}
+
+
+def test_forms_that_a_model_cannot_take_are_named_with_the_reason(folder):
+    """A method without a low-rank part has none of the forms with one; every form is either listed or left out."""
+    pruner = {"algorithm": "magnitude", **SIZES}
+    found = foreseen(folder, Recipe(**pruner))
+    names = [name for left in found.left_out for name in left.names]
+    assert sorted([*names, *(choice.name for choice in found.choices)]) == sorted(f["name"] for f in measured()["form"])
+    assert names
+    for left in found.left_out:
+        rows = [row for row in measured()["form"] if row["name"] in left.names]
+        for row in rows:
+            with pytest.raises(sparlow.InputError, match=re.escape(left.why)):
+                foreseen(folder, Recipe(**{**pruner, **row["recipe"]}))
 
 
 def test_every_measured_form_is_a_recipe_and_the_figures_name_their_origin():

@@ -239,6 +239,8 @@ def _show_choices(found: "Plan") -> None:
         rows.append((choice.name, *sizes, choice.speed, "; ".join(choice.opened_by), options))
     head = ("form", "whole file", "bits", "", "perplexity", "on a CPU (packed)", "opened by", "options")
     out.print(_table(head, rows, left=True))
+    for left in found.left_out:
+        out.print(f"left out: {', '.join(left.names)}: {left.why}", markup=False, highlight=False)
     about = measured()
     out.print(
         f"perplexity as a multiple of the dense model's, measured with {about['model']} ({about['text']}). "

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
-from typing import Any, Protocol
+from typing import Any
 
 from sparlow.errors import InputError
 from sparlow.exporting.stored import Stored
@@ -33,11 +33,17 @@ class Exported:
     commands: list[str] = field(default_factory=list)
 
 
-class Writer(Protocol):
-    """Writes a form into an empty directory. All that makes it impossible has been said before by ``prepare``."""
+@dataclass(frozen=True)
+class Writer:
+    """What writes a form. All that makes it impossible has been said before, by ``Form.prepare``.
 
-    def __call__(self, folder: Path, notify: Notify) -> Exported:
-        """Write, and say what was written; ``out`` is set by the caller."""
+    Attributes:
+        write: Writes into an empty directory, and says what was written; ``out`` is set by the caller.
+        bytes: That it will take, without what is small.
+    """
+
+    write: Callable[[Path, Notify], Exported]
+    bytes: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from sparlow.exporting._registry import Exported, Writer, form
 from sparlow.exporting.adapter import BASE, sign
 from sparlow.exporting.directory import checkpoint_names, meta_model_of, write_plain
 from sparlow.exporting.integers import Need, exact_integers, group_of, rounded_integers
-from sparlow.exporting.lora import adapt, adapter_commands, require_adapter
+from sparlow.exporting.lora import adapt, adapter_bytes, adapter_commands, require_adapter
 from sparlow.exporting.stored import Layer, Stored
 from sparlow.progress import Notify
 from sparlow.schema import Doc
@@ -68,7 +68,21 @@ def compressed_tensors(stored: Stored, *, round: Rounding = "no") -> Writer:  # 
         found.notes = _notes(bits, groups, rounded, stored)
         return found
 
-    return write
+    return Writer(write, _bytes(stored, bits, groups) + (adapter_bytes(stored, rank) if rank else 0))
+
+
+def _bytes(stored: Stored, bits: Mapping[str, int], groups: Mapping[str, int]) -> int:
+    """Return the bytes of the base."""
+    total = 0
+    for name, dense in stored.dense_bytes.items():
+        layer = name.removesuffix(".weight")
+        if layer not in bits:
+            total += dense
+            continue
+        (out, columns), size = stored.shape(layer), stored.layers[layer].scheme.dtype.itemsize
+        total += out * (-(-columns * bits[layer] // _WORD) * (_WORD // 8) + columns // groups[layer] * size)
+        total += 2 * torch.int64.itemsize  # the shape
+    return total
 
 
 def _bits(stored: Stored, name: str, rounding: str) -> int:

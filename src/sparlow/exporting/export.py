@@ -12,7 +12,8 @@ from filelock import FileLock, Timeout
 from sparlow.errors import InputError, RunError, reason
 from sparlow.exporting._registry import Exported, find
 from sparlow.exporting.stored import Stored
-from sparlow.files import follow_umask, partial_of, read_json, sync_folder, write_json
+from sparlow.files import follow_umask, human_bytes, partial_of, read_json, sync_folder, write_json
+from sparlow.machine import disk_available
 from sparlow.own_settings import own_settings
 from sparlow.progress import Notify
 
@@ -51,9 +52,10 @@ def export(
     source, target = Path(folder), Path(out)
     _require_free(source, target, overwrite=overwrite)
     stored = Stored(source)
-    write = chosen.prepare(stored, **given)
+    writer = chosen.prepare(stored, **given)
+    _require_space(target, writer.bytes)
     with _beside(target) as partial:
-        found = write(partial, notify)
+        found = writer.write(partial, notify)
         write_json(partial / MARK, {"form": form, "options": given, "run": stored.fingerprint})
         for inner in (partial, *(path for path in partial.rglob("*") if path.is_dir())):
             follow_umask(inner)
@@ -80,6 +82,16 @@ def _require_free(source: Path, target: Path, *, overwrite: bool) -> None:
         raise InputError(f"{target} is not empty and holds no export of sparlow. Choose another --out.")
     if not overwrite:
         raise InputError(f"{target} holds an export. Choose another --out, or add --overwrite to replace it.")
+
+
+def _require_space(target: Path, needed: int) -> None:
+    """See that the disk has room; an export that is replaced is there until the new one is whole."""
+    free = disk_available(target)
+    if needed > free:
+        raise InputError(
+            f"The export takes {human_bytes(needed)}, and {human_bytes(free)} are free for {target}. Free disk space, "
+            "or choose another --out."
+        )
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections.abc import Callable, Iterator
+from math import prod
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -22,7 +23,7 @@ from sparlow.exporting.gguf_families import (
     settings,
 )
 from sparlow.exporting.gguf_tokenizer import tokenizer_fields
-from sparlow.exporting.lora import require_adapter
+from sparlow.exporting.lora import adapter_bytes, require_adapter
 from sparlow.exporting.stored import Layer, Stored
 from sparlow.files import replacing
 from sparlow.progress import Notify, counting
@@ -80,7 +81,7 @@ def gguf(stored: Stored, *, type: Type = "q8_0", weights: Weights = "merged") ->
         found.commands.append(f"Ollama: a Modelfile of {lines}, then ollama create NAME -f Modelfile")
         return found
 
-    return write
+    return Writer(write, sum(map(_bytes, entries)) + (adapter_bytes(stored, rank, 4) if rank else 0))
 
 
 class _File:
@@ -224,6 +225,12 @@ def _writer(path: Path, arch: str, fields: dict[str, Any]) -> Any:  # noqa: ANN4
     return writer
 
 
+def _bytes(entry: Entry) -> int:
+    if entry.kind in BITS:
+        return prod(byte_shape(entry.shape, entry.kind))
+    return prod(entry.shape) * {"f32": 4, "f16": 2}[entry.kind]
+
+
 def _announce(writer: Any, entry: Entry) -> None:  # noqa: ANN401 - gguf's
     import numpy as np
     from gguf.constants import GGMLQuantizationType
@@ -231,8 +238,8 @@ def _announce(writer: Any, entry: Entry) -> None:  # noqa: ANN401 - gguf's
     blocks = entry.kind in BITS
     shape = byte_shape(entry.shape, entry.kind) if blocks else entry.shape
     kind = np.dtype({"f32": np.float32, "f16": np.float16}.get(entry.kind, np.uint8))
-    size = int(np.prod(shape)) * kind.itemsize
-    writer.add_tensor_info(entry.name, shape, kind, size, GGMLQuantizationType[_TYPES[entry.kind]] if blocks else None)
+    quantized = GGMLQuantizationType[_TYPES[entry.kind]] if blocks else None
+    writer.add_tensor_info(entry.name, shape, kind, _bytes(entry), quantized)
 
 
 def _begin(writer: Any) -> None:  # noqa: ANN401 - gguf's

@@ -37,7 +37,7 @@ def lora(stored: Stored) -> Writer:
         found.commands = adapter_commands(rank)
         return found
 
-    return write
+    return Writer(write, sum(stored.dense_bytes.values()) + adapter_bytes(stored, rank))
 
 
 def require_adapter(stored: Stored) -> int:
@@ -51,6 +51,12 @@ def adapt(stored: Stored, folder: Path, parts: dict[str, tuple[Tensor, Tensor]])
     """Write the adapter of a stored model."""
     transposed = all(stored.layers[name].scheme.transposed for name in parts)
     write_adapter(folder, parts, stored.modules(), transposed=transposed)
+
+
+def adapter_bytes(stored: Stored, rank: int, itemsize: int | None = None) -> int:
+    """Return the bytes of the adapter; U and V have the type of S unless one of so many bytes is given."""
+    sizes = ((sum(stored.shape(name)), stored.layers[name].scheme.dtype.itemsize) for name in stored.ranks)
+    return sum(rank * size * (itemsize or own) for size, own in sizes)
 
 
 def own(stored: Stored) -> str:

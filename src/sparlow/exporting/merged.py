@@ -36,4 +36,4 @@ def merged(stored: Stored) -> Writer:
         ]
         return found
 
-    return write
+    return Writer(write, sum(stored.dense_bytes.values()))

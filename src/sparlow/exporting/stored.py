@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,16 @@ class Stored:
                     yield from ((f"{name}.bias", parts["bias"].shape) for _ in range("bias" in parts))
                 elif name not in self.records:
                     yield from ((f"{name}.{part}" if name else part, header.shape) for part, header in parts.items())
+
+    @cached_property
+    def dense_bytes(self) -> dict[str, int]:
+        """Bytes of each tensor of the dense model, in the types that it has here."""
+        found = {}
+        for name, shape in self.outline():
+            record = self.records.get(name.removesuffix(".weight"))
+            dtype = record.scheme.dtype if record else self.headers[name].dtype
+            found[name] = prod(shape) * (dtype.itemsize if dtype else 8)  # of a type that is not known, the widest
+        return found
 
     def _inside(self, file: Path) -> dict[str, dict[str, Header]]:
         return by_layer({name: header for name, header in self.headers.items() if header.file == file})

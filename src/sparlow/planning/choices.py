@@ -62,20 +62,34 @@ def measured() -> dict[str, Any]:
     return tomllib.loads(files(__package__ or "sparlow.planning").joinpath("measured.toml").read_text("utf-8"))
 
 
-def choices(model: PreTrainedModel, recipe: Recipe) -> tuple[Choice, ...]:
-    """Return the forms in the order of their bytes.
+@dataclass(frozen=True)
+class LeftOut:
+    """Forms that a model cannot take.
+
+    Attributes:
+        names: Theirs.
+        why: The sentence that ``compress`` would stop with.
+    """
+
+    names: tuple[str, ...]
+    why: str
+
+
+def choices(model: PreTrainedModel, recipe: Recipe) -> tuple[tuple[Choice, ...], tuple[LeftOut, ...]]:
+    """Return the forms in the order of their bytes, and those that are left out, by reason.
 
     Args:
         model: It may be on the meta device.
         recipe: Says what is left dense, and the bits or the size that is asked for.
     """
     decoder, storage = Decoder.of(model), StoredDtypes.of(model)
-    found = []
+    found, left = [], dict[str, list[str]]()
     for row in measured()["form"]:
         try:
             one = recipe.changed(**{**_UNASKED, **row["recipe"]})
             selection = select(model, decoder, one, storage)
-        except InputError:  # the method has no low-rank part, or the layers are too small
+        except InputError as problem:  # the method has no low-rank part, say, or a pattern does not divide the columns
+            left.setdefault(str(problem), []).append(row["name"])
             continue
         layers = {name: weight for name, weight in decoder.layers() if name in selection.budgets}
         sizes = {name: (weight.shape, storage.of_layer(name).itemsize) for name, weight in layers.items()}
@@ -89,7 +103,8 @@ def choices(model: PreTrainedModel, recipe: Recipe) -> tuple[Choice, ...]:
         fits = _fits(recipe, total, bits, storage.bytes_of(model))
         opened = opened_by(make_grid(one.values or "model", one.levels, one.group or "128"))
         found.append(Choice(row["name"], dict(row["recipe"]), total, bits, fits, ratio, row["speed"], opened))
-    return tuple(sorted(found, key=lambda choice: choice.bytes))
+    out = tuple(LeftOut(tuple(names), why) for why, names in left.items())
+    return tuple(sorted(found, key=lambda choice: choice.bytes)), out
 
 
 def _fits(recipe: Recipe, total: int, bits: float, dense: int) -> bool | None:

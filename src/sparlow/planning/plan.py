@@ -16,7 +16,7 @@ from sparlow.model.loading.left_out import left_out
 from sparlow.model.loading.meta import meta_model
 from sparlow.model.loading.objects import require_as_it_is, require_usable
 from sparlow.own_settings import own_settings
-from sparlow.planning.choices import Choice, choices
+from sparlow.planning.choices import Choice, LeftOut, choices
 from sparlow.planning.duration import seconds
 from sparlow.planning.memory import Disk, Stage, disk, stages
 from sparlow.planning.microbenchmarks import solver, speed, typical, workspace
@@ -79,6 +79,7 @@ class Plan:
         probe: ``seconds`` it took, and what it found of this machine and the algorithm.
         notes: What the numbers do not know.
         choices: The forms that the model can take, the smallest first: what fits, and what was measured of each.
+        left_out: The other forms, and why.
         version: Of these keys.
     """
 
@@ -101,6 +102,7 @@ class Plan:
     probe: dict[str, Any]
     notes: tuple[str, ...]
     choices: tuple[Choice, ...] = ()
+    left_out: tuple[LeftOut, ...] = ()
     version: int = VERSION
 
     def to_json(self) -> str:
@@ -178,6 +180,7 @@ def _planned(name: str, model: PreTrainedModel, work: Workload, out: Path, basel
     }
     sizes |= {"outside_saved": work.selection.ends.saved} if work.selection.ends.saved else {}
     device = max(stage.device for stage in counted)
+    possible, left = choices(model, work.recipe)
     return Plan(
         model=name,
         recipe=work.recipe.to_dict(),
@@ -201,7 +204,8 @@ def _planned(name: str, model: PreTrainedModel, work: Workload, out: Path, basel
         seconds=spent,
         probe={"seconds": time.perf_counter() - start, **found},
         notes=tuple(_notes(work)),
-        choices=choices(model, work.recipe),
+        choices=possible,
+        left_out=left,
     )
 
 

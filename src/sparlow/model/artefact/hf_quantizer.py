@@ -38,7 +38,7 @@ from sparlow.model.artefact.schemes import (
     METHOD,
     StoredLayer,
     any_of,
-    from_config,
+    records_from,
     to_config,
 )
 from sparlow.model.artefact.shards import Header, by_layer, check_parts, read_headers
@@ -73,10 +73,8 @@ class SparlowConfig(private.QuantizationConfigMixin):
         self.records: dict[str, StoredLayer] = {}
         if not other and layers is None and schemes == () and format is None:
             return  # to be filled
-        _require_format_two(format)
-        for key in sorted(other.keys() - {"quant_method"})[:1]:
-            raise InputError(f"quantization_config has {key!r}, which a newer sparlow wrote. Upgrade sparlow.")
-        self.records = from_config(schemes, layers)
+        other.pop("quant_method", None)
+        self.records = records_from({**other, "format": format, "schemes": schemes, "layers": layers})
 
     @classmethod
     def of(cls, records: Mapping[str, StoredLayer]) -> "SparlowConfig":
@@ -88,19 +86,6 @@ class SparlowConfig(private.QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         """Return what config.json holds."""
         return {"quant_method": METHOD, "format": FORMAT, **to_config(self.records)}
-
-
-def _require_format_two(found: object) -> None:
-    if type(found) is int and found == FORMAT:
-        return
-    if type(found) is int and found < FORMAT:
-        raise InputError(
-            f"The model was written by an older sparlow (format {found}, this one reads {FORMAT}). "
-            "Compress the model again."
-        )
-    raise InputError(
-        f"The model was written by a newer sparlow (format {found!r}, this one reads {FORMAT}). Upgrade sparlow."
-    )
 
 
 @private.register_quantizer(METHOD)

@@ -117,6 +117,24 @@ def to_config(records: Mapping[str, StoredLayer]) -> dict[str, Any]:
     return {"schemes": [scheme.to_dict() for scheme in numbers], "layers": layers}
 
 
+def records_from(config: Mapping[str, Any]) -> dict[str, StoredLayer]:
+    """Read ``quantization_config`` without its ``quant_method``.
+
+    Raises:
+        InputError: Another version wrote it, or it is none.
+    """
+    found = config.get("format")
+    if type(found) is not int or found != FORMAT:
+        older = type(found) is int and found < FORMAT
+        age, advice = ("an older", "Compress the model again.") if older else ("a newer", "Upgrade sparlow.")
+        raise InputError(
+            f"The model was written by {age} sparlow (format {found!r}, this one reads {FORMAT}). {advice}"
+        )
+    for key in sorted(config.keys() - {"format", "schemes", "layers"})[:1]:
+        raise InputError(f"quantization_config has {key!r}, which a newer sparlow wrote. Upgrade sparlow.")
+    return from_config(config.get("schemes"), config.get("layers"))
+
+
 def from_config(schemes: Any, layers: Any) -> dict[str, StoredLayer]:  # noqa: ANN401 - what a JSON file holds
     """Read ``schemes`` and ``layers`` of config.json.
 
