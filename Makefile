@@ -1,4 +1,4 @@
-# setup · demo · test · test-portable · test-transformers · test-slow · test-faults · test-hostile · check · bench · docs-options.
+# setup · demo · docs · test · test-portable · test-transformers · test-slow · test-faults · test-hostile · check · bench · docs-options.
 # PYTHON=python3.12 make setup chooses another interpreter.
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,7 +8,7 @@ DEMO := demo
 # the oldest that pyproject.toml allows and the newest that was tried; constraints.txt has the one of all other tests
 TRANSFORMERS ?= 5.16.0 5.24.0
 
-.PHONY: setup demo test test-portable test-transformers test-slow test-faults check format bench docs-options clean
+.PHONY: setup demo docs test test-portable test-transformers test-slow test-faults check format bench docs-options clean
 
 setup: $(READY)
 
@@ -67,9 +67,21 @@ format: setup
 bench: setup
 	$(BIN)/python benchmarks/solver_speed.py
 
+# the site, into site/; in an environment of its own, as it reads the sources and imports nothing of them
+DOCS := $(VENV)-docs
+EXTRA := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")
+$(DOCS)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -c '$(EXTRA)' > $(DOCS)/requirements.txt
+	$(DOCS)/bin/python -m pip install -q -c constraints.txt -r $(DOCS)/requirements.txt
+	touch $@
+
+docs: $(DOCS)/.ready
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
+
 # the table of all options, from their declarations; a test compares it
 docs-options: setup
 	$(BIN)/python -m sparlow.cli.reference > docs/options.md
 
 clean:
-	rm -rf $(VENV) $(VENV)-transformers-* dist $(DEMO) $(DEMO)-4.5-bits
+	rm -rf $(VENV) $(VENV)-docs $(VENV)-transformers-* dist site $(DEMO) $(DEMO)-4.5-bits

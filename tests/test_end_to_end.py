@@ -1,11 +1,9 @@
-"""What users are told to do, done: the real small model, and every example of the README."""
+"""What users are told to do, done: the real small model, and every example; tests/docs runs the pages."""
 
-import ast
 import importlib.util
 import json
 import math
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -24,14 +22,6 @@ from sparlow.recipe.recipe import Recipe
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text("utf-8")
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-
-
-def fenced(language):
-    """The contents of the README's code blocks in a language ('' for none), wherever they are indented."""
-    return re.findall(rf"^[ ]*```{language}[ ]*\n(.*?)^[ ]*```[ ]*$", README, re.MULTILINE | re.DOTALL)
-
 
 # A real model
 
@@ -158,7 +148,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
 
 
-# The README and the examples
+# The examples
 
 
 @pytest.fixture
@@ -171,28 +161,6 @@ def place(tmp_path, monkeypatch):
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     return tmp_path
-
-
-class LocalModel(ast.NodeTransformer):
-    """Puts a local directory in place of every string that is a hub id."""
-
-    def __init__(self, folder):
-        self.folder = folder
-
-    def visit_Constant(self, node):
-        hub_id = isinstance(node.value, str) and HUB_ID.fullmatch(node.value)
-        return ast.copy_location(ast.Constant(str(self.folder)), node) if hub_id else node
-
-
-def test_the_readme_has_examples():
-    assert fenced("python")
-    assert README.count("```python") == len(fenced("python"))
-
-
-@pytest.mark.parametrize("block", range(len(fenced("python"))))
-def test_python_in_the_readme_runs(block, place):
-    tree = LocalModel(place / "model").visit(ast.parse(fenced("python")[block]))
-    exec(compile(ast.fix_missing_locations(tree), f"README.md, block {block + 1}", "exec"), {})  # noqa: S102 - our own
 
 
 def test_examples_run(place):

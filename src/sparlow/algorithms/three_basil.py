@@ -7,7 +7,7 @@ multiplier of S = D divided by ρ. With M = ρ (G + ρI)⁻¹ the paper's ridge 
 and Z = D − Y, so X = S + Y = D − (Z − R) + (Z − R) M: one product. D is what the pattern keeps of X, and Y the rest,
 so Z = 2 D − X; the loop carries X, D and Q = T − Z, of which Z − R = L − Q.
 
-Deviations from the paper, all of them measured (docs/performance.md):
+Deviations from the paper, all of them measured (docs/solver.md):
 
 * ``schedule="joint"``, the default, takes the best L *together with* S instead of after it. For a given Z, minimising
   over S in closed form leaves ρ tr((Q − L)(I − M)(Q − L)ᵀ), because G (G + ρI)⁻¹ = I − M: L is the best rank-r fit of Q
@@ -17,7 +17,7 @@ Deviations from the paper, all of them measured (docs/performance.md):
   norm, E = diag(H)^½. So D is chosen by what an entry costs once the others of its row have made up for it.
 * L comes from one warm-started subspace step, not from an SVD; ρ starts at 0.003 and rises by a fixed factor, so that
   the result is decided by one dial, ``effort``: the steps spent at each ρ.
-* On CUDA that one product is rounded to TF32: M is small where G is not, so little is lost (docs/performance.md).
+* On CUDA that one product is rounded to TF32: M is small where G is not, so little is lost (docs/solver.md).
 * After the last projection S and L are refitted on the fixed support; the paper stops there. Below effort 1 little is
   refitted: a step of the loop, which may still move the support, then gains more than one of the refit. What is
   returned is always the best L for the S that is returned.
@@ -86,7 +86,7 @@ def three_basil(
 
     Args:
         effort: Time against quality: steps (and seconds) grow with it, the error falls. 0.2 is quick, 2 thorough; the
-            default is where perplexity hardly falls any more (docs/performance.md).
+            default is where perplexity hardly falls any more (docs/solver.md).
         schedule: "joint" (two blocks, ρ rising evenly), "paper" (three blocks, ρ following the support) or "literal"
             (the published algorithm to the letter: an SVD in every step, no refit).
         max_steps: Bound on the number of iterations.

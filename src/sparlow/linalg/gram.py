@@ -15,7 +15,7 @@ from sparlow.linalg.tf32 import unit
 from sparlow.linalg.token_sample import TokenSample, error_per_token
 
 OTHERS = 0.03  # damping, in units of the diagonal, when each input is predicted from the others
-PANELS = 4  # of a sum of products: five eighths of the work, see docs/performance.md
+PANELS = 4  # of a sum of products: five eighths of the work, see docs/memory.md
 ORDINARY = 2.0**24  # an H whose largest diagonal entry lies within this factor of 1 is not rescaled
 RIDGES_KEPT = 2**28  # bytes of ridge inverses that a Gram caches
 
