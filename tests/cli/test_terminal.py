@@ -4,6 +4,7 @@ import contextlib
 import json
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,10 +15,11 @@ import typer
 from command_line import run, run_and_fail
 from families import save_tiny
 from sparlow.cli import app as frame
-from sparlow.cli import commands, requirements
+from sparlow.cli import commands, display, requirements
 from sparlow.cli.examples import EXAMPLES
 from sparlow.cli.requirements import parse_requirement, require_all
 from sparlow.errors import InputError, RunError
+from sparlow.report.records import Report
 
 COMMANDS = typer.main.get_command(commands.app).commands
 TEXT = "".join(chr(32 + (7 * i * i + i // 3) % 95) for i in range(600))
@@ -229,3 +231,50 @@ def test_an_evaluation_that_misses_ends_with_1(place, capsys):
     ):
         assert said in run_and_fail(capsys, *command, *words, code=code)
     assert run(*command, "--baseline", place / "model", "--require", "perplexity<=500%") == 0
+
+
+# What is said of a result
+
+
+def rows(*pairs):
+    return [{"loss_before": before, "loss_after": after, "seconds": 2.0} for before, after in pairs]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, ""),
+        ({"matching": rows((2, 1), (4, 2))}, "matching: mean loss of 2 blocks 3 → 1.5 (50% less); 4 s"),
+        ({"distillation": rows((0.5, 0.4))[0]}, "matching: loss towards the dense logits 0.5 → 0.4 (20% less); 2 s"),
+        ({"distillation": rows((0.5, 0.5))[0]}, "did not fall below 0.5, so nothing was changed"),
+    ],
+)
+def test_what_matching_did_is_said(changes, said):
+    found = display.matching_said(Report({}, **changes))
+    assert said in found
+    assert bool(said) == bool(found)
+
+
+def test_a_file_of_weights_that_was_cut_is_named(place, capsys, tmp_path):
+    shutil.copytree(place / "model", tmp_path / "model")
+    file = next((tmp_path / "model").glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:20])
+    assert f"{file} is damaged or cut short" in run_and_fail(capsys, "evaluate", tmp_path / "model")
+
+
+def test_what_a_fraction_keeps_is_said(place, capsys, tmp_path):
+    assert run(*compress(place, tmp_path / "out"), "--pattern", "0.25") == 0
+    assert "pattern 0.25 keeps 0.75 of the entries of S" in capsys.readouterr().out.splitlines()[1]
+
+
+def test_an_algorithm_of_ones_own_is_given_as_a_file(place, capsys, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import sparlow\n\n@sparlow.pruner('mine-on-the-command-line')\ndef keep_large(W, gram, pattern):\n"
+        "    'Keep what is large.'\n    return W * pattern.mask(W.abs())\n"
+    )
+    own = ["--plugin", tmp_path / "mine.py"]
+    assert run(*compress(place, tmp_path / "out"), "--algorithm", "mine-on-the-command-line", *own) == 0
+    assert run("algorithms", *own) == 0
+    assert "mine-on-the-command-line (pruner): Keep what is large." in capsys.readouterr().out
+    line = run_and_fail(capsys, *compress(place, tmp_path / "b"), "--plugin", tmp_path / "none.py")
+    assert "There is no Python file" in line

@@ -83,6 +83,9 @@ def show_report(report: "Report") -> None:
     trained = [row["parameters"] for row in report.not_compressed if row.get("trained")]
     if trained:
         out.print(f"{sum(trained):,} in {len(trained)} norms were trained with the compressed layers", highlight=False)
+    matched = matching_said(report)
+    if matched:
+        out.print(matched, highlight=False)
     out.print(remarks(report), highlight=False)
     for warning in report.warnings[: None if verbose else 10]:
         out.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False)
@@ -90,6 +93,19 @@ def show_report(report: "Report") -> None:
         out.print(f"and {len(report.warnings) - 10} more warnings in report.json", highlight=False)
     for note in report.notes:
         out.print(escape(note), highlight=False)
+
+
+def matching_said(report: "Report") -> str:
+    """What matching did, in one sentence; empty if there was none."""
+    rows = [report.distillation] if report.distillation else report.matching
+    if not rows:
+        return ""
+    before, after = (sum(row[name] for row in rows) / len(rows) for name in ("loss_before", "loss_after"))
+    what = "loss towards the dense logits" if report.distillation else f"mean loss of {len(rows)} blocks"
+    spent = sum(row["seconds"] for row in rows)
+    if after >= before:
+        return f"matching: {what} did not fall below {before:.5g}, so nothing was changed; {spent:.0f} s"
+    return f"matching: {what} {before:.5g} → {after:.5g} ({1 - after / before:.0%} less); {spent:.0f} s"
 
 
 def text(some: str) -> None:
@@ -341,12 +357,17 @@ def show_env(found: Mapping[str, str]) -> None:
 
 def show_cost(found: "Plan") -> None:
     """The first line of a run: what it will take."""
+    from sparlow.linalg.patterns import parse_pattern
+
     sizes, free = found.bytes, found.available
     spent = f"about {max(found.seconds['total'] / 60, 1):.0f} minutes, " if found.seconds else ""
     main = f"at most {human_bytes(found.peak_memory['rss'])} of main memory"
     main += "" if free["rss"] is None else f" ({human_bytes(free['rss'])} are free)"
     whole = f"{human_bytes(sizes['dense'])} → {human_bytes(sizes['compressed'])}"
     out.print(f"this will take {spent}{main}, {whole} on disk", markup=False, highlight=False)
+    patterns = dict.fromkeys(kind.pattern for kind in found.layers if kind.pattern)
+    kept = [f"{pattern} keeps {parse_pattern(pattern).density:.3g} of the entries of S" for pattern in patterns]
+    out.print(f"pattern {'; '.join(kept[:3])}", markup=False, highlight=False)
 
 
 def show_forms(forms: "Iterable[Form]") -> None:

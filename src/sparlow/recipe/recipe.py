@@ -92,8 +92,8 @@ class Recipe:
     pattern: Annotated[
         str | None,
         Doc(
-            "Pattern of the sparse part: N:M such as 16:32 or 2:4, or the fraction removed such as 0.5. dense keeps "
-            "every entry: for values on a grid."
+            "Pattern of the sparse part: N:M such as 16:32 or 2:4 keeps N of every M entries; a fraction is what is "
+            "removed, so 0.25 keeps 75 %. dense keeps every entry: for values on a grid."
         ),
         Unset("16:32, or 8:16, 4:8, 2:4 where 32 does not divide the inputs of a layer"),
         KEEP,

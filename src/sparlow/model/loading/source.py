@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 import transformers
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -237,14 +238,31 @@ def _texts(value: Any) -> Iterator[str]:  # noqa: ANN401 - what a JSON file hold
 
 def _loaded(name: str, where: str, **options: Any) -> PreTrainedModel:  # noqa: ANN401 - options of from_pretrained
     untyped: Any = AutoModelForCausalLM
-    with as_input_error(cannot_open(name)), own_use():
-        model, info = untyped.from_pretrained(where, output_loading_info=True, **options)
+    try:
+        with as_input_error(cannot_open(name)), own_use():
+            model, info = untyped.from_pretrained(where, output_loading_info=True, **options)
+    except InputError as problem:
+        damaged = _damaged_file(where)
+        if damaged is None:
+            raise
+        raise InputError(f"{damaged} is damaged or cut short, so {name} cannot be opened. Fetch it anew.") from problem
     missing = sorted(info["missing_keys"])
     if missing:  # transformers makes such weights up at random
         raise InputError(
             f"{name} is incomplete: weights are missing ({len(missing)}), such as {missing[0]}. Fetch the model anew."
         )
     return cast("PreTrainedModel", model)
+
+
+def _damaged_file(where: str) -> Path | None:
+    """Return the first file of weights in a directory whose header cannot be read, which no library names."""
+    for path in sorted(Path(where).glob("*.safetensors")) if Path(where).is_dir() else ():
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except (SafetensorError, OSError):
+            return path
+    return None
 
 
 def _tokenizer(name: str, where: str, options: dict[str, Any]) -> PreTrainedTokenizerBase | None:
