@@ -82,6 +82,7 @@ docs: $(DOCS)/.ready
 # the table of all options, from their declarations; a test compares it
 docs-options: setup
 	$(BIN)/python -m sparlow.cli.reference > docs/options.md
+	$(BIN)/python -m sparlow.cli.cautions > docs/warnings.md
 
 clean:
 	rm -rf $(VENV) $(VENV)-docs $(VENV)-transformers-* dist site $(DEMO) $(DEMO)-4.5-bits

@@ -8,28 +8,42 @@ import sparlow
 
 RUN = "evaluate=('builtin',), evaluate_seqlen=None, limit=None, device='auto', offload='auto', "
 PUBLIC = {
+    "benchmark": "models, *, mode=('packed',), dtype=('float32', 'bfloat16'), step=('transformers', 'kernel'), "
+    "activations='float', batch=1, prompt_tokens=512, tokens=64, repeats=5, threads=None, trust_remote_code=False, "
+    "notify=None",
+    "compare": f"model, methods='all', recipe=None, *, out, match=None, {RUN}"
+    "overwrite=False, force=False, trust_remote_code=False, notify=None, **fields",
     "compress": f"model, recipe=None, *, calibration=None, tokenizer=None, out=None, {RUN}"
-    "inplace=False, overwrite=False, force=False, trust_remote_code=False, with_loader=False, notify=…",
+    "inplace=False, overwrite=False, force=False, trust_remote_code=False, with_loader=False, notify=None, **fields",
     "decompose": "W, H, *, pattern, rank, algorithm='3basil', damping=0.005, relative_damping=0.005, "
     "values='model', levels='auto', group=128, factors='auto', **options",
     "decomposer": "name, *, aliases={}",
-    "evaluate": "model, tokenizer, *, perplexity_on=('builtin',), seqlen=2048, limit=None, column='text', "
+    "evaluate": "model, tokenizer=None, *, perplexity_on=('builtin',), seqlen=2048, limit=None, column='text', "
     "tasks=(), task_path=None, "
-    "fewshot=None, batch_size=8, baseline=None, notify=…",
-    "export": "folder, out, *, form, options=None, overwrite=False, notify=…",
+    "fewshot=None, batch_size=8, baseline=None, device='auto', dtype='auto', trust_remote_code=False, notify=None",
+    "export": "folder, out, *, form, options=None, overwrite=False, notify=None",
     "finetune": "folder, out, *, dataset='c4', steps=500, lr=0.0001, rank=None, block_size=1024, bos='auto', "
     "column='text', batch=4, "
     "accumulate=4, bf16=False, gradient_checkpointing=False, report_to='none', peft=None, evaluate=('builtin',), "
-    "limit=None, device='auto', seed=0, overwrite=False, trust_remote_code=False, notify=…",
+    "limit=None, device='auto', seed=0, overwrite=False, trust_remote_code=False, notify=None",
+    "inspect": "folder",
     "load": "folder, *, mode=None, activations=None, step='transformers', **options",
     "mode": "name, *, activations=None",
     "open_adapter": "folder, base=None, **options",
-    "plan": f"model, recipe=None, *, calibration=None, out=None, {RUN}trust_remote_code=False, timed=True",
+    "plan": f"model, recipe=None, *, calibration=None, out=None, {RUN}trust_remote_code=False, timed=True, **fields",
     "pruner": "name, *, aliases={}",
+    "push_to_hub": "folder, repo_id, *, private=None, token=None, revision=None, "
+    "message='Upload a model compressed with sparlow'",
+    "statistics": "model, recipe=None, *, calibration=None, tokenizer=None, out, device='auto', offload='auto', "
+    "trust_remote_code=False, notify=None, **fields",
+    "verify": "folder",
 }
 CLASSES = {
+    "Benchmark",
+    "Comparison",
     "Decomposition",
     "InputError",
+    "Inspection",
     "NM",
     "Plan",
     "Progress",
@@ -37,7 +51,9 @@ CLASSES = {
     "Report",
     "RunError",
     "SparseLowRankLinear",
+    "Statistics",
     "Unstructured",
+    "Verification",
 }
 
 

@@ -18,40 +18,58 @@ if TYPE_CHECKING:
     from sparlow.evaluation.perplexity import evaluate
     from sparlow.exporting.adapter import open_adapter
     from sparlow.exporting.export import export
+    from sparlow.exporting.hub import push_to_hub
     from sparlow.finetuning.finetune import finetune
     from sparlow.linalg.patterns import NM, Unstructured
     from sparlow.model.artefact.layers import SparseLowRankLinear
     from sparlow.planning.plan import Plan, plan
     from sparlow.progress import Progress
     from sparlow.recipe.recipe import Recipe
+    from sparlow.report.comparison import Comparison
     from sparlow.report.records import Report
+    from sparlow.run.benchmarking import benchmark
     from sparlow.run.compress import compress
+    from sparlow.run.inspection import Inspection, Verification, inspect, verify
+    from sparlow.run.methods import compare
+    from sparlow.run.statistics import Statistics, statistics
+    from sparlow.runtime.benchmark import Benchmark
     from sparlow.runtime.modes import load, mode
 
     __version__: str
 
 __all__ = [
     "NM",
+    "Benchmark",
+    "Comparison",
     "Decomposition",
     "InputError",
+    "Inspection",
     "Plan",
     "Progress",
     "Recipe",
     "Report",
     "RunError",
     "SparseLowRankLinear",
+    "Statistics",
     "Unstructured",
+    "Verification",
+    "benchmark",
+    "compare",
     "compress",
     "decompose",
     "decomposer",
     "evaluate",
     "export",
     "finetune",
+    "inspect",
     "load",
     "mode",
     "open_adapter",
     "plan",
     "pruner",
+    "push_to_hub",
+    "statistics",
+    "verify",
 ]
 
 _MODULES = {
@@ -60,14 +78,21 @@ _MODULES = {
     "sparlow.evaluation.perplexity": ("evaluate",),
     "sparlow.exporting.adapter": ("open_adapter",),
     "sparlow.exporting.export": ("export",),
+    "sparlow.exporting.hub": ("push_to_hub",),
     "sparlow.finetuning.finetune": ("finetune",),
     "sparlow.linalg.patterns": ("NM", "Unstructured"),
     "sparlow.model.artefact.layers": ("SparseLowRankLinear",),
     "sparlow.planning.plan": ("Plan", "plan"),
     "sparlow.progress": ("Progress",),
     "sparlow.recipe.recipe": ("Recipe",),
+    "sparlow.report.comparison": ("Comparison",),
     "sparlow.report.records": ("Report",),
+    "sparlow.run.benchmarking": ("benchmark",),
     "sparlow.run.compress": ("compress",),
+    "sparlow.run.inspection": ("Inspection", "Verification", "inspect", "verify"),
+    "sparlow.run.methods": ("compare",),
+    "sparlow.run.statistics": ("Statistics", "statistics"),
+    "sparlow.runtime.benchmark": ("Benchmark",),
     "sparlow.runtime.modes": ("load", "mode"),
 }
 

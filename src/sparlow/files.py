@@ -215,6 +215,13 @@ def resolve_inside(folder: Path, name: str) -> Path:
     return path
 
 
+def is_unfinished(folder: Path) -> bool:
+    """Whether a directory holds a run of ours that has not come to its end."""
+    if (folder / CONFIG).is_file() or not (folder / RECORD).is_file():
+        return False
+    return not parse_json(folder / RECORD).get("finished")
+
+
 def cache_folder() -> Path:
     """Return the folder of converted models: $SPARLOW_CACHE, $XDG_CACHE_HOME/sparlow or ~/.cache/sparlow."""
     own = os.environ.get("SPARLOW_CACHE")

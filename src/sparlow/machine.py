@@ -15,6 +15,7 @@ from contextlib import suppress
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import psutil
@@ -22,6 +23,7 @@ import torch
 
 from sparlow.distributed import local_device, on_this_machine
 from sparlow.errors import InputError, first_line
+from sparlow.schema import unknown
 from sparlow.version import own_version
 
 CPUINFO = Path("/proc/cpuinfo")
@@ -212,9 +214,26 @@ def check_device(device: str) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch without that backend asserts
-        raise InputError(
-            f"The device {device!r} cannot be used: {first_line(error)}. Choose another --device, such as cpu."
-        ) from error
+        raise InputError(_no_device(device, error)) from error
+
+
+DEVICES = ("auto", "cpu", "cuda", "mps", "xpu")  # that people ask for; torch knows some more
+
+
+def _no_device(device: str, error: Exception) -> str:
+    """Say why a device cannot be used, in fewer words than torch."""
+    kind = device.partition(":")[0]
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    there = ["cpu", *([accelerator.type] if accelerator else [])]
+    if kind not in DEVICES and "at start of device string" in str(error):
+        return unknown(f"There is no device {device!r}", kind, DEVICES)
+    if kind not in there:
+        return (
+            f"The device {device!r} is not there: torch {torch.__version__} finds {' and '.join(there)} here. Choose "
+            "one of these with --device, or install a torch that is built for it."
+        )
+    reason = shorten(first_line(error).rstrip("."), 160, placeholder=" …")
+    return f"The device {device!r} cannot be used: {reason}. Choose another --device, such as cpu."
 
 
 def memory_available() -> int:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from sparlow.report.records import LayerRecord
 
 KINDS = ("total", "walk", "statistics", "solve", "matching", "save", "evaluate")  # keys of report.json
+RESTORED = "restored"  # the note of a step that an earlier process has done
 
 
 @dataclass(frozen=True)

@@ -329,9 +329,19 @@ def parse_options(owner: str, known: Mapping[str, Option], given: Mapping[str, o
 def unknown(what: str, word: str, known: Iterable[str]) -> str:
     """Return an error about an unknown name, with the known names and the one that may have been meant."""
     names = list(known)
-    near = difflib.get_close_matches(word[:LONGEST], names, n=1)
-    meant = f"; did you mean {near[0]!r}?" if near else "."
-    return f"{what}{meant} Choose one of: {', '.join(names)}."
+    near = meant(word, names)
+    return f"{what}{f'; did you mean {near!r}?' if near else '.'} Choose one of: {', '.join(names)}."
+
+
+_ABBREVIATED = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "gpu": "cuda"}
+
+
+def meant(word: str, known: Iterable[str]) -> str | None:
+    """Return the known name that a word may have been meant for; None if there is none like it."""
+    names = {name.lower(): name for name in known}
+    word = word[:LONGEST].lower()
+    near = difflib.get_close_matches(_ABBREVIATED.get(word, word), names, n=1)
+    return names[near[0]] if near else None
 
 
 def _unwrapped(annotation: Any) -> tuple[Any, tuple[Any, ...], bool]:  # noqa: ANN401 - any annotation

@@ -83,11 +83,13 @@ def everything(folder):
 def test_compress_writes_a_result_and_says_so(command, capsys, tmp_path):
     assert run(*command) == 0
     shown = capsys.readouterr()
-    assert shown.err.splitlines() == [
-        "dense perplexity: 4 of 4",  # three blocks, and what comes after them
-        *(f"blocks: {i} of 3" for i in (1, 2, 3)),
-        "compressed perplexity: 4 of 4",
-    ]
+    steps = [re.sub(r" \(\d+:\d\d", " (0:00", line) for line in shown.err.splitlines()]
+    assert steps[0] == "dense perplexity: 4 of 4 (0:00)"  # three blocks, and what comes after them
+    assert steps[-1] == "compressed perplexity: 4 of 4 (0:00)"
+    for i, line in enumerate(steps[1:-1], start=1):
+        left = "" if i == 3 else r", 0:\d\d left"
+        assert re.fullmatch(rf"blocks: {i} of 3 \(0:00, mean relative error 0\.\d{{5}}{left}\)", line), line
+    assert len(steps) == 5
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     for which in ("dense", "compressed"):
         (value,) = report[which]["perplexity"].values()
@@ -294,7 +296,9 @@ def test_the_same_command_resumes(command, monkeypatch, capsys, tmp_path):
     capsys.readouterr()
     assert run(*command) == 0
     said = capsys.readouterr().err  # the dense model is not measured again, only its predictions are taken
-    assert said.startswith("dense predictions: 4 of 4\nblocks: 1 of 3\n")
+    assert re.match(r"dense predictions: 4 of 4 \(0:\d\d\)\nresumed at block 2\nblocks: 3 of 3 \(0:\d\d, mean", said), (
+        said
+    )
     assert run(*command, "--out", tmp_path / "undisturbed") == 0
     for path in (tmp_path / "out").glob("*.safetensors"):
         assert path.read_bytes() == (tmp_path / "undisturbed" / path.name).read_bytes()
@@ -398,9 +402,18 @@ def test_a_terminal_gets_bars(monkeypatch):
     with display.progress() as notify:
         notify(Progress("dense perplexity", 5, 20))
         notify(Progress("blocks", 1, 3, layer(1)))
+        notify(Progress("blocks", 1, 3))
     shown = screen.getvalue()
-    for words in ("dense perplexity", "5/20", "blocks", "1/3", "mlp.up_proj: relative error 0.01250"):
+    for words in (
+        "dense perplexity, 5 of 20: 0:0",
+        "blocks",
+        "0/3",
+        "1/3",
+        "block 1, mlp.up_proj: relative error 0.01250",
+    ):
         assert words in shown
+    assert "memory" in shown
+    assert "mean relative error 0.01250" in shown
 
 
 def test_more_than_ten_warnings_are_counted(finished, capsys):

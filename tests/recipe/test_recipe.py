@@ -14,7 +14,8 @@ from sparlow.linalg.patterns import NM, Unstructured
 from sparlow.recipe.allocation import Budget, Rule
 from sparlow.recipe.recipe import Recipe
 
-PUBLISHED = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
+LIBRARY = Path(__file__).parents[2] / "src" / "sparlow" / "recipe" / "library"
+PUBLISHED = sorted(path for path in LIBRARY.glob("*.toml") if path.stem != "about")
 FIELDS = [f.name for f in dataclasses.fields(Recipe)]
 RATIO = ("bits", "size", "compression", "rank_share")  # instead of a rank
 GRID = ("levels", "group")  # of values that matching cannot train
@@ -51,7 +52,7 @@ FULL = Recipe(
 WRONG = {  # field: TOML values of another type
     "algorithm": ["3", "true", "['wanda']"],
     "options": ["'effort=1'", "1", "[1]", "true"],
-    "pattern": ["0.5", "[2, 4]"],
+    "pattern": ["7", "[2, 4]"],
     "rank": ["'64'", "64.0", "true"],
     "bits": ["'4'", "true"],
     "size": ["300", "[1]"],

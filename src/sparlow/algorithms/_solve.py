@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -170,10 +171,10 @@ def check_form(algorithm: Algorithm, found: object, W: Tensor, rank: int) -> Non
 @own_settings()
 @torch.no_grad()
 def decompose(
-    W: Tensor,
-    H: Tensor,
+    W: Tensor | np.ndarray,
+    H: Tensor | np.ndarray | Gram,
     *,
-    pattern: Pattern | str,
+    pattern: Pattern | str | float,
     rank: int,
     algorithm: str = "3basil",
     damping: float = 0.005,
@@ -187,9 +188,10 @@ def decompose(
     """Split one matrix: W ≈ S + U V in the metric of its inputs.
 
     Args:
-        W: Weight (out, in), any float type.
-        H: (2 / windows) Σ x xᵀ of the layer's inputs (in, in), undamped.
-        pattern: A pattern, or ``"2:4"``, ``"0.5"``.
+        W: Weight (out, in), any float type, of torch or numpy.
+        H: (2 / windows) Σ x xᵀ of the layer's inputs (in, in), undamped, of torch or numpy; or a ``Gram``, which is
+            damped already and remembers what was computed of it.
+        pattern: A pattern, or ``"2:4"``; or the fraction removed, 0.5.
         rank: The rank of U V, 0 to min(out, in).
         algorithm: A name printed by ``sparlow algorithms``.
         damping: Absolute damping: this × mean(diag H) is added to the diagonal of H.
@@ -213,9 +215,21 @@ def decompose(
     if factors not in FACTORS:
         raise InputError(unknown(f"There are no factors of the type {factors!r}", factors, sorted(FACTORS)))
     int8 = factors == "int8" or (factors == "auto" and grid is not None)
-    gram = Gram.damped(H.to(W.device), absolute=damping, relative=relative_damping)
-    chosen = parse_pattern(pattern) if isinstance(pattern, str) else pattern
+    W = _as_tensor(W)
+    gram = H if isinstance(H, Gram) else None
+    if gram is None:
+        gram = Gram.damped(_as_tensor(H).to(W.device), absolute=damping, relative=relative_damping)
+    chosen = parse_pattern(str(pattern)) if isinstance(pattern, str | float) else pattern
     return solve(found, W, gram, chosen, rank, parsed, grid=grid, int8_factors=int8)
+
+
+def _as_tensor(given: Any) -> Tensor:  # noqa: ANN401 - what a caller may have
+    """Return a matrix of torch or numpy as a tensor, which shares its memory."""
+    if isinstance(given, Tensor):
+        return given
+    if isinstance(given, np.ndarray) and given.dtype.kind == "f":
+        return torch.from_numpy(np.ascontiguousarray(given))
+    raise InputError(f"A matrix cannot be given as a {type(given).__name__}. Give floats, as a tensor or numpy array.")
 
 
 def check(algorithm: Algorithm, W: Tensor, gram: Gram, pattern: Pattern, rank: int) -> None:

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -11,7 +12,9 @@ import typer
 from rich.markup import escape
 
 from sparlow.cli import display
+from sparlow.cli.examples import epilog
 from sparlow.cli.options import expanded
+from sparlow.cli.signals import INTERRUPTED, noted
 from sparlow.errors import InputError, RunError, is_out_of_memory, out_of_memory
 
 app = typer.Typer(
@@ -27,23 +30,46 @@ DISTRIBUTED = "compress"  # the command that several processes may share
 
 
 def run(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; exit with 0 (done), 1 (the run failed) or 2 (bad usage or input)."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in arguments  # before the command or after it
-    arguments = [argument for argument in arguments if argument != "--debug"]
+    """Run the command line; exit with 0 (done), 1 (the run failed), 2 (bad usage or input) or 130 (Ctrl-C)."""
+    arguments, words = _everywhere(list(sys.argv[1:] if arguments is None else arguments))
+    debug = "--debug" in words
+    display.silent, display.verbose = "--quiet" in words, "--verbose" in words
     # a level lets its messages and bars through, see sparlow.evaluation.tasks
     logging.getLogger("lm_eval").setLevel(logging.WARNING if debug else logging.NOTSET)
     if _show_help(arguments):
         sys.exit(0)
+    came: list[int] = []
     try:
-        code = app(arguments, prog_name="sparlow", standalone_mode=False)
+        with noted(came):
+            code = app(arguments, prog_name="sparlow", standalone_mode=False)
     except UsageError as error:
         _fail_usage(error)
     except Exception as error:
+        if came and not debug:  # compiled code that is interrupted may raise something of its own
+            sys.exit(INTERRUPTED)
         if debug or not _is_foreseen(error):
             raise
         _fail(*_said(error))
     sys.exit(code if isinstance(code, int) else 0)
+
+
+EVERYWHERE = {"--debug": "--debug", "--quiet": "--quiet", "-q": "--quiet", "--verbose": "--verbose", "-v": "--verbose"}
+
+
+def _everywhere(arguments: list[str]) -> tuple[list[str], set[str]]:
+    """Take out what may stand before the command or after it; return the rest, and what was there."""
+    words = {EVERYWHERE[argument] for argument in arguments if argument in EVERYWHERE}
+    if {"--quiet", "--verbose"} <= words:
+        _fail("--quiet and --verbose contradict each other. Give one.", 2)
+    rest = [argument for argument in arguments if argument not in EVERYWHERE]
+    for i in reversed([i for i in range(len(rest)) if _is_bare(rest, i)]):  # without a file it means standard output
+        rest.insert(i + 1, "-")
+    return rest, words
+
+
+def _is_bare(arguments: Sequence[str], i: int) -> bool:
+    """Whether --json stands at a place without a file behind it."""
+    return arguments[i] == "--json" and (i + 1 == len(arguments) or arguments[i + 1].startswith("--"))
 
 
 def _show_help(arguments: Sequence[str]) -> bool:
@@ -77,11 +103,20 @@ def _fail(message: str, code: int) -> NoReturn:
 def _fail_usage(error: Any) -> NoReturn:  # noqa: ANN401 - of a class that typer does not export
     if type(error).__name__ != "NoArgsIsHelpError":  # making that one has printed the help
         message, context = error.format_message(), error.ctx
+        message = _plain(message)
         command = context.command_path if context else "sparlow"
         usage = context.get_usage() if context else f"Usage: {command} COMMAND"
         display.err.print(f"[red]error:[/] {escape(message)}", highlight=False)
+        usage = re.sub(r"\{([A-Z]+)\}", r"\1", usage)
         display.err.print(f"{usage}\n`{command} --help` lists the options.", markup=False, highlight=False)
     sys.exit(2)
+
+
+def _plain(message: str) -> str:
+    """Say in our words what a library of typer says of a value that is no number."""
+    for kind, words in (("integer", "a whole number"), ("number", "a number"), ("boolean", "true or false")):
+        message = re.sub(rf"Input should be a valid {kind}.*", f"It must be {words}.", message, flags=re.DOTALL)
+    return message
 
 
 def _show_version(asked: bool) -> None:
@@ -97,11 +132,16 @@ def _common(
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
     ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show errors only, and what --json - asks for.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Show a line for every layer, and all warnings.")
+    ] = False,
     debug: Annotated[
-        bool, typer.Option("--debug", help="Show the traceback of an error. It may also stand after the command.")
+        bool,
+        typer.Option("--debug", help="Show the traceback of an error. Like the two before, it may stand anywhere."),
     ] = False,
 ) -> None:
-    del version, debug  # the callback of one and ``main`` have done all
+    del version, quiet, verbose, debug  # the callback of one and ``main`` have done all
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
@@ -114,11 +154,11 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 
         if name != DISTRIBUTED:
             require_one(f"sparlow {name}")
-        display.out.quiet = not is_first()
+        display.out.quiet = display.silent or not is_first()
         _quiet_libraries()
         function(**values)
 
-    return app.command()(expanded(prepared))
+    return app.command(epilog=epilog(name))(expanded(prepared))
 
 
 def _quiet_libraries() -> None:

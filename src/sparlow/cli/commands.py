@@ -9,10 +9,19 @@ from typing import Annotated, Any
 
 import typer
 
-from sparlow.cli import display
+from sparlow.cli import display, results
 from sparlow.cli.app import app, command
 from sparlow.cli.app import run as main
-from sparlow.cli.options import EvaluateOptions, Given, Without, WriteOptions, parse_named_pairs, parse_pairs, split
+from sparlow.cli.options import (
+    EvaluateOptions,
+    Given,
+    Without,
+    WriteOptions,
+    load_plugins,
+    parse_named_pairs,
+    parse_pairs,
+    split,
+)
 from sparlow.cli.parameters import (
     Adapter,
     Algorithms,
@@ -31,10 +40,13 @@ from sparlow.cli.parameters import (
     OutOfExport,
     OutOfPlan,
     Overwrite,
+    Plugins,
     Prompt,
+    Required,
     Timed,
     WithMatching,
 )
+from sparlow.cli.requirements import parse_requirements, require_only_perplexity
 from sparlow.cli.signals import resumable
 from sparlow.errors import InputError, RunError
 from sparlow.finetuning.options import FinetuneOptions
@@ -49,22 +61,30 @@ def _written(out: Path, what: str) -> None:
     display.out.print(f"written to {out}: {what}", markup=False, highlight=False)
 
 
-def _require_folder(file: Path | None) -> None:
-    """Check before the work that its result can be written."""
-    if file is not None and not file.parent.is_dir():
-        raise InputError(f"There is no directory {file.parent} for --json {file.name}. Create it first.")
-
-
 @command
-def compress(model: Model, out: Out, given: Given, run: RunOptions, write: WriteOptions) -> None:
+def compress(
+    model: Model,
+    out: Out,
+    given: Given,
+    run: RunOptions,
+    write: WriteOptions,
+    require: Required = None,
+    json_file: JsonFile = None,
+) -> None:
     """Compress MODEL into the directory --out, with its perplexity beside the dense one."""
+    from sparlow.cli.compressing import require_of_report, tell_cost
     from sparlow.run.compress import compress as run_compression
 
+    results.prepare(json_file)
     recipe = given.recipe()
+    required = parse_requirements(require or (), measures_text=bool(run.evaluate))
+    tell_cost(model, recipe, run, out)
     with resumable(), display.progress() as notify:
         report = run_compression(model, recipe, out=out, **values_of(run), **values_of(write), notify=notify)
     display.show_report(report)
     _written(out, f"open {out / 'report.html'}")
+    results.put(json_file, report.to_dict())
+    require_of_report(required, report)
 
 
 @command
@@ -77,15 +97,12 @@ def plan(
     json_file: JsonFile = None,
 ) -> None:
     """Predict what compress would keep and need with the same options. Reads the config of MODEL and no weights."""
-    from sparlow.files import replacing
     from sparlow.planning.plan import plan as foresee
 
-    _require_folder(json_file)
+    results.prepare(json_file)
     found = foresee(model, given.recipe(), out=out, **values_of(run), timed=timed)
     display.show_plan(found)
-    if json_file:
-        with replacing(json_file) as partial:
-            partial.write_text(found.to_json(), "utf-8")
+    results.put(json_file, found.to_dict())
 
 
 @command
@@ -125,25 +142,33 @@ def evaluate(
     options: EvaluateOptions,
     run: Annotated[RunOptions, Without(("offload", "evaluate", "evaluate_seqlen", "limit"))],
     dtype: Dtype = "auto",
+    require: Required = None,
     json_file: JsonFile = None,
 ) -> None:
     """Measure MODEL, compressed or not: its perplexity, and tasks through lm-eval."""
-    from sparlow.cli.evaluating import in_domain_of, measured_beside, require_numbers, unknown_agreement
+    from sparlow.cli.evaluating import (
+        in_domain_of,
+        measured_beside,
+        require_numbers,
+        require_of_evaluations,
+        unknown_agreement,
+    )
     from sparlow.evaluation.tasks import load_tasks
-    from sparlow.files import write_json
 
-    _require_folder(json_file)
+    results.prepare(json_file)
+    required = parse_requirements(require or (), measures_text=bool(options.perplexity))
+    require_only_perplexity(required, relative=options.baseline is not None)
     tasks = load_tasks(options.tasks, path=options.task_path, fewshot=options.fewshot)
     found = measured_beside(model, dtype, options, run, tasks)
     in_domain = in_domain_of(found)
     display.show_evaluations(found, options.seqlen, in_domain, unknown_agreement(found, options.baseline))
-    if json_file:
-        said: dict[str, Any] = {name: {**found[name]} for name in found}
-        for name, texts in in_domain.items():
-            said[name] |= {"in_domain": texts} if texts else {}
-        beside = {} if options.baseline is None else {"baseline": {"model": options.baseline, **said[options.baseline]}}
-        write_json(json_file, {"model": model, "seqlen": options.seqlen, **said[model], **beside}, indent=2)
+    said: dict[str, Any] = {name: {**found[name]} for name in found}
+    for name, texts in in_domain.items():
+        said[name] |= {"in_domain": texts} if texts else {}
+    beside = {} if options.baseline is None else {"baseline": {"model": options.baseline, **said[options.baseline]}}
+    results.put(json_file, {"model": model, "seqlen": options.seqlen, **said[model], **beside})
     require_numbers(found)
+    require_of_evaluations(required, found, model, options.baseline)
 
 
 @command
@@ -154,10 +179,12 @@ def finetune(
     run: Annotated[RunOptions, Without(("offload", "evaluate_seqlen"))],
     peft: Adapter = None,
     overwrite: Overwrite = False,
+    json_file: JsonFile = None,
 ) -> None:
     """Train the low-rank part of DIRECTORY by LoRA with the sparse part frozen. The result has the same form."""
     from sparlow.finetuning.finetune import finetune as run_finetuning
 
+    results.prepare(json_file)
     with resumable("checkpoint"), display.progress() as notify:
         report = run_finetuning(
             directory,
@@ -175,6 +202,7 @@ def finetune(
     _written(out, f"open {out / 'report.html'}")
     if peft:
         display.out.print(f"the adapter lies in {peft}, its base in {peft / 'base'}", markup=False, highlight=False)
+    results.put(json_file, report.to_dict())
 
 
 @command
@@ -183,12 +211,13 @@ def inspect(
     verify: Annotated[
         bool, typer.Option("--verify", help="Read every file and check checksums, patterns and densities.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    json_file: JsonFile = None,
 ) -> None:
     """Show what is in DIRECTORY: pattern, density, rank and bytes of every layer."""
     from sparlow.cli.inspecting import show
 
-    problems = show(directory, verify=verify, json=as_json)
+    results.prepare(json_file)
+    problems = show(directory, json_file, check=verify)
     if problems:
         raise RunError(" ".join(problems))
 
@@ -210,8 +239,10 @@ def export(
     option: OptionOfForm = None,
     overwrite: Overwrite = False,
     show: ListForms = False,
+    json_file: JsonFile = None,
 ) -> None:
     """Write DIRECTORY in a form that other programs open: merged, lora, compressed-tensors or gguf."""
+    results.prepare(json_file)
     if show:
         from sparlow.exporting._registry import forms
 
@@ -228,20 +259,19 @@ def export(
     with display.progress() as notify:
         found = run_export(directory, out, form=form, options=pairs, overwrite=overwrite, notify=notify)  # type: ignore[arg-type]  # none is None
     display.show_export(found)
+    results.put(json_file, {"out": str(out), "form": found.form, "bytes": found.bytes, "notes": found.notes})
 
 
 @command
 def benchmark(models: Models, options: BenchmarkOptions, json_file: JsonFile = None) -> None:
     """Measure how fast MODELS run on the CPU, compressed or not, in turns; what they compute is checked."""
-    from sparlow.files import write_json
     from sparlow.runtime.benchmark import benchmark as measure
 
-    _require_folder(json_file)
+    results.prepare(json_file)
     with display.progress() as notify:
         found = measure(models, options, notify)
     display.show_benchmark(found)
-    if json_file:
-        write_json(json_file, found.to_dict(), indent=2)
+    results.put(json_file, found.to_dict())
     wrong = [row for row in found.rows if not row.same_output]
     if wrong:
         raise RunError(
@@ -251,11 +281,45 @@ def benchmark(models: Models, options: BenchmarkOptions, json_file: JsonFile = N
 
 
 @command
-def algorithms() -> None:
+def algorithms(plugin: Plugins = None, json_file: JsonFile = None) -> None:
     """List the algorithms with their options and defaults."""
     from sparlow.algorithms import algorithms as registered
 
+    results.prepare(json_file)
+    load_plugins(plugin or ())
     display.show_algorithms(registered())
+    rows = [
+        {
+            "name": one.name,
+            "aliases": [*one.aliases],
+            "kind": one.kind,
+            "summary": one.summary,
+            "options": {name: option.shown_default for name, option in one.options.items()},
+        }
+        for one in registered()
+    ]
+    results.put(json_file, rows)
+
+
+@command
+def recipes(json_file: JsonFile = None) -> None:
+    """List the recipes that --recipe takes by name, with what they gave where that was measured."""
+    from sparlow.recipe.named import packaged
+
+    results.prepare(json_file)
+    display.show_recipes(packaged())
+    results.put(json_file, [*packaged()])
+
+
+@command
+def env(json_file: JsonFile = None) -> None:
+    """Show the machine and what is installed, for a report of a bug."""
+    from sparlow.cli.environment import environment
+
+    results.prepare(json_file)
+    found = environment()
+    display.show_env(found)
+    results.put(json_file, found)
 
 
 @command

@@ -23,7 +23,8 @@ if TYPE_CHECKING:  # help is shown without torch, which comes with these
     from sparlow.exporting._registry import Exported, Form
     from sparlow.model.artefact.describe import LayerInfo
     from sparlow.planning.plan import Plan
-    from sparlow.progress import Notify, Progress
+    from sparlow.progress import Notify
+    from sparlow.recipe.named import Packaged
     from sparlow.report.comparison import Comparison
     from sparlow.report.records import Report
     from sparlow.runtime.benchmark import Benchmark
@@ -43,37 +44,22 @@ class SafeConsole(Console):
 
 out = SafeConsole(soft_wrap=True, width=None if sys.stdout.isatty() else WIDE)
 err = SafeConsole(stderr=True, soft_wrap=True)
+silent = False  # set by --quiet: errors only
+verbose = False  # set by --verbose: a line a layer, and every warning
 
 
 @contextmanager
 def progress() -> "Iterator[Notify]":
-    """Show a run as it goes: bars on a terminal, otherwise a line a block."""
-    if not err.is_terminal:
-        yield _plain_line
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bars
+    """Show a run as it goes: live on a terminal, otherwise a line a block; nothing with --quiet."""
+    from sparlow.live import Lines, Screen, can_watch
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Bars(*columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=err) as bars:
-        tasks = {}
-
-        def show(step: "Progress") -> None:
-            if step.stage not in tasks:
-                tasks[step.stage] = bars.add_task(escape(step.stage), total=step.total, note="")
-            note = f"{step.layer.name}: relative error {step.layer.relative_error:.5f}" if step.layer else step.note
-            bars.update(tasks[step.stage], completed=step.done, note=note)
-
-        yield show
-
-
-def _plain_line(step: "Progress") -> None:
-    if step.layer is not None:
-        return
-    tenth = step.note and step.done % max(step.total // 10, 1) == 0  # of what has hundreds of steps
-    if step.stage.endswith("blocks") or tenth or step.done == step.total:
-        note = f" ({step.note})" if step.note else ""
-        err.print(f"{step.stage}: {step.done} of {step.total}{note}", markup=False, highlight=False)
+    if silent:
+        yield lambda _: None
+    elif verbose or not can_watch(err):
+        yield Lines(lambda text: err.print(text, markup=False, highlight=False), every_layer=verbose)
+    else:
+        with Screen(err).on() as screen:
+            yield screen
 
 
 def show_report(report: "Report") -> None:
@@ -97,13 +83,29 @@ def show_report(report: "Report") -> None:
     trained = [row["parameters"] for row in report.not_compressed if row.get("trained")]
     if trained:
         out.print(f"{sum(trained):,} in {len(trained)} norms were trained with the compressed layers", highlight=False)
+    matched = matching_said(report)
+    if matched:
+        out.print(matched, highlight=False)
     out.print(remarks(report), highlight=False)
-    for warning in report.warnings[:10]:
+    for warning in report.warnings[: None if verbose else 10]:
         out.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False)
-    if len(report.warnings) > 10:  # noqa: PLR2004 - a screenful
+    if len(report.warnings) > 10 and not verbose:  # noqa: PLR2004 - a screenful
         out.print(f"and {len(report.warnings) - 10} more warnings in report.json", highlight=False)
     for note in report.notes:
         out.print(escape(note), highlight=False)
+
+
+def matching_said(report: "Report") -> str:
+    """What matching did, in one sentence; empty if there was none."""
+    rows = [report.distillation] if report.distillation else report.matching
+    if not rows:
+        return ""
+    before, after = (sum(row[name] for row in rows) / len(rows) for name in ("loss_before", "loss_after"))
+    what = "loss towards the dense logits" if report.distillation else f"mean loss of {len(rows)} blocks"
+    spent = sum(row["seconds"] for row in rows)
+    if after >= before:
+        return f"matching: {what} did not fall below {before:.5g}, so nothing was changed; {spent:.0f} s"
+    return f"matching: {what} {before:.5g} → {after:.5g} ({1 - after / before:.0%} less); {spent:.0f} s"
 
 
 def text(some: str) -> None:
@@ -338,6 +340,36 @@ def show_algorithms(algorithms: "Iterable[Algorithm]") -> None:
                 f"    --option {option.name}={escape(option.shown_default)}  ({escape(option.choices)})",
                 highlight=False,
             )
+
+
+def show_recipes(found: "Iterable[Packaged]") -> None:
+    """The packaged recipes: names, what they are for, and what they gave."""
+    for one in found:
+        out.print(f"[bold]{escape(one.name)}[/]", highlight=False)
+        for line in (one.summary, f"gave: {one.measured}" if one.measured else "not measured"):
+            out.print(f"    {line}", markup=False, highlight=False)
+
+
+def show_env(found: Mapping[str, str]) -> None:
+    """What a bug report needs of the machine and of what is installed."""
+    width = max(map(len, found))
+    for name, value in found.items():
+        out.print(f"{name:<{width}}  {value}", markup=False, highlight=False)
+
+
+def show_cost(found: "Plan") -> None:
+    """The first line of a run: what it will take."""
+    from sparlow.linalg.patterns import parse_pattern
+
+    sizes, free = found.bytes, found.available
+    spent = f"about {max(found.seconds['total'] / 60, 1):.0f} minutes, " if found.seconds else ""
+    main = f"at most {human_bytes(found.peak_memory['rss'])} of main memory"
+    main += "" if free["rss"] is None else f" ({human_bytes(free['rss'])} are free)"
+    whole = f"{human_bytes(sizes['dense'])} → {human_bytes(sizes['compressed'])}"
+    out.print(f"this will take {spent}{main}, {whole} on disk", markup=False, highlight=False)
+    patterns = dict.fromkeys(kind.pattern for kind in found.layers if kind.pattern)
+    kept = [f"{pattern} keeps {parse_pattern(pattern).density:.3g} of the entries of S" for pattern in patterns]
+    out.print(f"pattern {'; '.join(kept[:3])}", markup=False, highlight=False)
 
 
 def show_forms(forms: "Iterable[Form]") -> None:

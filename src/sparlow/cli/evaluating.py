@@ -1,22 +1,22 @@
 """What ``sparlow evaluate`` does for each model, and when what it found is a failure."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from sparlow.cli import display
 from sparlow.cli.options import EvaluateOptions
+from sparlow.cli.requirements import Requirement, require_all
 from sparlow.errors import RunError
 from sparlow.evaluation.perplexity import Baseline, Evaluation
 from sparlow.evaluation.perplexity import evaluate as measure
 from sparlow.evaluation.tasks import LoadedTasks
 from sparlow.evaluation.texts import require_tokenizer
-from sparlow.files import RECORD
+from sparlow.files import RECORD, read_json
 from sparlow.machine import pick_device
 from sparlow.model.loading.source import OpenedModel, open_model, upcast_for_cpu
 from sparlow.progress import labelled
-from sparlow.recipe.recipe import Recipe
 from sparlow.recipe.run_options import RunOptions
 from sparlow.text import in_domain
 
@@ -82,9 +82,22 @@ def _measured(
 
 def in_domain_of(found: Mapping[str, Evaluation]) -> dict[str, list[str]]:
     """Return, by model, the texts from the source of its calibration text, where that is on record."""
-    files = {name: Path(name) / "recipe.toml" for name in found}
-    recipes = {name: Recipe.from_file(file) for name, file in files.items() if (file.parent / RECORD).is_file()}
-    return {name: in_domain(recipe.calibration, found[name]["perplexity"]) for name, recipe in recipes.items()}
+    results = [name for name in found if (Path(name) / RECORD).is_file()]
+    return {name: in_domain(_calibration(Path(name)), found[name]["perplexity"]) for name in results}
+
+
+def _calibration(folder: Path) -> str:
+    """Return the calibration of a result; its whole recipe may name an algorithm that is not there any more."""
+    recipe = read_json(folder / RECORD).get("fingerprint", {}).get("recipe", {})
+    return str(recipe.get("calibration", ""))
+
+
+def require_of_evaluations(
+    asked: Sequence[Requirement], found: Mapping[str, Evaluation], model: str, baseline: str | None
+) -> None:
+    """Raise RunError unless the perplexities of a model keep to what was required."""
+    dense = {"perplexity": found[baseline]["perplexity"]} if baseline is not None else {}
+    require_all(asked, {"perplexity": found[model]["perplexity"]}, dense)
 
 
 def require_numbers(found: Mapping[str, Evaluation]) -> None:

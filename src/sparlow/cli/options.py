@@ -187,12 +187,16 @@ def parameter(option: Option, *, negatable: bool = False) -> inspect.Parameter:
 def recipe_parameters() -> list[inspect.Parameter]:
     """The options that make a recipe: its file, its fields, the options of its algorithm, and --owl."""
     fields = [option for option in options_of(Recipe).values() if not option.note(FileOnly)]
-    file = "TOML file with a recipe. Options given here take precedence over it."
+    file = (
+        "TOML file with a recipe, or the name of one that `sparlow recipes` lists. Options given here take precedence."
+    )
     pair = "An option of the algorithm, as key=value. Repeat it for several."
+    plugin = "Python file with algorithms of your own, under @sparlow.pruner or @sparlow.decomposer. Repeatable."
     return [
-        _hand_made("recipe", Path | None, typer.Option(metavar="FILE", help=file)),
+        _hand_made("recipe", str | None, typer.Option(metavar="FILE|NAME", help=file)),
         *(parameter(option, negatable=True) for option in fields),
         _hand_made("option", list[str] | None, typer.Option(metavar="KEY=VALUE", help=pair, rich_help_panel="Solver")),
+        _hand_made("plugin", list[Path] | None, typer.Option(metavar="FILE.py", help=plugin, rich_help_panel="Solver")),
         _hand_made(
             "owl",
             bool | None,
@@ -273,7 +277,9 @@ def _built(of: type, values: Mapping[str, Any]) -> Any:  # noqa: ANN401 - an obj
 
 
 def _given(values: dict[str, Any], typed: set[str]) -> Given:
-    file, pairs, owl = (values.pop(name, None) for name in ("recipe", "option", "owl"))
+    file, pairs, owl, plugins = (values.pop(name, None) for name in ("recipe", "option", "owl", "plugin"))
+    if plugins:
+        load_plugins(plugins)
     changes = {name: value for name, value in values.items() if name in typed}
     if "ignore" in changes:
         changes["ignore"] = tuple(dict.fromkeys(split(changes["ignore"])))
@@ -283,6 +289,14 @@ def _given(values: dict[str, Any], typed: set[str]) -> Given:
             switch = f"--{'owl' if owl else 'no-owl'}"
             raise InputError(f"{switch} and --allocate {changes['allocate']} contradict each other. Give one.")
     return Given(Recipe.from_file(file) if file else Recipe(), changes, pairs or ())
+
+
+def load_plugins(files: Iterable[Path]) -> None:
+    """Register the algorithms of files."""
+    from sparlow.algorithms import load_plugin
+
+    for file in files:
+        load_plugin(file)
 
 
 def split(names: str | Iterable[str]) -> list[str]:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 Model = Annotated[
     str,
@@ -28,7 +29,24 @@ Out = Annotated[
 ]
 JsonFile = Annotated[
     Path | None,
-    typer.Option("--json", metavar="FILE", rich_help_panel="Output", help="Also write the result to this file."),
+    typer.Option(
+        "--json",
+        metavar="FILE",
+        rich_help_panel="Output",
+        help="Also write the result to this file; without a file it is printed alone.",
+    ),
+]
+Required = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--require",
+        metavar="FIGURE<=BOUND",
+        rich_help_panel="Evaluation",
+        help=escape(
+            "Exit with 1 if the result misses this: perplexity<=+10% (above the dense model's), perplexity<=12.5, "
+            "bits<=4.6, bytes<=300MB, relative_error<=0.01. Repeat it for several."
+        ),
+    ),
 ]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", rich_help_panel="Output", help="Replace a finished result in --out.")
@@ -68,6 +86,10 @@ OptionOfOne = Annotated[
         rich_help_panel="Solver",
         help="An option of one of the algorithms. Repeat it for several.",
     ),
+]
+Plugins = Annotated[
+    list[Path] | None,
+    typer.Option("--plugin", metavar="FILE.py", help="Python file with algorithms of your own. Repeatable."),
 ]
 WithMatching = Annotated[
     str | None,

@@ -8,14 +8,15 @@ from types import FrameType
 
 from sparlow.cli import display
 
+INTERRUPTED = 130  # the exit code of a command that Ctrl-C has ended
+
 
 @contextmanager
-def resumable(unit: str = "finished block") -> Iterator[None]:
-    """Say how to resume after Ctrl-C, which typer then turns into the exit code 130.
+def noted(came: list[int]) -> Iterator[None]:
+    """Within this context, note each Ctrl-C in ``came``; it raises KeyboardInterrupt as ever.
 
-    Compiled code that is interrupted may swallow the exception and raise one of its own, so the signal itself is noted.
+    Compiled code that is interrupted may swallow the exception and raise one of its own.
     """
-    came: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
         came.append(number)
@@ -25,11 +26,20 @@ def resumable(unit: str = "finished block") -> Iterator[None]:
     before = signal.signal(signal.SIGINT, note) if ours else None
     try:
         yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def resumable(unit: str = "finished block") -> Iterator[None]:
+    """Say how to resume after Ctrl-C, which typer then turns into the exit code 130."""
+    came: list[int] = []
+    try:
+        with noted(came):
+            yield
     except (KeyboardInterrupt, Exception) as error:
         if not came and not isinstance(error, KeyboardInterrupt):
             raise
         display.err.print(f"stopped: the same command resumes the run from its last {unit}")
         raise KeyboardInterrupt from error
-    finally:
-        if ours:
-            signal.signal(signal.SIGINT, before)

@@ -5,7 +5,7 @@ is averaged over the seqlen − 1 predictions of a window, then over windows; pe
 in exactly these choices, so figures compare only at the same text and seqlen.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from itertools import repeat
 from pathlib import Path
@@ -21,6 +21,8 @@ from sparlow.errors import InputError
 from sparlow.evaluation.agreement import Dense, Figures, Measured, Predictions, beside
 from sparlow.evaluation.tasks import LoadedTasks, TaskResult, average, load_tasks, measure_tasks
 from sparlow.evaluation.texts import require_context, require_tokenizer, texts_to_measure
+from sparlow.live import watched
+from sparlow.machine import pick_device
 from sparlow.model.forward.activation_store import ActivationStore
 from sparlow.model.forward.attention import unfused_heads, windows_at_once
 from sparlow.model.forward.block_pass import BlockPass, pass_through
@@ -28,11 +30,11 @@ from sparlow.model.forward.capture import Recording, run_head, tokens_at_once
 from sparlow.model.forward.causality import require_causal
 from sparlow.model.forward.decoder import Decoder
 from sparlow.model.forward.stand_ins import Form, behind_blocks
-from sparlow.model.loading.objects import in_eval_mode
-from sparlow.model.loading.source import as_tokenizer
+from sparlow.model.loading.objects import in_eval_mode, require_as_it_is
+from sparlow.model.loading.source import as_tokenizer, open_model, upcast_for_cpu
 from sparlow.model.loading.weights import Weights
 from sparlow.own_settings import own_settings
-from sparlow.progress import Notify
+from sparlow.progress import Notify, counting
 from sparlow.recipe.run_options import listed
 from sparlow.report.records import Agreement, Perplexity
 from sparlow.text import fingerprint as text_fingerprint
@@ -239,9 +241,9 @@ class Baseline:
         self._kept: dict[str, Predictions | None] = {}  # by fingerprint of the windows
         self._whole = True
 
-    def measure(self, windows: Tensor) -> Perplexity:
-        """Measure perplexity on windows (n, seqlen), and keep the predictions."""
-        found, self._kept[text_fingerprint(windows)] = measure(self.model, windows, keep=True)
+    def measure(self, windows: Tensor, advance: Callable[[int], None] = lambda _: None) -> Perplexity:
+        """Measure perplexity on windows (n, seqlen), and keep the predictions; ``advance`` as of ``measure``."""
+        found, self._kept[text_fingerprint(windows)] = measure(self.model, windows, advance, keep=True)
         return found.perplexity
 
     def on(self, windows: Tensor) -> Dense | None:
@@ -261,17 +263,19 @@ class Baseline:
         return kept
 
 
-def _beside_baseline(model: PreTrainedModel, windows: Tensor, dense: Baseline | None) -> Measured:
+def _beside_baseline(
+    model: PreTrainedModel, windows: Tensor, dense: Baseline | None, advance: Callable[[int], None]
+) -> Measured:
     """Measure a model beside a baseline, if there is one; if that is the model itself, keep its predictions."""
     if dense is not None and dense.model is model:
-        return Measured(dense.measure(windows))
-    return measure(model, windows, dense=dense.on(windows) if dense else None)[0]
+        return Measured(dense.measure(windows, advance))
+    return measure(model, windows, advance, dense=dense.on(windows) if dense else None)[0]
 
 
 @own_settings()
 def evaluate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | str | Path,
+    model: PreTrainedModel | str | Path,
+    tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
     *,
     perplexity_on: str | Sequence[str] = ("builtin",),
     seqlen: int = 2048,
@@ -282,13 +286,17 @@ def evaluate(
     fewshot: int | None = None,
     batch_size: int = 8,
     baseline: PreTrainedModel | Baseline | None = None,
-    notify: Notify = lambda _: None,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    notify: Notify | None = None,
 ) -> Evaluation:
     """Measure a model; works on compressed and plain ones alike.
 
     Args:
-        model: Any causal language model of transformers, ours included.
-        tokenizer: Its tokenizer, or the directory or hub id it comes from.
+        model: Any causal language model of transformers, ours included, which is given back in the mode it was in; or a
+            directory, a hub id or a .gguf file.
+        tokenizer: Its tokenizer, or the directory or hub id it comes from; what is named brings its own.
         perplexity_on: Corpora or files, see ``sparlow.text``.
         seqlen: Tokens in a window; perplexities of different seqlen do not compare.
         limit: At most so many windows of each corpus, and so many questions of each task.
@@ -301,7 +309,10 @@ def evaluate(
         batch_size: Sequences in one pass of the model, for tasks.
         baseline: The dense model to compare the predictions with; or what is left of one, see ``Baseline``, which may
             also be that of ``model`` itself, to keep its predictions.
-        notify: Told the progress of tasks.
+        device: Of a model that is named: "auto" (an accelerator if there is one), or torch's name of a device.
+        dtype: Of a model that is named: "auto" (as stored), "float32", "bfloat16" or "float16".
+        trust_remote_code: Let a model that is named bring Python code of its own.
+        notify: Called after every step; if left out, the run shows itself on a terminal and in a notebook.
 
     Returns:
         ``{"perplexity": {corpus: value}, "perplexity_stderr": {corpus: error}}`` by the published protocol, and, where
@@ -315,14 +326,40 @@ def evaluate(
     """
     loaded = tasks if isinstance(tasks, LoadedTasks) else load_tasks(tasks, path=task_path, fewshot=fewshot)
     perplexity_on = listed(perplexity_on)
-    tokenizer = require_tokenizer(as_tokenizer(tokenizer), "The model")
+    name = "The model"
+    if isinstance(model, str | Path):
+        name = str(model)
+        opened = open_model(name, dtype=dtype, device=pick_device(device), trust_remote_code=trust_remote_code)
+        model, tokenizer = upcast_for_cpu(opened.model), tokenizer or opened.tokenizer
+    else:
+        require_as_it_is(model, dtype, device)
+    tokenizer = require_tokenizer(as_tokenizer(tokenizer), name)
     if perplexity_on:
         require_context(model, seqlen)
         with in_eval_mode(model):
             require_causal(model, model.config.name_or_path or type(model).__name__)
     texts = texts_to_measure(perplexity_on, model, tokenizer, seqlen=seqlen, limit=limit, column=column)
     dense = Baseline(baseline) if isinstance(baseline, PreTrainedModel) else baseline
-    measured = {name: _beside_baseline(model, windows, dense) for name, windows in texts.items()}
+    with in_eval_mode(model), watched(notify) as tell:
+        return _evaluation(model, tokenizer, texts, dense, loaded, limit=limit, batch_size=batch_size, notify=tell)
+
+
+def _evaluation(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Mapping[str, Tensor],
+    dense: Baseline | None,
+    loaded: LoadedTasks,
+    *,
+    limit: int | None,
+    batch_size: int,
+    notify: Notify,
+) -> Evaluation:
+    """Measure what has been checked and cut; see ``evaluate``."""
+    measured = {}
+    for name, windows in texts.items():
+        advance = counting(notify, f"perplexity, {Path(name).name}", len(windows))
+        measured[name] = _beside_baseline(model, windows, dense, advance)
     found: Evaluation = {
         "perplexity": {name: one.perplexity.value for name, one in measured.items()},
         "perplexity_stderr": {name: one.perplexity.stderr for name, one in measured.items()},

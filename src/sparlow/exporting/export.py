@@ -13,6 +13,7 @@ from sparlow.errors import InputError, RunError, reason
 from sparlow.exporting._registry import Exported, find
 from sparlow.exporting.stored import Stored
 from sparlow.files import follow_umask, human_bytes, partial_of, read_json, sync_folder, write_json
+from sparlow.live import watched
 from sparlow.machine import disk_available
 from sparlow.own_settings import own_settings
 from sparlow.progress import Notify
@@ -28,7 +29,7 @@ def export(
     form: str,
     options: Mapping[str, Any] | None = None,
     overwrite: bool = False,
-    notify: Notify = lambda _: None,
+    notify: Notify | None = None,
 ) -> Exported:
     """Write a compressed model in a form that another program reads; ``sparlow export --list`` shows all forms.
 
@@ -41,7 +42,7 @@ def export(
         form: merged, lora, compressed-tensors or gguf.
         options: Of the form, by name.
         overwrite: Replace an earlier export in ``out``.
-        notify: Called after each shard.
+        notify: Called after each shard; if left out, shown on a terminal and in a notebook.
 
     Raises:
         InputError: The model cannot be expressed in this form; why, and what to do. Nothing has been written then.
@@ -54,8 +55,8 @@ def export(
     stored = Stored(source)
     writer = chosen.prepare(stored, **given)
     _require_space(target, writer.bytes)
-    with _beside(target) as partial:
-        found = writer.write(partial, notify)
+    with _beside(target) as partial, watched(notify) as tell:
+        found = writer.write(partial, tell)
         write_json(partial / MARK, {"form": form, "options": given, "run": stored.fingerprint})
         for inner in (partial, *(path for path in partial.rglob("*") if path.is_dir())):
             follow_umask(inner)

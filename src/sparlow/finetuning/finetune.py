@@ -17,6 +17,7 @@ from sparlow.evaluation.texts import require_context, require_tokenizer, require
 from sparlow.exporting.adapter import common_rank
 from sparlow.finetuning.options import FinetuneOptions
 from sparlow.finetuning.parent import Parent, Paths
+from sparlow.live import watched
 from sparlow.machine import pick_device
 from sparlow.model.loading.source import OpenedModel, open_model
 from sparlow.own_settings import own_settings
@@ -53,7 +54,7 @@ def finetune(
     seed: int = FinetuneOptions.seed,
     overwrite: bool = False,
     trust_remote_code: bool = RunOptions.trust_remote_code,
-    notify: Notify = lambda _: None,
+    notify: Notify | None = None,
 ) -> Report:
     """Fine-tune the low-rank part of a compressed model; S keeps every bit.
 
@@ -79,7 +80,7 @@ def finetune(
         seed: Of the choice and the order of text, and of fresh adapters.
         overwrite: Replace a result of sparlow in ``out``.
         trust_remote_code: Let a model bring Python code of its own.
-        notify: Called after every step.
+        notify: Called after every step; if left out, the run shows itself on a terminal and in a notebook.
 
     Returns:
         The report of compression with ``finetuning`` filled in, which is also written to ``out``.
@@ -97,7 +98,7 @@ def finetune(
     check_possible(plan, device)
     paths = Paths(Path(folder), Path(out), None if peft is None else Path(peft))
     paths.check()
-    with claimed(paths.out, overwrite=overwrite):
+    with claimed(paths.out, overwrite=overwrite), watched(notify) as tell:
         parent = Parent.read(paths.folder)
         ranks = parent.ranks_to_train(rank)
         if peft is not None:
@@ -105,7 +106,7 @@ def finetune(
         opened = open_model(str(folder), device=device, trust_remote_code=trust_remote_code)
         windows = _windows_to_train_on(opened, plan)
         evaluation = windows_to_evaluate(listed(evaluate), opened, parent.report.recipe["seqlen"], limit, column)
-        run = FineTuning(parent, opened, paths, plan, ranks, notify)
+        run = FineTuning(parent, opened, paths, plan, ranks, tell)
         run.begin(windows, overwrite=overwrite)
         return run.go(windows, evaluation)
 

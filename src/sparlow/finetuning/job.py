@@ -44,6 +44,7 @@ from sparlow.progress import Notify, counting
 from sparlow.report.html_page import write_reports
 from sparlow.report.records import LayerRecord, Perplexity, Report
 from sparlow.run.journal import Journal
+from sparlow.run.model_card import write_model_card
 from sparlow.text import fingerprint as text_fingerprint
 from sparlow.text import in_domain, in_domain_warning
 
@@ -141,6 +142,7 @@ class FineTuning:
         if self.paths.peft:
             self.write_base(self.paths.peft)
         write_reports(report, self.paths.out)
+        write_model_card(report, self.paths.out, self.opened.companions)
         found = {text_fingerprint(text): Measured(after[name]) for name, text in evaluation.items()}
         self.journal.finish(self.journal.record.dense, found)
         self.remove_checkpoints()

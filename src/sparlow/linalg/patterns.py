@@ -5,6 +5,7 @@ scores, the first wins.
 """
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -184,9 +185,17 @@ def parse_pattern(text: str) -> Pattern:
         raise
     except ValueError:
         raise InputError(
-            f"Pattern {shown(text)} is not understood. Give N:M such as 2:4, the fraction removed, such as 0.5, or "
-            f"{EVERYTHING}."
+            f"Pattern {shown(text)} is not understood{_meant(text)} Give N:M such as 2:4, the fraction removed, such "
+            f"as 0.5, or {EVERYTHING}."
         ) from None
+
+
+def _meant(text: str) -> str:
+    """End a sentence with the pattern that a slip may stand for: 2;4, 2of4 or 50 %."""
+    groups = re.fullmatch(r"\s*(\d{1,4})[^\d.]{1,3}(\d{1,4})\D?\s*", text)
+    share = re.fullmatch(r"\s*(\d{1,2}(?:\.\d{1,6})?)\s*%\s*", text)
+    near = f"{groups[1]}:{groups[2]}" if groups else f"{float(share[1]) / 100:g}" if share else ""
+    return f"; did you mean {near!r}?" if near else "."
 
 
 def within_rows(pattern: Pattern) -> Pattern:

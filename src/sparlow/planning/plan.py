@@ -1,15 +1,15 @@
 """``sparlow.plan``: what a compression keeps and needs, known before it runs, from the model's config alone."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 from transformers import PreTrainedModel
 
-from sparlow.files import as_json
+from sparlow.files import as_json, human_bytes
 from sparlow.machine import device_available, disk_available, machine, memory_available
 from sparlow.model.forward.decoder import Skipped, not_compressed
 from sparlow.model.loading.left_out import left_out
@@ -21,9 +21,13 @@ from sparlow.planning.duration import seconds
 from sparlow.planning.memory import Disk, Stage, disk, stages
 from sparlow.planning.microbenchmarks import solver, speed, typical, workspace
 from sparlow.planning.workload import Layer, Workload, workload
-from sparlow.recipe.recipe import Recipe, as_recipe, with_calibration
+from sparlow.recipe.recipe import RecipeLike, as_recipe, with_calibration
 from sparlow.recipe.run_options import RunOptions, listed
 from sparlow.report.value_types import MODEL
+from sparlow.tabular import Tabular
+
+if TYPE_CHECKING:
+    from sparlow.recipe.recipe import Calibration
 
 VERSION = 1  # of the keys of ``Plan.to_json``
 
@@ -55,8 +59,8 @@ class Kind:
     bytes_kept: int
 
 
-@dataclass(frozen=True)
-class Plan:
+@dataclass(frozen=True, repr=False)
+class Plan(Tabular):
     """All that is known before a run.
 
     Attributes:
@@ -109,13 +113,29 @@ class Plan:
         """All fields, as the text of a file."""
         return as_json(asdict(self), indent=2)
 
+    def facts(self) -> dict[str, str]:
+        """See ``Tabular``."""
+        sizes, free = self.bytes, self.available["rss"]
+        found = {
+            "model": self.model,
+            "whole file": f"{human_bytes(sizes['dense'])} → {human_bytes(sizes['compressed'])}",
+            "bits": f"{self.bits_per_weight:.2f} a compressed weight, {self.bits_per_parameter:.2f} a parameter",
+            "main memory": f"at most {human_bytes(self.peak_memory['rss'])}"
+            + ("" if free is None else f", {human_bytes(free)} are free"),
+        }
+        return found | ({"time": f"{self.seconds['total'] / 60:.1f} minutes"} if self.seconds else {})
+
+    def table(self) -> list[dict[str, Any]]:
+        """A row a kind of layer."""
+        return [asdict(kind) for kind in self.layers]
+
 
 @own_settings()
 def plan(
     model: str | Path | PreTrainedModel,
-    recipe: Recipe | Mapping[str, Any] | str | Path | None = None,
+    recipe: RecipeLike | None = None,
     *,
-    calibration: str | Path | None = None,
+    calibration: "Calibration | None" = None,
     out: str | Path | None = None,
     evaluate: str | Sequence[str] = ("builtin",),
     evaluate_seqlen: int | None = None,
@@ -124,6 +144,7 @@ def plan(
     offload: str = "auto",
     trust_remote_code: bool = False,
     timed: bool = True,
+    **fields: Any,  # noqa: ANN401 - fields of a recipe have many types
 ) -> Plan:
     """Predict what ``compress`` keeps and needs with the same arguments. Reads the config of a model and no weights.
 
@@ -131,7 +152,7 @@ def plan(
         model: Hub id (of which the config is fetched), directory, .gguf file (of which the header is read), or a
             transformers model.
         recipe: What would be done.
-        calibration: Corpus or file instead of the recipe's; it is not read.
+        calibration: Corpus, file, texts or token windows instead of the recipe's; it is not read.
         out: Directory that would be written, to see what is free there.
         evaluate: Corpora or files on which perplexity would be measured.
         evaluate_seqlen: Tokens in a window of these.
@@ -140,11 +161,12 @@ def plan(
         offload: Where to keep block inputs between blocks: "cpu", "disk", or "auto" for the fastest that fits.
         trust_remote_code: Let a model bring Python code of its own.
         timed: Try the algorithm on small layers, to tell how long a run takes; some seconds.
+        fields: Of the recipe, such as ``pattern="2:4"``, in the place of what it says.
 
     Raises:
         InputError: Something given cannot be used; what it is.
     """
-    recipe = with_calibration(as_recipe(recipe), calibration)
+    recipe = with_calibration(as_recipe(recipe, fields), calibration)
     options = RunOptions(device, offload, listed(evaluate), evaluate_seqlen, limit, trust_remote_code)
     require_usable(model)
     if isinstance(model, PreTrainedModel):

@@ -6,6 +6,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any
 
 from sparlow.errors import InputError
@@ -21,6 +22,7 @@ from sparlow.recipe.allocation import (
     ratio_sparsity,
 )
 from sparlow.recipe.contradictions import require_budget, require_values
+from sparlow.recipe.named import is_name, text_of
 from sparlow.report.value_types import MODEL
 from sparlow.schema import (
     ABOVE_0,
@@ -50,6 +52,8 @@ if TYPE_CHECKING:  # the command line reads the fields without torch, see the im
     from sparlow.linalg.patterns import NM, Pattern
     from sparlow.recipe.bits import Asked
 
+    Calibration = str | Path | Sequence[str] | Tensor  # what stands for calibration text wherever Python takes it
+
 # Columns of a group where no pattern is asked for. 16:32 costs the bytes of 2:4, and keeps better weights.
 DEFAULT_GROUPS = (32, 16, 8, 4)
 DEFAULT_RANK = 64  # of methods with a low-rank part: 2.4 % of the linear weights of an 8B Llama
@@ -59,6 +63,7 @@ FACTORS = ("auto", MODEL, "int8")
 ALLOCATIONS = ("uniform", "owl", "error")
 MATCH_PRESETS = ("logits", "blocks", "paper")  # training_plan.PRESETS says what each of them is
 GIVEN_WINDOWS = "windows"  # what a recipe calls a calibration by token windows given directly
+GIVEN_TEXTS = "texts"  # and one by texts
 OWN_TEXT = "self"  # the calibration that the model writes itself
 BEHIND = ("blocks", "layers")  # what is compressed already where a layer's statistics are taken
 BOS = ("auto", "always", "never")  # text.beginning says what each of them is
@@ -87,8 +92,8 @@ class Recipe:
     pattern: Annotated[
         str | None,
         Doc(
-            "Pattern of the sparse part: N:M such as 16:32 or 2:4, or the fraction removed such as 0.5. dense keeps "
-            "every entry: for values on a grid."
+            "Pattern of the sparse part: N:M such as 16:32 or 2:4 keeps N of every M entries; a fraction is what is "
+            "removed, so 0.25 keeps 75 %. dense keeps every entry: for values on a grid."
         ),
         Unset("16:32, or 8:16, 4:8, 2:4 where 32 does not divide the inputs of a layer"),
         KEEP,
@@ -274,9 +279,10 @@ class Recipe:
     ] = "auto"
 
     def __post_init__(self) -> None:
-        group: object = self.group
-        if type(group) is int:  # as a number in TOML or Python
-            object.__setattr__(self, "group", str(group))
+        for name, kinds in (("group", (int,)), ("pattern", (float,))):
+            value: object = getattr(self, name)
+            if type(value) in kinds:  # as a number in TOML or Python
+                object.__setattr__(self, name, str(value))
         check_fields(self, "a recipe")
         algorithm = self.found_algorithm
         _ = self.parsed_options  # raises for one that is wrong
@@ -439,7 +445,17 @@ class Recipe:
 
     @classmethod
     def from_file(cls, path: str | Path) -> "Recipe":
-        """Read a TOML file."""
+        """Read a TOML file, or the packaged recipe of this name.
+
+        Raises:
+            InputError: There is neither, or it is no recipe.
+        """
+        if is_name(path) and not Path(path).exists():
+            return cls.from_toml(text_of(str(path)))
+        if Path(path).suffix.lower() in (".yaml", ".yml", ".json"):
+            raise InputError(
+                f'{path} is not TOML, as recipes are. Write it as a .toml file, with lines such as pattern = "2:4".'
+            )
         try:
             with Path(path).open("rb") as file:
                 data = file.read(LARGEST + 1)
@@ -448,6 +464,19 @@ class Recipe:
             return cls.from_toml(data.decode("utf-8"))
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"The recipe {path} cannot be read: {error}.") from None
+
+    def with_fields(self, fields: Mapping[str, Any]) -> "Recipe":
+        """Return a copy with fields that a user gives; another algorithm does not take over the options of this one.
+
+        Raises:
+            InputError: One of them is wrong, or has no effect.
+        """
+        changes = dict(fields)
+        if changes.get("algorithm", self.algorithm) != self.algorithm:
+            changes.setdefault("options", {})
+        found = self.changed(**changes)
+        require_effect(changes, values_of(found), Recipe)  # also for what was given and is the default
+        return found
 
     def changed(self, **changes: Any) -> "Recipe":  # noqa: ANN401 - fields have many types
         """Return a copy with some fields replaced; those that thereby have no effect go back to their defaults."""
@@ -467,33 +496,46 @@ def default_pattern(columns: int) -> "NM":
     return NM(size // 2, size)
 
 
-def as_recipe(given: "Recipe | Mapping[str, Any] | str | Path | None") -> Recipe:
-    """Return a recipe from what a caller may give for one: itself, its fields as a dict, the path of its file, or None.
+RecipeLike = Recipe | Mapping[str, Any] | str | Path  # what stands for a recipe wherever Python takes one
+
+
+def as_recipe(given: RecipeLike | None, fields: Mapping[str, Any] = MappingProxyType({})) -> Recipe:
+    """Return a recipe from what a caller may give for one.
+
+    Args:
+        given: Itself, its fields as a dict, the path of its file, the name of a packaged one, or None for the defaults.
+        fields: Of it, in the place of what ``given`` says.
 
     Raises:
         InputError: It is none of these, or holds what no recipe can.
     """
+    require_known(fields, Recipe, "A recipe")
     if isinstance(given, str | Path):
-        return Recipe.from_file(given)
-    if isinstance(given, Mapping):
-        return Recipe.from_dict(given)
-    if given is not None and not isinstance(given, Recipe):
+        found = Recipe.from_file(given)
+    elif isinstance(given, Mapping):
+        found = Recipe.from_dict(given)
+    elif given is None or isinstance(given, Recipe):
+        found = given or Recipe()
+    else:
         raise InputError(f"A recipe cannot be given as a {type(given).__name__}. Give a Recipe, a dict or a TOML file.")
-    return given or Recipe()
+    return found.with_fields(fields) if fields else found
 
 
-def with_calibration(recipe: Recipe, calibration: "str | Path | Tensor | None") -> Recipe:
+def with_calibration(recipe: Recipe, calibration: "Calibration | None") -> Recipe:
     """Put a calibration given beside the recipe into it."""
     if calibration is None:
         return recipe
     if isinstance(calibration, str | Path):
         return recipe.changed(calibration=str(calibration))
+    if isinstance(calibration, list | tuple) and calibration and all(isinstance(text, str) for text in calibration):
+        return recipe.changed(calibration=GIVEN_TEXTS)
     import torch
 
     if not isinstance(calibration, torch.Tensor):
         raise InputError(
             f"Calibration text cannot be given as a {type(calibration).__name__}. Give the name of a corpus, the path "
-            "of a file (.txt, or .jsonl with one text a line), or a tensor (windows, seqlen) of int64 token ids."
+            "of a file (.txt, or .jsonl with one text a line), a list of texts, or a tensor (windows, seqlen) of int64 "
+            "token ids."
         )
     if calibration.ndim != 2 or calibration.dtype != torch.int64 or calibration.numel() == 0:  # noqa: PLR2004 - a matrix
         raise InputError("Calibration windows must be a tensor (windows, seqlen) of int64 token ids.")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 from sparlow.errors import InputError
-from sparlow.schema import Doc, Panel, Unset, at_least, check_fields, documented, shown
+from sparlow.schema import Choices, Doc, Panel, Unset, at_least, check_fields, documented, shown
 
 EVALUATION, MACHINE = Panel("Evaluation"), Panel("Machine")
 
@@ -29,6 +29,7 @@ class RunOptions:
             "Where to keep block inputs between blocks: cpu, disk, or auto (the fastest that fits; with --match the "
             "disk, unless an accelerator has room)."
         ),
+        Choices("place for block inputs", ("auto", "cpu", "disk")),
         MACHINE,
     ] = "auto"
     evaluate: Annotated[

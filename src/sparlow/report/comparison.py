@@ -10,6 +10,7 @@ from sparlow.files import read_json, write_json
 from sparlow.machine import machine, versions
 from sparlow.report.records import Agreement, Report, agreements
 from sparlow.report.value_types import MODEL
+from sparlow.tabular import Tabular
 
 VERSION = 1  # of the keys of compare.json
 NAME = "compare.json"
@@ -72,8 +73,8 @@ class Row:
         return cls(**{**data, "layers": layers, "agreement": agreements(data.get("agreement", {}))})
 
 
-@dataclass
-class Comparison:
+@dataclass(repr=False)
+class Comparison(Tabular):
     """All methods so far; the fields are the keys of ``compare.json``.
 
     Attributes:
@@ -146,6 +147,19 @@ class Comparison:
                 if was[key] != now[key]:
                     return f"{key} ({was[key]} there, {now[key]} now)"
         return None
+
+    def facts(self) -> dict[str, str]:
+        """See ``Tabular``."""
+        found = {"model": self.model, "methods": ", ".join(row.name for row in self.rows)}
+        return found | ({"failed": ", ".join(self.failed)} if self.failed else {})
+
+    def table(self) -> list[dict[str, Any]]:
+        """A row a method, with a column for each text that perplexity was measured on."""
+        rows = []
+        for row in self.rows:
+            found = {name: value for name, value in asdict(row).items() if isinstance(value, str | int | float)}
+            rows.append(found | {f"perplexity, {name}": value for name, value in row.perplexity.items()})
+        return rows
 
     def write(self, folder: Path) -> None:
         """Write ``compare.json`` whole or not at all."""

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from sparlow.errors import InputError
-from sparlow.files import as_json, parse_json
+from sparlow.files import as_json, human_bytes, parse_json
 from sparlow.machine import machine, versions
 from sparlow.report.value_types import MODEL, shown_values
+from sparlow.tabular import Tabular
 
 VERSION = 1  # of the keys of report.json
 
@@ -146,8 +147,8 @@ def agreements(data: Mapping[str, Any]) -> dict[str, Agreement | None]:
     return {name: None if found is None else Agreement.from_dict(found) for name, found in data.items()}
 
 
-@dataclass
-class Report:
+@dataclass(repr=False)
+class Report(Tabular):
     """A whole run; the fields are the keys of ``report.json``."""
 
     recipe: dict[str, Any]
@@ -219,6 +220,22 @@ class Report:
             self.parameters["compressed"] = self.values["linears_dense"]
             self.bits_per_parameter = 8 * sizes["compressed"] / self.parameters["model"]
             self.share_compressed = self.parameters["compressed"] / self.parameters["blocks"]
+
+    def facts(self) -> dict[str, str]:
+        """See ``Tabular``."""
+        dense, now = self.dense["perplexity"], self.compressed["perplexity"]
+        found = {"model": self.model, "algorithm": str(self.recipe.get("algorithm", ""))}
+        found |= {f"perplexity, {name}": f"{dense[name]:.2f} → {now[name]:.2f}" for name in now if name in dense}
+        if self.bytes.get("compressed"):
+            found["whole file"] = f"{human_bytes(self.bytes['dense'])} → {human_bytes(self.bytes['compressed'])}"
+        found["bits"] = f"{self.bits_per_weight:.2f} a compressed weight, {self.bits_per_parameter:.2f} a parameter"
+        found["mean relative error"] = f"{self.mean_relative_error:.5f} of the energy of the layers' outputs"
+        found["time"] = f"{self.seconds.get('total', 0.0):.0f} s"
+        return found | ({"warnings": str(len(self.warnings))} if self.warnings else {})
+
+    def table(self) -> list[dict[str, Any]]:
+        """A row a layer."""
+        return [asdict(layer) | {"shown_values": layer.shown_values} for layer in self.layers]
 
     def to_json(self) -> str:
         """The text of ``report.json``."""

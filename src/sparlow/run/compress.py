@@ -1,10 +1,10 @@
 """``sparlow.compress``: open the model, cut the text into windows, run the job."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sparlow.distributed import Processes, joined
 from sparlow.errors import InputError
 from sparlow.evaluation.texts import require_context, require_tokenizer, require_vocabulary, texts_to_measure
+from sparlow.live import watched
 from sparlow.machine import pick_device
 from sparlow.model.artefact.dtypes import StoredDtypes
 from sparlow.model.forward.causality import require_causal
@@ -22,20 +23,31 @@ from sparlow.model.loading.weights import all_loaded, scan
 from sparlow.own_settings import own_settings
 from sparlow.planning.feasibility import require_feasible
 from sparlow.progress import Notify
-from sparlow.recipe.recipe import GIVEN_WINDOWS, OWN_TEXT, Recipe, as_recipe, with_calibration
+from sparlow.recipe.recipe import (
+    GIVEN_TEXTS,
+    GIVEN_WINDOWS,
+    OWN_TEXT,
+    Recipe,
+    RecipeLike,
+    as_recipe,
+    with_calibration,
+)
 from sparlow.recipe.run_options import RunOptions, listed
 from sparlow.report.records import Report
 from sparlow.run.job import Job
 from sparlow.run.output_dir import claimed
 from sparlow.text import beginning, calibration_windows
 
+if TYPE_CHECKING:
+    from sparlow.recipe.recipe import Calibration
+
 
 @own_settings()
 def compress(
     model: str | Path | PreTrainedModel,
-    recipe: Recipe | Mapping[str, Any] | str | Path | None = None,
+    recipe: RecipeLike | None = None,
     *,
-    calibration: str | Path | Tensor | None = None,
+    calibration: "Calibration | None" = None,
     tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
     out: str | Path | None = None,
     evaluate: str | Sequence[str] = ("builtin",),
@@ -48,7 +60,8 @@ def compress(
     force: bool = False,
     trust_remote_code: bool = False,
     with_loader: bool = False,
-    notify: Notify = lambda _: None,
+    notify: Notify | None = None,
+    **fields: Any,  # noqa: ANN401 - fields of a recipe have many types
 ) -> Report:
     """Compress every linear layer of every decoder block of a causal language model.
 
@@ -56,8 +69,9 @@ def compress(
 
     Args:
         model: Hub id, directory, .gguf file, or a transformers model, which stays as it is unless ``inplace``.
-        recipe: What to do, as a ``Recipe``, a dict of its fields or the path of its file; its defaults if left out.
-        calibration: Corpus, file, or token windows (n, seqlen) int64; instead of the recipe's.
+        recipe: What to do, as a ``Recipe``, a dict of its fields, the path of its file or the name of a packaged one;
+            its defaults if left out.
+        calibration: Corpus, file, list of texts, or token windows (n, seqlen) int64; instead of the recipe's.
         tokenizer: Needed with a transformers model if text is used; itself, or the directory or hub id it comes from.
         out: Directory to write as the run proceeds; an unfinished one is resumed. A model that is named is then read
             block by block and never in memory as a whole.
@@ -72,7 +86,8 @@ def compress(
         trust_remote_code: Let a model bring Python code of its own.
         with_loader: Also write ``modeling_sparlow.py``, by which transformers imports sparlow, or names it as missing,
             under ``trust_remote_code=True``.
-        notify: Called after every step.
+        notify: Called after every step; if left out, the run shows itself on a terminal and in a notebook.
+        fields: Of the recipe, such as ``pattern="2:4"``, in the place of what it says.
 
     Returns:
         The report, which is also written to ``out`` as ``report.json`` and ``report.html``.
@@ -82,14 +97,19 @@ def compress(
         RunError: The run could not go on; with ``out``, the same call resumes it.
     """
     _require_place(model, out, inplace=inplace)
-    recipe = with_calibration(as_recipe(recipe), calibration)
+    recipe = with_calibration(as_recipe(recipe, fields), calibration)
     if isinstance(model, PreTrainedModel):
         require_as_it_is(model, recipe.dtype, device)
     options = RunOptions(device, offload, listed(evaluate), evaluate_seqlen, limit, trust_remote_code)
     tokenizer = as_tokenizer(tokenizer)
     folder = None if out is None else Path(out)
     kept = in_eval_mode(model) if isinstance(model, PreTrainedModel) else nullcontext()
-    with kept, joined() as processes, claimed_by_first(processes, folder, overwrite=overwrite):
+    with (
+        kept,
+        joined() as processes,
+        claimed_by_first(processes, folder, overwrite=overwrite),
+        watched(notify) as tell,
+    ):
         if not force:
             require_feasible(model, {folder: recipe}, options, processes.size)
         opened, storage = open_dense(model, tokenizer, recipe, options, inplace=inplace)
@@ -98,7 +118,7 @@ def compress(
         evaluation = windows_to_evaluate(
             options.evaluate, opened, evaluate_seqlen or recipe.seqlen, limit, recipe.column
         )
-        job = Job(opened, storage, recipe, windows, notify, offload=offload, processes=processes)
+        job = Job(opened, storage, recipe, windows, tell, offload=offload, processes=processes)
         if folder is not None:
             job.with_loader = with_loader
             job.write_to(folder, overwrite=overwrite)
@@ -168,7 +188,7 @@ def open_dense(
     return replace(opened, model=ready, tokenizer=tokenizer or opened.tokenizer), storage
 
 
-def windows_to_calibrate(calibration: str | Path | Tensor | None, opened: OpenedModel, recipe: Recipe) -> Tensor:
+def windows_to_calibrate(calibration: "Calibration | None", opened: OpenedModel, recipe: Recipe) -> Tensor:
     """Return the calibration windows (samples, seqlen) int64."""
     require_context(opened.model, recipe.seqlen)
     if isinstance(calibration, Tensor):
@@ -178,9 +198,11 @@ def windows_to_calibrate(calibration: str | Path | Tensor | None, opened: Opened
         raise InputError("The recipe was made for token windows given directly. Give them, or name a corpus or a file.")
     if recipe.calibration == OWN_TEXT:
         return _own_text(opened, recipe)
+    if recipe.calibration == GIVEN_TEXTS and not isinstance(calibration, list | tuple):
+        raise InputError("The recipe was made for a list of texts. Give it, or name a corpus or a file.")
     tokenizer = require_tokenizer(opened.tokenizer, opened.name)
     windows = calibration_windows(
-        recipe.calibration,
+        calibration if isinstance(calibration, list | tuple) else recipe.calibration,
         tokenizer,
         samples=recipe.samples,
         seqlen=recipe.seqlen,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from sparlow.algorithms import REVISION
+from sparlow.algorithms import REVISION, revision_of
 from sparlow.distributed import ALONE, Processes
 from sparlow.errors import InputError, RunError
 from sparlow.evaluation.agreement import Measured
@@ -29,7 +29,7 @@ from sparlow.model.forward.decoder import require_own_weights
 from sparlow.model.loading.source import OpenedModel
 from sparlow.model.loading.weights import Weights, all_loaded, to_compute
 from sparlow.model.training.resume_state import TrainingCheckpoint
-from sparlow.progress import Clock, Notify, Progress, counting
+from sparlow.progress import RESTORED, Clock, Notify, Progress, counting
 from sparlow.recipe.budgets import select, would_take
 from sparlow.recipe.recipe import Recipe
 from sparlow.recipe.training_plan import last_read
@@ -38,6 +38,7 @@ from sparlow.report.html_page import write_reports
 from sparlow.report.records import LayerRecord, Perplexity, Report, perplexities
 from sparlow.run import accounts
 from sparlow.run.journal import DISTILLED, Journal
+from sparlow.run.model_card import base_card, card, write_model_card
 from sparlow.run.passes import BlockwiseRunner
 from sparlow.run.pipeline import compress_block
 from sparlow.run.recovery import Recovery
@@ -114,7 +115,7 @@ class Job:
             "model": self.opened.fingerprint,
             "calibration": text_fingerprint(self.windows),
             "format": FORMAT,
-            "solver": REVISION,
+            "solver": revision_of(self.recipe.found_algorithm, REVISION),
         }
         self.runner.folder = folder / HIDDEN
         device = self.weights.device.type
@@ -153,8 +154,12 @@ class Job:
             self.report.notes += would_take(self.choosable, self.recipe, outside - saved)
         if self.journal and self.processes.first:
             write_reports(self.report, self.journal.folder)
+            write_model_card(self.report, self.journal.folder, self.opened.companions)
             found = {text_fingerprint(windows): measured[name] for name, windows in evaluation.items()}
             self.journal.finish(self.known_dense, found)
+        elif self.opened.changes:
+            untyped: Any = self.model  # a model has no such attribute by itself
+            untyped.hf_quantizer.card = card(self.report, base_card(self.report.model))
         return self.report
 
     def remeasure(self, journal: Journal, evaluation: Mapping[str, Tensor]) -> Report:
@@ -184,6 +189,7 @@ class Job:
                     part[key] |= values  # what was measured before stays on record
             all_loaded.agreement |= self.report.agreement
             write_reports(all_loaded, journal.folder)
+            write_model_card(all_loaded, journal.folder, self.opened.companions)
             journal.finish(self.known_dense, known)
         return self.report
 
@@ -244,7 +250,7 @@ class Job:
                     with self.clock("walk"):
                         hidden = pass_through(through, check=True)
                 accounts.add_block(self.report, self.storage, self.decoder, i, layers, matching, dense)
-            self.notify(Progress("blocks", i + 1, len(self.decoder)))
+            self.notify(Progress("blocks", i + 1, len(self.decoder), note=RESTORED if done else ""))
         return recording, truth
 
     @property

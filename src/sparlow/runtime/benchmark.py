@@ -19,11 +19,12 @@ from typing import IO, Any
 from safetensors.torch import load_file
 
 from sparlow.errors import InputError, RunError
-from sparlow.machine import versions
+from sparlow.machine import described, versions
 from sparlow.model.loading.source import resolve_model_path
 from sparlow.progress import Notify, counting
 from sparlow.runtime.options import BenchmarkOptions
 from sparlow.runtime.running import is_compressed
+from sparlow.tabular import Tabular
 
 BOUNDS = {"float32": 1e-3, "bfloat16": 0.05, "float16": 0.02}  # of the root mean square of logits
 ROUNDED = 0.1  # the same where inputs of layers are rounded to int8
@@ -70,8 +71,8 @@ class Row:
         return self.difference <= self.bound
 
 
-@dataclass
-class Benchmark:
+@dataclass(repr=False)
+class Benchmark(Tabular):
     """What ``sparlow benchmark`` found.
 
     Attributes:
@@ -104,6 +105,30 @@ class Benchmark:
         ]
         whole = {"machine": self.machine, "versions": self.versions, "settings": self.settings, "notes": self.notes}
         return whole | {"rows": rows}
+
+    def facts(self) -> dict[str, str]:
+        """See ``Tabular``."""
+        found = {"machine": described(self.machine)} if self.machine else {}
+        for row in self.rows:
+            rates = (f"{statistics.median(rates):.1f} tokens/s" for rates in row.decode.values())
+            wrong = "" if row.same_output else "; computes something else than its weights"
+            found[f"{Path(row.model).name}, {row.mode}, {row.dtype}, {row.step}"] = ", ".join(rates) + wrong
+        return found
+
+    def table(self) -> list[dict[str, Any]]:
+        """A row a model, mode, type, step and number of texts, with medians."""
+        return [
+            {
+                **{
+                    name: getattr(row, name) for name in ("model", "mode", "dtype", "step", "bytes_read", "same_output")
+                },
+                "texts": batch,
+                **{name: statistics.median(getattr(row, name)[batch]) for name in ("first", "prefill", "decode")},
+                "peak": row.peak[batch],
+            }
+            for row in self.rows
+            for batch in row.decode
+        ]
 
     def times(self, row: Row, batch: int) -> float | None:
         """Return how many times the rate of the fastest dense model a row decodes; None if there is no dense one."""

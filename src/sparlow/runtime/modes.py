@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from sparlow.errors import InputError
 from sparlow.model.artefact.opening import use
 from sparlow.runtime.opening import ACTIVATIONS, MODE, opening_of
+from sparlow.schema import unknown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,7 +48,7 @@ def load(
     chosen = _chosen(mode, activations)
     opening_of(*chosen)  # a wrong name is told before anything is read
     if step not in STEPS:
-        raise InputError(f"There is no step {step!r}. Choose transformers or kernel.")
+        raise InputError(unknown(f"There is no step {step!r}", step, STEPS))
     model = checkpoint.load(folder, lambda: opening_of(*chosen), **options)
     if step == "kernel":
         from sparlow.runtime.stepping import use_step

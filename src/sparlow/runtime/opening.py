@@ -20,6 +20,7 @@ from sparlow.model.artefact.layers import compressed_layers, merged
 from sparlow.model.artefact.opening import Dense, InFile, Opening
 from sparlow.runtime.build import NoKernelError, library
 from sparlow.runtime.which import kernel
+from sparlow.schema import unknown
 
 if TYPE_CHECKING:  # transformers imports this file while it is on its way in: see registration.py
     from transformers import PreTrainedModel
@@ -123,7 +124,7 @@ def opening_of(mode: str, activations: str = "float") -> Opening:
         InputError: There is no such mode.
     """
     if mode not in MODES:
-        raise InputError(f"There is no mode {mode!r}. Choose one of {', '.join(MODES)}.")
+        raise InputError(unknown(f"There is no mode {mode!r}", mode, MODES))
     if activations not in ("float", "int8"):
         raise InputError(f"The activations cannot be {activations!r}. Choose float or int8.")
     return Dense() if mode == "dense" else Opened(mode, activations)

@@ -17,6 +17,7 @@ from sparlow.machine import has_bfloat16_arithmetic
 from sparlow.model.artefact.layers import SparseLowRankLinear, StillPacked
 from sparlow.model.artefact.stored_form import PARTS, unpack_weight
 from sparlow.runtime.product import Operand, operand
+from sparlow.schema import unknown
 
 ACTIVATIONS = ("float", "int8")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.uint8)  # that the kernel reads
@@ -175,7 +176,7 @@ class PackedLinear(PackedModule):
 
     def __init__(self, packed: Packed, activations: str = "float") -> None:
         if activations not in ACTIVATIONS:
-            raise InputError(f"The activations cannot be {activations}. Choose one of {', '.join(ACTIVATIONS)}.")
+            raise InputError(unknown(f"There are no activations {activations!r}", activations, ACTIVATIONS))
         super().__init__(packed)
         self.activations = activations
         self.out_features, self.in_features = packed.shape

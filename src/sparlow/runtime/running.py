@@ -14,7 +14,14 @@ from transformers.generation.streamers import BaseStreamer
 
 from sparlow.errors import InputError, as_input_error
 from sparlow.model.artefact.schemes import METHOD
-from sparlow.model.loading.source import find_tokenizer, open_model, parse_dtype, resolve_model_path, upcast_for_cpu
+from sparlow.model.loading.source import (
+    cannot_open,
+    find_tokenizer,
+    open_model,
+    parse_dtype,
+    resolve_model_path,
+    upcast_for_cpu,
+)
 from sparlow.runtime.modes import load
 from sparlow.runtime.opening import MODE
 from sparlow.runtime.options import RunningOptions, TextOptions
@@ -71,7 +78,7 @@ def open_to_run(name: str, options: RunningOptions) -> Running:
 
 def is_compressed(where: str, *, trust: bool = False) -> bool:
     """Whether what lies somewhere is a model that sparlow compressed; a file is none."""
-    with as_input_error(f"Cannot open the model {where}"):
+    with as_input_error(cannot_open(where)):
         if where.endswith(".gguf"):
             return False
         config = AutoConfig.from_pretrained(where, trust_remote_code=trust)

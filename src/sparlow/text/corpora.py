@@ -1,6 +1,5 @@
 """Which corpora there are: one entry each, as data."""
 
-import difflib
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -8,10 +7,11 @@ from itertools import islice
 from pathlib import Path
 
 from sparlow.errors import InputError
+from sparlow.schema import meant
 from sparlow.text.beginning import WITH_BOS
 from sparlow.text.novel import Novel
 from sparlow.text.reference import LanguageReference
-from sparlow.text.sources import PLAIN, HubSplit, LocalFile, Source, require_readable, require_records
+from sparlow.text.sources import PLAIN, GivenTexts, HubSplit, LocalFile, Source, require_readable, require_records
 from sparlow.text.tables import READERS, TEXT
 
 _HUB_ID = re.compile(r"(?P<path>[A-Za-z0-9][\w.-]*/[\w.-]+)(?::(?P<config>[^/\s]+))?")
@@ -155,6 +155,12 @@ def find_corpus(name: str, column: str = TEXT) -> Corpus:
     raise InputError(_unknown(name))
 
 
+def corpus_of(texts: Sequence[str]) -> Corpus:
+    """Return the corpus of texts that the caller has in memory."""
+    source = GivenTexts(tuple(texts))
+    return Corpus("The list of texts", "texts in memory", calibration=source, evaluation=source)
+
+
 def same_source(calibration: str, evaluation: str) -> bool:
     """Whether the text of two corpora comes from one source, so that a figure measured on it flatters.
 
@@ -198,8 +204,8 @@ def _hub_corpus(name: str, path: str, config: str | None, column: str) -> Corpus
 
 
 def _unknown(name: str) -> str:
-    close = difflib.get_close_matches(name.lower(), CORPORA, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
+    near = meant(name, CORPORA)
+    hint = f" Did you mean {near!r}?" if near else ""
     return (
         f"There is no corpus {name!r}.{hint} Give one of {', '.join(CORPORA)}, the path of a text, .jsonl or .parquet "
         "file, or a hub data set (owner/name or owner/name:config)."

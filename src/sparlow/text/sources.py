@@ -39,6 +39,22 @@ def in_order(documents: Iterable[str], seed: int | None) -> Iterator[str]:
 
 
 @dataclass(frozen=True)
+class GivenTexts:
+    """Texts that the caller has in memory, each of them one document."""
+
+    texts: tuple[str, ...]
+
+    def documents(self, seed: int | None = None) -> Iterator[str]:
+        """See `Source.documents`."""
+        return in_order(self.texts, seed)
+
+    @property
+    def identity(self) -> str:
+        """See `Source.identity`; nothing else comes from there."""
+        return f"texts {id(self)}"
+
+
+@dataclass(frozen=True)
 class LocalFile:
     """A file: one document if it is plain text, else one a record.
 

@@ -3,7 +3,7 @@
 import hashlib
 import random
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, cast
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sparlow.errors import InputError
-from sparlow.text.corpora import Corpus, find_corpus
+from sparlow.text.corpora import Corpus, corpus_of, find_corpus
 from sparlow.text.sources import LocalFile
 from sparlow.text.tables import TEXT
 
@@ -26,7 +26,7 @@ _PATIENCE = 200  # documents a sample; of the first thousand of C4, 32 have 2048
 
 
 def calibration_windows(
-    corpus: str,
+    corpus: str | Sequence[str],
     tokenizer: "PreTrainedTokenizerBase",
     *,
     samples: int,
@@ -38,7 +38,7 @@ def calibration_windows(
     """Draw `samples` windows of `seqlen` tokens for calibration, the same for the same seed.
 
     Args:
-        corpus: A name of `CORPORA`, the path of a file, or a hub data set.
+        corpus: A name of `CORPORA`, the path of a file, or a hub data set; or texts, each of them a document.
         tokenizer: The model's; special tokens are not added, but for its end-of-text token between packed pieces.
         samples: How many windows, at least 1.
         seqlen: Tokens in a window, at least 1.
@@ -52,11 +52,12 @@ def calibration_windows(
     Raises:
         InputError: The corpus does not exist, cannot be read or has too little text, or a number is out of range.
     """
-    windows, tokens = _draw(find_corpus(corpus, column), tokenizer, samples, seqlen, seed, begin)
+    found = find_corpus(corpus, column) if isinstance(corpus, str) else corpus_of(corpus)
+    windows, tokens = _draw(found, tokenizer, samples, seqlen, seed, begin)
     if len(windows) < samples:
         length = _room(seqlen, begin)
         raise InputError(
-            f"{corpus} holds {tokens:,} tokens; {samples} samples of {length} need at least {samples * length:,}. "
+            f"{found.name} holds {tokens:,} tokens; {samples} samples of {length} need at least {samples * length:,}. "
             "Lower --samples or --seqlen, or give more text."
         )
     return windows

@@ -14,12 +14,14 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 LIST = "transformers.quantizers.auto"
+MODELS = "transformers.modeling_utils"
 OURS = ("sparlow.model.artefact.hf_quantizer", "sparlow.runtime.opening", "sparlow.runtime.adapters")
 
 
 def register() -> None:
     """Register the quantizer now if the list of quantizers is there, otherwise when it comes."""
     when_imported(LIST, _import_ours)
+    when_imported(MODELS, _keep_cards)
 
 
 def when_imported(name: str, then: Callable[[], None]) -> None:
@@ -28,6 +30,12 @@ def when_imported(name: str, then: Callable[[], None]) -> None:
         then()
     elif not any(isinstance(finder, _Waiting) and finder.name == name for finder in sys.meta_path):
         sys.meta_path.insert(0, _Waiting(name, then))
+
+
+def _keep_cards() -> None:
+    from sparlow.model.artefact.card import install
+
+    install()
 
 
 def _import_ours() -> None:

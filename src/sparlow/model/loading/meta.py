@@ -16,7 +16,7 @@ from sparlow.model.forward.causality import require_decoder_only
 from sparlow.model.forward.compressible import CompressibleWeight, compressible
 from sparlow.model.forward.decoder import Decoder
 from sparlow.model.forward.weightless import without_weights
-from sparlow.model.loading.source import parse_dtype, require_no_kernel, resolve_model_path
+from sparlow.model.loading.source import cannot_open, parse_dtype, require_no_kernel, resolve_model_path
 
 
 class UnknownAheadError(InputError):
@@ -62,7 +62,7 @@ def _config(name: str, *, trust_remote_code: bool) -> tuple[Any, torch.dtype]:
     where = resolve_model_path(name)
     if not trust_remote_code:
         require_no_kernel(name, where)
-    with as_input_error(f"Cannot open the model {name}"):
+    with as_input_error(cannot_open(name)):
         config = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
     stored = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None) or torch.float32
     return config, getattr(torch, stored) if isinstance(stored, str) else stored

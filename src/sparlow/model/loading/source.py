@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 import transformers
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,7 +22,7 @@ from transformers import (
 )
 
 from sparlow.errors import InputError, as_input_error
-from sparlow.files import CONFIG, cache_folder, follow_umask, parse_json, sync_folder
+from sparlow.files import CONFIG, cache_folder, follow_umask, is_unfinished, parse_json, sync_folder
 from sparlow.machine import check_device, computing_dtype
 from sparlow.model.forward.causality import require_decoder_only
 from sparlow.model.forward.decoder import Decoder
@@ -30,6 +31,7 @@ from sparlow.model.loading.narrowing import narrowed
 from sparlow.model.loading.own import own_use
 from sparlow.model.loading.streaming import CannotStreamError, OnDisk, as_transformers_reads, stored_tensors
 from sparlow.model.loading.weights import InMemory, Untouched, Weights, scan
+from sparlow.schema import meant, unknown
 
 _DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -110,7 +112,7 @@ def open_model(
     rounded = functools.partial(narrowed, where=where, revision=revision) if dtype == "auto" else lambda _: ()
     loading = functools.partial(_loaded, name, where, dtype=wanted, use_safetensors=True, **options)
     warnings: tuple[str, ...] = ()
-    with as_input_error(f"Cannot open the model {name}"):
+    with as_input_error(cannot_open(name)):
         require_decoder_only(AutoConfig.from_pretrained(where, **options), name)
     opened = None
     if streamed:
@@ -132,7 +134,7 @@ def open_model(
 def _streamed(
     name: str, where: str, loading: Callable[..., PreTrainedModel], device: torch.device, options: dict[str, Any]
 ) -> OpenedModel:
-    with as_input_error(f"Cannot open the model {name}"):
+    with as_input_error(cannot_open(name)):
         config = AutoConfig.from_pretrained(where, **options)
     if getattr(config, "quantization_config", None) is not None:
         raise CannotStreamError("its weights are packed")
@@ -155,7 +157,7 @@ def upcast_for_cpu(model: PreTrainedModel) -> PreTrainedModel:
 def parse_dtype(dtype: str) -> Any:  # noqa: ANN401 - "auto" or a torch.dtype, as transformers takes it
     """Return what transformers calls a type of weights; InputError if there is none of this name."""
     if dtype not in _DTYPES:
-        raise InputError(f"dtype must be one of {', '.join(_DTYPES)}, not {dtype!r}.")
+        raise InputError(unknown(f"There is no data type {dtype!r} of weights", dtype, _DTYPES))
     return _DTYPES[dtype]
 
 
@@ -165,6 +167,8 @@ def resolve_model_path(name: str) -> str:
     if path.suffix == ".gguf":
         return str(_converted(path))
     if path.is_dir():
+        if is_unfinished(path):
+            raise InputError(f"{name} is an unfinished run. Repeat the command that began it: it goes on from there.")
         if not (path / CONFIG).is_file():
             raise InputError(f"{name} is not a model directory: it has no config.json. Give another directory.")
         parse_json(path / CONFIG)  # transformers has no bounds
@@ -178,6 +182,17 @@ def resolve_model_path(name: str) -> str:
     if name.count("/") > 1 or name.startswith((".", "~", "/")):  # no hub id can look so
         raise InputError(f"There is no directory {name}. Check the path.")
     return name
+
+
+def cannot_open(name: str) -> str:
+    """Begin an error about a model that cannot be opened, with the directory that may have been meant."""
+    path = Path(name)
+    if path.exists() or path.suffix == ".gguf":
+        return f"Cannot open the model {name}"
+    folders = [p.name for p in path.parent.iterdir() if (p / CONFIG).is_file()] if path.parent.is_dir() else []
+    near = meant(path.name, folders)
+    hint = f"; did you mean {path.parent / near}?" if near else "."
+    return f"Cannot open the model {name}. There is no such directory{hint} As an id of the hub"
 
 
 def require_no_kernel(name: str, where: str, *, revision: str | None = None) -> None:
@@ -194,7 +209,7 @@ def require_no_kernel(name: str, where: str, *, revision: str | None = None) -> 
     if Path(where).is_dir():
         config = parse_json(Path(where) / CONFIG)
     else:
-        with as_input_error(f"Cannot open the model {name}"):
+        with as_input_error(cannot_open(name)):
             config, _ = PreTrainedConfig.get_config_dict(where, revision=revision)
     for key, value in _implementations(config):
         fetched = "/" in value or ("flash" in value and importlib.util.find_spec("flash_attn") is None)
@@ -225,14 +240,31 @@ def _texts(value: Any) -> Iterator[str]:  # noqa: ANN401 - what a JSON file hold
 
 def _loaded(name: str, where: str, **options: Any) -> PreTrainedModel:  # noqa: ANN401 - options of from_pretrained
     untyped: Any = AutoModelForCausalLM
-    with as_input_error(f"Cannot open the model {name}"), own_use():
-        model, info = untyped.from_pretrained(where, output_loading_info=True, **options)
+    try:
+        with as_input_error(cannot_open(name)), own_use():
+            model, info = untyped.from_pretrained(where, output_loading_info=True, **options)
+    except InputError as problem:
+        damaged = _damaged_file(where)
+        if damaged is None:
+            raise
+        raise InputError(f"{damaged} is damaged or cut short, so {name} cannot be opened. Fetch it anew.") from problem
     missing = sorted(info["missing_keys"])
     if missing:  # transformers makes such weights up at random
         raise InputError(
             f"{name} is incomplete: weights are missing ({len(missing)}), such as {missing[0]}. Fetch the model anew."
         )
     return cast("PreTrainedModel", model)
+
+
+def _damaged_file(where: str) -> Path | None:
+    """Return the first file of weights in a directory whose header cannot be read, which no library names."""
+    for path in sorted(Path(where).glob("*.safetensors")) if Path(where).is_dir() else ():
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except (SafetensorError, OSError):
+            return path
+    return None
 
 
 def find_tokenizer(
