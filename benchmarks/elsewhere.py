@@ -52,6 +52,10 @@ PATIENCE = 600  # seconds for a server to be there
 Row = dict[str, Any]
 
 
+class ProgramError(Exception):
+    """A program could not do what it was asked; what it said last."""
+
+
 class Ours:
     """What sparlow itself computes with a directory, in float32."""
 
@@ -106,7 +110,8 @@ def run(python: Path, script: str, *words: object) -> None:
     command = [str(python), str(SCRIPTS / script), *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=_bare())  # noqa: S603 - our own
     if done.returncode:
-        raise SystemExit(f"{script} failed:\n{done.stderr[-3000:]}")
+        print(done.stderr[-3000:], file=sys.stderr)
+        raise ProgramError((done.stderr.strip().splitlines() or ["it said nothing"])[-1])
 
 
 def _bare() -> dict[str, str]:
@@ -161,17 +166,22 @@ def in_openvino(python: Path, ours: Ours, scratch: Path) -> Iterator[Row]:
 
 def in_vllm(python: Path, ours: Ours, scratch: Path) -> Iterator[Row]:
     """The directory itself by the plug-in, eager and compiled; compressed-tensors with the adapter; the server."""
-    coded, merged = (exported(ours, scratch, form) for form in ("compressed-tensors", "merged"))
+    coded, whole, merged = (exported(ours, scratch, form) for form in ("compressed-tensors", "lora", "merged"))
     cases = (
         ("the directory, by the plug-in", (ours.folder,), "float32", True),
         ("the directory, by the plug-in, compiled", (ours.folder,), "float32", False),
         ("merged", (merged,), "float32", True),
+        ("lora", (whole / "base", whole), "float32", True),
         ("compressed-tensors with LoRA", (coded / "base", coded), "bfloat16", True),  # its kernel has no float32
     )
     for form, (model, *adapter), dtype, eager in cases:
         asked = {"prompts": ours.prompts, "tokens": TOKENS, "dtype": dtype, "repeats": 1, "eager": eager}
         (scratch / "asked.json").write_text(json.dumps({**asked, "windows": ours.ids.tolist()}))
-        run(python, "vllm_greedy.py", model, scratch / "asked.json", scratch / "found.json", *adapter)
+        try:
+            run(python, "vllm_greedy.py", model, scratch / "asked.json", scratch / "found.json", *adapter)
+        except ProgramError as problem:  # one form of several
+            yield {"form": form, "dtype": dtype, "problem": str(problem), "right": False}
+            continue
         exact = dtype == "float32" and model == ours.folder
         yield {
             "form": form,

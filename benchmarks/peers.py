@@ -38,8 +38,10 @@ def dense(source: Path, folder: Path) -> Path:
     if source.suffix != ".gguf":
         return source
     if not (folder / "config.json").exists():
-        options = {"gguf_file": source.name, "dtype": torch.float32}
-        AutoModelForCausalLM.from_pretrained(source.parent, **options).save_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
+        model.hf_quantizer = None  # the numbers are plain ones by now
+        vars(model.config).pop("quantization_config", None)
+        model.save_pretrained(folder)
         AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(folder)
     return folder
 

@@ -12,15 +12,22 @@ from transformers import AutoModelForCausalLM
 
 
 class Logits(torch.nn.Module):
-    """Token ids to logits, and nothing else, which is what the converter traces."""
+    """Ids of so many tokens to logits, and nothing else, which is what the converter traces.
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    The mask is given as a whole, because the converter has no rule for what transformers does to make one.
+    """
+
+    def __init__(self, model: torch.nn.Module, tokens: int) -> None:
         super().__init__()
         self.model = model
+        least = torch.finfo(torch.float32).min
+        self.register_buffer("mask", torch.full((1, 1, tokens, tokens), least).triu(1))
+        self.register_buffer("places", torch.arange(tokens)[None])
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Return the logits (1, tokens, vocabulary)."""
-        found: torch.Tensor = self.model(input_ids=ids, use_cache=False).logits
+        options = {"attention_mask": self.mask, "position_ids": self.places, "use_cache": False}
+        found: torch.Tensor = self.model(input_ids=ids, **options).logits
         return found
 
 
@@ -28,6 +35,8 @@ if __name__ == "__main__":
     folder, file, out = sys.argv[1:]
     windows = np.load(file).astype(np.int64)
     own = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-    converted = openvino.convert_model(Logits(own.eval()), example_input=torch.from_numpy(windows[:1]))
+    converted = openvino.convert_model(
+        Logits(own.eval(), windows.shape[1]), example_input=torch.from_numpy(windows[:1])
+    )
     compiled = openvino.Core().compile_model(converted, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     np.save(out, np.concatenate([compiled(row[None])[0] for row in windows]))
