@@ -37,8 +37,8 @@ SHOWN = {  # name of the command: what is run
 }
 HEAD = """# What the terminal shows
 
-Written by `python scripts/terminal.py` from real runs of SmolLM2-135M at 80 columns and low effort, beside other work:
-how it looks, not how fast or good it is. Do not edit it by hand.
+Written by `python scripts/terminal.py` from real runs of SmolLM2-135M at 80 columns and low effort, beside other
+work: how it looks, not how fast or good it is. Do not edit it by hand.
 """
 MARKS = ("<!-- terminal -->\n", "<!-- end of terminal -->")
 ESCAPES = re.compile(r"\x1b\[(\d*(?:;\d+)*)([A-Za-z])|\x1b\[\?\d+[hl]|\x1b\][^\x07]*\x07|\x1b[()][A-B0]")
