@@ -130,7 +130,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
     with subprocess.Popen(
         [sys.executable, "-m", "sparlow", *command], env=environment, stderr=subprocess.PIPE, text=True
     ) as run:
-        assert run.stderr.readline() == "blocks: 1 of 3\n"
+        assert run.stderr.readline().startswith("blocks: 1 of 3 (")
         run.kill()
     state = json.loads((tmp_path / "out" / "sparlow.json").read_text())
     assert not state["finished"]

@@ -40,6 +40,16 @@ def test_lines_have_times_and_errors(clock):
     ]
 
 
+def test_a_second_text_is_a_stage_of_its_own(clock):
+    said = []
+    lines = Lines(said.append)
+    for _ in range(2):
+        for done in (1, 2):
+            clock[0] += 5
+            lines(Progress("dense perplexity", done, 2))
+    assert said == ["dense perplexity: 2 of 2 (0:10)"] * 2
+
+
 def test_what_was_restored_says_nothing_of_the_time_that_is_left(clock):
     said = []
     lines = Lines(said.append)

@@ -78,13 +78,16 @@ class Watch:
     def __init__(self) -> None:
         self.stage: Stage | None = None
         self.resumed: int | None = None
+        self._last = (
+            time.monotonic()
+        )  # a stage is told of after its first step, and was begun when the one before ended
 
     def take(self, step: Progress) -> Stage | None:
         """Note a step; return the stage before, if this step begins another."""
         now, before = time.monotonic(), None
-        if self.stage is None or self.stage.name != step.stage:
-            before, self.stage = self.stage, Stage(step.stage, step.total, before_now(self.stage, now))
-        stage = self.stage
+        if self.stage is None or self._begins(step, self.stage):
+            before, self.stage = self.stage, Stage(step.stage, step.total, self._last)
+        stage, self._last = self.stage, now
         stage.now, stage.total, stage.note = now, step.total, step.note
         if step.layer is not None:
             stage.errors.append(step.layer.relative_error)
@@ -97,10 +100,9 @@ class Watch:
             self.resumed = step.done
         return before
 
-
-def before_now(stage: Stage | None, now: float) -> float:
-    """When a new stage was begun: as the one before it ended, for a stage is told of after its first step."""
-    return stage.now if stage is not None and stage.now else now
+    def _begins(self, step: Progress, stage: Stage) -> bool:
+        """Whether a step is of another stage, or of the same on the next text."""
+        return stage.name != step.stage or (step.layer is None and step.done < stage.done)
 
 
 def clock(seconds: float) -> str:

@@ -14,6 +14,7 @@ import typer
 
 from command_line import run, run_and_fail
 from families import save_tiny
+from sparlow.algorithms import _registry
 from sparlow.cli import app as frame
 from sparlow.cli import commands, display, requirements
 from sparlow.cli.examples import EXAMPLES
@@ -75,7 +76,8 @@ def test_json_goes_to_a_file_or_stands_alone(words, place, capsys, tmp_path):
     assert run(*words, "--json", tmp_path / "found.json") == 0
     assert capsys.readouterr().out
     assert run(*words, "--json") == 0
-    assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "found.json").read_text())
+    alone, written = json.loads(capsys.readouterr().out), json.loads((tmp_path / "found.json").read_text())
+    assert alone.keys() == written.keys() if words == ["env"] else alone == written  # what memory is free changes
     assert "no directory" in run_and_fail(capsys, *words, "--json", tmp_path / "none" / "found.json")
 
 
@@ -267,7 +269,8 @@ def test_what_a_fraction_keeps_is_said(place, capsys, tmp_path):
     assert "pattern 0.25 keeps 0.75 of the entries of S" in capsys.readouterr().out.splitlines()[1]
 
 
-def test_an_algorithm_of_ones_own_is_given_as_a_file(place, capsys, tmp_path):
+def test_an_algorithm_of_ones_own_is_given_as_a_file(place, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(_registry, "_ALGORITHMS", dict(_registry._ALGORITHMS))  # for the other tests
     (tmp_path / "mine.py").write_text(
         "import sparlow\n\n@sparlow.pruner('mine-on-the-command-line')\ndef keep_large(W, gram, pattern):\n"
         "    'Keep what is large.'\n    return W * pattern.mask(W.abs())\n"

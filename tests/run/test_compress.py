@@ -890,7 +890,7 @@ def with_nan(folder, where):
     ("change", "message"),
     [
         ({"model": "./nothing-here"}, "There is no directory"),
-        ({"recipe": PRUNE.changed(dtype="float31")}, "dtype must be one of"),
+        ({"recipe": PRUNE.changed(dtype="float31")}, "There is no data type"),
         ({"recipe": PRUNE.changed(pattern="2:5")}, "2:5"),
         ({"recipe": QUICK.changed(rank=33)}, "Rank 33"),
         ({"calibration": "no-such-file.txt"}, "no-such-file.txt"),

@@ -13,7 +13,7 @@ import sparlow
 from families import save_tiny
 from sparlow.errors import InputError, RunError
 from sparlow.model.artefact.card import MARK
-from sparlow.run.model_card import card
+from sparlow.run.model_card import card, write_model_card
 
 TEXT = "".join(chr(32 + (7 * i * i + i // 3) % 95) for i in range(600))
 QUICK = {"algorithm": "magnitude", "pattern": "2:4", "samples": 4, "seqlen": 16}
@@ -90,22 +90,18 @@ def test_a_base_on_the_hub_is_linked(report):
 
 def test_what_somebody_wrote_stays(place, report, tmp_path):
     shutil.copytree(place / "out", tmp_path / "out")
-    mine = tmp_path / "out" / "README.md"
-    other = tmp_path / "other.txt"
-    other.write_text(TEXT[::-1])
-    text = str(place / "text.txt")
-
-    def remeasure(limit):
-        sparlow.compress(
-            place / "model", QUICK, calibration=text, evaluate=str(other), limit=limit, out=tmp_path / "out"
-        )
-
-    remeasure(5)
-    assert "other.txt" in mine.read_text()  # it follows the report
-    mine.write_text("my own")
-    remeasure(6)
-    assert mine.read_text() == "my own"
-    assert report.model
+    mine, value = tmp_path / "out" / "README.md", report.bits_per_weight
+    report.bits_per_weight = 123.45
+    try:
+        assert write_model_card(report, tmp_path / "out")  # it follows the report
+        assert "123.45" in mine.read_text()
+        mine.write_text("my own")
+        assert not write_model_card(report, tmp_path / "out")
+        assert mine.read_text() == "my own"
+        mine.write_bytes(b"\xff")  # of nobody's, but not of ours
+        assert not write_model_card(report, tmp_path / "out")
+    finally:
+        report.bits_per_weight = value
 
 
 @pytest.mark.usefixtures("report")

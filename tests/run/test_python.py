@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sparlow
 from families import save_tiny
-from sparlow.algorithms import algorithms, load_plugin
+from sparlow.algorithms import _registry, algorithms, load_plugin
 from sparlow.errors import InputError
 from sparlow.recipe.recipe import GIVEN_TEXTS, Recipe, as_recipe
 from sparlow.tabular import Tabular
@@ -241,6 +241,12 @@ def keep_large(W, gram, pattern):
 """
 
 
+@pytest.fixture
+def own_registry(monkeypatch):
+    monkeypatch.setattr(_registry, "_ALGORITHMS", dict(_registry._ALGORITHMS))  # for the other tests
+
+
+@pytest.mark.usefixtures("own_registry")
 def test_a_file_of_ones_own_is_run_once_and_told_apart(place, texts, tmp_path):
     (tmp_path / "mine.py").write_text(PLUGIN.format(name="mine-of-this-test"))
     load_plugin(tmp_path / "mine.py")
@@ -255,6 +261,7 @@ def test_a_file_of_ones_own_is_run_once_and_told_apart(place, texts, tmp_path):
     assert solver != json.loads((tmp_path / "m" / "sparlow.json").read_text())["fingerprint"]["solver"]
 
 
+@pytest.mark.usefixtures("own_registry")
 @pytest.mark.parametrize(
     ("text", "said"),
     [

@@ -98,7 +98,7 @@ def test_from_pretrained_follows_the_context_then_the_environment(folder, monkey
     assert packed_layers(sparlow.load(folder))
     assert compressed_layers(sparlow.load(folder, mode="dense"))
     monkeypatch.setenv("SPARLOW_MODE", "fast")
-    with pytest.raises(InputError, match=r"There is no mode 'fast'. Choose one of dense, packed, merged, auto"):
+    with pytest.raises(InputError, match=r"There is no mode 'fast'. Choose one of: dense, packed, merged, auto"):
         AutoModelForCausalLM.from_pretrained(folder)
 
 
@@ -195,7 +195,7 @@ def test_what_cannot_be_computed_says_so(folder, packed):
         layer(torch.zeros(2, 31))
     with pytest.raises(InputError, match=r"not on meta. Open the model with mode='dense'"):
         layer(torch.zeros(2, 32, device="meta"))
-    with pytest.raises(InputError, match=r"There is no mode 'sparse'. Choose one of dense"):
+    with pytest.raises(InputError, match=r"There is no mode 'sparse'. Choose one of: dense"):
         sparlow.load(folder, mode="sparse")
     with pytest.raises(InputError, match=r"cannot be 'int4'. Choose float or int8"):
         sparlow.load(folder, mode="packed", activations="int4")

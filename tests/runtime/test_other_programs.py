@@ -304,7 +304,7 @@ def test_a_program_that_only_imports_sparlow_is_told_by_the_environment(folder, 
     ended = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=300)
     assert ended.returncode != 0
     assert ended.stderr.rstrip().endswith(
-        "InputError: There is no mode 'pakced'. Choose one of dense, packed, merged, auto."
+        "InputError: There is no mode 'pakced'; did you mean 'packed'? Choose one of: dense, packed, merged, auto."
     )
 
 

@@ -35,7 +35,8 @@ def push_to_hub(
         RunError: The hub refused it, or cannot be reached.
     """
     folder = Path(folder)
-    if not (folder / CONFIG).is_file() or not read_json(folder / RECORD).get("finished"):
+    whole = (folder / CONFIG).is_file() and (folder / RECORD).is_file()
+    if not whole or not read_json(folder / RECORD).get("finished"):
         raise InputError(f"{folder} is not a finished result of sparlow. Finish its run first.")
     from huggingface_hub import HfApi
 

@@ -33,8 +33,7 @@ def install() -> None:
 
 def write_card(text: str, folder: Path) -> bool:
     """Write a card, unless there is one that somebody has made his own; return whether it was written."""
-    before = read_card(folder)
-    if before and MARK not in before:
+    if (folder / CARD).exists() and MARK not in read_card(folder):
         return False
     with replacing(folder / CARD) as partial:
         partial.write_text(text, encoding="utf-8")
