@@ -4,8 +4,12 @@ A release may rename any of them. ``import sparlow`` works all the same, and so 
 whose weights cannot be read part by part is opened whole, with a warning, and everything else says what is missing.
 """
 
+import copy
+from collections import defaultdict
 from importlib.metadata import version
 from typing import Any
+
+import torch
 
 from sparlow.errors import InputError
 
@@ -23,6 +27,7 @@ STREAMING = (
 __all__ = [
     "ConversionOps",
     "HfQuantizer",
+    "ManyLayers",
     "QuantizationConfigMixin",
     "WeightConverter",
     "custom_object_save",
@@ -47,8 +52,30 @@ try:
 except ImportError as problem:
     NO_FORMAT = _lacks(problem)
     # classes can still be derived and decorated, and require_format sees that none of them is used
-    ConversionOps = HfQuantizer = QuantizationConfigMixin = object  # type: ignore[misc, assignment]
+    ConversionOps = HfQuantizer = QuantizationConfigMixin = WeightConverter = object  # type: ignore[misc, assignment]
     register_quantization_config = register_quantizer = lambda _: lambda cls: cls  # type: ignore[assignment]
+
+
+TELLS_DTYPE = hasattr(HfQuantizer, "get_new_dtype")  # from 5.21 on, of every tensor that a converter takes
+
+
+class ManyLayers(WeightConverter):
+    """A converter of the tensors of thousands of layers, of which transformers makes a copy for each.
+
+    Copies share the expressions, which are as long as all names together.
+    """
+
+    wanted: torch.dtype | None = None  # that of the model's tensors; None: the operations have seen to it
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ManyLayers":
+        found = copy.copy(self)
+        found.collected_tensors, found.layer_targets = defaultdict(list), defaultdict(set)
+        return found
+
+    def convert(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - transformers'
+        """Return the tensors by their names in the model."""
+        found: Any = super().convert(*args, **kwargs)
+        return {name: tensor.to(self.wanted) for name, tensor in found.items()} if self.wanted else found
 
 
 def _streaming() -> dict[str, Any]:

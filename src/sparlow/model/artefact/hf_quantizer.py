@@ -8,7 +8,6 @@ transformers would call them in a checkpoint of its own.
 """
 
 import os
-import re
 import warnings
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -171,10 +170,11 @@ class SparlowQuantizer(private.HfQuantizer):
             outside = name in self._outside
             if name in self._stored_taken:
                 continue
-            parts = [p for p in row.scheme.parts if p not in ("U", "V") or outside or row.scheme.factors == INT8]
+            every = outside or row.scheme.factors == INT8 or private.TELLS_DTYPE
+            parts = [part for part in row.scheme.parts if every or part not in ("U", "V")]
             alike.setdefault(("weight" if outside else "S", tuple(parts)), []).append(name)
         return [
-            private.WeightConverter(
+            private.ManyLayers(
                 [rf"^({any_of(sorted(names))})\.{part}$" for part in parts], [rf"\1.{target}"], [self._unpack]
             )
             for (target, parts), names in alike.items()
@@ -182,7 +182,8 @@ class SparlowQuantizer(private.HfQuantizer):
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: Any) -> Any:  # noqa: ANN401 - transformers', from 5.21 on
         """Return the type to cast a tensor to on the way in: what is unpacked is cast afterwards."""
-        if self._unpack in getattr(converter, "operations", ()):
+        if isinstance(converter, private.ManyLayers):
+            converter.wanted = dtype
             return None
         return super().get_new_dtype(converter, param, dtype)
 
@@ -266,7 +267,8 @@ class _Unpack(private.ConversionOps):
     ) -> dict[str, Any]:
         target, model = kwargs["full_layer_name"], kwargs["model"]
         name, _, last = target.rpartition(".")
-        tensors = {_PART.search(pattern)[1]: found[0] for pattern, found in input_dict.items()}  # type: ignore[index]  # made here
+        # A pattern is as long as all names together, so it is read from its end: «….part$».
+        tensors = {pattern[pattern.rindex(".") + 1 : -1]: found[0] for pattern, found in input_dict.items()}
         scheme, whole = self._records[name].scheme, model.get_parameter(target)
         ours = {last: "S"} if last == "weight" else {part: part for part in ("S", *(tensors.keys() & {"U", "V"}))}
         empty = {
@@ -284,9 +286,6 @@ class _Unpack(private.ConversionOps):
         elif last == "S":
             module.stored = form
         return {f"{name}.{mine}": getattr(weight, part).to(whole.dtype) for mine, part in ours.items()}
-
-
-_PART = re.compile(r"\.(\w+)\$$")  # what a pattern of ours ends with
 
 
 def attach(model: "PreTrainedModel", patterns: Mapping[str, str] | None = None) -> None:

@@ -73,7 +73,8 @@ class SparseLowRankLinear(nn.Module):
         if bias is not None and bias.shape != (out,):
             raise InputError(f"The bias must have the shape ({out},), not {tuple(bias.shape)}.")
         self.in_features, self.out_features, self.rank = features, out, rank
-        self.S = nn.Parameter((S.detach() + 0.0).contiguous())  # -0.0 + 0.0 = +0.0
+        S = S.detach() if S.is_meta else (S.detach() + 0.0).contiguous()  # -0.0 + 0.0 = +0.0
+        self.S = nn.Parameter(S)
         self.U = nn.Parameter(U.detach().clone(memory_format=torch.contiguous_format))
         self.V = nn.Parameter(V.detach().clone(memory_format=torch.contiguous_format))
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
