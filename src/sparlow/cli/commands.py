@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sparlow.cli import display, results
+from sparlow.cli import display, listing, results
 from sparlow.cli.app import app, command
 from sparlow.cli.app import run as main
 from sparlow.cli.options import (
@@ -246,7 +246,7 @@ def export(
     if show:
         from sparlow.exporting._registry import forms
 
-        display.show_forms(forms())
+        listing.show_forms(forms())
         return
     for what, given in (("DIRECTORY", directory), ("--out", out), ("--as", form)):
         if given is None:
@@ -287,7 +287,7 @@ def algorithms(plugin: Plugins = None, json_file: JsonFile = None) -> None:
 
     results.prepare(json_file)
     load_plugins(plugin or ())
-    display.show_algorithms(registered())
+    listing.show_algorithms(registered())
     rows = [
         {
             "name": one.name,
@@ -307,7 +307,7 @@ def recipes(json_file: JsonFile = None) -> None:
     from sparlow.recipe.named import packaged
 
     results.prepare(json_file)
-    display.show_recipes(packaged())
+    listing.show_recipes(packaged())
     results.put(json_file, [*packaged()])
 
 
@@ -318,7 +318,7 @@ def env(json_file: JsonFile = None) -> None:
 
     results.prepare(json_file)
     found = environment()
-    display.show_env(found)
+    listing.show_env(found)
     results.put(json_file, found)
 
 

@@ -13,18 +13,15 @@ from rich.segment import Segment
 
 from sparlow.errors import printable
 from sparlow.files import human_bytes
-from sparlow.schema import Doc
 
 if TYPE_CHECKING:  # help is shown without torch, which comes with these
     from rich.table import Table
 
-    from sparlow.algorithms import Algorithm
     from sparlow.evaluation.perplexity import Evaluation
-    from sparlow.exporting._registry import Exported, Form
+    from sparlow.exporting._registry import Exported
     from sparlow.model.artefact.describe import LayerInfo
     from sparlow.planning.plan import Plan
     from sparlow.progress import Notify
-    from sparlow.recipe.named import Packaged
     from sparlow.report.comparison import Comparison
     from sparlow.report.records import Report
     from sparlow.runtime.benchmark import Benchmark
@@ -330,33 +327,6 @@ def show_layers(layers: "Sequence[LayerInfo]", patterns: Mapping[str, str]) -> N
     out.print(_table(("layer", "shape", "pattern", "values", "density", "rank", "bytes"), rows))
 
 
-def show_algorithms(algorithms: "Iterable[Algorithm]") -> None:
-    """Names, one line each, their options and defaults."""
-    for algorithm in algorithms:
-        names = ", ".join((algorithm.name, *algorithm.aliases))
-        out.print(f"[bold]{escape(names)}[/] ({algorithm.kind}): {escape(algorithm.summary)}", highlight=False)
-        for option in algorithm.options.values():
-            out.print(
-                f"    --option {option.name}={escape(option.shown_default)}  ({escape(option.choices)})",
-                highlight=False,
-            )
-
-
-def show_recipes(found: "Iterable[Packaged]") -> None:
-    """The packaged recipes: names, what they are for, and what they gave."""
-    for one in found:
-        out.print(f"[bold]{escape(one.name)}[/]", highlight=False)
-        for line in (one.summary, f"gave: {one.measured}" if one.measured else "not measured"):
-            out.print(f"    {line}", markup=False, highlight=False)
-
-
-def show_env(found: Mapping[str, str]) -> None:
-    """What a bug report needs of the machine and of what is installed."""
-    width = max(map(len, found))
-    for name, value in found.items():
-        out.print(f"{name:<{width}}  {value}", markup=False, highlight=False)
-
-
 def show_cost(found: "Plan") -> None:
     """The first line of a run: what it will take."""
     from sparlow.linalg.patterns import parse_pattern
@@ -370,22 +340,6 @@ def show_cost(found: "Plan") -> None:
     patterns = dict.fromkeys(kind.pattern for kind in found.layers if kind.pattern)
     kept = [f"{pattern} keeps {parse_pattern(pattern).density:.3g} of the entries of S" for pattern in patterns]
     out.print(f"pattern {'; '.join(kept[:3])}", markup=False, highlight=False)
-
-
-def show_forms(forms: "Iterable[Form]") -> None:
-    """The forms of ``sparlow export``: what each keeps and loses, and which programs open it."""
-    for form in forms:
-        out.print(f"[bold]{escape(form.name)}[/]: {escape(form.summary)}", highlight=False)
-        rows = {"keeps": form.keeps, "loses": form.loses, "opened by": ", ".join(form.opened_by)}
-        for what, text in rows.items():
-            out.print(f"    {what + ':':<11}{text}", markup=False, highlight=False)
-        for option in form.options.values():
-            doc = option.note(Doc)
-            out.print(
-                f"    --option {option.name}={escape(option.shown_default)}  ({escape(option.choices)})"
-                + (f"  {escape(doc.text)}" if doc else ""),
-                highlight=False,
-            )
 
 
 def show_export(found: "Exported") -> None:
