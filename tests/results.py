@@ -31,7 +31,9 @@ def random_layer(weight, *, values="model", pattern="2:4", rank=3, seed=0, **gri
     return SparseLowRankLinear(S.to(weight.dtype), (U / 8).to(weight.dtype), (V / 8).to(weight.dtype), weight.bias)
 
 
-def write_result(folder, family="llama", *, dtype=torch.float32, ranks=(3,), embedding="keep", tokenizer=None, **form):
+def write_result(
+    folder, family="llama", *, dtype=torch.float32, ranks=(3,), embedding="keep", tokenizer=None, others=None, **form
+):
     """Write a directory as compress leaves it; return the model.
 
     Args:
@@ -41,14 +43,17 @@ def write_result(folder, family="llama", *, dtype=torch.float32, ranks=(3,), emb
         ranks: That the layers have in turn.
         embedding: keep, int8 or int4, of the head as well.
         tokenizer: A tiny one of one token a character if left out.
+        others: What is different of layers whose names end so; None leaves them dense.
         form: Values, pattern, levels and group of all layers.
     """
     model = tiny(family, dtype=dtype)
     decoder = Decoder.of(model)
     count = 0
     for block in decoder.blocks:
-        for weight in [*compressible(block).values()]:
-            weight.put(random_layer(weight, rank=ranks[count % len(ranks)], seed=count, **form))
+        for name, weight in [*compressible(block).items()]:
+            own = next((more for end, more in (others or {}).items() if name.endswith(end)), {})
+            if own is not None:
+                weight.put(random_layer(weight, rank=ranks[count % len(ranks)], seed=count, **(form | own)))
             count += 1
     if embedding != "keep":
         quantise(model, embedding, embedding)

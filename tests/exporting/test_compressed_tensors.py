@@ -56,7 +56,7 @@ def test_words_hold_every_code_where_it_belongs(bits, columns):
 
 FORMS = {  # values, pattern, levels, group → bits and columns a scale, in 32 and 48 columns
     ("int8", "2:4", "integer", 16): {(8, 16)},
-    ("int4", "2:4", "integer", 32): {(4, None), (4, 16)},  # 32 columns of 32 are the whole row
+    ("int4", "2:4", "integer", 32): {(4, 16)},  # of 48 columns, 16 is the largest part of 32; one for all
     ("int4", "dense", "integer", "row"): {(4, None)},
     ("int3", "dense", "integer", 16): {(4, 16)},
     ("int3", "free", "half", 16): {(4, 16)},
@@ -90,13 +90,22 @@ def test_s_is_kept_bit_for_bit(form, expected, tmp_path):
         assert torch.equal(~zeros, two_of_four((32, 32), 0))
 
 
-def test_layers_of_two_kinds_are_named_apart(tmp_path):
+def test_layers_of_any_width_share_one_group_so_that_transformers_opens_all_of_them(tmp_path):
+    """Transformers 5.23 opens all layers in floats by the first group that it finds."""
     write_result(tmp_path / "in", values="int4", levels="integer", group=32, pattern="dense", ranks=(0,))
     found = sparlow.export(tmp_path / "in", tmp_path / "out", form="compressed-tensors")
-    groups = bits_of(tmp_path / "out")  # no adapter, so no base inside
-    assert groups[4, 16] == ["re:.*\\.down_proj$"]  # 32 and 48 columns: the largest part of 32 that divides them
-    assert len(groups[4, None]) == 6
+    assert bits_of(tmp_path / "out") == {(4, 16): ["Linear"]}  # no adapter, so no base inside
     assert any("16 columns have no kernels" in note for note in found.notes)
+
+
+def test_layers_of_two_sizes_are_named_apart_and_this_is_said(tmp_path):
+    options = {"values": "int4", "levels": "integer", "group": 16, "pattern": "dense", "ranks": (0,)}
+    write_result(tmp_path / "in", others={"down_proj": {"values": "int8"}}, **options)
+    found = sparlow.export(tmp_path / "in", tmp_path / "out", form="compressed-tensors")
+    groups = bits_of(tmp_path / "out")
+    assert groups[8, 16] == ["re:.*\\.down_proj$"]
+    assert len(groups[4, 16]) == 6
+    assert any("transformers cannot open the base for PEFT; vLLM can" in note for note in found.notes)
 
 
 def test_levels_that_are_not_whole_are_refused_or_rounded_when_asked(tmp_path, capsys):

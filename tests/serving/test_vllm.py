@@ -14,13 +14,9 @@ from torch import nn
 import server
 import sparlow
 from artefacts import edit
-from families import tiny, tiny_tokenizer
-from results import random_layer, write_result
+from results import write_result
 from sparlow.errors import InputError
 from sparlow.files import CONFIG
-from sparlow.model.artefact.checkpoint import CheckpointWriter
-from sparlow.model.forward.compressible import compressible
-from sparlow.model.forward.decoder import Decoder
 from sparlow.runtime.build import NoKernelError, library
 from sparlow.serving.plugin import register
 
@@ -95,16 +91,7 @@ def serve_packed(folder, said):
 def test_layers_that_were_left_dense_are_served_beside_compressed_ones(tmp_path, vllm):
     """One of q, k and v left as it is, and a whole layer: the first is joined with packed ones, the other is vLLM's."""
 
-    model = tiny("llama")
-    decoder = Decoder.of(model)
-    writer = CheckpointWriter(tmp_path, model, decoder)
-    for i, block in enumerate(decoder.blocks):
-        for name, weight in compressible(block).items():
-            if not name.endswith(("k_proj", "down_proj")):
-                weight.put(random_layer(weight, values="int4", seed=i))
-        writer.write_block(i, block)
-    writer.write_rest(model)
-    writer.finish(model, tiny_tokenizer())
+    write_result(tmp_path, values="int4", others={"k_proj": None, "down_proj": None})
     served = serve_packed(tmp_path, vllm)
     compare(served, tmp_path)
     down = served.model.layers[0].mlp.down_proj

@@ -2,6 +2,7 @@
 
 import importlib.util
 import inspect
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -41,9 +42,9 @@ def compressed_tensors(stored: Stored, *, round: Rounding = "no") -> Writer:  # 
     """S in int4 or int8 in groups of columns, its zeros among the levels, and U V as an adapter beside it."""
     bits = {name: _bits(stored, name, round) for name in stored.layers}
     rank = require_adapter(stored) if stored.ranks else 0
-    groups = {name: group_of(record.scheme.grid, stored.shape(name)[1]) for name, record in stored.layers.items()}
+    group = _common_group(stored)
     dense = [name for name, module in meta_model_of(stored).named_modules() if isinstance(module, nn.Linear)]
-    config = _quantization(stored, bits, groups, [name for name in dense if name not in bits])
+    config = _quantization(bits, group, [name for name in dense if name not in bits])
     names = checkpoint_names(stored)
     parts: dict[str, tuple[Tensor, Tensor]] = {}
     rounded: list[str] = []
@@ -54,7 +55,7 @@ def compressed_tensors(stored: Stored, *, round: Rounding = "no") -> Writer:  # 
         need = Need.of(stored.layers[layer.name].scheme.grid).bits
         if need is None or need > bits[layer.name]:
             rounded.append(layer.name)
-        return _packed(layer, bits[layer.name], groups[layer.name], exact=layer.name not in rounded)
+        return _packed(layer, bits[layer.name], group or layer.S.shape[1], exact=layer.name not in rounded)
 
     def write(folder: Path, notify: Notify) -> Exported:
         shards = write_plain(stored, folder / BASE if rank else folder, packed, names, notify, config)
@@ -65,13 +66,25 @@ def compressed_tensors(stored: Stored, *, round: Rounding = "no") -> Writer:  # 
         plain = ['transformers: AutoModelForCausalLM.from_pretrained("OUT")', "vLLM: vllm serve OUT"]
         by_hand = "transformers + PEFT: "  # which needs an option of transformers beside
         found.commands = [line for line in adapter_commands(rank) if by_hand not in line] if rank else plain
-        found.notes = _notes(bits, groups, rounded, stored)
+        found.notes = _notes(bits, group, rounded, stored)
         return found
 
-    return Writer(write, _bytes(stored, bits, groups) + (adapter_bytes(stored, rank) if rank else 0))
+    return Writer(write, _bytes(stored, bits, group) + (adapter_bytes(stored, rank) if rank else 0))
 
 
-def _bytes(stored: Stored, bits: Mapping[str, int], groups: Mapping[str, int]) -> int:
+def _common_group(stored: Stored) -> int | None:
+    """Return the columns that share a scale in all layers; None for whole rows.
+
+    One for all, though some layers could do with fewer scales: with several, transformers 5.23 opens the layers in
+    floats by the first of them.
+    """
+    grids = {name: record.scheme.grid for name, record in stored.layers.items()}
+    if all(grid is not None and grid.group is None for grid in grids.values()):
+        return None
+    return math.gcd(*(group_of(grid, stored.shape(name)[1]) for name, grid in grids.items()))
+
+
+def _bytes(stored: Stored, bits: Mapping[str, int], group: int | None) -> int:
     """Return the bytes of the base."""
     total = 0
     for name, dense in stored.dense_bytes.items():
@@ -80,7 +93,7 @@ def _bytes(stored: Stored, bits: Mapping[str, int], groups: Mapping[str, int]) -
             total += dense
             continue
         (out, columns), size = stored.shape(layer), stored.layers[layer].scheme.dtype.itemsize
-        total += out * (-(-columns * bits[layer] // _WORD) * (_WORD // 8) + columns // groups[layer] * size)
+        total += out * (-(-columns * bits[layer] // _WORD) * (_WORD // 8) + columns // (group or columns) * size)
         total += 2 * torch.int64.itemsize  # the shape
     return total
 
@@ -116,7 +129,7 @@ def _bits(stored: Stored, name: str, rounding: str) -> int:
 
 def _packed(layer: Layer, bits: int, group: int, *, exact: bool) -> dict[str, Tensor]:
     dtype = layer.S.dtype
-    found = exact_integers(layer) if exact else rounded_integers(layer.S, bits, group, dtype)
+    found = exact_integers(layer, group) if exact else rounded_integers(layer.S, bits, group, dtype)
     scale = found.scale.to(dtype)
     if exact and not torch.equal((found.codes * scale.repeat_interleave(group, 1)).to(dtype), layer.S):
         raise InputError(f"The scales of {layer.name} cannot be stored in {dtype}. Export lora or merged.")
@@ -138,14 +151,11 @@ def pack_words(codes: Tensor, bits: int) -> Tensor:
     return parts.sum(2, dtype=torch.int32)
 
 
-def _quantization(
-    stored: Stored, bits: Mapping[str, int], groups: Mapping[str, int], dense: list[str]
-) -> dict[str, Any]:
+def _quantization(bits: Mapping[str, int], group: int | None, dense: list[str]) -> dict[str, Any]:
     """Return ``quantization_config``: layers stored alike share a group; what stays dense is named."""
-    alike: dict[tuple[int, int], list[str]] = {}
+    alike: dict[int, list[str]] = {}
     for name, size in bits.items():
-        row = groups[name] == stored.shape(name)[1]
-        alike.setdefault((size, -1 if row else groups[name]), []).append(name)
+        alike.setdefault(size, []).append(name)
     sections = {
         f"group_{i}": {
             "targets": ["Linear"] if len(alike) == 1 else _targets(names, bits),
@@ -153,8 +163,8 @@ def _quantization(
                 "num_bits": size,
                 "type": "int",
                 "symmetric": True,
-                "strategy": "channel" if group == -1 else "group",
-                "group_size": None if group == -1 else group,
+                "strategy": "channel" if group is None else "group",
+                "group_size": group,
                 "dynamic": False,
                 "observer": "minmax",
             },
@@ -162,7 +172,7 @@ def _quantization(
             "output_activations": None,
             "format": "pack-quantized",
         }
-        for i, ((size, group), names) in enumerate(alike.items())
+        for i, (size, names) in enumerate(alike.items())
     }
     return {
         "quant_method": METHOD,
@@ -199,14 +209,17 @@ def as_floats(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"quantization_config": untyped(dequantize=True) if new else untyped(run_compressed=False)}
 
 
-def _notes(bits: Mapping[str, int], groups: Mapping[str, int], rounded: list[str], stored: Stored) -> list[str]:
+def _notes(bits: Mapping[str, int], group: int | None, rounded: list[str], stored: Stored) -> list[str]:
     sizes = ", ".join(f"{list(bits.values()).count(size)} layers in int{size}" for size in sorted({*bits.values()}))
     notes = [f"S: {sizes}."]
     if rounded:
         notes.append(f"{len(rounded)} layers were rounded to nearest, such as {rounded[0]}: measure the quality again.")
-    odd = {g for name, g in groups.items() if g not in _KERNELS and g != stored.shape(name)[1]}
-    if odd:
-        notes.append(f"Scales for {min(odd)} columns have no kernels in vLLM; transformers opens them.")
+    if len({*bits.values()}) > 1:
+        notes.append(
+            "With layers in several sizes, transformers cannot open the base for PEFT; vLLM can. Or export lora."
+        )
+    if group and group not in _KERNELS:
+        notes.append(f"Scales for {group} columns have no kernels in vLLM; transformers opens them.")
     if len(stored.records) > len(stored.layers):
         notes.append("The embedding or the output head was in few bits, and is stored in the model's type here.")
     return notes

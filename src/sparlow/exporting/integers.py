@@ -59,8 +59,12 @@ def group_of(grid: Grid | None, columns: int) -> int:
     return math.gcd(columns, grid.group if grid and grid.group else 128)
 
 
-def exact_integers(layer: Layer) -> Integers:
+def exact_integers(layer: Layer, group: int | None = None) -> Integers:
     """Return S as it is stored, in whole numbers.
+
+    Args:
+        layer: It.
+        group: Columns that share a scale, which divide ``group_of`` its grid; if left out, that.
 
     Raises:
         InputError: Its scales have no half in their type, or its levels are not whole.
@@ -74,7 +78,7 @@ def exact_integers(layer: Layer) -> Integers:
     if values.masked:
         codes = codes.masked_fill(layer.S == 0, 0)
     own = values.grid.group or layer.S.shape[1]
-    group = group_of(values.grid, layer.S.shape[1])
+    group = group or group_of(values.grid, layer.S.shape[1])
     starts = torch.arange(0, layer.S.shape[1], group) // own
     return Integers(codes, values.scale.float()[:, starts] / times, group)
 
