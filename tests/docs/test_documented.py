@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import shutil
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -170,3 +171,16 @@ def test_the_reader_in_the_page_of_the_format_reads_every_form(form):
     state = sparlow.load("DIR").state_dict()
     assert all(torch.equal(S, state[f"{name}.weight"]) for name, S in embedding.items())
     assert bool(embedding) == (form != "floats")
+
+
+def test_the_notebook_runs(place, capsys):
+    cells = json.loads((ROOT / "examples" / "quickstart.ipynb").read_text("utf-8"))["cells"]
+    sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    assert not any(cell.get("outputs") for cell in cells)  # none is kept that nobody has looked at
+    names = {}
+    for number, source in enumerate(sources, 1):
+        exec(compile(source, f"quickstart.ipynb, cell {number}", "exec"), names)  # noqa: S102 - our own
+    shown = capsys.readouterr().out
+    assert "bits a compressed weight" in shown
+    assert len(re.findall(r"^block \d", shown, re.MULTILINE)) == 5
+    assert (place / "quickstart-lora" / "adapter_config.json").is_file()
