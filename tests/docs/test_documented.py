@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import sparlow
 from command_line import run
-from documented import ROOT, pages, runnable
+from documented import ROOT, blocks, pages, runnable
 from results import byte_tokenizer
 from sparlow.algorithms import _registry
 from sparlow.model.artefact.layers import compressed_layers
@@ -133,6 +133,11 @@ def test_what_a_page_says_runs(page, place, capsys, monkeypatch):
             continue
         for words in block.commands:
             assert execute(words, place) == 0, f"{page}, line {block.line}: {words}\n{capsys.readouterr().err}"
+
+
+def test_recipes_in_the_pages_are_recipes():
+    shown = [block.text for page in pages() for block in blocks(page) if block.language == "toml"]
+    assert [sparlow.Recipe.from_toml(text).to_dict() for text in shown]
 
 
 FORMS = {
