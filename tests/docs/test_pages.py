@@ -157,3 +157,45 @@ def test_the_arguments_of_run_py_are_in_its_page():
     assert len(arguments) >= 20
     missing = [name for name in arguments if f"--{name}" not in text_of("docs/from-the-paper.md")]
     assert missing == ["per_device_eval_batch_size"]  # which decides nothing
+
+
+# What is written by scripts
+
+
+@pytest.mark.parametrize(
+    ("raw", "left"),
+    [
+        ("one\r\ntwo\r\n", "one\ntwo"),
+        ("\x1b[1;31mred\x1b[0m and plain", "red and plain"),
+        ("blocks 1 of 2\rblocks 2 of 2\r\n", "blocks 2 of 2"),
+        ("a\r\nb\r\n\x1b[2A\x1b[2Kdone\r\n\x1b[2Krest", "done\nrest"),  # as rich redraws two bars
+        ("long line\r\x1b[Kshort", "short"),
+        ("\x1b[?25lhidden cursor\x1b[?25h", "hidden cursor"),
+        ("ab\x1b[1Gc", "cb"),
+        ("x" * 80 + "y\r\nz", "x" * 80 + "\ny\nz"),
+    ],
+)
+def test_the_screen_shows_what_a_terminal_would(raw, left, scripts):
+    assert scripts("terminal").screen(raw) == left
+
+
+def test_the_page_of_the_terminal_takes_one_command_at_a_time(scripts, tmp_path, monkeypatch):
+    script = scripts("terminal")
+    monkeypatch.setattr(script, "PAGE", tmp_path / "terminal.md")
+    for name, text in (("compare", "table"), ("plan", "old"), ("plan", "new")):
+        script.put_into_page(name, text)
+    page = script.PAGE.read_text("utf-8")
+    assert page.startswith("# What the terminal shows\n")
+    assert page.index("## plan\n") < page.index("## compare\n")
+    assert max(map(len, page.split("```text")[1].split("```")[0].splitlines())) <= 80
+    assert page.count("\nnew\n") == 1
+    assert "old" not in page
+
+
+def test_a_site_link_is_followed_out_of_the_docs_and_back(scripts):
+    pytest.importorskip("mkdocs")
+    links = scripts("site_links")
+    assert links.place_on_site("results.md", "../benchmarks/results/x.json") == "repository/benchmarks/results/x.json"
+    assert links.place_on_site("results.md", "bits.md") is None
+    assert links.place_on_site("repository/CONTRIBUTING.md", "docs/notation.md") == "notation.md"
+    assert links.place_on_site("repository/benchmarks/LEADERBOARD.md", "https://host/x") is None
