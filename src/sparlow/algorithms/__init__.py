@@ -16,6 +16,7 @@ from sparlow.algorithms._registry import (
     decomposer,
     find,
     pruner,
+    usual,
     variants,
 )
 from sparlow.algorithms._results import Decomposition, Pruned, SolveStats
@@ -42,5 +43,6 @@ __all__ = [
     "find",
     "pruner",
     "solve",
+    "usual",
     "variants",
 ]
