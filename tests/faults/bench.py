@@ -87,7 +87,7 @@ class Bench:
         return sorted(name for name in {*ours, *theirs} if ours.get(name) != theirs.get(name))
 
 
-TIMED = ("seconds", "peak_memory", "warnings", "machine", "processes")
+TIMED = ("seconds", "date", "peak_memory", "warnings", "machine", "processes")
 
 
 def _content(folder):

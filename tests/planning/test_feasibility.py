@@ -167,7 +167,6 @@ def test_hidden_states_on_disk_are_counted(folder, tmp_path, monkeypatch):
 
 
 def test_a_comparison_is_refused_as_a_whole(folder, tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib")
     text = tmp_path / "text.txt"
     text.write_text("words and more words " * 60)
     base = Recipe(algorithm="magnitude", samples=4, seqlen=16, calibration=str(text))

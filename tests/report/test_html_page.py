@@ -1,35 +1,25 @@
 import json
+import re
 from dataclasses import replace
-from html.parser import HTMLParser
 
 import pytest
+from made import layer, layers
+from made import report as rich
+from pages import Page
 
 from sparlow.errors import InputError
 from sparlow.recipe.recipe import Recipe
-from sparlow.report.html_page import html, summary_head, summary_rows, write_reports
-from sparlow.report.records import LayerRecord, Report
+from sparlow.report.charts import charts_of_run
+from sparlow.report.html_page import html, write_reports
+from sparlow.report.records import Report
+from sparlow.report.summary import summary_head, summary_rows
 
 EVIL = "<script>alert(1)</script>"
 QUOTES = """"><img src=x onerror='alert(2)'>&amp;"""
 
 
-def layer(block, name="mlp.up_proj", **changes):
-    record = LayerRecord(
-        block,
-        name,
-        shape=(48, 32),
-        pattern="2:4",
-        density=0.5,
-        rank=4,
-        relative_error=0.01 * (block + 1),
-        iterations=50,
-        seconds=1.25,
-        damping=0.0,
-    )
-    return replace(record, **changes)
-
-
 def report(**changes):
+    """A small run, as an older version left it."""
     whole = Report(
         recipe=Recipe(rank=4, options={"effort": 0.1}).to_dict(),
         versions={"sparlow": "0.1.0", "torch": "2.13.0"},
@@ -54,98 +44,139 @@ def report(**changes):
     return replace(whole, **changes)
 
 
-class Page(HTMLParser):
-    """What a browser would see: tags, attributes and text."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.attributes, self.text, self.open = [], [], [], []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-        if tag != "meta":
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text.append(data)
-
-
 def hostile(text):
     """Every string that comes from outside is hostile."""
-    return report(
-        recipe=Recipe().to_dict() | {"calibration": text},
+    return rich(
+        recipe=Recipe().to_dict() | {"calibration": text, "algorithm": text},
         versions={text: text},
+        machine={"cpu": text, text: text},
         model=text,
         dense={"perplexity": {text: 20.0}},
-        compressed={"perplexity": {text: 21.0}},
-        layers=[layer(0, text, pattern=text)],
-        not_compressed=[{"name": text, "parameters": 1, "why": text}],
+        compressed={"perplexity": {text: 21.0}, "tasks": {text: {"value": 0.5, "stderr": 0.1}}},
+        agreement={},
+        layers=[layer(0, text, pattern=text, trace=((1, 0.5), (2, 0.25)))],
+        not_compressed=[{"name": text, "parameters": 1, "why": text, "stored": text}],
         warnings=[text],
+        notes=[text],
+        in_domain=[text],
+        answers={"rows": [{"prompt": text, "dense": text, "compressed": "other"}], "why": text},
+        date=text,
     )
 
 
 @pytest.mark.parametrize("text", [EVIL, QUOTES])
 def test_everything_from_outside_is_shown_as_text(text):
-    page, plain = Page(html(hostile(text))), Page(html(hostile("plain")))
+    page, plain = Page(html(hostile(text), text)), Page(html(hostile("plain"), "plain"))
     assert page.tags == plain.tags
     assert [name for name, _ in page.attributes] == [name for name, _ in plain.attributes]
-    shown = "".join(page.text)
-    assert shown.count(text) == "".join(plain.text).count("plain") == 14
+    assert "".join(page.text).count(text.rsplit("/", 1)[-1]) > 25  # of charts the beginning may be left out
 
 
-def test_the_page_is_whole_and_needs_nothing_else():
-    text = html(report())
+@pytest.mark.parametrize("found", [report(), rich()])
+def test_the_page_is_whole_and_needs_nothing_else(found):
+    text = html(found, "out")
     page = Page(text)
-    assert page.open == []
-    assert not {"script", "link", "img", "iframe", "object", "base", "form"} & set(page.tags)
-    assert not {name for name, _ in page.attributes} & {"src", "href", "srcset", "action", "onload"}
-    assert not any(word in text for word in ("http", "url(", "@import", "//"))
+    assert page.tags.count("script") == 1  # for the buttons that copy
+    assert not {"link", "img", "iframe", "object", "base", "form", "button"} & set(page.tags)
+    assert not {name for name, _ in page.attributes} & {"src", "href", "srcset", "action", "onload", "onclick"}
+    assert not any(word in text for word in ("http:", "https:", "url(", "@import", "//"))
+    (policy,) = (value for _, value in page.attributes if value and value.startswith("default-src 'none'"))
+    assert re.search(r"script-src 'sha256-[A-Za-z0-9+/=]{44}'$", policy)
+    assert ("name", "viewport") in page.attributes
+    assert "prefers-color-scheme: dark" in text
+    assert "@media print" in text
+
+
+def test_nothing_is_written_as_python_would():
+    found = rich(recipe=rich().recipe | {"rank": None, "ignore": (), "fingerprint": "ab" * 32})
+    shown = Page(html(found)).shown
+    for word in ("None", "True", "False", "nan", "inf", "{", "abab" * 16, "542.26284", "somebody"):
+        assert word not in shown.replace("information", "")
 
 
 def test_the_page_shows_the_run():
-    shown = "|".join(Page(html(report(warnings=["take care", "and more"]))).text)
-    for fact in (
-        "tiny: 3basil, 2:4",
-        "20.00",
-        "21.50",
-        "3.0 MB",
-        "1.5 MB",
-        "take care",
-        "and more",
-        "lm_head",
-        "4,096",
-    ):
+    shown = Page(html(report(warnings=["take care", "and more"]))).shown
+    for fact in ("tiny, 2:4 plus rank 4", "20.00 → 21.50", "rises by 7.5 %", "4.0 MB", "2.5 MB", "8.00", "12 s"):
+        assert fact in shown
+    for fact in ("take care", "and more", "lm_head", "4,096"):
         assert fact in shown
     assert shown.count("48 × 32") == 6  # a row a layer
-    assert "perplexity, builtin" in shown
 
 
-def bars(text):
-    rectangles, now = [], {}
-    for name, value in Page(text).attributes:
-        if name == "class" and value == "bar":
-            now = {}
-            rectangles.append(now)
-        elif name in ("x", "y", "width", "height"):
-            now.setdefault(name, float(value))
-    return rectangles
+def test_the_four_numbers_are_those_of_the_text_that_does_not_flatter():
+    shown = Page(html(rich())).shown
+    assert "26.98 → 31.42" in shown
+    assert "± 0.17 (paired)" in shown  # 31.4159 × 0.0053
+    assert "24 min 14 s" in shown
+    assert "SmolLM2-135M was compressed by 3basil to 16:32 plus rank 16" in shown
 
 
-def test_a_bar_a_layer_as_high_as_its_error():
-    found = bars(html(report(layers=[layer(0), layer(1), layer(2)])))  # errors 1 : 2 : 3
-    heights = [bar["height"] for bar in found]
-    assert heights == pytest.approx([heights[2] / 3, heights[2] / 3 * 2, heights[2]], abs=0.06)
-    assert len({bar["y"] + bar["height"] for bar in found}) == 1  # they stand on one line
-    assert len({bar["x"] for bar in found}) == 3
+def test_prompts_stand_with_both_answers():
+    shown = Page(html(rich())).shown
+    assert "The capital of France is" in shown
+    assert ", there was a little girl named Lily. She| loved to play in the" in shown
+    assert "Three prompts" not in Page(html(report())).shown
+    skipped = rich(answers={"rows": [], "why": "The model does not fit in memory."})
+    assert "The model does not fit in memory." in Page(html(skipped)).shown
 
 
-def test_layers_without_error_have_bars_of_no_height():
-    assert [bar["height"] for bar in bars(html(report(layers=[layer(0, relative_error=0.0)])))] == [0]
+ODD = {
+    "one block": {"layers": [layer(0)]},
+    "no layer": {"layers": []},
+    "no perplexity": {"dense": {"perplexity": {}}, "compressed": {"perplexity": {}}, "agreement": {}},
+    "an infinite perplexity": {"compressed": {"perplexity": {"novel": float("inf"), "builtin": 1e300}}},
+    "a dense one that is not known": {"dense": {"perplexity": {}}},
+    "200 blocks": {"layers": layers(200)},
+    "many experts": {"layers": layers(2, {f"mlp.experts.{i}.up_proj": (8, 8) for i in range(64)})},
+    "no error at all": {"layers": [layer(0, relative_error=0.0), layer(1, relative_error=0.0)]},
+    "long names": {"model": "m" * 300, "layers": [layer(0, "very.long" * 40)], "warnings": ["w" * 500]},
+    "no parameters": {"parameters": {}, "bits_per_parameter": 0.0},
+    "no time": {"seconds": {}},
+    "a loss of nothing": {"distillation": {"loss_before": 0.0, "loss_after": 0.0, "epochs": 0}},
+    "blocks that were matched": {
+        "distillation": {},
+        "matching": [{"block": i, "loss_before": 0.2, "loss_after": 0.1, "epochs": 3} for i in range(40)],
+    },
+    "a hundred warnings": {"warnings": [f"warning {i}" for i in range(100)]},
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_runs_have_whole_pages(name):
+    text = html(rich(**ODD[name]))
+    page = Page(text)
+    assert "nan" not in re.sub(r"[a-z]*nan[a-z]+", "", text.split("</style>")[1].lower())
+    assert page.tags.count("h1") == 1
+    for kind, value in page.attributes:
+        if kind in ("x", "y", "width", "height", "cx", "cy", "r"):
+            assert float(value.rstrip("%")) >= -1  # and none is nan or inf, which would not be greater
+
+
+def cells(text):
+    return [value for kind, value in Page(text).attributes if kind == "fill-opacity"]
+
+
+def test_a_cell_a_layer_the_stronger_the_larger_its_error():
+    found = charts_of_run(report(layers=[layer(block, "a") for block in range(3)]))[0]  # errors 1 : 2 : 3
+    shades = [float(value) for value in cells(found.svg)[:3]]
+    assert shades[0] == pytest.approx(0.07)
+    assert shades[2] == pytest.approx(1)
+    assert shades[0] < shades[1] < shades[2]
+    assert "block 1, a: 0.0200" in found.svg
+
+
+def test_every_chart_has_its_figures():
+    names = [chart.name for chart in charts_of_run(rich())]
+    assert names == ["relative_error", "depth", "convergence", "matching", "time", "memory"]
+    assert [chart.name for chart in charts_of_run(report(layers=[]))] == ["time", "memory"]
+
+
+def test_the_loss_of_every_epoch_is_drawn():
+    (chart,) = (chart for chart in charts_of_run(rich()) if chart.name == "matching")
+    (points,) = re.findall('points="([^"]*)"', chart.svg)
+    heights = [float(point.split(",")[1]) for point in points.split()]
+    assert len(heights) == 9  # before, and after each of eight
+    assert heights == sorted(heights)  # falls: y goes down the page
 
 
 def test_the_summary_sets_dense_beside_compressed():
@@ -179,7 +210,7 @@ def test_reports_come_back_from_their_file(tmp_path):
     before = report(layers=[layer(0, warnings=("one", "two"))])
     write_reports(before, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.json"]
-    assert (tmp_path / "report.html").read_text("utf-8") == html(before)
+    assert (tmp_path / "report.html").read_text("utf-8") == html(before, tmp_path.name)
     assert Report.from_file(tmp_path / "report.json") == before
     assert json.loads((tmp_path / "report.json").read_text("utf-8"))["version"] == 1
 

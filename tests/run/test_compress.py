@@ -32,6 +32,8 @@ PRUNE = Recipe(algorithm="magnitude", pattern="2:4", seqlen=16)
 TEXT = "".join(chr(32 + (7 * i * i + i // 3) % 95) for i in range(600))
 KEYS = {  # of report.json: design 4b, and which model and which version of the keys it is
     "recipe",
+    "answers",
+    "date",
     "agreement",
     "versions",
     "machine",
@@ -78,6 +80,7 @@ LAYER_KEYS = {
     "levels",
     "group",
     "factor_type",
+    "trace",
 }
 
 
@@ -186,7 +189,7 @@ def test_report_json_has_the_keys_of_version_1(whole):
     assert found["seconds"].keys() == {"total", "walk", "statistics", "solve", "matching", "save", "evaluate"}
     assert found["peak_memory"].keys() == {"rss", "device"}
     assert found["versions"].keys() == {"sparlow", "torch", "transformers", "safetensors", "python"}
-    assert found["dense"].keys() == found["compressed"].keys() == {"perplexity", "perplexity_stderr"}
+    assert found["dense"].keys() == found["compressed"].keys() == {"perplexity", "perplexity_stderr", "losses"}
     assert len(found["layers"]) == 12
     assert all(row.keys() == LAYER_KEYS for row in found["layers"])
     assert all(row.keys() == {"name", "parameters", "why", "trained"} for row in found["not_compressed"])
@@ -330,7 +333,8 @@ def test_steps_are_told_in_order(text):
         notify=steps.append,
         inplace=True,
     )
-    assert list(dict.fromkeys(step.stage for step in steps)) == ["dense perplexity", "blocks", "compressed perplexity"]
+    stages = ["prompts", "dense perplexity", "blocks", "compressed perplexity"]
+    assert list(dict.fromkeys(step.stage for step in steps)) == stages
     for stage, total in (
         ("dense perplexity", 4),  # the blocks, and what is behind them
         ("blocks", 3),
@@ -677,7 +681,7 @@ def test_the_dense_perplexity_is_not_measured_twice(folder, text, tmp_path):
         measured(folder, text, tmp_path / "out", notify=Stop("blocks", 1))
     stages = []
     report = measured(folder, text, tmp_path / "out", notify=lambda step: stages.append(step.stage))
-    assert set(stages) == {"dense predictions", "blocks", "compressed perplexity"}
+    assert set(stages) == {"prompts", "dense predictions", "blocks", "compressed perplexity"}
     assert comparable(report) == comparable(measured(folder, text, tmp_path / "new"))
 
 

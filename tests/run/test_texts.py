@@ -17,8 +17,9 @@ from sparlow.errors import InputError
 from sparlow.recipe.recipe import Recipe, as_recipe
 from sparlow.recipe.run_options import RunOptions, listed
 from sparlow.report.figures import draw
-from sparlow.report.html_page import html, summary_rows
+from sparlow.report.html_page import html
 from sparlow.report.records import Report
+from sparlow.report.summary import summary_rows
 from sparlow.run import compress as compressing
 from sparlow.run.compare import compare
 

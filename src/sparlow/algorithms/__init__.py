@@ -18,6 +18,7 @@ from sparlow.algorithms._registry import (
     decomposer,
     find,
     pruner,
+    usual,
     variants,
 )
 from sparlow.algorithms._results import Decomposition, Pruned, SolveStats
@@ -47,5 +48,6 @@ __all__ = [
     "pruner",
     "revision_of",
     "solve",
+    "usual",
     "variants",
 ]

@@ -45,6 +45,7 @@ class Loop:
         self.U = target.new_zeros(target.shape[0], rank)
         self.V = random_factor(rank, target)  # (r, in)
         self.M = space.ridge(rho)
+        self.looks: list[tuple[int, float]] = []  # iterations, share of the kept entries that changed
 
     def fit_jointly(self) -> None:
         """L for the S that will follow: best fit of Q in the metric I − M."""

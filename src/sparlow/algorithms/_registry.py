@@ -28,6 +28,7 @@ class Algorithm:
     kind: Literal["pruner", "decomposer"]
     function: Callable[..., Any]
     aliases: Mapping[str, Mapping[str, object]]
+    usual: bool = False
 
     @property
     def summary(self) -> str:
@@ -57,7 +58,9 @@ class Algorithm:
 _ALGORITHMS: dict[str, Algorithm] = {}
 
 
-def pruner(name: str, *, aliases: Mapping[str, Mapping[str, object]] = types.MappingProxyType({})) -> Callable[[F], F]:
+def pruner(
+    name: str, *, aliases: Mapping[str, Mapping[str, object]] = types.MappingProxyType({}), usual: bool = False
+) -> Callable[[F], F]:
     """Register a function ``(W, gram, pattern, *, options) -> S`` under ``name``; or ``-> Pruned(S, stats)``.
 
     A function that can put the values of S on a grid itself takes ``grid: GridTarget | None = None`` after the others,
@@ -66,15 +69,16 @@ def pruner(name: str, *, aliases: Mapping[str, Mapping[str, object]] = types.Map
     Args:
         name: As typed on the command line.
         aliases: Further names, each with the options it stands for.
+        usual: Whether a comparison that names no methods has it, because it is well known and quick.
     """
-    return _registrar(name, "pruner", aliases)
+    return _registrar(name, "pruner", aliases, usual=usual)
 
 
 def decomposer(
-    name: str, *, aliases: Mapping[str, Mapping[str, object]] = types.MappingProxyType({})
+    name: str, *, aliases: Mapping[str, Mapping[str, object]] = types.MappingProxyType({}), usual: bool = False
 ) -> Callable[[F], F]:
     """Register a function ``(W, gram, pattern, rank, *, options) -> Decomposition``; see ``pruner``."""
-    return _registrar(name, "decomposer", aliases)
+    return _registrar(name, "decomposer", aliases, usual=usual)
 
 
 def algorithms() -> tuple[Algorithm, ...]:
@@ -87,6 +91,11 @@ def variants() -> tuple[str, ...]:
     return tuple(
         name for a in algorithms() for name in ([n for n, implied in a.aliases.items() if implied] or [a.name])
     )
+
+
+def usual() -> tuple[str, ...]:
+    """Return the algorithms of a comparison that names none."""
+    return tuple(algorithm.name for algorithm in algorithms() if algorithm.usual)
 
 
 def find(name: str) -> tuple[Algorithm, dict[str, object]]:
@@ -104,14 +113,14 @@ def find(name: str) -> tuple[Algorithm, dict[str, object]]:
 
 
 def _registrar(
-    name: str, kind: Literal["pruner", "decomposer"], aliases: Mapping[str, Mapping[str, object]]
+    name: str, kind: Literal["pruner", "decomposer"], aliases: Mapping[str, Mapping[str, object]], *, usual: bool
 ) -> Callable[[F], F]:
     def register(function: F) -> F:
         taken = {n for a in _ALGORITHMS.values() for n in (a.name, *a.aliases)}
         for new in (name, *aliases):
             if new in taken:
                 raise ValueError(f"Two algorithms are called {new!r}.")
-        _ALGORITHMS[name] = Algorithm(name, kind, function, aliases)
+        _ALGORITHMS[name] = Algorithm(name, kind, function, aliases, usual)
         return function
 
     return register

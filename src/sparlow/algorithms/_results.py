@@ -1,7 +1,7 @@
 """Results of algorithms: the parts of the weight, and statistics of the solve."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 
 from torch import Tensor
@@ -26,6 +26,7 @@ class SolveStats(Mapping[str, Number]):
         dead_columns: Inputs that were always zero.
         relative_error_per_token: The ratio over sampled tokens, each scaled to length one; None without a sample.
         more: The algorithm's own numbers, by name.
+        trace: Iterations, and the share of the kept entries that changed since the last look, at some of the looks.
     """
 
     iterations: int = 1
@@ -36,6 +37,7 @@ class SolveStats(Mapping[str, Number]):
     dead_columns: int = 0
     relative_error_per_token: float | None = None
     more: Mapping[str, Number] = field(default_factory=dict)
+    trace: tuple[tuple[int, float], ...] = ()
 
     @classmethod
     def of(cls, given: Mapping[str, Number]) -> "SolveStats":
@@ -59,7 +61,15 @@ class SolveStats(Mapping[str, Number]):
         return sum(1 for _ in self)
 
 
-_FIELDS = tuple(f.name for f in fields(SolveStats) if f.name != "more")
+_FIELDS = tuple(f.name for f in fields(SolveStats) if f.name not in ("more", "trace"))
+LOOKS = 32  # of a trace that are kept, so that the record of a model of many layers stays small
+
+
+def thinned(trace: Sequence[tuple[int, float]]) -> tuple[tuple[int, float], ...]:
+    """Return at most ``LOOKS`` of the looks, the first and the last among them, with changes in four digits."""
+    count = min(len(trace), LOOKS)
+    chosen = [trace[round(i * (len(trace) - 1) / max(count - 1, 1))] for i in range(count)]
+    return tuple((step, float(f"{change:.4g}")) for step, change in chosen)
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from sparlow.algorithms._registry import Count, pruner
-from sparlow.algorithms._results import Pruned, SolveStats
+from sparlow.algorithms._results import Pruned, SolveStats, thinned
 from sparlow.linalg.conjugate_gradient import fit_on_support
 from sparlow.linalg.coordinates import Coordinates
 from sparlow.linalg.gram import Gram
@@ -51,6 +51,7 @@ def _admm(T: Tensor, space: Coordinates, pattern: Pattern, max_steps: int) -> tu
     seen = D.bool()
     X, work = torch.empty_like(T), torch.empty_like(T)  # written into: new memory costs more than the sums
     rho, M = RHO, space.ridge(RHO)
+    looks: list[tuple[int, float]] = []
     for step in range(1, max_steps + 1):
         Y += T
         torch.addmm(Y, torch.sub(D, Y, out=work), M, out=X)
@@ -59,10 +60,11 @@ def _admm(T: Tensor, space: Coordinates, pattern: Pattern, max_steps: int) -> tu
         if step % EVERY == 0:
             mask = D.bool()
             change = (mask ^ seen).count_nonzero().item() / kept
+            looks.append((step, change))
             if not change:
-                return X, SolveStats(step, converged=True)
+                return X, SolveStats(step, converged=True, trace=thinned(looks))
             factor = 1.3 if change > 0.1 else 1.2 if change > 0.005 else 1.1  # noqa: PLR2004 - the paper's rule
             rho, seen = rho * factor, mask
             Y /= factor  # the multiplier itself stays as it is
             M = space.ridge(rho)
-    return X, SolveStats(max_steps, converged=False)
+    return X, SolveStats(max_steps, converged=False, trace=thinned(looks))

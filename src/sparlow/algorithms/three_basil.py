@@ -47,7 +47,7 @@ from torch import Tensor
 
 from sparlow.algorithms._loop import Loop, pace
 from sparlow.algorithms._registry import Count, Positive, decomposer
-from sparlow.algorithms._results import Decomposition, SolveStats
+from sparlow.algorithms._results import Decomposition, SolveStats, thinned
 from sparlow.linalg.conjugate_gradient import fit_on_support
 from sparlow.linalg.coordinates import Coordinates
 from sparlow.linalg.gram import Gram
@@ -70,7 +70,7 @@ REFITS = 5  # alternations of least squares on the support with the low-rank fit
 REFIT_STEPS, FEWEST = 6, 2  # conjugate-gradient steps in each, at effort 1 and at least
 
 
-@decomposer("3basil", aliases={"three-basil": {}})
+@decomposer("3basil", aliases={"three-basil": {}}, usual=True)
 def three_basil(
     W: Tensor,
     gram: Gram,
@@ -99,7 +99,7 @@ def three_basil(
     run = _paper if papers else _joint
     steps, change = run(loop, effort, max_steps)
     own = {"rho": loop.rho, "support_change": change}
-    stats = SolveStats(steps, converged=change < SETTLED[schedule], more=own)
+    stats = SolveStats(steps, converged=change < SETTLED[schedule], more=own, trace=thinned(loop.looks))
     if literal:
         return Decomposition(space.from_scaled(loop.D), loop.U, space.from_scaled(loop.V), stats)
     mask = space.interleave(pattern.mask(space.deinterleave(loop.X).abs()))
@@ -147,13 +147,14 @@ def _joint_on_grid(
             loop.update()
         steps += every
         change = torch.ne(loop.D, before).float().mean().item()
+        loop.looks.append((steps, change))
         if change < SETTLED["joint"]:
             break
         loop.raise_rho(factor)
         points.follow(loop.X)
         before = points(loop.X, before)
     own = {"rho": loop.rho, "support_change": change}
-    stats = SolveStats(steps, converged=change < SETTLED["joint"], more=own)
+    stats = SolveStats(steps, converged=change < SETTLED["joint"], more=own, trace=thinned(loop.looks))
     mask = pattern.mask(space.deinterleave(loop.X).abs()) if target.masked else None
     S, U, V = points.points(loop.X, mask), loop.U, space.from_scaled(loop.V)
     del loop, points  # frees memory for the finish
@@ -209,6 +210,7 @@ def _run(
             step()
             done += 1
         change = loop.support_change()
+        loop.looks.append((done, change))
         if done >= min_steps and change < settled:
             break
         loop.raise_rho(growth(change))

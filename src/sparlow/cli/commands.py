@@ -12,6 +12,8 @@ import typer
 from sparlow.cli import display, listing, results
 from sparlow.cli.app import app, command
 from sparlow.cli.app import run as main
+from sparlow.cli.comparing import Foretold, ReportsOnly, Seeds, Sweep, TasksOfAll, names_of, tell_cost
+from sparlow.cli.measuring import HtmlFile, require_folder, write_page
 from sparlow.cli.options import (
     EvaluateOptions,
     Given,
@@ -112,26 +114,39 @@ def compare(
     given: Annotated[Given, Without(("algorithm",))],
     run: RunOptions,
     write: Annotated[WriteOptions, Without(("with_loader",))],
-    algorithms: Algorithms = ["all"],  # noqa: B006 - typer copies it
+    algorithms: Algorithms = ["usual"],  # noqa: B006 - typer copies it
     option: OptionOfOne = None,
     match: WithMatching = None,
+    sweep: Sweep = None,
+    seeds: Seeds = None,
+    tasks: TasksOfAll = None,
+    reports_only: ReportsOnly = False,
+    timed: Foretold = True,
 ) -> None:
-    """Compress MODEL with several algorithms on the same text. Writes one table and figures to --out."""
-    from sparlow.algorithms import variants
+    """Compress MODEL with several algorithms on the same text. Writes a page, tables and figures to --out."""
+    from sparlow.run.cases import parse_sweep, recipes_for
     from sparlow.run.compare import compare as run_comparison
-    from sparlow.run.compare import recipes_for
 
-    names = split(algorithms)
-    names = list(variants()) if names == ["all"] else names
     if match is not None:
         given = replace(given, changes={**given.changes, "match": match != "no"})
-    recipes = recipes_for(given.recipe(), names, parse_named_pairs(option or []), match)
+    varied = parse_sweep(sweep or (), split(seeds or ()))
+    recipes = recipes_for(given.recipe(), names_of(algorithms), parse_named_pairs(option or []), match, varied)
+    if timed:
+        tell_cost(model, recipes, out, run, kept=not reports_only)
     with resumable(), display.progress() as notify:
         found = run_comparison(
-            model, recipes, out=out, options=run, overwrite=write.overwrite, force=write.force, notify=notify
+            model,
+            recipes,
+            out=out,
+            options=run,
+            tasks=split(tasks or ()),
+            reports_only=reports_only,
+            overwrite=write.overwrite,
+            force=write.force,
+            notify=notify,
         )
     display.show_comparison(found)
-    _written(out, "compare.json and two figures")
+    _written(out, f"open {out / 'compare.html'}")
     if found.failed:
         raise RunError("; ".join(f"{name}: {why}" for name, why in found.failed.items()))
 
@@ -263,14 +278,18 @@ def export(
 
 
 @command
-def benchmark(models: Models, options: BenchmarkOptions, json_file: JsonFile = None) -> None:
+def benchmark(
+    models: Models, options: BenchmarkOptions, json_file: JsonFile = None, html_file: HtmlFile = None
+) -> None:
     """Measure how fast MODELS run on the CPU, compressed or not, in turns; what they compute is checked."""
     from sparlow.runtime.benchmark import benchmark as measure
 
     results.prepare(json_file)
+    require_folder(html_file)
     with display.progress() as notify:
         found = measure(models, options, notify)
     display.show_benchmark(found)
+    write_page(found.to_dict(), html_file)
     results.put(json_file, found.to_dict())
     wrong = [row for row in found.rows if not row.same_output]
     if wrong:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparlow.cli import display
@@ -71,7 +72,8 @@ def run(out: Path, *, overwrite: bool = False) -> None:
     for name, sentence in sentences.items():
         display.out.print(f"{f'{name}:':<{width}} {sentence}", markup=False, highlight=False)
     for folder in recipes:
-        display.out.print(f"a result lies in {folder}; open {folder / 'report.html'}", markup=False, highlight=False)
+        page = folder / "report.html"
+        display.out.print("open", Text(str(page), style=f"link {page.absolute().as_uri()}"), highlight=False)
     display.out.print(f"at default effort:  {full_command(source, out)}", markup=False, highlight=False)
 
 

@@ -61,7 +61,7 @@ def progress() -> "Iterator[Notify]":
 
 def show_report(report: "Report") -> None:
     """The summary of a run: perplexities and sizes, dense beside compressed, time, memory, warnings."""
-    from sparlow.report.html_page import remarks, summary_rows
+    from sparlow.report.summary import remarks, summary_rows
 
     out.print(_table(("", "dense", "compressed"), summary_rows(report)))
     seconds = report.seconds
@@ -255,7 +255,7 @@ def _free(size: int | None) -> str:
 
 def show_finetuning(report: "Report") -> None:
     """The result of ``sparlow finetune``: perplexities and loss before and after."""
-    from sparlow.report.html_page import perplexities_of_finetuning
+    from sparlow.report.summary import perplexities_of_finetuning
 
     found = report.finetuning
     out.print(_table(("", "before", "after"), perplexities_of_finetuning(report)))

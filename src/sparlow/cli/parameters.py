@@ -76,7 +76,7 @@ Algorithms = Annotated[
     typer.Option(
         metavar="NAMES",
         rich_help_panel="Solver",
-        help="Algorithms to compare, or all. Repeat it, or separate by commas.",
+        help="Algorithms to compare: usual, all, or names. Repeat it, or separate by commas.",
     ),
 ]
 OptionOfOne = Annotated[

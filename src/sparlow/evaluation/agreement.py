@@ -134,11 +134,13 @@ class Figures:
     def perplexity(self, processes: Processes = ALONE) -> Perplexity:
         """Return exp of the mean over all windows of all processes, with its standard error."""
         mean, error = _mean_and_error(self._losses, processes)
+        # of several processes, which have the windows in an order of their own, nobody knows all
+        losses = tuple(torch.cat(self._losses).tolist()) if processes.size == 1 and math.isfinite(mean) else ()
         try:
             value = math.exp(mean)
         except OverflowError:
-            return Perplexity(math.inf)
-        return Perplexity(value, _finite(value * error))
+            return Perplexity(math.inf, losses=losses)
+        return Perplexity(value, _finite(value * error), losses)
 
     def agreement(self, processes: Processes = ALONE) -> Agreement:
         """Return the means over all windows of all processes, with their standard errors."""

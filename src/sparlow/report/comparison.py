@@ -14,6 +14,8 @@ from sparlow.tabular import Tabular
 
 VERSION = 1  # of the keys of compare.json
 NAME = "compare.json"
+MATCHED = "+match"  # the suffix of a method with matching, if it is compared without matching too
+ABOUT = ("algorithm", "pattern", "rank", "match", "seed")  # fields of a recipe that a table shows of each run
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,11 @@ class Row:
         layers: Block, name within it and relative error of every layer.
         agreement: With the dense model, by corpus; None where it is not known.
         values: Types of the values kept.
+        losses: Of every window by corpus, see ``records.Perplexity``; none where an older version measured.
+        tasks: By name, as ``sparlow evaluate`` gives them.
+        recipe: Its own, whole; empty where an older version wrote it.
+
+    The name is that of the method, with ``MATCHED`` if it is matched; behind blanks what was varied, ``field=value``.
     """
 
     name: str
@@ -47,6 +54,30 @@ class Row:
     layers: list[tuple[int, str, float]]
     agreement: dict[str, Agreement | None] = field(default_factory=dict)
     values: str = MODEL
+    losses: dict[str, list[float]] = field(default_factory=dict)
+    tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    recipe: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def series(self) -> str:
+        """The method, with or without matching, whatever was varied."""
+        return self.name.split(" ")[0].removesuffix(MATCHED)
+
+    @property
+    def group(self) -> str:
+        """The name without the seed."""
+        return " ".join(word for word in self.name.split(" ") if not word.startswith("seed="))
+
+    @property
+    def with_matching(self) -> str:
+        """What the same method with matching would be called."""
+        head, *rest = self.group.split(" ")
+        return "" if head.endswith(MATCHED) else " ".join([f"{head}{MATCHED}", *rest])
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What a table shows of its recipe."""
+        return {name: self.recipe.get(name) for name in ABOUT}
 
     @classmethod
     def of(cls, name: str, report: Report) -> "Row":
@@ -64,6 +95,9 @@ class Row:
             layers=[(layer.block, layer.name, layer.relative_error) for layer in report.layers],
             agreement=report.agreement,
             values=report.value_types,
+            losses=report.compressed.get("losses", {}),
+            tasks=report.compressed.get("tasks", {}),
+            recipe=report.recipe,
         )
 
     @classmethod

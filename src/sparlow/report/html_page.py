@@ -1,200 +1,196 @@
-"""One self-contained HTML page for a report: no script, no file beside it, everything shown is escaped."""
+"""Pages as one self-contained file each: no network, everything shown is escaped, whole without its script."""
 
+import base64
+import hashlib
+import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from html import escape
+from dataclasses import dataclass
+from functools import cache
+from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sparlow.files import human_bytes, replacing
+from sparlow.files import replacing
 from sparlow.machine import described
-from sparlow.report.perplexities import agreement_rows, labelled, shown
+from sparlow.report.charts import charts_of_run
+from sparlow.report.headline import corpus_on_top, form, sentence, tiles
+from sparlow.report.layer_charts import by_kind
 from sparlow.report.records import LayerRecord, Report
+from sparlow.report.summary import perplexities_of_finetuning, remarks, summary_head, summary_rows
 from sparlow.report.value_types import MODEL
+from sparlow.report.wording import UNKNOWN, day, duration, model_name, plain, short, words
 
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1c2530; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
-h1 { font-size: 1.5rem } h2 { font-size: 1.1rem; margin-top: 2rem }
-table { border-collapse: collapse; width: 100% } th, td { padding: .25rem .6rem; border-bottom: 1px solid #dde3ea }
-th { text-align: left; font-weight: 600 } td.number, th.number { text-align: right; font-variant-numeric: tabular-nums }
-.warning { background: #fff6e0; padding: .2rem .6rem; border-left: 3px solid #e0a100; margin: .3rem 0 }
-.bar { fill: #2f6db3 } .axis { font-size: 11px; fill: #5a6673 } footer { color: #5a6673; margin-top: 2rem }
-"""
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+SHOWN_WARNINGS = 6  # the rest is folded
+PROMPT = "The capital of France is"  # of the command to copy
+NO_FOLDER = "DIRECTORY"  # where a page does not know its own
+
+
+@dataclass(frozen=True)
+class Part:
+    """A folded table; the columns from ``left`` on are numbers."""
+
+    title: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    left: int = 1
+    about: str = ""
+
+
+@dataclass(frozen=True)
+class Command:
+    """Something to copy."""
+
+    title: str
+    text: str
 
 
 def write_reports(report: Report, folder: Path) -> None:
     """Write ``report.json`` and ``report.html`` into ``folder``, each whole or not at all."""
-    for name, text in (("report.json", report.to_json()), ("report.html", html(report))):
+    for name, text in (("report.json", report.to_json()), ("report.html", html(report, folder.name))):
         with replacing(folder / name) as partial:
             partial.write_text(text, encoding="utf-8")
 
 
-def html(report: Report) -> str:
-    """The whole page."""
-    recipe = report.recipe
-    patterns = dict.fromkeys(layer.pattern for layer in report.layers)
-    pattern = next(iter(patterns)) if len(patterns) == 1 else "mixed patterns"
-    title = f"{report.model}: {recipe['algorithm']}, {pattern}, {report.value_types} values"
-    parts = [
-        f"<h1>{escape(title)}</h1>",
-        _table(summary_head(report), summary_rows(report)),
-        f"<p>{escape(remarks(report))}</p>",
-        *(f"<p>{escape(note)}</p>" for note in report.notes),
-        *(f'<p class="warning">{escape(warning)}</p>' for warning in report.warnings),
-        *_finetuning(report),
-        "<h2>Relative error by layer</h2>",
-        *(_bars(name, rows) for name, rows in _by_kind(report.layers).items()),
-        "<h2>Layers</h2>",
-        _table(_LAYER_HEAD, (_layer_row(layer) for layer in report.layers)),
-        "<h2>Not compressed</h2>",
-        _table(("module", "parameters", "why", "stored in", "trained"), map(_skipped_row, report.not_compressed)),
-        "<h2>Recipe</h2>",
-        _table(("field", "value"), ((name, _text(value)) for name, value in recipe.items())),
-        "<h2>Seconds</h2>",
-        _table(("part", "seconds"), ((name, f"{value:.1f}") for name, value in report.seconds.items())),
-        f"<footer>{escape(', '.join(f'{k} {v}' for k, v in report.versions.items()))}</footer>",
-        f"<footer>{escape(described(report.machine))}</footer>",
-    ]
-    body = "\n".join(parts)
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body>{body}</body></html>\n"
+def html(report: Report, folder: str = "") -> str:
+    """The page of a run.
+
+    Args:
+        report: Of a finished run.
+        folder: The name of its directory, for the commands to copy.
+    """
+    return page(
+        "run.html",
+        f"{model_name(report.model)}, {form(report)}",
+        sentence=sentence(report),
+        tiles=tiles(report),
+        warnings=report.warnings,
+        notes=[remarks(report), *report.notes],
+        answers=[_answer(row) for row in report.answers.get("rows", [])],
+        no_answers=report.answers.get("why", ""),
+        now="before fine-tuning" if report.finetuning else "compressed",
+        charts=charts_of_run(report),
+        not_compressed=_not_compressed(report),
+        use=_use(report, folder or NO_FOLDER),
+        details=[part for part in _details(report) if part.rows],
+        footer=_footer(report),
     )
 
 
-def _finetuning(report: Report) -> list[str]:
-    """What fine-tuning did, if anything."""
-    if not report.finetuning:
-        return []
-    apart = ("loss", "perplexity", "versions", "machine")
-    shown = {name: value for name, value in report.finetuning.items() if name not in apart}
-    shown |= {"first loss": report.finetuning["loss"][0], "last loss": report.finetuning["loss"][-1]}
+def page(template: str, title: str, **context: Any) -> str:  # noqa: ANN401 - what a template shows
+    """Fill in a template; all that is shown is escaped."""
+    environment = _environment()
+    script = environment.get_template("copy.js").render()
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    shown = {"shown_warnings": SHOWN_WARNINGS, "script": script, "script_sum": digest, "title": title}
+    return environment.get_template(template).render(**shown, **context).strip() + "\n"
+
+
+@cache
+def _environment() -> "Environment":
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    loader = PackageLoader("sparlow.report")
+    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+
+
+def _answer(row: Mapping[str, str]) -> dict[str, str]:
+    """A prompt with its two answers, and what they begin with alike: whole words."""
+    found = [re.findall(r"\s*\S+|\s+$", row[name]) for name in ("dense", "compressed")]  # words with what is before
+    alike = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(*found, strict=False)))
+    dense, compressed = ("".join(one[alike:]) for one in found)
+    return {"prompt": row["prompt"], "same": "".join(found[0][:alike]), "dense": dense, "compressed": compressed}
+
+
+def _not_compressed(report: Report) -> Part:
+    """What was not compressed, modules that differ in a number only in one row."""
+    head = ("module", "why", "parameters", "modules", "stored in", "trained")
+    alike: dict[tuple[str, ...], list[int]] = {}
+    for row in report.not_compressed:
+        stored = "the model's type" if row.get("stored", MODEL) == MODEL else str(row["stored"])
+        about = (plain(row["why"]), stored, "yes" if row.get("trained") else "no")
+        alike.setdefault((re.sub(r"\b\d+\b", "*", row["name"]), *about), []).append(row["parameters"])
+    rows = [
+        (name, why, plain(sum(sizes)), plain(len(sizes)), stored, trained)
+        for (name, why, stored, trained), sizes in alike.items()
+    ]
+    return Part("What stayed as it was", head, rows, left=2)
+
+
+def _use(report: Report, folder: str) -> list[Command]:
+    """How to load, run, evaluate, export and repeat, from beside the directory."""
+    here, corpus = shlex.quote(folder), shlex.quote(corpus_on_top(report) or "novel")
+    load = (
+        "import sparlow  # so that transformers knows the form\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'model = AutoModelForCausalLM.from_pretrained({folder!r}, dtype="auto")\n'
+        f"tokenizer = AutoTokenizer.from_pretrained({folder!r})"
+    )
+    merged, again = shlex.quote(f"{folder}-merged"), shlex.quote(f"{folder}-again")
+    recipe = shlex.quote(f"{folder}/recipe.toml")
+    model = report.model if report.model == model_name(report.model) else "MODEL"  # a path is of one machine only
     return [
-        "<h2>Fine-tuning</h2>",
-        _table(("", "before", "after"), perplexities_of_finetuning(report)),
-        _table(("field", "value"), ((name, _text(value)) for name, value in shown.items())),
+        Command("Load", load),
+        Command("Run", f"sparlow generate {here} --prompt {shlex.quote(PROMPT)}"),
+        Command("Evaluate", f"sparlow evaluate {here} --perplexity {corpus}"),
+        Command("Export", f"sparlow export {here} --out {merged} --as merged"),
+        Command("Repeat", f"sparlow compress {shlex.quote(model)} --recipe {recipe} --out {again}"),
     ]
 
 
-def perplexities_of_finetuning(report: Report) -> list[tuple[str, str, str]]:
-    """A row a corpus: name, before, after."""
-    before, after = (report.finetuning["perplexity"][when] for when in ("before", "after"))
-    same = report.finetuning.get("in_domain", ())
-    return [
-        (labelled(name, same, "training or calibration"), _perplexity(before[name]), _perplexity(after[name]))
-        for name in shown([before, after])
+def _details(report: Report) -> Iterable[Part]:
+    yield Part("All figures", summary_head(report), summary_rows(report))
+    if report.finetuning:
+        yield Part("Fine-tuning, perplexity", ("text", "before", "after"), perplexities_of_finetuning(report))
+        apart = ("loss", "perplexity", "versions", "machine", "seconds")
+        rows = [(words(name), plain(value)) for name, value in report.finetuning.items() if name not in apart]
+        yield Part("Fine-tuning, options", ("option", "value"), rows)
+    yield _error_table(report.layers)
+    yield Part("Layers", LAYER_HEAD, [_layer_row(layer) for layer in report.layers], left=4)
+    trained = [report.distillation] if report.distillation else report.matching
+    matched = [
+        (_which(row), short(row["loss_before"]), short(row["loss_after"]), plain(row["epochs"])) for row in trained
     ]
+    yield Part("Matching", ("blocks", "loss before", "loss after", "epochs"), matched)
+    yield Part("Recipe", ("field", "value"), [(words(name), plain(value)) for name, value in report.recipe.items()])
+    yield Part("Seconds", ("part", "time"), [(words(name), duration(value)) for name, value in report.seconds.items()])
+    yield Part("Machine", ("", ""), [(words(name), plain(value)) for name, value in report.machine.items()])
+    yield Part("Versions", ("package", "version"), [*report.versions.items()])
 
 
-def summary_head(report: Report) -> tuple[str, str, str]:
-    """The titles of ``summary_rows``."""
-    return "", "dense", "fine-tuned" if report.finetuning else "compressed"
+def _which(row: Mapping[str, Any]) -> str:
+    return f"block {row['block']}" if "block" in row else "all together"
 
 
-def summary_rows(report: Report) -> list[tuple[str, str, str]]:
-    """What the terminal and the page both show first: name, dense, and what the result is now."""
-    dense = report.dense["perplexity"]
-    now = report.finetuning["perplexity"]["after"] if report.finetuning else report.compressed["perplexity"]
-    same = report.finetuning.get("in_domain", ()) if report.finetuning else report.in_domain
-    rows = []
-    for name in shown([dense, now]):
-        rows.append((labelled(name, same), _perplexity(dense.get(name)), _perplexity(now.get(name))))
-        if name in report.agreement and not report.finetuning:  # which it was measured before
-            rows += [(what, "–", value) for what, value in agreement_rows(name, report.agreement[name])]
-    sizes = report.bytes
-    values = report.values
-    rows.append(("values kept", f"{values['linears_dense']:,}", f"{values['linears_compressed']:,}"))
-    rows.append(("type of these values", MODEL, report.value_types))
-    rows.append(("linear layers", human_bytes(sizes["linears_dense"]), human_bytes(sizes["linears_compressed"])))
-    rows.append(("whole model", human_bytes(sizes["dense"]), human_bytes(sizes["compressed"])))
-    dense_bits = report.bits_per_weight * sizes["linears_dense"] / max(sizes["linears_compressed"], 1)
-    rows.append(("bits a linear weight", f"{dense_bits:.2f}", f"{report.bits_per_weight:.2f}"))
-    if report.parameters:
-        whole = 8 * sizes["dense"] / report.parameters["model"]
-        rows.append(("bits a parameter, whole file", f"{whole:.2f}", f"{report.bits_per_parameter:.2f}"))
-        rows.append(("parameters of the blocks that are compressed", "–", f"{report.share_compressed:.1%}"))
-    when = " before fine-tuning" if report.finetuning else ""
-    rows.append((f"mean relative error{when}", "0", f"{report.mean_relative_error:.5f}"))
-    per_token = report.mean_relative_error_per_token
-    if per_token is not None:
-        rows.append(("the same, each token by its own size", "0", f"{per_token:.5f}"))
-    return rows
+def _error_table(layers: Sequence[LayerRecord]) -> Part:
+    """What the heat map shows, in numbers."""
+    kinds = by_kind(layers)
+    blocks = sorted({layer.block for layer in layers})
+    rows = [(str(block), *(_cell(found.get(block, [])) for found in kinds.values())) for block in blocks]
+    return Part("Relative error by block and kind of layer", ("block", *kinds), rows)
 
 
-def remarks(report: Report) -> str:
-    """Return one sentence on how many layers need a remark, and which."""
-    said = {
-        "extra_damping": "needed extra damping",
-        "dead_inputs": "had dead inputs",
-        "unsettled": "had not settled when the solver ended",
-        "without_data": "saw no calibration token",
-    }
-    parts = [f"{report.counts[name]} {what}" for name, what in said.items() if report.counts.get(name)]
-    return f"Of {len(report.layers)} layers {', '.join(parts) or 'none needs a remark'}."
+def _cell(layers: Sequence[LayerRecord]) -> str:
+    return short(sum(layer.relative_error for layer in layers) / len(layers)) if layers else UNKNOWN
 
 
-def _perplexity(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}"
-
-
-_LAYER_HEAD = (
-    "block",
-    "layer",
-    "shape",
-    "pattern",
-    "density",
-    "values",
-    "rank",
-    "relative error",
-    "each token by its size",
-    "iterations",
-    "seconds",
+LAYER_HEAD = (
+    *("block", "layer", "pattern", "values", "shape", "density", "rank", "relative error", "each token by its size"),
+    *("iterations", "time", "tokens"),
 )
 
 
 def _layer_row(layer: LayerRecord) -> tuple[str, ...]:
-    shape = f"{layer.shape[0]} × {layer.shape[1]}"
-    per_token = "–" if layer.relative_error_per_token is None else f"{layer.relative_error_per_token:.5f}"
-    numbers = (f"{layer.relative_error:.5f}", per_token, str(layer.iterations), f"{layer.seconds:.1f}")
-    kept = (layer.pattern, f"{layer.density:.4f}", layer.shown_values, str(layer.rank))
-    return (str(layer.block), layer.name, shape, *kept, *numbers)
+    kept = (str(layer.block), layer.name, layer.pattern, layer.shown_values, f"{layer.shape[0]} × {layer.shape[1]}")
+    errors = (short(layer.relative_error), short(layer.relative_error_per_token))
+    cost = (plain(layer.iterations), duration(layer.seconds), plain(layer.tokens))
+    return (*kept, f"{layer.density:.4f}", str(layer.rank), *errors, *cost)
 
 
-def _skipped_row(row: Mapping[str, Any]) -> tuple[str, ...]:
-    cells = (_text(row[name]) for name in ("name", "parameters", "why"))
-    return (*cells, str(row.get("stored", MODEL)), "yes" if row.get("trained") else "no")
-
-
-def _by_kind(layers: Sequence[LayerRecord]) -> dict[str, list[LayerRecord]]:
-    kinds: dict[str, list[LayerRecord]] = {}
-    for layer in layers:
-        kinds.setdefault(layer.name, []).append(layer)
-    return kinds
-
-
-def _bars(name: str, layers: Sequence[LayerRecord]) -> str:
-    """Return a small bar chart with a bar for each block, scaled to the largest."""
-    width, height, top = 16, 70, max(layer.relative_error for layer in layers) or 1.0
-    bars = "".join(
-        f'<rect class="bar" x="{i * width}" y="{height * (1 - layer.relative_error / top):.1f}" width="{width - 3}" '
-        f'height="{height * layer.relative_error / top:.1f}">'
-        f"<title>block {layer.block}: {layer.relative_error:.5f}</title></rect>"
-        for i, layer in enumerate(layers)
-    )
-    label = f'<text class="axis" x="0" y="{height + 14}">{escape(name)}, at most {top:.5f}</text>'
-    return f'<svg width="{max(len(layers) * width, 260)}" height="{height + 20}" role="img">{bars}{label}</svg>'
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    top = "".join(f"<th{_align(i)}>{escape(cell)}</th>" for i, cell in enumerate(head))
-    body = "".join(
-        "<tr>" + "".join(f"<td{_align(i)}>{escape(cell)}</td>" for i, cell in enumerate(row)) + "</tr>" for row in rows
-    )
-    return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
-
-
-def _align(column: int) -> str:
-    return ' class="number"' if column else ""
-
-
-def _text(value: object) -> str:
-    return f"{value:,}" if isinstance(value, int) else str(value)
+def _footer(report: Report) -> list[str]:
+    made = ", ".join(f"{name} {version}" for name, version in report.versions.items())
+    when = f"Finished on {day(report.date)}. " if report.date else ""
+    return [f"{when}Made with {made}.", described(report.machine)]

@@ -39,6 +39,8 @@ class LayerRecord:
         levels: The kind of levels of int values; None for ``model``.
         group: Columns of a row that share a scale; None for the whole row, and for ``model``.
         factor_type: Of U and V: ``model`` or ``int8``.
+        trace: Iterations, and the share of the kept entries that changed since the last look, at some of the looks of
+            the solver; empty where it does not look.
     """
 
     block: int
@@ -60,6 +62,7 @@ class LayerRecord:
     levels: str | None = None
     group: int | None = None
     factor_type: str = MODEL
+    trace: tuple[tuple[int, float], ...] = ()
 
     @property
     def shown_values(self) -> str:
@@ -81,7 +84,8 @@ class LayerRecord:
                 raise TypeError(name)
         if not all(type(size) is int and size > 0 for size in (rows, columns)):
             raise TypeError("shape")
-        return cls(**{**data, "shape": (rows, columns), "warnings": tuple(map(str, data["warnings"]))})
+        trace = tuple((int(step), float(change)) for step, change in data.get("trace", ()))
+        return cls(**{**data, "shape": (rows, columns), "warnings": tuple(map(str, data["warnings"])), "trace": trace})
 
 
 _KINDS: dict[str, tuple[type, ...]] = {
@@ -103,18 +107,23 @@ class Perplexity:
         value: The exponential of the mean over windows of the mean negative log-likelihood.
         stderr: Its standard error: that of the mean over windows, times the value (delta method). None where it is not
             known: of a single window, of a value that is not finite, of what an older version measured.
+        losses: Mean negative log-likelihood of each window, in order; empty where several processes divided them, or an
+            older version measured.
     """
 
     value: float
     stderr: float | None = None
+    losses: tuple[float, ...] = ()
 
 
 def perplexities(found: Mapping[str, Perplexity]) -> dict[str, dict[str, Any]]:
     """Return what ``dense`` and ``compressed`` in report.json hold, from perplexities by corpus."""
-    return {
+    losses = {name: list(one.losses) for name, one in found.items() if one.losses}
+    said: dict[str, dict[str, Any]] = {
         "perplexity": {name: one.value for name, one in found.items()},
         "perplexity_stderr": {name: one.stderr for name, one in found.items()},
     }
+    return said | ({"losses": losses} if losses else {})
 
 
 @dataclass(frozen=True)
@@ -173,6 +182,8 @@ class Report(Tabular):
     finetuning: dict[str, Any] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     processes: dict[str, int] = field(default_factory=dict)
+    answers: dict[str, Any] = field(default_factory=dict)
+    date: str = ""
     in_domain: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -254,12 +265,20 @@ class Report(Tabular):
                     f"{path} has version {data['version']}, and this sparlow reads version {VERSION}. Upgrade sparlow."
                 )
             for which in ("dense", "compressed"):
-                values, errors = data[which]["perplexity"], data[which].get("perplexity_stderr", {})
-                found = {name: Perplexity(float(value), errors.get(name)) for name, value in values.items()}
-                data[which] = perplexities(found)
+                data[which] = _measured(data[which])
             data["agreement"] = agreements(data.get("agreement", {}))  # older versions did not measure it
             return cls(**{**data, "layers": [LayerRecord.from_dict(row) for row in data["layers"]]})
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, InputError):
                 raise
             raise InputError(f"{path} is not a report of sparlow: {error}. Choose another directory.") from None
+
+
+def _measured(data: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Read ``dense`` or ``compressed`` in report.json; older versions have no errors and no losses of windows."""
+    errors, losses = data.get("perplexity_stderr", {}), data.get("losses", {})
+    found = {
+        name: Perplexity(float(value), errors.get(name), tuple(map(float, losses.get(name, ()))))
+        for name, value in data["perplexity"].items()
+    }
+    return perplexities(found) | ({"tasks": dict(data["tasks"])} if data.get("tasks") else {})

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
+from datetime import UTC, datetime
 from typing import Any
 
 from sparlow.distributed import Processes
@@ -73,6 +74,7 @@ def complete(
     decoder = opened.decoder
     report.add_up()
     report.seconds, report.peak_memory = clock.seconds, peak_memory()
+    report.date = datetime.now(UTC).date().isoformat()
     if processes.size > 1:
         sent = round(processes.sent / len(decoder))
         report.processes = {"count": processes.size, "bytes_per_block": sent}

@@ -1,26 +1,32 @@
-"""Compare methods on one model and text: one dense evaluation, a directory for each method, a table, two figures."""
+"""Compare methods on one model and text: one dense evaluation, a directory for each run, tables, figures and a page."""
 
+import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from sparlow.algorithms import find
 from sparlow.distributed import require_one
 from sparlow.errors import InputError, RunError, is_out_of_memory, out_of_memory
-from sparlow.linalg.patterns import NM
-from sparlow.machine import free_memory
-from sparlow.model.artefact.dtypes import StoredDtypes
-from sparlow.model.loading.source import OpenedModel
+from sparlow.evaluation.tasks import LoadedTasks, load_tasks, measure_tasks
+from sparlow.evaluation.texts import require_tokenizer
+from sparlow.machine import free_memory, pick_device
+from sparlow.model.loading.source import OpenedModel, open_model, upcast_for_cpu
 from sparlow.own_settings import own_settings
 from sparlow.planning.feasibility import require_feasible
-from sparlow.progress import Notify, labelled
+from sparlow.planning.plan import plan
+from sparlow.progress import Notify, Progress, labelled
 from sparlow.recipe.budgets import select
 from sparlow.recipe.recipe import Recipe
 from sparlow.recipe.run_options import DEFAULT, RunOptions
-from sparlow.report.comparison import Comparison, Row
-from sparlow.report.figures import draw, require_matplotlib
+from sparlow.report.compare_page import write_comparison
+from sparlow.report.comparison import MATCHED, Comparison, Row
+from sparlow.report.html_page import write_reports
+from sparlow.report.records import Report
+from sparlow.run.cases import OF_TEXT, folder_of
 from sparlow.run.compress import open_dense, windows_to_calibrate, windows_to_evaluate
 from sparlow.run.job import Job
 from sparlow.run.output_dir import check_folder, claimed
@@ -28,53 +34,10 @@ from sparlow.text import in_domain
 
 if TYPE_CHECKING:
     from sparlow.evaluation.agreement import Predictions
+    from sparlow.model.artefact.dtypes import StoredDtypes
 
-MATCHED = "+match"  # the suffix of a method with matching, if it is compared without matching too
-TEXT = ("calibration", "samples", "seqlen", "seed", "bos", "column")  # what the methods of one comparison must share
-
-
-def recipes_for(
-    base: Recipe, names: Sequence[str], options: Mapping[str, Mapping[str, object]], match: str | None = None
-) -> dict[str, Recipe]:
-    """Return the recipe of each method: ``base`` with its name and options, without a low-rank part if it only prunes.
-
-    Args:
-        base: What they share.
-        names: Of the methods.
-        options: Of each method, by its name.
-        match: "no", "yes", or "both": every method without, and once more with matching under the name NAME+match;
-            None for what ``base`` says.
-
-    Raises:
-        InputError: A name is unknown or given twice, an option is not its own, or options name a method not compared.
-    """
-    matched = {None: (base.match,), "no": (False,), "yes": (True,), "both": (False, True)}
-    if match not in matched:
-        raise InputError(f"--match {match} is not understood. Give no, yes or both.")
-    if len(set(names)) < len(names) or not names:
-        raise InputError(
-            f"Algorithms are missing or named twice: {', '.join(names) or 'none'}. Name each one to compare once."
-        )
-    unused = [name for name in options if name not in names]
-    if unused:
-        raise InputError(
-            f"An option is given for {unused[0]}, which is not compared. Give options of: {', '.join(names)}."
-        )
-    found = {}
-    for name in names:
-        changes: dict[str, Any] = {"algorithm": name, "options": options.get(name, {})}
-        if find(name)[0].kind == "pruner":
-            changes |= {
-                "rank": None,
-                "rank_share": None,
-                "factors": "auto",
-                "compression": None if base.pattern else base.compression,
-            }
-            if base.allocate == "error" and isinstance(base.pattern_of_all, NM):
-                changes["allocate"] = "uniform"  # without ranks there is nothing to move
-        for matching in matched[match]:
-            found[f"{name}{MATCHED if match == 'both' and matching else ''}"] = base.changed(match=matching, **changes)
-    return found
+REPORTS = "reports"  # the folder of those whose model was not kept
+BATCH = 8  # sequences in one pass of a model that answers tasks
 
 
 @own_settings()
@@ -84,20 +47,24 @@ def compare(
     *,
     out: str | Path,
     options: RunOptions = DEFAULT,
+    tasks: Sequence[str] = (),
+    reports_only: bool = False,
     overwrite: bool = False,
     force: bool = False,
     notify: Notify = lambda _: None,
 ) -> Comparison:
-    """Compress one model by every recipe, each into ``out``/name; finished methods are reused.
+    """Compress one model by every recipe, each into a directory of its own in ``out``; finished runs are reused.
 
     Args:
         model: Hub id, directory or .gguf file.
-        recipes: By the name of the method; all with the same calibration text.
-        out: Directory for the results, ``compare.json`` (rewritten after every method) and the figures.
+        recipes: By the name of the run, see ``recipes_for``; all with the same calibration text, but for the seed.
+        out: Directory for the results, ``compare.json`` (rewritten after every run), the page, tables and figures.
         options: How each method runs; the dense model is measured once.
+        tasks: Of lm-eval, as ``sparlow.evaluate`` takes them; every model answers them.
+        reports_only: Keep no model, but its report in ``out``/reports.
         overwrite: Do everything again.
         force: As of ``sparlow.compress``.
-        notify: Called after every step; stages begin with the method's name.
+        notify: Called after every step; stages begin with the run's name.
 
     Returns:
         What ``compare.json`` holds; a method whose run failed is in ``failed``, and did not stop the others.
@@ -106,69 +73,135 @@ def compare(
         InputError: Something given cannot be used, or ``out`` holds other results.
     """
     require_one("A comparison")
-    require_matplotlib()
-    out, first = Path(out), next(iter(recipes.values()))
+    out = Path(out)
     _check(recipes, out, overwrite=overwrite)
+    loaded = load_tasks(tasks)
     earlier = None if overwrite else Comparison.found_in(out)
     if not force:
-        require_feasible(model, {out / name: recipe for name, recipe in recipes.items()}, options)
-    opened, storage = _opened_for(model, recipes, options)
-    windows = windows_to_calibrate(None, opened, first)
-    seqlen = options.evaluate_seqlen or first.seqlen
-    texts = windows_to_evaluate(options.evaluate, opened, seqlen, options.limit, first.column)
-    found = Comparison(opened.name, first.to_dict(), _evaluation(first, seqlen, texts), _settings(recipes))
-    found.take_over(earlier, out)
-    known: dict[str, Any] = {}  # perplexities of the dense model
-    predictions: dict[str, Predictions] = {}  # of the dense model, too
-    spoilt = False
-    for name, recipe in recipes.items():
-        if spoilt:
-            opened, storage = open_dense(model, None, recipe, options)
-        job = Job(opened, storage, recipe, windows, labelled(notify, before=f"{name}: "), offload=options.offload)
-        with claimed(out / name, overwrite=overwrite, finished=True):
-            job.write_to(out / name, overwrite=overwrite)
-            job.known_dense |= known
-            job.runner.predictions |= predictions
-            _run(name, job, texts, found)
-        known |= job.known_dense
-        predictions |= job.runner.predictions
-        found.write(out)
-        spoilt = opened.changes
-        del job
+        require_feasible(model, {out / folder_of(name): recipe for name, recipe in recipes.items()}, options)
+    runs = _Runs(model, recipes, out, options, loaded, notify)
+    runs.begin(earlier, tasks)
+    for name in recipes:
+        if runs.reuse(name, earlier):
+            continue
+        runs.go(name, overwrite=overwrite)
+        runs.found.write(out)
+        if reports_only and name not in runs.found.failed:
+            _keep_report(out, name)
+    runs.found.write(out)
+    write_comparison(runs.found, out)
+    return runs.found
+
+
+class _Runs:
+    """The runs of one comparison, and what they share: the dense model, its figures and predictions, the text."""
+
+    def __init__(
+        self,
+        model: str | Path,
+        recipes: Mapping[str, Recipe],
+        out: Path,
+        options: RunOptions,
+        tasks: LoadedTasks,
+        notify: Notify,
+    ) -> None:
+        self._model, self._recipes, self._out, self._options = model, recipes, out, options
+        self._tasks, self._notify = tasks, notify
+        self._known: dict[str, Any] = {}  # perplexities of the dense model
+        self._predictions: dict[str, Predictions] = {}  # of the dense model, too
+        self._answers: list[str] = []
+        self._dense_tasks: dict[str, Any] = {}
+        self._opened: tuple[OpenedModel, StoredDtypes] | None = None
+        self.found: Comparison
+
+    def begin(self, earlier: Comparison | None, tasks: Sequence[str]) -> None:
+        """Open the dense model, see that every recipe fits it, cut the text, and take over earlier rows."""
+        first, options = next(iter(self._recipes.values())), self._options
+        self._opened = opened, storage = open_dense(self._model, None, first, options)
+        for recipe in self._recipes.values():
+            select(opened.model, opened.decoder, recipe, storage)
+        seeds = {recipe.seed: recipe for recipe in self._recipes.values()}
+        self._windows = {seed: windows_to_calibrate(None, opened, recipe) for seed, recipe in seeds.items()}
+        seqlen = options.evaluate_seqlen or first.seqlen
+        self._texts = windows_to_evaluate(options.evaluate, opened, seqlen, options.limit, first.column)
+        evaluation = _evaluation(first, seqlen, self._texts) | ({"tasks": [*tasks]} if tasks else {})
+        self.found = Comparison(opened.name, first.to_dict(), evaluation, _settings(self._recipes))
+        self.found.take_over(earlier, self._out)
+        if self._tasks.items:
+            same = earlier is not None and earlier.evaluation == evaluation and earlier.model == opened.name
+            known = earlier.dense.get("tasks") if same and earlier else None
+            self._dense_tasks = known or self._asked("dense", str(self._model), first.dtype)
+
+    def reuse(self, name: str, earlier: Comparison | None) -> bool:
+        """Take over a row of the very same run whose model was not kept; return whether there is one."""
+        if earlier is None or (self._out / folder_of(name)).exists():
+            return False
+        if (earlier.model, earlier.evaluation) != (self.found.model, self.found.evaluation):
+            return False
+        known = next((row for row in earlier.rows if row.name == name), None)
+        if known is None or known.recipe != self._recipes[name].to_dict():
+            return False
+        self.found.rows.append(known)
+        self.found.dense = earlier.dense
+        return True
+
+    def go(self, name: str, *, overwrite: bool) -> None:
+        """Run one method; its row, or why there is none, goes to ``found``."""
+        recipe, folder = self._recipes[name], self._out / folder_of(name)
+        opened, storage = self._opened or open_dense(self._model, None, recipe, self._options)
+        tell = labelled(self._notify, before=f"{name}: ")
+        job = Job(opened, storage, recipe, self._windows[recipe.seed], tell, offload=self._options.offload)
+        with claimed(folder, overwrite=overwrite, finished=True):
+            job.write_to(folder, overwrite=overwrite)
+            job.known_dense |= self._known
+            job.runner.predictions |= self._predictions
+            job.answers.dense = self._answers
+            report = _report_of(name, job, self._texts, self.found)
+            if report and self._tasks.items:
+                report.dense["tasks"] = self._dense_tasks
+                report.compressed["tasks"] = self._asked(name, str(folder), recipe.dtype)
+                write_reports(report, folder)
+        if report:
+            self.found.rows.append(Row.of(name, report))
+            self.found.dense = {"perplexity": report.dense["perplexity"], "bytes": report.bytes["dense"]}
+            self.found.dense |= {"tasks": self._dense_tasks} if self._dense_tasks else {}
+        self._known |= job.known_dense
+        self._predictions |= job.runner.predictions
+        self._answers = job.answers.dense
+        # what was compressed in place is freed before the next is opened
+        self._opened = None if opened.changes else (opened, storage)
+        del job, opened
         free_memory()  # of what failed, too
-        if spoilt:  # compressed in place; freed before the next is opened
-            del opened
-    draw(found, out)
-    return found
 
-
-def _opened_for(
-    model: str | Path, recipes: Mapping[str, Recipe], options: RunOptions
-) -> tuple[OpenedModel, StoredDtypes]:
-    """Open the dense model, and see that every recipe fits it before the first is run."""
-    opened, storage = open_dense(model, None, next(iter(recipes.values())), options)
-    for recipe in recipes.values():
-        select(opened.model, opened.decoder, recipe, storage)
-    return opened, storage
+    def _asked(self, name: str, model: str, dtype: str) -> dict[str, Any]:
+        """Let a model answer the tasks."""
+        device, trust = pick_device(self._options.device), self._options.trust_remote_code
+        opened = open_model(model, dtype=dtype, device=device, trust_remote_code=trust)
+        tokenizer = require_tokenizer(opened.tokenizer, model)
+        tell = labelled(self._notify, before=f"{name}: ")
+        limit = self._options.limit
+        ready = upcast_for_cpu(opened.model)
+        return dict(measure_tasks(ready, tokenizer, self._tasks, limit=limit, batch_size=BATCH, notify=tell))
 
 
 def _check(recipes: Mapping[str, Recipe], out: Path, *, overwrite: bool) -> None:
     """Check, before anything is opened, that the recipes go together and every directory can be written."""
     first = next(iter(recipes.values()))
-    if any(getattr(recipe, name) != getattr(first, name) for recipe in recipes.values() for name in TEXT):
-        raise InputError(f"The recipes of a comparison read different text. Give all the same {', '.join(TEXT)}.")
+    if any(getattr(recipe, name) != getattr(first, name) for recipe in recipes.values() for name in OF_TEXT):
+        raise InputError(f"The recipes of a comparison read different text. Give all the same {', '.join(OF_TEXT)}.")
     for name in recipes:
-        check_folder(out / name, overwrite=overwrite, finished=True)
+        check_folder(out / folder_of(name), overwrite=overwrite, finished=True)
 
 
 def _settings(recipes: Mapping[str, Recipe]) -> dict[str, dict[str, Any]]:
-    """What must agree between methods that stand in one table, by their names: all that is not a method's own."""
+    """What must agree between runs that stand in one table, by their names: all that is not a run's own, or varied."""
     found = {}
     for name, recipe in recipes.items():
-        own = {"algorithm", "options"}
+        head, *varied = name.split(" ")
+        own = {"algorithm", "options", *(word.partition("=")[0] for word in varied)}
         if recipe.found_algorithm.kind == "pruner":
             own |= {"rank", "rank_share", "compression", "allocate", "factors"}
-        if name.endswith(MATCHED):
+        if head.endswith(MATCHED):
             own |= {key for key in recipe.to_dict() if key.startswith("match")}
         found[name] = {key: value for key, value in recipe.to_dict().items() if key not in own}
     return found
@@ -183,14 +216,74 @@ def _evaluation(recipe: Recipe, seqlen: int, texts: Mapping[str, Tensor]) -> dic
     }
 
 
-def _run(name: str, job: Job, texts: Mapping[str, Tensor], found: Comparison) -> None:
+def _report_of(name: str, job: Job, texts: Mapping[str, Tensor], found: Comparison) -> Report | None:
+    """Run a job; if it fails for a reason of its own, ``found`` says why."""
     try:
-        report = job.go(texts)
+        return job.go(texts)
     except Exception as error:
         no_memory = is_out_of_memory(error)
         if not (no_memory or isinstance(error, RunError)):
             raise
         found.failed[name] = out_of_memory(error) if no_memory else str(error)
-    else:
-        found.rows.append(Row.of(name, report))
-        found.dense = {"perplexity": report.dense["perplexity"], "bytes": report.bytes["dense"]}
+        return None
+
+
+def _keep_report(out: Path, name: str) -> None:
+    """Move the report of a finished run to the others, and remove its model."""
+    folder, kept = out / folder_of(name), out / REPORTS
+    kept.mkdir(exist_ok=True)
+    for ending in ("json", "html"):
+        with suppress(FileNotFoundError):
+            (folder / f"report.{ending}").replace(kept / f"{folder.name}.{ending}")
+    shutil.rmtree(folder)
+
+
+@dataclass(frozen=True)
+class Foreseen:
+    """What a comparison will cost.
+
+    Attributes:
+        seconds: Of each run, by its name; less where results are there already.
+        bytes: Of all models that are kept.
+    """
+
+    seconds: dict[str, float]
+    bytes: int
+
+
+def foresee(
+    model: str | Path,
+    recipes: Mapping[str, Recipe],
+    *,
+    out: str | Path,
+    options: RunOptions = DEFAULT,
+    notify: Notify = lambda _: None,
+) -> Foreseen:
+    """Predict what ``compare`` will take for the runs that are not there yet, trying each method on small layers.
+
+    Raises:
+        InputError: As of ``sparlow.plan``.
+    """
+    earlier = Comparison.found_in(Path(out))
+    known = {row.name: row.recipe for row in earlier.rows} if earlier else {}
+    new = {name: recipe for name, recipe in recipes.items() if known.get(name) != recipe.to_dict()}
+    spent: dict[str, tuple[float, int]] = {}  # by recipe, whatever the seed
+    seconds, size = {}, 0
+    for done, (name, recipe) in enumerate(new.items(), 1):
+        like = str(recipe.changed(seed=0).to_dict())
+        if like not in spent:
+            found = plan(
+                model,
+                recipe,
+                evaluate=options.evaluate,
+                evaluate_seqlen=options.evaluate_seqlen,
+                limit=options.limit,
+                device=options.device,
+                offload=options.offload,
+                trust_remote_code=options.trust_remote_code,
+            )
+            spent[like] = found.seconds["total"], found.bytes["compressed"]
+        seconds[name] = spent[like][0]
+        size += spent[like][1]
+        notify(Progress("estimate", done, len(new)))
+    return Foreseen(seconds, size)

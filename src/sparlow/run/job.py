@@ -37,6 +37,7 @@ from sparlow.recipe.whole_file import ends_of
 from sparlow.report.html_page import write_reports
 from sparlow.report.records import LayerRecord, Perplexity, Report, perplexities
 from sparlow.run import accounts
+from sparlow.run.answers import Answers
 from sparlow.run.journal import DISTILLED, Journal
 from sparlow.run.model_card import base_card, card, write_model_card
 from sparlow.run.passes import BlockwiseRunner
@@ -99,6 +100,7 @@ class Job:
         self.report.bytes |= {"outside_saved": self.ends.saved} if self.ends.saved else {}
         self.report.notes = [selection.picked] if selection.picked else []
         self.known_dense: dict[str, Perplexity] = {}  # by fingerprint of the windows
+        self.answers = Answers(opened, self.notify, alone=processes.size == 1)
         self.allocated: dict[str, Budget] = {}  # those of the budgets that the data decided
         self.journal: Journal | None = None
         self.with_loader = False  # see ``CheckpointWriter.finish``
@@ -130,6 +132,8 @@ class Job:
         """Run, or resume. ``evaluation`` maps names to token windows (n, seqlen) on which perplexity is measured."""
         if self.journal and self.journal.record.finished:
             return self.remeasure(self.journal, evaluation)
+        if evaluation:
+            self.answers.ask_dense(self.weights)
         reset_peak_memory()
         if self.journal:
             self.clock.add(self.journal.record.seconds)
@@ -148,6 +152,8 @@ class Job:
         accounts.complete(
             self.report, self.opened, self.recovery, self.stays_dense, self.ends, self.clock, self.processes
         )
+        if evaluation:
+            self.report.answers = self.answers.record(self.result)
         if not self.recipe.chooses:
             outside = self.report.bytes["dense"] - self.report.bytes["linears_dense"]
             saved = ends_of(self.model, Recipe(), self.storage, "int8").saved
@@ -186,7 +192,7 @@ class Job:
         if new and self.processes.first:
             for part, more in ((all_loaded.dense, self.report.dense), (all_loaded.compressed, self.report.compressed)):
                 for key, values in more.items():
-                    part[key] |= values  # what was measured before stays on record
+                    part.setdefault(key, {}).update(values)  # what was measured before stays on record
             all_loaded.agreement |= self.report.agreement
             write_reports(all_loaded, journal.folder)
             write_model_card(all_loaded, journal.folder, self.opened.companions)

@@ -217,6 +217,7 @@ def _record(block: int, weight: CompressibleWeight, budget: Budget, found: Decom
         levels=budget.grid.levels if budget.grid else None,
         group=budget.grid.group if budget.grid else None,
         factor_type="int8" if budget.int8_factors and budget.rank else MODEL,
+        trace=found.stats.trace,
     )
 
 

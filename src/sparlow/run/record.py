@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from sparlow.errors import InputError
@@ -111,6 +112,7 @@ class RunRecord:
             "dense_stderr": _errors(self.dense),
             "compressed_stderr": _errors(self.compressed),
             "agreement": {text: asdict(found) for text, found in self.agreement.items()},
+            "losses": {text: [*found.losses] for text, found in self.compressed.items() if found.losses},
             "seconds": self.seconds,
             "training": kept,
             "distillation": self.distillation,
@@ -130,7 +132,9 @@ class RunRecord:
             blocks_name=str(data["blocks_name"]),
             finished=bool(data["finished"]),
             dense=_perplexities(data["dense"], data.get("dense_stderr", {})),
-            compressed=_perplexities(data.get("compressed", {}), data.get("compressed_stderr", {})),
+            compressed=_perplexities(
+                data.get("compressed", {}), data.get("compressed_stderr", {}), data.get("losses", {})
+            ),
             agreement={text: Agreement.from_dict(found) for text, found in data.get("agreement", {}).items()},
             allocation={name: Budget.from_dict(budget) for name, budget in data.get("allocation", {}).items()},
             shards=shards,
@@ -171,7 +175,12 @@ def _errors(found: Mapping[str, Perplexity]) -> dict[str, float]:
     return {text: one.stderr for text, one in found.items() if one.stderr is not None}
 
 
-def _perplexities(values: Mapping[str, Any], errors: Mapping[str, Any]) -> dict[str, Perplexity]:
-    """Put the standard errors, of which older records have none, beside the values."""
+def _perplexities(
+    values: Mapping[str, Any], errors: Mapping[str, Any], losses: Mapping[str, Any] = MappingProxyType({})
+) -> dict[str, Perplexity]:
+    """Put the standard errors and the losses of windows, of which older records have none, beside the values."""
     known = {text: float(error) for text, error in errors.items()}
-    return {text: Perplexity(float(value), known.get(text)) for text, value in values.items()}
+    return {
+        text: Perplexity(float(value), known.get(text), tuple(map(float, losses.get(text, ()))))
+        for text, value in values.items()
+    }

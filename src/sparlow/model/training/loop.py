@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,7 @@ class TrainingResult:
     loss_after: float
     epochs: int
     seconds: float
+    losses: list[float] = field(default_factory=list)  # after each epoch
 
 
 def train(
@@ -98,7 +99,7 @@ def train(
             training.share()
         finally:
             seconds = training.end()
-    return TrainingResult(state.before, state.best, state.epochs, seconds)
+    return TrainingResult(state.before, state.best, state.epochs, seconds, state.losses)
 
 
 class MicroBatches:
@@ -205,6 +206,7 @@ class _Training:
             self._keep()
         loss = self._data.judge(self._loss_of)
         state.epochs, state.steps = state.epochs + 1, 0
+        state.losses.append(loss)
         state.waited = 0 if loss < state.best else state.waited + 1
         if loss < state.best:
             state.best = loss

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 
 import torch
@@ -24,6 +24,7 @@ class TrainingState:
         updates: Steps of all epochs together.
         waited: Epochs since the best.
         seconds: Taken so far.
+        losses: After each of the epochs; fewer where an older version kept a state.
     """
 
     before: float
@@ -33,6 +34,7 @@ class TrainingState:
     updates: int = 0
     waited: int = 0
     seconds: float = 0.0
+    losses: list[float] = field(default_factory=list)
 
 
 class TrainingCheckpoint:
@@ -63,7 +65,8 @@ class TrainingCheckpoint:
         """
         if self._keep is None or time.monotonic() - self._kept_at < EVERY:
             return
-        numbers = torch.tensor(astuple(stand), dtype=torch.float64)
+        *counts, losses = astuple(stand)
+        numbers = torch.tensor([*counts, *losses], dtype=torch.float64)
         moments = {f"{i}.{name}": t for i, part in optimiser.state_dict()["state"].items() for name, t in part.items()}
         parts = {"now": trained, "best": best, "adam": moments}
         named = {f"{part}.{name}": t for part, tensors in parts.items() for name, t in tensors.items()}
@@ -101,5 +104,5 @@ class TrainingCheckpoint:
 
 
 def _stand(numbers: Tensor) -> TrainingState:
-    before, best, epochs, steps, updates, waited, seconds = numbers.tolist()
-    return TrainingState(before, best, int(epochs), int(steps), int(updates), int(waited), seconds)
+    before, best, epochs, steps, updates, waited, seconds, *losses = numbers.tolist()
+    return TrainingState(before, best, int(epochs), int(steps), int(updates), int(waited), seconds, losses)

@@ -1,0 +1,141 @@
+import csv
+import io
+import math
+import random
+import xml.etree.ElementTree as ET  # our own files
+from dataclasses import replace
+from statistics import fmean, stdev
+
+import pytest
+from pages import Page
+
+from sparlow.recipe.recipe import Recipe
+from sparlow.report.compare_page import as_csv, as_latex, charts, html, write_comparison
+from sparlow.report.comparison import Comparison, Row
+from sparlow.report.differences import best, groups, paired
+from sparlow.report.records import Agreement
+
+METHODS = {"magnitude": (6, 96.0), "wanda": (40, 71.2), "sparsegpt": (75, 47.5), "3basil": (180, 41.4)}
+
+
+def row(name, seconds=10.0, perplexity=40.0, **changes):
+    recipe = Recipe(pattern="2:4").to_dict() | {"algorithm": name.split(" ")[0].removesuffix("+match")}
+    chance = random.Random(name)
+    found = Row(
+        name=name,
+        perplexity={"novel": perplexity},
+        mean_relative_error=perplexity / 4000,
+        seconds=seconds,
+        bytes=180_000_000 + int(seconds * 1e4),
+        bits_per_weight=9.7,
+        bits_per_parameter=11.1,
+        share_compressed=0.99,
+        peak_memory=10**9,
+        layers=[(block, kind, perplexity / 4000 * (block + 1)) for block in range(6) for kind in ("q_proj", "up_proj")],
+        agreement={"novel": Agreement(0.1, 0.01, 0.8, math.log(perplexity / 27), 0.006)},
+        losses={"novel": [math.log(perplexity) + chance.gauss(0, 0.05) for _ in range(16)]},
+        recipe=recipe,
+    )
+    return replace(found, **changes)
+
+
+def comparison(**changes):
+    rows = [row(name, seconds, value) for name, (seconds, value) in METHODS.items()]
+    rows += [row(f"{name}+match", 900 + seconds, value * 0.75) for name, (seconds, value) in METHODS.items()]
+    found = Comparison(
+        model="/home/somebody/SmolLM2-135M.gguf",
+        recipe=rows[0].recipe,
+        evaluation={"seqlen": 512, "windows": {"novel": 16}, "in_domain": []},
+        dense={"perplexity": {"novel": 26.98}, "bytes": 269_000_000},
+        rows=rows,
+        versions={"sparlow": "0.2.0"},
+        machine={"cpu": "AMD EPYC", "threads": 2},
+    )
+    return replace(found, **changes)
+
+
+ODD = {
+    "usual": {},
+    "nothing": {"rows": [], "dense": {}},
+    "all failed": {"rows": [], "failed": {"wanda": "a <b>factorisation</b> failed"}},
+    "one": {"rows": [row("wanda")]},
+    "seeds": {"rows": [row(f"wanda seed={i}", perplexity=40.0 + i) for i in range(3)]},
+    "infinite": {"rows": [row("wanda", perplexity=1e300), row("magnitude", perplexity=math.inf, agreement={})]},
+    "older": {"rows": [row("wanda", agreement={}, losses={}, recipe={})]},
+    "markup": {"rows": [row("<script>alert(1)</script>")], "model": "<i>m</i>"},
+    "tasks": {"rows": [row("wanda", tasks={"piqa": {"metric": "acc", "value": 0.6, "stderr": None}})]},
+    "no text": {"rows": [row("wanda", perplexity=40.0)], "dense": {"perplexity": {}, "bytes": 3}},
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_every_comparison_has_a_whole_page_and_files(name, tmp_path):
+    found = comparison(**ODD[name])
+    paths = write_comparison(found, tmp_path)
+    page = Page((tmp_path / "compare.html").read_text("utf-8"))
+    assert page.tags.count("script") == 1
+    assert "somebody" not in page.shown.replace("% /home/somebody", "")
+    for path in paths:
+        if path.suffix == ".svg":
+            ET.parse(path)  # noqa: S314 - our own file
+    lines = list(csv.reader(io.StringIO((tmp_path / "compare.csv").read_text("utf-8"))))
+    assert len({len(line) for line in lines if line}) <= 1
+    assert len(lines) - 1 == len(found.rows) or not found.rows
+
+
+def test_the_page_names_the_best_and_its_price():
+    shown = Page(html(comparison())).shown
+    assert "3basil+match ends lowest on novel: perplexity 31.05, +15.1 % against the dense model's 26.98" in shown
+    assert "Worse than 3basil+match, on novel" in shown
+    assert "18 min" in shown
+
+
+def test_both_pictures_have_arrows_from_every_method_to_its_matched_one():
+    found = {chart.name: chart for chart in charts(comparison())}
+    assert list(found) == ["perplexity_against_time", "perplexity_against_bytes", "relative_error"]
+    for name in ("perplexity_against_time", "perplexity_against_bytes"):
+        assert found[name].svg.count('class="arrow"') == 4
+
+
+def test_a_paired_difference_is_over_windows():
+    first, second = [1.0, 2.0, 3.5], [0.5, 1.0, 3.0]
+    apart = [0.5, 1.0, 0.5]
+    found = paired(first, second)
+    assert (found.mean, found.stderr) == pytest.approx((fmean(apart), stdev(apart) / math.sqrt(3)))
+    assert paired(first, second[:2]) is None
+    assert paired([], []) is None
+    assert paired([math.inf, 1.0], [1.0, 1.0]) is None
+
+
+def test_windows_that_differ_much_hide_nothing_of_a_small_difference():
+    chance = random.Random(0)
+    hard = [chance.gauss(3, 1) for _ in range(50)]
+    found = paired([loss + 0.01 + chance.gauss(0, 0.002) for loss in hard], hard)
+    assert found.mean > 10 * found.stderr
+    assert stdev(hard) / math.sqrt(50) > 10 * found.mean  # by their own means nothing could be said
+
+
+def test_seeds_of_a_method_are_one_line_with_their_spread():
+    rows = [row(f"wanda seed={i}", perplexity=40.0 + i) for i in range(3)] + [row("magnitude")]
+    first, second = groups(rows)
+    assert (first.name, len(first.rows), second.name) == ("wanda", 3, "magnitude")
+    assert (first.mean("novel"), first.spread("novel"), second.spread("novel")) == (41.0, 1.0, 0.0)
+    assert "41.00 ± 1.00 (3 seeds)" in Page(html(comparison(rows=rows))).shown
+
+
+def test_the_table_for_other_programs_is_in_full_precision():
+    found = comparison()
+    lines = list(csv.DictReader(io.StringIO(as_csv(found))))
+    assert [line["name"] for line in lines] == [one.name for one in found.rows]
+    for line, one in zip(lines, found.rows, strict=True):
+        assert float(line["perplexity novel"]) == one.perplexity["novel"]
+        assert float(line["seconds"]) == one.seconds
+        assert line["pattern"] == "2:4"
+        assert float(line["loss above best novel"]) >= 0 or one is not best(found.rows, "novel")
+
+
+def test_the_table_for_latex_escapes_what_is_special():
+    text = as_latex(comparison(rows=[row("a_b & 50%")]))
+    assert r"a\_b \& 50\%" in text
+    assert text.count(r"\\") == 3  # the head, the dense model, the row
+    assert r"\begin{tabular}{lrrrrrr}" in text
