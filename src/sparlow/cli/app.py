@@ -3,6 +3,7 @@
 import functools
 import logging
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, NoReturn
@@ -11,6 +12,7 @@ import typer
 from rich.markup import escape
 
 from sparlow.cli import display
+from sparlow.cli.leaving import alone, leave
 from sparlow.cli.options import expanded
 from sparlow.errors import InputError, RunError, is_out_of_memory, out_of_memory
 
@@ -39,11 +41,16 @@ def run(arguments: Sequence[str] | None = None) -> None:
         code = app(arguments, prog_name="sparlow", standalone_mode=False)
     except UsageError as error:
         _fail_usage(error)
+    except SystemExit as error:  # as typer ends after Ctrl-C
+        code = error.code
     except Exception as error:
-        if debug or not _is_foreseen(error):
+        if not debug and _is_foreseen(error):
+            _fail(*_said(error))
+        if alone():
             raise
-        _fail(*_said(error))
-    sys.exit(code if isinstance(code, int) else 0)
+        traceback.print_exc()
+        code = 1
+    leave(code if isinstance(code, int) else 0)
 
 
 def _show_help(arguments: Sequence[str]) -> bool:
@@ -71,7 +78,7 @@ def _said(error: Exception) -> tuple[str, int]:
 
 def _fail(message: str, code: int) -> NoReturn:
     display.err.print(f"[red]error:[/] {escape(message)}", highlight=False)
-    sys.exit(code)
+    leave(code)
 
 
 def _fail_usage(error: Any) -> NoReturn:  # noqa: ANN401 - of a class that typer does not export
