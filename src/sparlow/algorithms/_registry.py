@@ -28,6 +28,7 @@ class Algorithm:
     kind: Literal["pruner", "decomposer"]
     function: Callable[..., Any]
     aliases: Mapping[str, Mapping[str, object]]
+    by_rows: bool = False  # whether several processes can each solve some rows, see ``linalg.shared_rows``
 
     @property
     def summary(self) -> str:
@@ -57,7 +58,9 @@ class Algorithm:
 _ALGORITHMS: dict[str, Algorithm] = {}
 
 
-def pruner(name: str, *, aliases: Mapping[str, Mapping[str, object]] = types.MappingProxyType({})) -> Callable[[F], F]:
+def pruner(
+    name: str, *, aliases: Mapping[str, Mapping[str, object]] = types.MappingProxyType({}), by_rows: bool = False
+) -> Callable[[F], F]:
     """Register a function ``(W, gram, pattern, *, options) -> S`` under ``name``; or ``-> Pruned(S, stats)``.
 
     A function that can put the values of S on a grid itself takes ``grid: GridTarget | None = None`` after the others,
@@ -66,15 +69,17 @@ def pruner(name: str, *, aliases: Mapping[str, Mapping[str, object]] = types.Map
     Args:
         name: As typed on the command line.
         aliases: Further names, each with the options it stands for.
+        by_rows: Where a pattern chooses within rows, several processes can each solve some of a weight: the function
+            treats rows alone, and whatever it adds up over them goes through ``linalg.shared_rows``.
     """
-    return _registrar(name, "pruner", aliases)
+    return _registrar(name, "pruner", aliases, by_rows=by_rows)
 
 
 def decomposer(
-    name: str, *, aliases: Mapping[str, Mapping[str, object]] = types.MappingProxyType({})
+    name: str, *, aliases: Mapping[str, Mapping[str, object]] = types.MappingProxyType({}), by_rows: bool = False
 ) -> Callable[[F], F]:
     """Register a function ``(W, gram, pattern, rank, *, options) -> Decomposition``; see ``pruner``."""
-    return _registrar(name, "decomposer", aliases)
+    return _registrar(name, "decomposer", aliases, by_rows=by_rows)
 
 
 def algorithms() -> tuple[Algorithm, ...]:
@@ -104,14 +109,14 @@ def find(name: str) -> tuple[Algorithm, dict[str, object]]:
 
 
 def _registrar(
-    name: str, kind: Literal["pruner", "decomposer"], aliases: Mapping[str, Mapping[str, object]]
+    name: str, kind: Literal["pruner", "decomposer"], aliases: Mapping[str, Mapping[str, object]], *, by_rows: bool
 ) -> Callable[[F], F]:
     def register(function: F) -> F:
         taken = {n for a in _ALGORITHMS.values() for n in (a.name, *a.aliases)}
         for new in (name, *aliases):
             if new in taken:
                 raise ValueError(f"Two algorithms are called {new!r}.")
-        _ALGORITHMS[name] = Algorithm(name, kind, function, aliases)
+        _ALGORITHMS[name] = Algorithm(name, kind, function, aliases, by_rows)
         return function
 
     return register
