@@ -15,7 +15,7 @@ from sparlow.files import INDEX
 
 @dataclass(frozen=True)
 class Shape:
-    """Widths of a decoder with grouped attention and a gated MLP."""
+    """Widths of a decoder with grouped attention and a gated MLP, or many of which a token passes some."""
 
     hidden: int
     inner: int
@@ -23,20 +23,35 @@ class Shape:
     groups: int
     vocabulary: int
     blocks: int
+    experts: int = 1
+    passed: int = 1  # experts that a token passes
+    head: int = 0  # features of a head, if not all heads together have those of the hidden state
+
+    @property
+    def query(self) -> int:
+        """Features of queries."""
+        return self.head * self.heads or self.hidden
 
     @property
     def key(self) -> int:
         """Features of keys, and of values."""
-        return self.hidden // self.heads * self.groups
+        return self.query // self.heads * self.groups
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
         """(out, in) of the linear layers of a block."""
-        d, key, inner = self.hidden, self.key, self.inner
-        attention = {"q_proj": (d, d), "k_proj": (key, d), "v_proj": (key, d), "o_proj": (d, d)}
+        d, query, key, inner = self.hidden, self.query, self.key, self.inner
+        attention = {"q_proj": (query, d), "k_proj": (key, d), "v_proj": (key, d), "o_proj": (d, query)}
         mlp = {"gate_proj": (inner, d), "up_proj": (inner, d), "down_proj": (d, inner)}
+        places = [f"mlp.experts.{i}." for i in range(self.experts)] if self.experts > 1 else ["mlp."]
         named = {f"self_attn.{name}": shape for name, shape in attention.items()}
-        return named | {f"mlp.{name}": shape for name, shape in mlp.items()}
+        return named | {f"{place}{name}": shape for place in places for name, shape in mlp.items()}
+
+    @property
+    def inputs(self) -> list[tuple[int, float]]:
+        """Features of each distinct input of the linear layers, and the share of all tokens that it sees."""
+        share = self.passed / self.experts
+        return [(self.hidden, 1.0), (self.query, 1.0), *[(self.hidden, share), (self.inner, share)] * self.experts]
 
 
 SHAPES = {
@@ -44,6 +59,7 @@ SHAPES = {
     "llama-3-8b": Shape(4096, 14336, 32, 8, 128256, 32),
     "llama-3-70b": Shape(8192, 28672, 64, 8, 128256, 80),
     "llama-3-405b": Shape(16384, 53248, 128, 8, 128256, 126),
+    "qwen3-235b-a22b": Shape(4096, 1536, 64, 4, 151936, 94, experts=128, passed=8, head=128),
     "small": Shape(1024, 3584, 16, 4, 16384, 4),  # an eighth of the work in every product, for a quick look
     "tiny": Shape(256, 512, 4, 2, 512, 2),  # seconds on one core: to see that a script works
 }

@@ -9,10 +9,11 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import distributed
 
 from families import save_tiny, tiny
-from processes import Run, join, together
-from sparlow.distributed import Processes, local_device, require_one
+from processes import SERVER, Run, join, together
+from sparlow.distributed import Processes, joined, local_device, require_one
 from sparlow.errors import InputError
 from sparlow.model.artefact.dtypes import StoredDtypes
 from sparlow.recipe.recipe import Recipe
@@ -188,3 +189,39 @@ def test_each_process_has_an_accelerator_of_its_own(monkeypatch):
     assert local_device("cuda") == "cuda:0"
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 8)
     assert local_device("cuda") == "cuda:1"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    with pytest.raises(InputError, match="would compute on cuda:0"):
+        local_device("cuda:0")
+
+
+def with_a_group_of_their_own(variables, note):
+    """Be one of two that have opened a group which knows nothing of tensors on the CPU, as NCCL alone does."""
+    join(variables)
+    distributed.init_process_group("cuda:gloo")
+    with joined() as processes:
+        found = [processes.totals([processes.rank + 1.0]), processes.all_gather(processes.rank)]
+    note.write_text(json.dumps([*found, distributed.is_initialized()]))
+
+
+@pytest.mark.slow
+def test_a_group_of_the_caller_may_know_accelerators_alone_and_stays_open(tmp_path):
+    notes = [tmp_path / "0", tmp_path / "1"]
+    runs = [
+        SERVER.Process(target=with_a_group_of_their_own, args=given) for given in zip(together(2), notes, strict=True)
+    ]
+    for run in runs:
+        run.start()
+    for run in runs:
+        run.join(120)
+    assert [run.exitcode for run in runs] == [0, 0]
+    assert [json.loads(note.read_text()) for note in notes] == [[[3.0], [0, 1], True]] * 2
+
+
+def test_only_the_first_process_looks_and_all_know():
+    def find():
+        return {"seen": 1}
+
+    assert Processes().first_finds(find) == {"seen": 1}
+    second = Processes(1, 2)
+    second.all_gather = lambda value: [{"seen": 1}, value]
+    assert second.first_finds(lambda: 1 // 0) == {"seen": 1}

@@ -7,7 +7,8 @@ from messages import KINDS, messages
 # names, which keep their small letter at the beginning of a sentence
 FIELDS = "device|dtype|fewshot|inplace=True|quantization_config|report_to|sparlow|vLLM"
 BEGINS = rf"[A-Z{{]|--\w|({FIELDS}) "
-INNER = r"\{(error|problem|FORCE|_FAULT|_LATER|MERGE|INSTEAD|advice|instead)\}$"  # another message of ours, which has a full stop
+# another message of ours, which has a full stop
+INNER = r"\{(error|problem|FORCE|_FAULT|_LATER|MERGE|INSTEAD|advice|instead)\}$"
 COMMAND = r"(Run|List all of them with): [\w-]+ [^.]*$"  # a full stop behind a command would be copied with it
 TAIL = r"[:;] (give|use|choose|write|lower|raise|run|try|start|check|restore|fetch|upgrade|install|move|open|repeat) "
 

@@ -3,12 +3,17 @@
 All of them take the same steps, each with its share of the calibration windows and of the layers of a block. They
 exchange results through torch.distributed (gloo on the CPU, NCCL on CUDA). Only the first process writes. The model and
 the output directory must be readable by all of them.
+
+Nobody waits for a process that will not come. Before each exchange all meet over gloo, which notices at once when one
+has ended; only then does NCCL begin, which would not. How long they wait for one that neither comes nor ends follows
+from what they have just done: for as long as it may take where the work was not alike, else for minutes.
 """
 
 import datetime as dt
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +22,11 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from sparlow.errors import InputError, RunError, is_out_of_memory
+from sparlow.errors import InputError, RunError, first_line, is_out_of_memory
 
-PATIENCE = dt.timedelta(days=2)  # a solve may take hours; a process that died is noticed at once all the same
+MINUTES = dt.timedelta(minutes=20)  # to wait for a process that did as much work as this one, beyond SLOWER times that
+SLOWER = 4  # times as long as this process may another one take for the same work
+PATIENCE = dt.timedelta(days=2)  # where one solves or writes, and others have nothing to do
 
 
 @dataclass(eq=False)
@@ -29,12 +36,16 @@ class Processes:
     Attributes:
         rank: Number of this one.
         size: How many there are.
+        on_cpu: The group that meets before every exchange, and exchanges what lies on the CPU.
         sent: Bytes that this one gave to collective operations so far.
     """
 
     rank: int = 0
     size: int = 1
+    on_cpu: "dist.ProcessGroup | None" = None
     sent: int = 0
+    _alike: bool = False  # the work since they met last; at first each opens the model
+    _met: float = 0.0
 
     @property
     def first(self) -> bool:
@@ -54,18 +65,22 @@ class Processes:
             load[found[name]] += costs[name]
         return found
 
+    def part(self) -> None:
+        """Say, in every process, that the work up to the next exchange is not alike: one may take hours longer."""
+        self._alike = False
+
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Sum a tensor over all processes, in place; return it."""
         if self.size > 1:
             with self._together(tensor.nbytes):
-                dist.all_reduce(tensor)
+                dist.all_reduce(tensor, group=self._group(tensor))
         return tensor
 
     def reduce_to(self, tensor: Tensor, wanting: set[int]) -> bool:
         """Sum a tensor in place for the processes that want the sum; return whether this is one of them."""
         if self.size > 1 and len(wanting) == 1:
             with self._together(tensor.nbytes):
-                dist.reduce(tensor, next(iter(wanting)))
+                dist.reduce(tensor, next(iter(wanting)), group=self._group(tensor))
         elif wanting:
             self.all_reduce(tensor)
         return self.rank in wanting
@@ -74,7 +89,7 @@ class Processes:
         """Copy a tensor from process ``source`` to all others, in place; return it."""
         if self.size > 1:
             with self._together(tensor.nbytes):
-                dist.broadcast(tensor, source)
+                dist.broadcast(tensor, source, group=self._group(tensor))
         return tensor
 
     def totals(self, numbers: Sequence[float]) -> list[float]:
@@ -92,22 +107,40 @@ class Processes:
         self.all_reduce(rows)
         return [json.loads(bytes(row[:n].tolist())) for row, n in zip(rows, sizes, strict=True)]
 
+    def first_finds(self, find: Callable[[], Any]) -> Any:  # noqa: ANN401 - whatever JSON holds
+        """Return what the first process finds, however long that takes; the others only wait for it."""
+        found = find() if self.first else None
+        self.part()
+        return self.all_gather(found)[0]
+
     def barrier(self) -> None:
         """Wait until all processes have come here."""
         self.totals([0])
+
+    def _group(self, tensor: Tensor) -> "dist.ProcessGroup | None":
+        """The group that exchanges a tensor; None for the one that was opened first."""
+        return self.on_cpu if tensor.device.type == "cpu" else None
 
     @contextmanager
     def _together(self, count: int) -> Iterator[None]:
         self.sent += count
         try:
+            self._meet()
             yield
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
             raise RunError(
                 f"Process {self.rank} of {self.size} waited for another one, which ended or cannot be reached "
-                f"({error}). Look at its message, and repeat the command: it resumes from the last finished block."
+                f"({first_line(error)}). Look at its message, and repeat the command: it resumes from the last "
+                "finished block."
             ) from error
+
+    def _meet(self) -> None:
+        """Wait until all processes are about to exchange something, or one has ended."""
+        longest = MINUTES + dt.timedelta(seconds=SLOWER * (time.monotonic() - self._met)) if self._alike else PATIENCE
+        dist.monitored_barrier(self.on_cpu, min(longest, PATIENCE))
+        self._alike, self._met = True, time.monotonic()
 
 
 ALONE = Processes()
@@ -117,10 +150,11 @@ ALONE = Processes()
 def joined() -> Iterator[Processes]:
     """Join the processes that torchrun started, if it did, for the time inside.
 
-    A process group that the caller has opened already is used, and stays open.
+    A process group that the caller has opened already is used, and stays open. Of what is opened here nothing is closed
+    after an error: that would wait for the others, which may never come. See ``sparlow.cli.leaving``.
     """
     given = dist.is_available() and dist.is_initialized()
-    if not given and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if not given and _started() == 1:
         yield Processes()
         return
     if not dist.is_available():
@@ -128,17 +162,20 @@ def joined() -> Iterator[Processes]:
     if not given:
         if torch.cuda.is_available():
             torch.cuda.set_device(_own_number())  # where memory is counted and NCCL meets
-        dist.init_process_group(timeout=PATIENCE)  # by default gloo for tensors on the CPU and NCCL for those on CUDA
-    try:
-        yield Processes(dist.get_rank(), dist.get_world_size())
-    finally:
-        if not given:
-            dist.destroy_process_group()
+        dist.init_process_group(timeout=MINUTES)  # by default gloo for tensors on the CPU and NCCL for those on CUDA
+    on_cpu = dist.new_group(timeout=MINUTES, backend="gloo")  # the caller may have opened NCCL alone
+    yield Processes(dist.get_rank(), dist.get_world_size(), on_cpu)
+    dist.destroy_process_group(on_cpu if given else None)
+
+
+def _started() -> int:
+    """How many processes torchrun started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def require_one(command: str) -> None:
     """Raise InputError if torchrun started several processes for a command that is made for one."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if _started() > 1:
         raise InputError(f"{command} works in one process. Start it without torchrun.")
 
 
@@ -153,8 +190,17 @@ def on_this_machine() -> int:
 
 
 def local_device(name: str) -> str:
-    """Return the accelerator of this process where several share a machine: cuda becomes cuda:1 in the second."""
-    if "LOCAL_RANK" not in os.environ or name in ("cpu", "mps") or ":" in name:
+    """Return the accelerator of this process where several share a machine: cuda becomes cuda:1 in the second.
+
+    Raises:
+        InputError: Several would share one.
+    """
+    if "LOCAL_RANK" not in os.environ or name in ("cpu", "mps"):
+        return name
+    if ":" in name:
+        if on_this_machine() > 1:
+            kind = name.partition(":")[0]
+            raise InputError(f"All processes of this machine would compute on {name}. Give --device {kind}.")
         return name
     return f"{name}:{_own_number()}"
 

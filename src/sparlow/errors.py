@@ -2,7 +2,7 @@
 
 import errno
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 # Control and direction characters but for tabs and line ends: in a terminal they could erase or forge what is shown.
@@ -68,8 +68,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     return error.__cause__ is not None and is_out_of_memory(error.__cause__)
 
 
-def out_of_memory(error: BaseException) -> str:
-    """Say in two sentences that memory ran out, and what to do."""
+def out_of_memory(error: BaseException, options: Sequence[str] = ()) -> str:
+    """Say that memory ran out, and what to do.
+
+    Args:
+        error: What was raised.
+        options: Some that are known to need less.
+    """
     while error.__cause__ is not None:
         error = error.__cause__
     text = str(error).strip() or type(error).__name__
@@ -77,8 +82,10 @@ def out_of_memory(error: BaseException) -> str:
     cause = next((part for part in parts if _NO_MEMORY.search(part)), parts[0]).rstrip(".")
     on_host = isinstance(error, MemoryError | OSError) or _ON_HOST.search(text)
     what = "There is too little main memory" if on_host else "The accelerator has too little memory"
-    advice = "Reduce --samples or --seqlen, or choose another --device. The same command resumes an unfinished run."
-    return f"{what} ({cause}). {advice}"
+    advice = "Reduce --samples or --seqlen, or choose another --device."
+    if options:
+        advice = f"Much less is needed with {' or '.join(options)}."
+    return f"{what} ({cause}). {advice} The same command resumes an unfinished run."
 
 
 def first_line(error: Exception) -> str:

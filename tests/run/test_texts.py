@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from sparlow.report.figures import draw
 from tokenizers.processors import TemplateProcessing
 
 import sparlow
@@ -16,7 +17,6 @@ from samples import few_of
 from sparlow.errors import InputError
 from sparlow.recipe.recipe import Recipe, as_recipe
 from sparlow.recipe.run_options import RunOptions, listed
-from sparlow.report.figures import draw
 from sparlow.report.html_page import html
 from sparlow.report.records import Report
 from sparlow.report.summary import summary_rows

@@ -13,6 +13,7 @@ from torch import Tensor
 from sparlow.linalg.coordinates import Coordinates
 from sparlow.linalg.lowrank import orthonormal, random_factor, subspace_step, svd_fit
 from sparlow.linalg.patterns import Pattern, Projector
+from sparlow.linalg.shared_rows import Ahead, gathered, own, summed, total
 from sparlow.linalg.tf32 import rounded_products
 
 
@@ -28,30 +29,42 @@ def pace(effort: float) -> tuple[int, float]:
 
 
 class Loop:
-    """The iterates, and the steps that all schedules are made of; ``exact`` takes each of them to the letter."""
+    """The iterates, and the steps that all schedules are made of; ``exact`` takes each of them to the letter.
+
+    ρ is to rise by the factor ``growth``, as far as that is known.
+    """
 
     def __init__(
-        self, target: Tensor, space: Coordinates, pattern: Pattern, rank: int, rho: float, *, exact: bool = False
+        self,
+        target: Tensor,
+        space: Coordinates,
+        pattern: Pattern,
+        rank: int,
+        rho: float,
+        *,
+        growth: float = 1.0,
+        exact: bool = False,
     ) -> None:
         self.T, self.G, self.space, self.rho = target, space.G, space, rho
         self.project = _selection(pattern, space) if exact else pattern.projector()
         self.root = space.root() if exact and rank else None  # (in, in)
         self.rounding = nullcontext if exact else rounded_products
-        self.kept = max(pattern.kept((target.shape[0], target.shape[1])), 1)
+        self.kept = max(summed(pattern.kept((target.shape[0], target.shape[1]))), 1)
         self.D = self.project(target, torch.empty_like(target))  # (out, in)
         self.X = self.D.clone()  # S + Y (out, in)
         self.seen = self.D.bool()
         self.Q = target - self.D  # T − Z (out, in)
         self.U = target.new_zeros(target.shape[0], rank)
         self.V = random_factor(rank, target)  # (r, in)
-        self.M = space.ridge(rho)
+        self._ridges = Ahead(space.ridge)
+        self.M = self._ridges.at(rho, growth)
         self.looks: list[tuple[int, float]] = []  # iterations, share of the kept entries that changed
 
     def fit_jointly(self) -> None:
         """L for the S that will follow: best fit of Q in the metric I − M."""
         if self.V.shape[0]:
-            self.U = orthonormal(self.Q @ (self.V - self.V @ self.M).T)
-            self.V = self.U.T @ self.Q
+            self.U = own(orthonormal(gathered(self.Q @ (self.V - self.V @ self.M).T)))
+            self.V = total(self.U.T @ self.Q)
 
     def fit_to_residual(self, S: Tensor) -> None:
         """L for the S just found: best fit of T − S in the metric G (the paper's third block)."""
@@ -82,7 +95,7 @@ class Loop:
     def support_change(self) -> float:
         """Share of the kept entries that changed since the last look."""
         before, self.seen = self.seen, self.D.bool()  # a comparison takes thirty times as long
-        return (before ^ self.seen).count_nonzero().item() / self.kept
+        return summed((before ^ self.seen).count_nonzero().item()) / self.kept
 
     def raise_rho(self, factor: float) -> None:
         """ρ ← ρ·factor; the multiplier itself stays, so Y = X − D, which is divided by ρ, shrinks."""
@@ -90,7 +103,7 @@ class Loop:
         self._follow()
         self.rho *= factor
         del self.M  # frees memory for the next
-        self.M = self.space.ridge(self.rho)
+        self.M = self._ridges.at(self.rho, factor)
 
 
 def _selection(pattern: Pattern, space: Coordinates) -> Projector:

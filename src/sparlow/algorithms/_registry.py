@@ -29,6 +29,7 @@ class Algorithm:
     function: Callable[..., Any]
     aliases: Mapping[str, Mapping[str, object]]
     usual: bool = False
+    by_rows: bool = False  # whether several processes can each solve some rows, see ``linalg.shared_rows``
 
     @property
     def summary(self) -> str:
@@ -59,7 +60,11 @@ _ALGORITHMS: dict[str, Algorithm] = {}
 
 
 def pruner(
-    name: str, *, aliases: Mapping[str, Mapping[str, object]] = types.MappingProxyType({}), usual: bool = False
+    name: str,
+    *,
+    aliases: Mapping[str, Mapping[str, object]] = types.MappingProxyType({}),
+    usual: bool = False,
+    by_rows: bool = False,
 ) -> Callable[[F], F]:
     """Register a function ``(W, gram, pattern, *, options) -> S`` under ``name``; or ``-> Pruned(S, stats)``.
 
@@ -70,15 +75,21 @@ def pruner(
         name: As typed on the command line.
         aliases: Further names, each with the options it stands for.
         usual: Whether a comparison that names no methods has it, because it is well known and quick.
+        by_rows: Where a pattern chooses within rows, several processes can each solve some of a weight: the function
+            treats rows alone, and whatever it adds up over them goes through ``linalg.shared_rows``.
     """
-    return _registrar(name, "pruner", aliases, usual=usual)
+    return _registrar(name, "pruner", aliases, usual=usual, by_rows=by_rows)
 
 
 def decomposer(
-    name: str, *, aliases: Mapping[str, Mapping[str, object]] = types.MappingProxyType({}), usual: bool = False
+    name: str,
+    *,
+    aliases: Mapping[str, Mapping[str, object]] = types.MappingProxyType({}),
+    usual: bool = False,
+    by_rows: bool = False,
 ) -> Callable[[F], F]:
     """Register a function ``(W, gram, pattern, rank, *, options) -> Decomposition``; see ``pruner``."""
-    return _registrar(name, "decomposer", aliases, usual=usual)
+    return _registrar(name, "decomposer", aliases, usual=usual, by_rows=by_rows)
 
 
 def algorithms() -> tuple[Algorithm, ...]:
@@ -113,14 +124,19 @@ def find(name: str) -> tuple[Algorithm, dict[str, object]]:
 
 
 def _registrar(
-    name: str, kind: Literal["pruner", "decomposer"], aliases: Mapping[str, Mapping[str, object]], *, usual: bool
+    name: str,
+    kind: Literal["pruner", "decomposer"],
+    aliases: Mapping[str, Mapping[str, object]],
+    *,
+    usual: bool,
+    by_rows: bool,
 ) -> Callable[[F], F]:
     def register(function: F) -> F:
         taken = {n for a in _ALGORITHMS.values() for n in (a.name, *a.aliases)}
         for new in (name, *aliases):
             if new in taken:
                 raise ValueError(f"Two algorithms are called {new!r}.")
-        _ALGORITHMS[name] = Algorithm(name, kind, function, aliases, usual)
+        _ALGORITHMS[name] = Algorithm(name, kind, function, aliases, usual, by_rows)
         return function
 
     return register

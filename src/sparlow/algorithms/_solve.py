@@ -22,6 +22,7 @@ from sparlow.linalg.grid import GROUP, Grid, make_grid
 from sparlow.linalg.grid_fit import metric
 from sparlow.linalg.grid_target import GridTarget, Storage
 from sparlow.linalg.patterns import Pattern, parse_pattern
+from sparlow.linalg.shared_rows import largest
 from sparlow.linalg.tf32 import exact_products, unit
 from sparlow.own_settings import own_settings
 from sparlow.schema import unknown
@@ -71,7 +72,8 @@ def solve(
     """
     check(algorithm, W, gram, pattern, rank)
     start = time.perf_counter()
-    size = unit(_wide(W))  # a power of two: no bit is lost, and no factor of W can lead out of the range of float32
+    # a power of two: no bit is lost, and no factor of W can lead out of the range of float32
+    size = largest(unit(_wide(W)))
     weight = (_wide(W) / size).float().contiguous() * ~gram.dead  # an input that is always zero needs no weight
     storage = Storage(W.dtype, size)
     target = GridTarget(grid, pattern.density < 1, storage, int8_factors) if grid else None
@@ -87,7 +89,7 @@ def solve(
         parts = stored_factors(weight - found.S, metric(gram), found.U, found.V, storage, int8=True)
         found = replace(found, U=parts[0], V=parts[1], factors=parts[2])
     stored = as_stored(found, W.dtype, storage)
-    stats = replace(found.stats, damping=gram.extra_damping, dead_columns=int(gram.dead.sum()))
+    stats = replace(found.stats, damping=largest(gram.extra_damping), dead_columns=int(gram.dead.sum()))
     stats = _measured(stats, stored, weight, gram, size, masked=target is not None)
     if not (all(all_finite(part) for part in (stored.S, stored.U, stored.V)) and math.isfinite(stats.relative_error)):
         raise RunError(f"{algorithm.name} ended in values that are not finite. Raise --damping.")

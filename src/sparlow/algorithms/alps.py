@@ -24,12 +24,13 @@ from sparlow.linalg.conjugate_gradient import fit_on_support
 from sparlow.linalg.coordinates import Coordinates
 from sparlow.linalg.gram import Gram
 from sparlow.linalg.patterns import Pattern
+from sparlow.linalg.shared_rows import summed
 
 RHO = 0.1  # penalty to start from
 EVERY = 3  # iterations between two looks at the support
 
 
-@pruner("alps")
+@pruner("alps", by_rows=True)
 def alps(W: Tensor, gram: Gram, pattern: Pattern, *, max_steps: Count = 300, refit: int = 10) -> Pruned:
     """Find the support by ADMM, then the best values on it by conjugate gradients.
 
@@ -46,7 +47,7 @@ def alps(W: Tensor, gram: Gram, pattern: Pattern, *, max_steps: Count = 300, ref
 
 def _admm(T: Tensor, space: Coordinates, pattern: Pattern, max_steps: int) -> tuple[Tensor, SolveStats]:
     """Iterate until the support of D rests; return the last X = S + Y (out, in), equal to S where D is not zero."""
-    project, kept = pattern.projector(), max(pattern.kept((T.shape[0], T.shape[1])), 1)
+    project, kept = pattern.projector(), max(summed(pattern.kept((T.shape[0], T.shape[1]))), 1)
     D, Y = project(T, torch.empty_like(T)), torch.zeros_like(T)
     seen = D.bool()
     X, work = torch.empty_like(T), torch.empty_like(T)  # written into: new memory costs more than the sums
@@ -59,7 +60,7 @@ def _admm(T: Tensor, space: Coordinates, pattern: Pattern, max_steps: int) -> tu
         torch.sub(X, D, out=Y)
         if step % EVERY == 0:
             mask = D.bool()
-            change = (mask ^ seen).count_nonzero().item() / kept
+            change = summed((mask ^ seen).count_nonzero().item()) / kept
             looks.append((step, change))
             if not change:
                 return X, SolveStats(step, converged=True, trace=thinned(looks))

@@ -7,7 +7,7 @@ from sparlow.linalg.gram import Gram
 from sparlow.linalg.patterns import Pattern
 
 
-@pruner("magnitude", usual=True)
+@pruner("magnitude", usual=True, by_rows=True)
 def magnitude(W: Tensor, gram: Gram, pattern: Pattern) -> Tensor:
     """Keep the largest |W_ij|; look at no data."""
     del gram

@@ -32,7 +32,7 @@ from sparlow.linalg.scales import learned
 from sparlow.linalg.sweep import GridSweep, block_bounds, saliency, sweep
 
 
-@pruner("sparsegpt", usual=True)
+@pruner("sparsegpt", usual=True, by_rows=True)
 def sparsegpt(
     W: Tensor, gram: Gram, pattern: Pattern, grid: GridTarget | None = None, *, blocksize: Count = 128
 ) -> Tensor | Pruned:

@@ -70,7 +70,7 @@ REFITS = 5  # alternations of least squares on the support with the low-rank fit
 REFIT_STEPS, FEWEST = 6, 2  # conjugate-gradient steps in each, at effort 1 and at least
 
 
-@decomposer("3basil", aliases={"three-basil": {}}, usual=True)
+@decomposer("3basil", aliases={"three-basil": {}}, usual=True, by_rows=True)
 def three_basil(
     W: Tensor,
     gram: Gram,
@@ -95,7 +95,8 @@ def three_basil(
     if grid is not None and not papers and grid.grid.bits <= FEW_BITS:
         return _joint_on_grid(W, gram, pattern, rank, grid, effort, max_steps)
     space = gram.coordinates(conditional=not papers, group=pattern.group)
-    loop = Loop(space.to_scaled(W), space, pattern, rank, rho=0.1 if papers else RHO, exact=literal)
+    rho, growth = (0.1, 1.1) if papers else (RHO, pace(effort)[1])
+    loop = Loop(space.to_scaled(W), space, pattern, rank, rho, growth=growth, exact=literal)
     run = _paper if papers else _joint
     steps, change = run(loop, effort, max_steps)
     own = {"rho": loop.rho, "support_change": change}

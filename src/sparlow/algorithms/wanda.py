@@ -13,7 +13,7 @@ from sparlow.linalg.gram import Gram
 from sparlow.linalg.patterns import Pattern, within_rows
 
 
-@pruner("wanda", usual=True)
+@pruner("wanda", usual=True, by_rows=True)
 def wanda(W: Tensor, gram: Gram, pattern: Pattern) -> Tensor:
     """Keep the largest weight times input norm, row by row; move no weight."""
     return W * within_rows(pattern).mask(W.abs() * gram.scale)

@@ -4,6 +4,7 @@ import functools
 import logging
 import re
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, NoReturn
@@ -13,6 +14,7 @@ from rich.markup import escape
 
 from sparlow.cli import display
 from sparlow.cli.examples import epilog
+from sparlow.cli.leaving import alone, leave
 from sparlow.cli.options import expanded
 from sparlow.cli.signals import INTERRUPTED, noted
 from sparlow.errors import InputError, RunError, is_out_of_memory, out_of_memory
@@ -44,13 +46,18 @@ def run(arguments: Sequence[str] | None = None) -> None:
             code = app(arguments, prog_name="sparlow", standalone_mode=False)
     except UsageError as error:
         _fail_usage(error)
+    except SystemExit as error:  # as typer ends after Ctrl-C
+        code = error.code
     except Exception as error:
         if came and not debug:  # compiled code that is interrupted may raise something of its own
-            sys.exit(INTERRUPTED)
-        if debug or not _is_foreseen(error):
+            leave(INTERRUPTED)
+        if not debug and _is_foreseen(error):
+            _fail(*_said(error))
+        if alone():
             raise
-        _fail(*_said(error))
-    sys.exit(code if isinstance(code, int) else 0)
+        traceback.print_exc()
+        code = 1
+    leave(code if isinstance(code, int) else 0)
 
 
 EVERYWHERE = {"--debug": "--debug", "--quiet": "--quiet", "-q": "--quiet", "--verbose": "--verbose", "-v": "--verbose"}
@@ -97,7 +104,7 @@ def _said(error: Exception) -> tuple[str, int]:
 
 def _fail(message: str, code: int) -> NoReturn:
     display.err.print(f"[red]error:[/] {escape(message)}", highlight=False)
-    sys.exit(code)
+    leave(code)
 
 
 def _fail_usage(error: Any) -> NoReturn:  # noqa: ANN401 - of a class that typer does not export

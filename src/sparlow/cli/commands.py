@@ -12,7 +12,7 @@ import typer
 from sparlow.cli import display, listing, results
 from sparlow.cli.app import app, command
 from sparlow.cli.app import run as main
-from sparlow.cli.comparing import Foretold, ReportsOnly, Seeds, Sweep, TasksOfAll, names_of, tell_cost
+from sparlow.cli.comparing import Foretold, ReportsOnly, Seeds, Sweep, TasksOfAll, tell_cost
 from sparlow.cli.measuring import HtmlFile, require_folder, write_page
 from sparlow.cli.options import (
     EvaluateOptions,
@@ -124,13 +124,13 @@ def compare(
     timed: Foretold = True,
 ) -> None:
     """Compress MODEL with several algorithms on the same text. Writes a page, tables and figures to --out."""
-    from sparlow.run.cases import parse_sweep, recipes_for
+    from sparlow.run.cases import names_of, parse_sweep, recipes_for
     from sparlow.run.compare import compare as run_comparison
 
     if match is not None:
         given = replace(given, changes={**given.changes, "match": match != "no"})
     varied = parse_sweep(sweep or (), split(seeds or ()))
-    recipes = recipes_for(given.recipe(), names_of(algorithms), parse_named_pairs(option or []), match, varied)
+    recipes = recipes_for(given.recipe(), names_of(split(algorithms)), parse_named_pairs(option or []), match, varied)
     if timed:
         tell_cost(model, recipes, out, run, kept=not reports_only)
     with resumable(), display.progress() as notify:

@@ -1,13 +1,11 @@
 """What ``sparlow compare`` takes beyond a recipe, and what it says before it starts; torch is imported where used."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from sparlow.cli import display
-from sparlow.cli.options import split
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -58,14 +56,6 @@ Foretold = Annotated[
     ),
 ]
 NAMED = 4  # runs whose times are told one by one
-
-
-def names_of(asked: Sequence[str]) -> list[str]:
-    """The methods that are compared: those named, the usual ones, or all."""
-    from sparlow.algorithms import usual, variants
-
-    sets = {"all": variants, "usual": usual}
-    return [name for word in split(asked) for name in (sets[word]() if word in sets else (word,))]
 
 
 def tell_cost(model: str, recipes: "Mapping[str, Recipe]", out: Path, options: "RunOptions", *, kept: bool) -> None:

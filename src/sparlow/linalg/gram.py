@@ -11,6 +11,7 @@ from torch import Tensor
 from sparlow.errors import InputError
 from sparlow.finite import all_finite
 from sparlow.linalg.coordinates import Coordinates, cholesky, interleave
+from sparlow.linalg.shared_rows import summed
 from sparlow.linalg.tf32 import unit
 from sparlow.linalg.token_sample import TokenSample, error_per_token
 
@@ -243,11 +244,12 @@ class Gram:
         Of a residual that is nearly zero the sum of what rounding left may come out below zero, by some 1e-9 of the
         whole. An error is never negative, so that is 0.
         """
-        whole = self.objective(W).item()
-        return max(self.objective(residual).item() / whole, 0.0) if whole > 0 else 0.0
+        whole, left = (summed(self.objective(part).item()) for part in (W, residual))
+        return max(left / whole, 0.0) if whole > 0 else 0.0
 
     def relative_error_per_token(self, W: Tensor, residual: Tensor) -> float | None:
         """Return the same over the sampled tokens, each at length one; None where there are none."""
-        if self.sample is None or not len(self.sample):
+        sample = W.new_zeros(0, W.shape[1]) if self.sample is None else self.sample
+        if not summed(len(sample)):
             return None
-        return error_per_token(self.sample, W, residual)
+        return error_per_token(sample, W, residual)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sparlow.linalg.gram import Gram, summing
+from sparlow.linalg.shared_rows import gathered, maximum, own, summed, total
 
 SETTLED = 5e-4  # stop when a subspace step lowers the error by less than this fraction of it
 STEPS = 6  # subspace steps before falling back to an SVD; two are usual
@@ -36,8 +37,9 @@ def weighted_svd(M: Tensor, gram: Gram, rank: int) -> tuple[Tensor, Tensor]:
 
 def svd_fit(M: Tensor, root: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """U (out, rank) orthonormal and V (rank, in) minimising tr((M − UV) R Rᵀ (M − UV)ᵀ) for a ``root`` R (in, in)."""
-    P = torch.linalg.svd(M @ root, full_matrices=False).U[:, :rank].contiguous()
-    return P, P.T @ M
+    P = torch.linalg.svd(gathered(M @ root), full_matrices=False).U[:, :rank].contiguous()
+    U = own(P)
+    return U, total(U.T @ M)
 
 
 def subspace_step(M: Tensor, G: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,8 +59,8 @@ def subspace_step(M: Tensor, G: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
 def subspace_iteration(M: Tensor, V: Tensor, steps: int, G: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Take ``steps`` steps as ``subspace_step`` does, in the norm of G (in, in) or, without one, in the plain norm."""
     for _ in range(steps):
-        U = orthonormal(M @ (V.T if G is None else G @ V.T))
-        V = U.T @ M
+        U = own(orthonormal(gathered(M @ (V.T if G is None else G @ V.T))))
+        V = total(U.T @ M)
     return U, V
 
 
@@ -75,10 +77,10 @@ def best_fit(M: Tensor, G: Tensor, V: Tensor, root: Callable[[], Tensor]) -> tup
         V: Where to start.
         root: Returns R (in, in) with R Rᵀ = G. It is called only for the SVD.
     """
-    whole, explained = _inner(M @ G, M), 0.0
+    whole, explained = summed(_inner(M @ G, M)), 0.0
     for _ in range(STEPS):
-        U = torch.linalg.qr(M @ (G @ V.T)).Q
-        V = U.T @ M
+        U = own(torch.linalg.qr(gathered(M @ (G @ V.T))).Q)
+        V = total(U.T @ M)
         before, explained = explained, _inner(V @ G, V)
         if abs(explained - before) <= SETTLED * (whole - explained):
             return U, V
@@ -87,7 +89,7 @@ def best_fit(M: Tensor, G: Tensor, V: Tensor, root: Callable[[], Tensor]) -> tup
 
 
 def _error(R: Tensor, G: Tensor) -> float:
-    return _inner(R @ G, R)
+    return summed(_inner(R @ G, R))
 
 
 def _inner(A: Tensor, B: Tensor) -> float:
@@ -138,7 +140,7 @@ def balanced(U: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
     A column of U and its row of V are changed only if one of them lies outside ``COMFORTABLE``. Then both get about the
     same size. Nothing is rounded.
     """
-    u, v = U.abs().amax(0).log2(), V.abs().amax(1).log2()  # (r,) each
+    u, v = maximum(U.abs().amax(0)).log2(), V.abs().amax(1).log2()  # (r,) each
     low, high = COMFORTABLE
     outside = (torch.minimum(u, v) < low) | (torch.maximum(u, v) > high)
     shift = torch.where(outside & (u + v).isfinite(), ((v - u) / 2).round(), 0.0).exp2()

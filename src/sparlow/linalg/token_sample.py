@@ -7,6 +7,8 @@ the error relative to H says nothing of the ordinary tokens.
 import torch
 from torch import Tensor
 
+from sparlow.linalg.shared_rows import summed
+
 KEPT = 256  # tokens at least, if there are so many, and fewer than twice as many
 GOLDEN = 0.6180339887498949  # multiples of it, without their whole part, fall everywhere in [0, 1) alike
 
@@ -48,5 +50,5 @@ def error_per_token(rows: Tensor, W: Tensor, residual: Tensor) -> float:
         W: (out, in).
         residual: R (out, in).
     """
-    whole, left = ((rows @ part.T).double().square().sum().item() for part in (W, residual))
+    whole, left = (summed((rows @ part.T).double().square().sum().item()) for part in (W, residual))
     return left / whole if whole > 0 else 0.0

@@ -20,6 +20,7 @@ from sparlow.recipe.recipe import Recipe
 from sparlow.recipe.run_options import RunOptions
 
 FORCE = "Use --force to run anyway."
+MUCH_LESS = 0.75  # of what is foreseen; how much was really missing, nobody knows
 
 
 def require_feasible(
@@ -87,6 +88,38 @@ def require_memory(work: Workload) -> None:
         options = " or ".join(options_that_fit(work, lambda changed: not shortage(changed, space)))
         advice = f"It would fit with {options}." if options else "No option makes it fit."
         raise InputError(f"{why} {advice} {FORCE}")
+
+
+def options_that_help(
+    model: str | Path | PreTrainedModel,
+    recipe: Recipe,
+    options: RunOptions,
+    processes: int = 1,
+    out: Path | None = None,
+) -> list[str]:
+    """Return options with which a run that ran out of memory needs much less, as far as can be said without weights.
+
+    Args:
+        model: Hub id, directory, .gguf file, or a transformers model.
+        recipe: Of the run.
+        options: How it ran.
+        processes: Those that shared the work.
+        out: The directory that it wrote.
+    """
+    shape = known_ahead(model, recipe.dtype, trust_remote_code=options.trust_remote_code)
+    if shape is None:
+        return []
+    work = workload(shape, recipe, options, streamed=out is not None, processes=processes, out=out)
+    now = _fullest(work)
+    return options_that_fit(
+        work, lambda changed: all(less <= MUCH_LESS * most for less, most in zip(_fullest(changed), now, strict=True))
+    )
+
+
+def _fullest(work: Workload) -> tuple[int, int]:
+    """Return the most bytes of main memory and of the accelerator that a run is foreseen to hold."""
+    counted = stages(work, BOUND)
+    return max(stage.cpu for stage in counted), max(stage.device for stage in counted)
 
 
 def shortage(work: Workload, space: Workspace) -> str | None:

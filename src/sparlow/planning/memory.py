@@ -16,6 +16,7 @@ from sparlow.machine import lies_in_memory
 from sparlow.model.forward.capture import LOGITS_AT_ONCE
 from sparlow.model.forward.generate import AT_ONCE
 from sparlow.model.training.distillation import PIECES
+from sparlow.model.training.loop import BUCKET
 from sparlow.planning.microbenchmarks import FLOAT, Workspace
 from sparlow.planning.workload import Block, Layer, Workload
 from sparlow.recipe.recipe import OWN_TEXT
@@ -267,6 +268,8 @@ class _Counted:
                 waiting = SUM * sum(n**2 for other, n in stage.inputs.items() if n > features and other != owner)
                 for layer in (one for one in stage.layers if one.owner == owner and one.budget):
                     copied = layer.weights * self.work.stored if self.converted else 0
+                    # where several processes divide its rows, an inverse that is found ahead
+                    copied += FLOAT * features**2 if self.work.processes > 1 else 0
                     most = max(most, waiting + low_rank * self.size + copied + self.space.bytes(layer.shape))
                     low_rank += layer.low_rank
         return most
@@ -309,11 +312,17 @@ class _Counted:
         """Gradients of one layer on their way from S + U V to its parts."""
         return 3 * FLOAT * max((layer.weights for b in blocks for layer in b.compressed), default=0)
 
+    def _sent(self, trained: int) -> int:
+        """Gradients that are added up over several processes at a time: a bucket, and its parts side by side."""
+        return min(BUCKET, FLOAT * trained) if self.work.processes > 1 else 0
+
     def _matching(self, batch: int) -> Stage:
         work = self.work
         weights, _ = self._parts(rest=False)
         tokens = min(batch * work.recipe.seqlen, work.batch)
-        more = max(self._trained(block) + self._saved(block, tokens) for block in work.blocks)
+        more = max(
+            self._trained(block) + self._saved(block, tokens) + self._sent(block.trained) for block in work.blocks
+        )
         return self._stage(
             "matching", weights + more + self._widest(work.blocks), hidden=self._waiting(), where=work.place
         )
@@ -326,5 +335,6 @@ class _Counted:
         entering = FLOAT * work.batch * work.features * len(work.blocks)
         logits = SAVED_LOGITS * FLOAT * min(LOGITS_AT_ONCE // PIECES, work.batch * work.vocabulary)
         saved = max(self._saved(block, work.batch) for block in work.blocks) + self._widest(work.blocks)
+        saved += self._sent(sum(block.trained for block in work.blocks))
         more = max(trained + entering + max(saved, logits), 0)  # there is a time before, and after
         return self._stage("distilling", whole + more, hidden=WAITING * work.hidden, where=work.place)

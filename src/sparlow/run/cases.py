@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any
 
-from sparlow.algorithms import find
+from sparlow.algorithms import find, usual, variants
 from sparlow.errors import InputError
 from sparlow.linalg.patterns import NM
 from sparlow.recipe.recipe import Recipe
@@ -15,6 +15,12 @@ from sparlow.schema import options_of, unknown
 OF_TEXT = ("calibration", "samples", "seqlen", "bos", "column")  # what the runs of one comparison must share
 NOT_VARIED = (*OF_TEXT, "algorithm", "options", "match", "ignore", "layers", "dtype")
 NO_LOW_RANK = ("rank", "rank_share", "factors")  # fields that mean nothing to a method that only prunes
+
+
+def names_of(asked: Sequence[str]) -> list[str]:
+    """Return the methods to compare: those named, and in the place of ``usual`` or ``all`` those that it stands for."""
+    sets = {"all": variants, "usual": usual}
+    return [name for word in asked for name in (sets[word]() if word in sets else (word,))]
 
 
 def recipes_for(

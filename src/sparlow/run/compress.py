@@ -1,8 +1,9 @@
 """``sparlow.compress``: open the model, cut the text into windows, run the job."""
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparlow.distributed import Processes, joined
-from sparlow.errors import InputError
+from sparlow.errors import InputError, RunError, is_out_of_memory, out_of_memory
 from sparlow.evaluation.texts import require_context, require_tokenizer, require_vocabulary, texts_to_measure
 from sparlow.live import watched
 from sparlow.machine import pick_device
@@ -19,9 +20,10 @@ from sparlow.model.forward.causality import require_causal
 from sparlow.model.forward.generate import own_windows
 from sparlow.model.loading.objects import in_eval_mode, require_as_it_is, require_usable
 from sparlow.model.loading.source import OpenedModel, as_tokenizer, open_model, upcast_for_cpu
-from sparlow.model.loading.weights import all_loaded, scan
+from sparlow.model.loading.streaming import CannotStreamError
+from sparlow.model.loading.weights import Scan, all_loaded, scan
 from sparlow.own_settings import own_settings
-from sparlow.planning.feasibility import require_feasible
+from sparlow.planning.feasibility import options_that_help, require_feasible
 from sparlow.progress import Notify
 from sparlow.recipe.recipe import (
     GIVEN_TEXTS,
@@ -112,7 +114,8 @@ def compress(
     ):
         if not force:
             require_feasible(model, {folder: recipe}, options, processes.size)
-        opened, storage = open_dense(model, tokenizer, recipe, options, inplace=inplace)
+        scanning = partial(scanned_by_first, processes)
+        opened, storage = open_dense(model, tokenizer, recipe, options, inplace=inplace, scanning=scanning)
         windows = windows_to_calibrate(calibration, opened, recipe)
         # cut before the run, so that a missing file is noticed at once
         evaluation = windows_to_evaluate(
@@ -122,7 +125,8 @@ def compress(
         if folder is not None:
             job.with_loader = with_loader
             job.write_to(folder, overwrite=overwrite)
-        return job.go(evaluation)
+        with _memory_may_end(model, recipe, options, processes, folder):
+            return job.go(evaluation)
 
 
 def _require_place(model: object, out: str | Path | None, *, inplace: bool) -> None:
@@ -134,6 +138,22 @@ def _require_place(model: object, out: str | Path | None, *, inplace: bool) -> N
     if out is None and not inplace:
         instead = "" if named else ", or inplace=True to put the compressed layers into this model"
         raise InputError(f"The result would be lost. Give out= with a directory for it{instead}.")
+
+
+@contextmanager
+def _memory_may_end(
+    model: str | Path | PreTrainedModel, recipe: Recipe, options: RunOptions, processes: Processes, folder: Path | None
+) -> Iterator[None]:
+    """Turn whatever says that memory ran out, on the CPU, in CUDA or its libraries, into a RunError with what helps."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        helpful: list[str] = []
+        with suppress(Exception):  # there may be too little memory even for this
+            helpful = options_that_help(model, recipe, options, processes.size, folder)
+        raise RunError(out_of_memory(error, helpful)) from error
 
 
 def claimed_by_first(processes: Processes, folder: Path | None, *, overwrite: bool) -> AbstractContextManager[None]:
@@ -151,6 +171,7 @@ def open_dense(
     *,
     inplace: bool = False,
     streamed: bool = True,
+    scanning: Callable[[Callable[[], Scan]], Scan] = lambda scan: scan(),
 ) -> tuple[OpenedModel, StoredDtypes]:
     """Return the model ready to compute, and its stored types. A model object is taken as it is.
 
@@ -161,6 +182,7 @@ def open_dense(
         options: The device, and whether the model may bring code.
         inplace: A model object is changed; otherwise it stays as it is.
         streamed: Leave the weights on disk, unless the model is an object.
+        scanning: See ``open_model``.
 
     Raises:
         InputError: It cannot be opened, or is no causal language model.
@@ -177,6 +199,7 @@ def open_dense(
         device=pick_device(options.device),
         trust_remote_code=options.trust_remote_code,
         streamed=streamed,
+        scanning=scanning,
     )
     storage = StoredDtypes.of(opened.model)
     ready = opened.model if opened.on_disk else upcast_for_cpu(opened.model)
@@ -186,6 +209,22 @@ def open_dense(
     else:
         require_causal(ready, opened.name)
     return replace(opened, model=ready, tokenizer=tokenizer or opened.tokenizer), storage
+
+
+def scanned_by_first(processes: Processes, scanning: Callable[[], Scan]) -> Scan:
+    """Let the first process read every weight of the model, once for all: others may be many, on one file system."""
+
+    def find() -> dict[str, Any]:
+        try:
+            seen = scanning()
+        except CannotStreamError as problem:
+            return {"problem": str(problem)}
+        return {"fingerprint": seen.fingerprint, "damaged": sorted(seen.damaged)}
+
+    told = processes.first_finds(find)
+    if "problem" in told:
+        raise CannotStreamError(told["problem"])
+    return Scan(told["fingerprint"], frozenset(told["damaged"]))
 
 
 def windows_to_calibrate(calibration: "Calibration | None", opened: OpenedModel, recipe: Recipe) -> Tensor:

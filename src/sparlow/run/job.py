@@ -124,6 +124,7 @@ class Job:
         self.journal = Journal(folder, decides, self.decoder.name, overwrite=overwrite, device=device)
         if self.processes.first:
             self.journal.settle()
+        self.processes.part()
         self.journal.share(self.processes)
         self.known_dense |= self.journal.record.dense
         self.report.warnings += self.journal.warnings
@@ -271,6 +272,7 @@ class Job:
     def block_is_done(self, i: int) -> bool:
         """Whether an earlier run finished block i, as the first process sees it. All processes must call it."""
         found = self.journal is not None and self.processes.first and self.journal.has(i)
+        self.processes.part()  # the first one has read a shard
         return bool(self.processes.all_gather(found)[0])
 
     @property
@@ -289,6 +291,7 @@ class Job:
             self.report.distillation = self.journal.record.distillation
         if truth is None or not self.distills:
             return
+        self.processes.part()
         self.processes.barrier()  # for the last shard
         with self.clock("matching"), all_loaded(self.result, len(self.decoder)):
             blocks = list(self.decoder.blocks)
@@ -297,6 +300,7 @@ class Job:
                 writer = self.new_writer(self.journal.folder / DISTILLED)
                 shards = [writer.write_block(i, block) for i, block in enumerate(blocks)]
                 self.journal.note_distilled(shards, found)
+            self.processes.part()
         self.report.distillation = found
 
     def training_checkpoint(self) -> TrainingCheckpoint | None:
@@ -363,6 +367,7 @@ class Job:
             with self.clock("save"):
                 shard = self.writer.write_block(i, block)
             self.journal.note_block(shard, layers, matching, self.clock.so_far())
+        self.processes.part()  # only the first one writes
 
     def round_ends(self) -> None:
         """Put the embedding and the output head of the model in memory on the grids that they are stored on."""
@@ -396,4 +401,5 @@ class Job:
                     loader=self.with_loader,
                 )
                 self.journal.note_rest(rest, self.recipe.to_toml())
+        self.processes.part()
         self.processes.barrier()  # the others read what the first has written

@@ -4,24 +4,26 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sparlow.algorithms import variants
 from sparlow.errors import InputError
 from sparlow.live import watched
 from sparlow.progress import Notify
 from sparlow.recipe.recipe import Recipe, RecipeLike, as_recipe
 from sparlow.recipe.run_options import RunOptions, listed
 from sparlow.report.comparison import Comparison
+from sparlow.run.cases import names_of, recipes_for
 from sparlow.run.compare import compare as run_comparison
-from sparlow.run.compare import recipes_for
 
 
 def compare(
     model: str | Path,
-    methods: str | Sequence[str] | Mapping[str, RecipeLike] = "all",
+    methods: str | Sequence[str] | Mapping[str, RecipeLike] = "usual",
     recipe: RecipeLike | None = None,
     *,
     out: str | Path,
     match: str | None = None,
+    sweep: Mapping[str, Sequence[object]] | None = None,
+    tasks: str | Sequence[str] = (),
+    reports_only: bool = False,
     evaluate: str | Sequence[str] = RunOptions.evaluate,
     evaluate_seqlen: int | None = RunOptions.evaluate_seqlen,
     limit: int | None = RunOptions.limit,
@@ -37,10 +39,14 @@ def compare(
 
     Args:
         model: Hub id, directory or .gguf file.
-        methods: Names of algorithms, "all" for every one; or recipes of any kind by the name that each shall have.
+        methods: Names of algorithms, "usual" for the well-known quick ones, "all" for every one; or recipes of any kind
+            by the name that each shall have.
         recipe: What algorithms share, as of ``compress``. Recipes that are given say all themselves.
-        out: Directory for the results, their table ``compare.json``, and figures.
+        out: Directory for the results, the page ``compare.html``, tables and figures.
         match: Of algorithms: "no", "yes", or "both" for each without and with; if left out, as the recipe says.
+        sweep: Of algorithms: values that fields of the recipe shall have in turn, ``{"rank": [0, 16]}`` or seeds.
+        tasks: Of lm-eval, as ``evaluate`` takes them; every model answers them.
+        reports_only: Keep no model, but its report in ``out``/reports.
         evaluate: Corpora or files on which perplexity is measured.
         evaluate_seqlen: Tokens in a window of these; the recipe's seqlen if left out.
         limit: At most so many windows of each of these; all if left out.
@@ -59,22 +65,30 @@ def compare(
         InputError: Something given cannot be used, or ``out`` holds other results.
     """
     options = RunOptions(device, offload, listed(evaluate), evaluate_seqlen, limit, trust_remote_code)
-    recipes = _recipes(methods, recipe, match, fields)
-    with watched(notify) as tell:
-        return run_comparison(model, recipes, out=out, options=options, overwrite=overwrite, force=force, notify=tell)
-
-
-def _recipes(
-    methods: str | Sequence[str] | Mapping[str, RecipeLike],
-    recipe: RecipeLike | None,
-    match: str | None,
-    fields: Mapping[str, Any],
-) -> dict[str, Recipe]:
     if isinstance(methods, Mapping):
-        if not methods:
-            raise InputError("There is no method to compare. Name at least one.")
-        if recipe is not None or match is not None:
-            raise InputError("Recipes were given for the methods, so recipe and match have no effect. Leave them out.")
-        return {name: as_recipe(one, fields) for name, one in methods.items()}
-    names = list(variants()) if methods == "all" else [methods] if isinstance(methods, str) else [*methods]
-    return recipes_for(as_recipe(recipe, fields), names, {}, match)
+        if recipe is not None or match is not None or sweep is not None:
+            raise InputError(
+                "Recipes were given for the methods, so recipe, match and sweep have no effect. Leave them out."
+            )
+        recipes = _given(methods, fields)
+    else:
+        names = names_of([methods] if isinstance(methods, str) else methods)
+        recipes = recipes_for(as_recipe(recipe, fields), names, {}, match, sweep)
+    with watched(notify) as tell:
+        return run_comparison(
+            model,
+            recipes,
+            out=out,
+            options=options,
+            tasks=listed(tasks),
+            reports_only=reports_only,
+            overwrite=overwrite,
+            force=force,
+            notify=tell,
+        )
+
+
+def _given(methods: Mapping[str, RecipeLike], fields: Mapping[str, Any]) -> dict[str, Recipe]:
+    if not methods:
+        raise InputError("There is no method to compare. Name at least one.")
+    return {name: as_recipe(one, fields) for name, one in methods.items()}

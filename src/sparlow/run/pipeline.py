@@ -5,9 +5,10 @@ from dataclasses import replace
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sparlow.algorithms import Decomposition, SolveStats, solve
+from sparlow.distributed import Processes
 from sparlow.errors import RunError
 from sparlow.linalg.gram import Gram, GramAccumulator, SquareAccumulator
 from sparlow.model.artefact.dtypes import StoredDtypes
@@ -25,6 +26,7 @@ from sparlow.recipe.allocation import Budget
 from sparlow.recipe.recipe import Recipe
 from sparlow.report.records import LayerRecord
 from sparlow.report.value_types import MODEL
+from sparlow.run.divided import ALL, solve_together, who_solves
 from sparlow.run.exchange import exchange_layers
 
 Sums = TypeVar("Sums", bound=GramAccumulator)
@@ -75,25 +77,29 @@ def compress_block(
 
     def end_stage(who: Mapping[str, int]) -> None:
         if through.processes.size > 1:
-            own = {name: found[name] for name in who if name in found}
-            found.update(exchange_layers(through, {name: weights[name] for name in who}, own, who, storage))
+            through.processes.part()
+            one_has = {name: weights[name] for name, rank in who.items() if rank != ALL}
+            own = {name: found[name] for name in one_has if name in found}
+            found.update(exchange_layers(through, one_has, own, who, storage))
 
     with clock("statistics"):
         stages, why = _stages(through, recipe, weights)
-    for name, gram, tokens in _grams_by_stage(through, recipe, weights, stages, outputs, clock, end_stage):
+    who: dict[str, int] = {}  # solves each layer
+
+    def divide(seen: Observation[GramAccumulator], names: Iterable[str]) -> Mapping[str, int]:
+        among = {name: (weights[name], budgets[through.layer_name(name)]) for name in names}
+        own = who_solves(through.processes, recipe.found_algorithm, among, seen.owner)
+        who.update(own)
+        return own
+
+    for name, gram, tokens in _grams_by_stage(through, recipe, weights, stages, outputs, clock, divide, end_stage):
         full, weight = through.layer_name(name), weights[name]
         budget, stored = budgets[full], storage.of_layer(full)
         with clock("solve"):
             try:
-                answer = solve(
-                    recipe.found_algorithm,
-                    weight.read().to(stored),  # exact: it came in this type
-                    gram,
-                    budget.pattern,
-                    budget.rank,
-                    recipe.parsed_options,
-                    **budget.on_grid,
-                )
+                W = weight.read().to(stored)  # exact: it came in this type
+                answer = _solve(through.processes, recipe, budget, W, gram, together=who[name] == ALL)
+                del W
             except RunError as error:
                 raise RunError(f"{full}: {error}") from error
             found[name] = _record(through.number, weight, budget, answer, tokens)
@@ -124,19 +130,30 @@ def _grams_by_stage(
     stages: Iterable[Stage | None],
     outputs: ActivationStore | None,
     clock: Clock,
+    divide: Callable[[Observation[GramAccumulator], Iterable[str]], Mapping[str, int]],
     end_stage: Callable[[Mapping[str, int]], None],
 ) -> Iterator[tuple[str, Gram, int]]:
     """Yield what ``with_grams`` does, stage by stage: each is observed after the layers before it were replaced.
 
-    ``outputs`` takes those of the first pass, in which the whole block is dense; ``end_stage`` is told who solved what.
+    ``outputs`` takes those of the first pass, in which the whole block is dense; ``divide`` says who solves what, and
+    ``end_stage`` is told.
     """
     for number, stage in enumerate(stages):
         with clock("statistics"):
             seen = collect_statistics(through, GramAccumulator, None if number else outputs, stage)
-        names = weights if stage is None else stage.names
-        who = through.processes.assign({name: _cost(weights[name]) for name in names})
+        who = divide(seen, weights if stage is None else stage.names)
         yield from with_grams(through, seen, recipe, who)
         end_stage(who)
+
+
+def _solve(
+    processes: Processes, recipe: Recipe, budget: Budget, W: Tensor, gram: Gram, *, together: bool
+) -> Decomposition:
+    def some(rows: Tensor) -> Decomposition:
+        options = recipe.parsed_options
+        return solve(recipe.found_algorithm, rows, gram, budget.pattern, budget.rank, options, **budget.on_grid)
+
+    return solve_together(processes, W, some) if together else some(W)
 
 
 def _with_reason(records: list[LayerRecord], why: str) -> list[LayerRecord]:
@@ -147,12 +164,6 @@ def _with_reason(records: list[LayerRecord], why: str) -> list[LayerRecord]:
     return [replace(records[0], warnings=(*records[0].warnings, warning)), *records[1:]]
 
 
-def _cost(weight: CompressibleWeight) -> float:
-    """Return the cost of a solve up to a constant: every iteration multiplies by H, which is also factorised."""
-    out, features = weight.shape
-    return float(features**2 * (out + features))
-
-
 def with_grams(
     through: BlockPass,
     seen: Observation[Sums],
@@ -161,38 +172,43 @@ def with_grams(
 ) -> Iterator[tuple[str, Gram, int]]:
     """Yield each layer of this process, the damped Gram of its input, and the number of tokens in that.
 
-    Layers that share a Gram follow each other. If no token reached a layer, its Gram is the identity. A Gram is removed
-    from ``seen``, and freed after its layers. The widest comes last, when the others have been freed, because its solve
-    needs the most memory.
+    Layers that share a Gram follow each other. If no token reached a layer, its Gram is the identity. Statistics are
+    removed from ``seen``. All of them have gone to the processes that want them before the first Gram is yielded, so
+    that no process waits for another one's solve. The widest Gram comes last, when the others have been freed, because
+    its solve needs the most memory; behind it come those of layers that all processes solve together.
 
     Args:
         through: The block, and the processes that sum their statistics.
         seen: The statistics of one pass, in each process over its part of the text.
         recipe: Says the damping.
-        who: The number of the process that solves each layer. A layer that is not here is not solved.
+        who: The number of the process that solves each layer, or ``ALL``. A layer that is not here is not solved.
     """
     weights, processes = through.weights, through.processes
     names = sorted(seen.statistics, key=lambda name: weights[name].shape[1])
     windows, *counts = map(int, processes.totals([seen.windows, *(seen.statistics[name].tokens for name in names)]))
     tokens = dict(zip(names, counts, strict=True))
-    for owner in names:
+    readers: dict[str, list[str]] = {owner: [] for owner in names}
+    for name in (name for name in weights if name in who and name in seen.owner):
+        readers[seen.owner[name]].append(name)
+    for owner in names:  # of no tokens, every input would count as dead
+        wanting = {who[name] for name in readers[owner]}
+        wanting = {*range(processes.size)} if ALL in wanting else wanting
+        if not tokens[owner] or not processes.reduce_to(seen.statistics[owner].sum, wanting):
+            del seen.statistics[owner]
+    together = {owner for owner in names if any(who[name] == ALL for name in readers[owner])}
+    for owner in sorted((owner for owner in names if owner in seen.statistics), key=lambda owner: owner in together):
         statistic = seen.statistics.pop(owner)
-        readers = [name for name in weights if name in who and seen.owner.get(name) == owner]
-        # of no tokens, every input would count as dead
-        wanted = tokens[owner] and processes.reduce_to(statistic.sum, {who[name] for name in readers})
-        if not wanted:
-            continue
         H = statistic.second_moment(windows)
         sample = statistic.sample.rows  # of this process's part of the text
         del statistic  # of the widest layer, each of these is the largest matrix there is
         gram = Gram.damped(H, absolute=recipe.damping, relative=recipe.relative_damping, sample=sample)
         del H
-        for name in readers:
-            if who[name] == processes.rank:
+        for name in readers[owner]:
+            if who[name] in (processes.rank, ALL):
                 yield name, gram, tokens[owner]
         del gram
     for name, rank in who.items():
-        if rank == processes.rank and not tokens.get(seen.owner.get(name, ""), 0):
+        if rank in (processes.rank, ALL) and not tokens.get(seen.owner.get(name, ""), 0):
             yield name, Gram.identity(weights[name].shape[1], weights[name].device), 0
 
 

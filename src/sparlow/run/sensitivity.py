@@ -121,6 +121,7 @@ def _error_driven(
             ]
             for n, gram, _ in with_grams(through, seen, recipe, who)
         }
+        walk.processes.part()
         errors = {n: curves for own in walk.processes.all_gather(errors) for n, curves in own.items()}
         for n, weight in free.items():
             price = costs[names[n]] = partial(cost, shape=weight.shape, size=sizes[n])

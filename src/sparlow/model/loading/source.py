@@ -30,7 +30,7 @@ from sparlow.model.loading.left_out import companions, left_out
 from sparlow.model.loading.narrowing import narrowed
 from sparlow.model.loading.own import own_use
 from sparlow.model.loading.streaming import CannotStreamError, OnDisk, as_transformers_reads, stored_tensors
-from sparlow.model.loading.weights import InMemory, Untouched, Weights, scan
+from sparlow.model.loading.weights import InMemory, Scan, Untouched, Weights, scan
 from sparlow.schema import meant, unknown
 
 _DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -88,6 +88,7 @@ def open_model(
     trust_remote_code: bool = False,
     revision: str | None = None,
     streamed: bool = False,
+    scanning: Callable[[Callable[[], Scan]], Scan] = lambda scan: scan(),
 ) -> OpenedModel:
     """Open a model from a directory, the hub or a .gguf file; its weights are read from safetensors only.
 
@@ -99,6 +100,7 @@ def open_model(
         revision: Of the hub's repository.
         streamed: Leave the weights on disk, to be read part by part, see ``OpenedModel.on_disk``; where that cannot be,
             the model is opened whole and ``warnings`` says so.
+        scanning: Is given what reads every weight, and returns what that returns; one of several processes is enough.
 
     Raises:
         InputError: Nothing usable is there, or the dtype or the device does not exist.
@@ -117,13 +119,13 @@ def open_model(
     opened = None
     if streamed:
         try:
-            opened = _streamed(name, where, loading, torch.device(device), options)
+            opened = _streamed(name, where, loading, torch.device(device), options, scanning)
         except CannotStreamError as problem:
             warnings = (f"The whole model was held in memory, because {problem}.",)
     if opened is None:
         model: Any = loading()
         model = model.to(device).eval()
-        seen = scan([model.state_dict(keep_vars=True)])
+        seen = scanning(lambda: scan([model.state_dict(keep_vars=True)]))
         opened = OpenedModel(model, find_tokenizer(name, where, **options), name, seen.fingerprint, seen.damaged)
     packed = getattr(opened.model.config, "quantization_config", None) is not None
     lost = [] if packed or Path(name).suffix == ".gguf" else left_out(opened.model, where, revision)
@@ -132,7 +134,12 @@ def open_model(
 
 
 def _streamed(
-    name: str, where: str, loading: Callable[..., PreTrainedModel], device: torch.device, options: dict[str, Any]
+    name: str,
+    where: str,
+    loading: Callable[..., PreTrainedModel],
+    device: torch.device,
+    options: dict[str, Any],
+    scanning: Callable[[Callable[[], Scan]], Scan],
 ) -> OpenedModel:
     with as_input_error(cannot_open(name)):
         config = AutoConfig.from_pretrained(where, **options)
@@ -141,7 +148,7 @@ def _streamed(
     with as_transformers_reads():
         model: Any = loading(device_map="meta")
         parts = OnDisk(model.eval(), stored_tensors(where, options["revision"]), device)
-        seen = scan(parts.states())
+        seen = scanning(lambda: scan(parts.states()))
     return OpenedModel(
         model, find_tokenizer(name, where, **options), name, seen.fingerprint, seen.damaged, on_disk=parts
     )

@@ -14,6 +14,7 @@ from sparlow.model.training.packed_layer import packed, trained_parameters
 from sparlow.model.training.resume_state import TrainingCheckpoint, TrainingState
 from sparlow.model.training.trained_parts import KeptValues, LowRank, OnGrid
 
+BUCKET = 2**26  # bytes of gradients that processes add up at a time
 OF_SCALES = 5.0  # times the rate of S is that of a scale, which is relative to what it was
 
 Loss = Callable[[int, Tensor, Tensor], Tensor]  # number, inputs, targets of a micro-batch → mean over its tokens
@@ -164,14 +165,30 @@ class MicroBatches:
         """Give every process the sum of all gradients; a parameter that none has a gradient of stays without."""
         if self.processes.size == 1:
             return
-        having = [
-            torch.zeros(1, device=p.device) if p.grad is None else torch.ones(1, device=p.device) for p in parameters
-        ]
-        parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        flat = self.processes.all_reduce(torch.cat([part.flatten().float() for part in (*parts, *having)]))
-        *sums, counts = flat.split([*(p.numel() for p in parameters), len(parameters)])
-        for p, summed, count in zip(parameters, sums, counts.tolist(), strict=True):
-            p.grad = summed.view_as(p).to(p.dtype) if count else None
+        having = self.processes.totals([p.grad is not None for p in parameters])
+        for p in (p for p, count in zip(parameters, having, strict=True) if not count):
+            p.grad = None
+        for bucket in _buckets([p for p, count in zip(parameters, having, strict=True) if count]):
+            parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
+            flat = [part.flatten().float() for part in parts]
+            summed = self.processes.all_reduce(flat[0] if len(flat) == 1 else torch.cat(flat))
+            for p, own in zip(bucket, summed.split([p.numel() for p in bucket]), strict=True):
+                p.grad = own.view_as(p).to(p.dtype)
+
+
+def _buckets(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Group parameters whose gradients are sent together, so that small ones are not sent one by one."""
+    group: list[Tensor] = []
+    size = 0
+    for p in parameters:
+        own = p.numel() * torch.float32.itemsize
+        if group and size + own > BUCKET:
+            yield group
+            group, size = [], 0
+        group.append(p)
+        size += own
+    if group:
+        yield group
 
 
 class _Training:

@@ -1,0 +1,66 @@
+"""Memory that runs out in the middle of a run ends it in one sentence, with options that need much less."""
+
+import pytest
+import torch
+
+from families import save_tiny
+from sparlow import compress
+from sparlow.errors import RunError
+from sparlow.model.loading.meta import meta_model
+from sparlow.planning import memory
+from sparlow.planning.feasibility import MUCH_LESS, options_that_help
+from sparlow.planning.microbenchmarks import BOUND
+from sparlow.planning.workload import workload
+from sparlow.recipe.recipe import GIVEN_WINDOWS, Recipe
+from sparlow.recipe.run_options import RunOptions
+from sparlow.run import pipeline
+
+KINDS = {
+    "CPU": RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: 8 bytes."),
+    "CUDA": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    "cuSOLVER": RuntimeError("cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate(handle)`"),
+    "NCCL": RuntimeError("NCCL Error 1: unhandled cuda error. Last error: Cuda failure 2 'out of memory'"),
+}
+RECIPE = Recipe(calibration=GIVEN_WINDOWS, samples=4096, seqlen=16, rank=2)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_but_the_model(monkeypatch):
+    """What libraries hold, whatever the run, would be more than all that a tiny model needs."""
+    monkeypatch.setattr(memory, "LOADED_LATE", 0)
+    monkeypatch.setattr(memory, "LARGEST_HELD", 0)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("memory") / "model"
+    save_tiny("llama", folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_sentence_names_options_that_need_much_less(kind, model, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise KINDS[kind]
+
+    monkeypatch.setattr(pipeline, "solve", full)
+    windows = torch.randint(0, 64, (4096, 16), generator=torch.Generator().manual_seed(0))
+    with pytest.raises(RunError) as stop:
+        compress(model, RECIPE, calibration=windows, out=tmp_path / "out", evaluate=(), offload="cpu", force=True)
+    said = str(stop.value)
+    assert said.startswith("There is too little main memory" if kind == "CPU" else "The accelerator has too little")
+    assert "Much less is needed with --offload disk or --samples " in said
+    assert said.endswith("The same command resumes an unfinished run.")
+
+
+def test_what_is_named_needs_less_by_the_plan(model):
+    options = RunOptions("cpu", "cpu", ())
+    found = options_that_help(model, RECIPE, options, out=model.parent / "out")
+    (samples,) = (int(words.removeprefix("--samples ")) for words in found if words.startswith("--samples "))
+
+    def fullest(recipe):
+        shape = meta_model(model, dtype=recipe.dtype, trust_remote_code=False)
+        work = workload(shape, recipe, options, streamed=True, out=model.parent / "out")
+        return max(stage.cpu for stage in memory.stages(work, BOUND))
+
+    assert fullest(RECIPE.changed(samples=samples)) <= MUCH_LESS * fullest(RECIPE)
