@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from _figures import STYLE
 from _layers import machine, write_json
 from matplotlib import rc_context
 from matplotlib.figure import Figure
@@ -32,7 +33,6 @@ from sparlow.machine import pick_device, versions
 from sparlow.model.artefact.peft_adapter import take_apart, with_lora
 from sparlow.model.loading.source import open_model, upcast_for_cpu
 from sparlow.progress import Progress
-from sparlow.report.figures import STYLE
 from sparlow.text import evaluation_windows, training_windows
 
 OURS, SAME, OTHER = "U V", "fresh, on the same S", "fresh, on a pruned model"

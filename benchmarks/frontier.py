@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _figures import AS_IT_IS, STYLE
 from _layers import machine, write_json
 
 from sparlow.cli.demo import round_layers
@@ -24,7 +25,6 @@ from sparlow.linalg.grid import WHOLE_ROW, make_grid
 from sparlow.linalg.nearest import nearest
 from sparlow.model.forward.decoder import Decoder
 from sparlow.model.loading.source import OpenedModel, open_model
-from sparlow.report.figures import AS_IT_IS, STYLE
 from sparlow.report.records import Report
 
 OURS, DENSE, ROUNDED, OTHERS = "sparlow", "dense", "rounded to nearest", "llama.cpp"

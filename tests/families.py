@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from sparlow.model.forward.compressible import compressible
+from sparlow.model.forward.compressible import ExpertWeight, compressible
 
 VOCABULARY = 128
 WINDOW = 8  # of sliding attention, shorter than the sequences of the tests
@@ -135,8 +135,9 @@ def tiny(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> Pre
 
 
 def linears(block: nn.Module) -> dict[str, nn.Module]:
-    """The modules of a block that can be compressed, by name."""
-    return {name: block.get_submodule(weight.reads) for name, weight in compressible(block).items()}
+    """The modules of a block that can be compressed, by name; experts in one parameter have none before they are."""
+    weights = {name: weight for name, weight in compressible(block).items() if not isinstance(weight, ExpertWeight)}
+    return {name: block.get_submodule(weight.reads) for name, weight in weights.items()}
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

@@ -48,6 +48,7 @@ KEYS = {  # of report.json: design 4b, and which model and which version of the 
     "seconds",
     "peak_memory",
     "layers",
+    "experts",
     "matching",
     "distillation",
     "processes",
@@ -359,7 +360,7 @@ FAMILIES = ("llama", "opt", "gpt_neox", "gemma3_text", "mixtral", "falcon", "blo
 @pytest.mark.parametrize("family", few_of(FAMILIES, "llama", "opt", "mixtral", "bloom"))
 def test_every_family_end_to_end(family, tmp_path):
     model, dense = tiny(family), tiny(family)
-    expected = {name: dense.get_submodule(name) for name, _ in Decoder.of(dense).layers()}
+    expected = dict(Decoder.of(dense).layers())
     report = compress(model, out=tmp_path)
     layers = compressed_layers(model)
     assert (
@@ -375,7 +376,7 @@ def test_every_family_end_to_end(family, tmp_path):
     assert not torch.equal(logits(model), logits(dense))
 
     # every parameter is either in a compressed layer or accounted for
-    linear = sum(p.numel() for m in expected.values() for p in m.parameters())
+    linear = sum(w.read().numel() + (0 if w.bias is None else w.bias.numel()) for w in expected.values())
     kept = sum(row["parameters"] for row in report.not_compressed)
     assert linear + kept == sum(p.numel() for p in dense.parameters())
     assert sum(row.shape[0] * row.shape[1] for row in report.layers) <= linear
@@ -385,19 +386,24 @@ def test_every_family_end_to_end(family, tmp_path):
     assert report.bytes["linears_dense"] == 4 * linear
     assert report.bytes["linears_compressed"] == sum(row.bytes for row in describe(tmp_path))
     assert report.bytes["compressed"] == stored_bytes(tmp_path)
-    assert report.bits_per_weight * sum(m.weight.numel() for m in expected.values()) == pytest.approx(
+    assert report.bits_per_weight * sum(w.read().numel() for w in expected.values()) == pytest.approx(
         8 * report.bytes["linears_compressed"]
     )
 
 
-def test_experts_in_one_tensor_are_reported():
+def test_experts_that_a_recipe_leaves_out_are_reported_and_stay_one_tensor():
     model = tiny("mixtral")
     experts = {name: m for name, m in model.named_modules() if name.endswith(".experts")}
-    rows = {row["name"]: row for row in compress(model, PRUNE).not_compressed}
+    state = {name: p.clone() for name, p in model.named_parameters() if ".experts." in name}
+    ignored = ("experts.gate_up_proj", "experts.down_proj")
+    left_out = Recipe(algorithm="magnitude", pattern="2:4", seqlen=16, ignore=ignored)
+    rows = {row["name"]: row for row in compress(model, left_out).not_compressed}
     assert len(experts) == 3
     for name, module in experts.items():
         assert rows[name]["parameters"] == sum(p.numel() for p in module.parameters())
-        assert "not a plain linear layer" in rows[name]["why"]
+        assert rows[name]["why"] == "experts that were not selected"
+    own = dict(model.named_parameters())
+    assert all(torch.equal(own[name], before) for name, before in state.items())
 
 
 @pytest.mark.parametrize("algorithm", ["magnitude", "wanda"])
@@ -499,6 +505,7 @@ def test_what_is_not_compressed_is_stored_bit_for_bit(make, tmp_path):
     before = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
     name = Decoder.of(before).name
     weights = {f"{name}.{row.block}.{row.name}.weight" for row in report.layers}
+    weights |= {f"{name}.{row['block']}.{row['name']}" for row in report.experts}
     expected, found = before.state_dict(), sparlow.load(tmp_path / "out").state_dict()
     shards = {}
     for path in (tmp_path / "out").glob("*.safetensors"):

@@ -1,13 +1,12 @@
 """What a run says of its texts: their source, what windows begin with, and what a caller may give for them."""
 
-import dataclasses
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from sparlow.report.figures import draw
 from tokenizers.processors import TemplateProcessing
 
 import sparlow
@@ -17,6 +16,7 @@ from samples import few_of
 from sparlow.errors import InputError
 from sparlow.recipe.recipe import Recipe, as_recipe
 from sparlow.recipe.run_options import RunOptions, listed
+from sparlow.report.compare_page import write_comparison
 from sparlow.report.html_page import html
 from sparlow.report.records import Report
 from sparlow.report.summary import summary_rows
@@ -86,8 +86,7 @@ def test_a_figure_on_the_source_of_the_calibration_text_says_so(place, tmp_path,
         assert "comes from the same source as the calibration text" in page
 
 
-def test_a_text_that_is_measured_later_says_so_too(place, tmp_path, monkeypatch):
-    monkeypatch.setattr("sparlow.run.compare.draw", lambda *_: None)  # slow, and not what this is about
+def test_a_text_that_is_measured_later_says_so_too(place, tmp_path):
     recipes, text = {"magnitude": QUICK.changed(calibration=str(place / "text.txt"))}, str(place / "text.txt")
     file = tmp_path / "out" / "magnitude" / "report.json"
     for measured, expected in ((str(place / "other.txt"), []), (text, [text]), (text, [text])):
@@ -122,16 +121,10 @@ def test_dollars_in_the_name_of_a_text_do_not_end_a_comparison(place, tmp_path):
         Path(text).write_text(TEXT)
     recipes = {"magnitude": QUICK.changed(calibration=texts[0])}
     found = compare(place / "model", recipes, out=tmp_path / "out", options=RunOptions(evaluate=texts))
-    drawn = (tmp_path / "out" / "perplexity_against_time.svg").read_text()
-    assert [name for name in names if name not in drawn] == []
-    (row,) = found.rows
-    odd = [
-        dataclasses.replace(row, name=name, layers=[(block, kind, 0.1) for block in range(3) for kind in names])
-        for name in names
-    ]
-    draw(dataclasses.replace(found, rows=odd), tmp_path)
-    drawn = (tmp_path / "relative_error.svg").read_text()
-    assert [name for name in names if name not in drawn] == []
+    odd = [replace(found.rows[0], name=name) for name in names]
+    write_comparison(replace(found, rows=odd), tmp_path)
+    page = (tmp_path / "compare.html").read_text()
+    assert [name for name in names if name not in page] == []
 
 
 # beginning of sequence

@@ -15,6 +15,7 @@ from sparlow.errors import InputError
 from sparlow.exporting._registry import Exported, Writer, form
 from sparlow.exporting.adapter import BASE, sign
 from sparlow.exporting.directory import checkpoint_names, meta_model_of, write_plain
+from sparlow.exporting.experts import require_no_experts
 from sparlow.exporting.integers import Need, exact_integers, group_of, rounded_integers
 from sparlow.exporting.lora import adapt, adapter_bytes, adapter_commands, require_adapter
 from sparlow.exporting.stored import Layer, Stored
@@ -40,6 +41,7 @@ Rounding = Annotated[
 )
 def compressed_tensors(stored: Stored, *, round: Rounding = "no") -> Writer:  # noqa: A002 - as typed
     """S in int4 or int8 in groups of columns, its zeros among the levels, and U V as an adapter beside it."""
+    require_no_experts(stored, meta_model_of(stored), "compressed-tensors")
     bits = {name: _bits(stored, name, round) for name in stored.layers}
     rank = require_adapter(stored) if stored.ranks else 0
     group = _common_group(stored)

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from sparlow.errors import InputError, as_input_error
+from sparlow.exporting.experts import fused
 from sparlow.exporting.stored import Layer, Stored
 from sparlow.files import CONFIG, INDEX, replacing, write_json
 from sparlow.model import _transformers as private
@@ -102,8 +103,8 @@ def checkpoint_names(stored: Stored) -> Names:
     """
     model = meta_model_of(stored)
     if not private.get_model_conversion_mapping(model, add_legacy=False):
-        return lambda state: state
-    return lambda state: private.revert_weight_conversion(model, state)
+        return lambda state: fused(model, state)
+    return lambda state: private.revert_weight_conversion(model, fused(model, state))
 
 
 def meta_model_of(stored: Stored) -> PreTrainedModel:

@@ -7,7 +7,8 @@ from torch import Tensor
 from sparlow.errors import InputError
 from sparlow.exporting._registry import Exported, Writer, form
 from sparlow.exporting.adapter import BASE, common_rank, sign, write_adapter
-from sparlow.exporting.directory import checkpoint_names, write_plain
+from sparlow.exporting.directory import checkpoint_names, meta_model_of, write_plain
+from sparlow.exporting.experts import require_no_experts
 from sparlow.exporting.stored import Layer, Stored
 from sparlow.progress import Notify
 
@@ -20,6 +21,7 @@ from sparlow.progress import Notify
 )
 def lora(stored: Stored) -> Writer:
     """Plain S in base, and U V as an adapter of one rank for all layers, to go on training or to serve."""
+    require_no_experts(stored, meta_model_of(stored), "lora")
     rank, names = require_adapter(stored), checkpoint_names(stored)
     parts: dict[str, tuple[Tensor, Tensor]] = {}
 

@@ -63,7 +63,7 @@ class _Counted:
         ``parameters`` are those that the tokens pass through, where that is not all of the block.
         """
         features = self.work.features
-        used = block.parameters if parameters is None else parameters
+        used = block.passed if parameters is None else parameters
         products = 2 * (used + (block.low_rank if low_rank else 0)) + 2 * seqlen * features
         widest = max((max(layer.shape) for layer in block.layers), default=features)
         moved = PASSES * (features + widest) * self.size
@@ -108,12 +108,26 @@ class _Counted:
         last = last_read([bool(block.compressed) for block in work.blocks], work.by_block)
         for i, block in enumerate(work.blocks):
             seen = block.compressed or work.by_block
-            grams = sum(HALF * 2 * tokens * features**2 for features in block.inputs.values()) if seen else 0
+            grams = self._grams(block) if seen else 0.0
             walked_before = work.recipe.allocate != "uniform"
             total += self._observing(block) * bool(seen) + walked_before * self._pass(block, tokens, seqlen)
             total += (1 + (work.recipe.allocate == "error")) * grams / self.speed.products
             total += self._pass(block, tokens, seqlen, low_rank=True) if i < last else 0.0
         return total
+
+    def _grams(self, block: Block) -> float:
+        """Products that statistics take."""
+        found = 0.0
+        for group in (group for stage in block.stages for group in stage.groups):
+            shares = group.shares
+            found += sum(shares[owner] * features**2 for owner, features in group.inputs.items())
+            found += sum(features**2 for features in group.pools.values())
+        return HALF * 2 * self.work.tokens * found
+
+    def _again(self, block: Block) -> float:
+        """Further passes, where the statistics of experts are more than are in memory at the same time."""
+        further = sum(len(stage.groups) - 1 for stage in block.stages)
+        return further * self._pass(block, self.work.tokens, self.work.recipe.seqlen)
 
     def _observing(self, block: Block) -> float:
         """All passes in which inputs are observed. With one it is the whole block; of several, each ends at its layers.
@@ -122,14 +136,14 @@ class _Counted:
         """
         work, seqlen = self.work, self.work.recipe.seqlen
         if len(block.stages) < 2:  # noqa: PLR2004 - one after the other
-            return self._pass(block, work.tokens, seqlen)
+            return self._pass(block, work.tokens, seqlen) + self._again(block)
         whole = bool(work.by_block and not work.by_block.dense_targets)
         total = self._pass(block, work.tokens if whole else min(work.batch, work.tokens), seqlen)
         passed = 0
         for stage in block.stages[:-1]:
-            passed += sum(layer.parameters + layer.low_rank for layer in stage.layers)
+            passed += round(sum(layer.share * (layer.parameters + layer.low_rank) for layer in stage.layers))
             total += self._pass(block, work.tokens, seqlen, parameters=passed)
-        return total
+        return total + self._again(block)
 
     def _trained(self, block: Block, plan: TrainingPlan) -> float:
         """All epochs of one block, including the loss on held-out windows after each; the head is not counted."""

@@ -19,6 +19,7 @@ from sparlow.model.training.distillation import PIECES
 from sparlow.model.training.loop import BUCKET
 from sparlow.planning.microbenchmarks import FLOAT, Workspace
 from sparlow.planning.workload import Block, Layer, Workload
+from sparlow.planning.workload import Stage as Observed
 from sparlow.recipe.recipe import OWN_TEXT
 
 SUM = 8  # bytes of each number of a Gram matrix while it is added up
@@ -240,19 +241,31 @@ class _Counted:
 
     def _observed(self, block: Block) -> int:
         """Of the pass that needs the most: Grams and inputs, and U and V of layers that were compressed before it."""
-        work, most, before = self.work, 0, 0
-        activations = self._activations(work.batch, block, work.recipe.seqlen)
+        most, before = 0, 0
+        activations = self._activations(self.work.batch, block, self.work.recipe.seqlen)
         for number, stage in enumerate(block.stages):
-            features = stage.inputs.values()
-            grams = SUM * sum(n**2 for n in features)
-            inputs = work.batch * sum(features) * self.size
             formed = self._formed(block) if number else 0
-            widest = FLOAT * max(n**2 for n in features)
-            # the widest is last: its sum and the second moment made of it, then that and the damped one
-            needed = max(grams + inputs + activations + formed, (SUM // FLOAT + 1) * widest)
-            most = max(most, before * self.size + needed)
+            needed = max(self._grams(group, activations + formed) for group in self._together(stage))
+            most = max(most, (before + self._beside(stage)) * self.size + needed)
             before += sum(layer.low_rank for layer in stage.layers)
         return max(most, activations)
+
+    def _together(self, stage: Observed) -> list[Observed]:
+        """Return the layers that are observed in one pass after the other; before an allocation, all are in one."""
+        return [stage] if self.work.recipe.allocate == "error" else stage.groups
+
+    def _beside(self, stage: Observed) -> int:
+        """Entries of S of experts that are there beside all that is dense, whose memory they share until the last."""
+        return stage.experts
+
+    def _grams(self, group: Observed, pass_: int) -> int:
+        """Of the sums, and of the inputs of a micro-batch while they wait for them."""
+        features, shares = group.inputs, group.shares
+        grams = SUM * sum(n**2 for n in (*features.values(), *group.pools.values()))
+        inputs = self.work.batch * sum(shares[owner] * n for owner, n in features.items()) * self.size
+        widest = FLOAT * max(n**2 for n in features.values())
+        # the widest is last: its sum and the second moment made of it, then that and the damped one
+        return max(grams + round(inputs) + pass_, (SUM // FLOAT + 1) * widest)
 
     def _solving(self) -> Stage:
         work = self.work
@@ -263,14 +276,20 @@ class _Counted:
     def _solve(self, block: Block) -> int:
         """Of the layer that needs the most: the Grams that are still waiting, and U and V of those that are done."""
         most, low_rank = 0, 0
-        for stage in block.stages:
-            for owner, features in sorted(stage.inputs.items(), key=lambda item: item[1]):
-                waiting = SUM * sum(n**2 for other, n in stage.inputs.items() if n > features and other != owner)
-                for layer in (one for one in stage.layers if one.owner == owner and one.budget):
+        for stage, group in ((one, group) for one in block.stages for group in one.groups):
+            readers: dict[str, list[Layer]] = {}
+            for layer in group.compressed:
+                readers.setdefault(layer.owner, []).append(layer)
+            left = SUM * sum(n**2 for n in group.inputs.values())
+            for owner, features in sorted(group.inputs.items(), key=lambda item: item[1]):
+                left -= SUM * features**2
+                waiting = left + SUM * sum(n**2 for n in group.pools.values())
+                for layer in readers.get(owner, ()):
                     copied = layer.weights * self.work.stored if self.converted else 0
                     # where several processes divide its rows, an inverse that is found ahead
                     copied += FLOAT * features**2 if self.work.processes > 1 else 0
-                    most = max(most, waiting + low_rank * self.size + copied + self.space.bytes(layer.shape))
+                    there = (low_rank + self._beside(stage)) * self.size + copied
+                    most = max(most, waiting + there + self.space.bytes(layer.shape))
                     low_rank += layer.low_rank
         return most
 
@@ -305,7 +324,10 @@ class _Counted:
     def _saved(self, block: Block, tokens: int) -> int:
         """What a pass of a block leaves for its gradients: inputs of layers, S + U V, and levels that scales need."""
         formed = sum(layer.weights * (1 + bool(layer.budget and layer.budget.grid)) for layer in block.compressed)
-        saved = tokens * sum(sum(layer.shape) for layer in block.layers) + 6 * tokens * self.work.features
+        saved = (
+            round(tokens * sum(layer.share * sum(layer.shape) for layer in block.layers))
+            + 6 * tokens * self.work.features
+        )
         return FLOAT * formed + saved * self.size + self._attention(tokens, self.work.recipe.seqlen)
 
     def _widest(self, blocks: tuple[Block, ...]) -> int:

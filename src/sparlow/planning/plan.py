@@ -235,7 +235,7 @@ def _kinds(work: Workload) -> list[Kind]:
     alike: dict[tuple[Any, ...], list[Layer]] = {}
     for block in work.blocks:
         for layer in block.layers:
-            alike.setdefault((layer.name, layer.shape, layer.budget), []).append(layer)
+            alike.setdefault((layer.shown, layer.shape, layer.budget), []).append(layer)
     return [
         Kind(
             name=name,

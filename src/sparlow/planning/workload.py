@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -16,7 +17,9 @@ from sparlow.model.artefact.dtypes import StoredDtypes
 from sparlow.model.forward.activation_store import place
 from sparlow.model.forward.attention import unfused_heads, windows_at_once
 from sparlow.model.forward.chain_check import carried, require_chain
+from sparlow.model.forward.compressible import CompressibleWeight, ExpertWeight
 from sparlow.model.forward.decoder import Decoder, is_norm, require_own_weights
+from sparlow.model.forward.fused_groups import in_groups
 from sparlow.model.loading.meta import Inputs, inputs_of
 from sparlow.recipe.allocation import Budget, Shape
 from sparlow.recipe.budgets import Selection, select
@@ -24,6 +27,8 @@ from sparlow.recipe.recipe import Recipe
 from sparlow.recipe.run_options import RunOptions
 from sparlow.recipe.training_plan import Training, micro_batch, training_of
 from sparlow.text import expected_windows
+
+CHOSEN = ("num_experts_per_tok", "moe_topk", "moe_top_k", "top_k_experts", "num_selected_experts")  # in configs
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,9 @@ class Layer:
         bias: Whether it has one.
         budget: What it may keep; None if it stays dense.
         stage: Number of the pass in which its input is observed; None if it is not.
+        role: Of an expert in a parameter that holds many: the name of that.
+        share: Of the tokens, that reach it.
+        routed: Whether it reads tokens of the module that calls it, all of which are observed beside.
     """
 
     name: str
@@ -45,6 +53,14 @@ class Layer:
     bias: bool
     budget: Budget | None
     stage: int | None = 0
+    role: str = ""
+    share: float = 1.0
+    routed: bool = False
+
+    @property
+    def shown(self) -> str:
+        """Its name, one for all experts of a role."""
+        return f"{self.role}.*" if self.role else self.name
 
     @property
     def weights(self) -> int:
@@ -97,6 +113,35 @@ class Stage:
         """Features of each distinct input, by its owner."""
         return {layer.owner: layer.shape[1] for layer in self.layers}
 
+    @property
+    def shares(self) -> dict[str, float]:
+        """Which share of the tokens each of them is, by its owner."""
+        return {layer.owner: layer.share for layer in self.layers}
+
+    @property
+    def pools(self) -> dict[str, int]:
+        """Features of the tokens of which experts borrow, by the role of these."""
+        return {layer.role: layer.shape[1] for layer in self.layers if layer.routed}
+
+    @property
+    def groups(self) -> list["Stage"]:
+        """The layers whose Grams are in memory at the same time."""
+        found = in_groups(
+            {layer.name: layer.shape[1] for layer in self.layers}, {layer.role for layer in self.layers if layer.role}
+        )
+        by_name = {layer.name: layer for layer in self.layers}
+        return [Stage(tuple(by_name[name] for name in group)) for group in found]
+
+    @property
+    def compressed(self) -> list[Layer]:
+        """The layers that are compressed."""
+        return [layer for layer in self.layers if layer.budget]
+
+    @property
+    def experts(self) -> int:
+        """Entries of W of all experts."""
+        return sum(layer.weights for layer in self.layers if layer.role)
+
 
 @dataclass(frozen=True)
 class Block:
@@ -111,6 +156,11 @@ class Block:
     layers: tuple[Layer, ...]
     parameters: int
     norms: int
+
+    @property
+    def passed(self) -> int:
+        """Parameters that a token passes through: of experts, those that are chosen for it."""
+        return self.parameters - round(sum(layer.weights * (1 - layer.share) for layer in self.layers))
 
     @property
     def compressed(self) -> list[Layer]:
@@ -364,13 +414,24 @@ def _blocks(model: PreTrainedModel, decoder: Decoder, kept: Mapping[str, Budget]
         own = {name: kept.get(decoder.layer_name(i, name)) for name in read.owners}
         stages = _stages(read, own, recipe)
         layers = (
-            Layer(name, weight.shape, read.owners[name], weight.bias is not None, own[name], stages.get(name))
+            Layer(
+                *(name, weight.shape, read.owners[name], weight.bias is not None, own[name], stages.get(name)),
+                **_of_expert(weight, model.config.get_text_config()),
+            )
             for name, weight in decoder.weights(i).items()
         )
         block = decoder.blocks[i]
         norms = {p for module in block.modules() if is_norm(module) for p in module.parameters(recurse=False)}
         found.append(Block(tuple(layers), *(sum(p.numel() for p in some) for some in (block.parameters(), norms))))
     return tuple(found)
+
+
+def _of_expert(weight: CompressibleWeight, config: Any) -> dict[str, Any]:  # noqa: ANN401 - a foreign config
+    if not isinstance(weight, ExpertWeight):
+        return {}
+    chosen = next((n for name in CHOSEN if type(n := getattr(config, name, None)) is int), weight.layout.experts)
+    share = min(chosen / weight.layout.experts, 1.0)
+    return {"role": weight.fused, "share": share, "routed": weight.layout.routed}
 
 
 def _stages(read: Inputs, kept: Mapping[str, Budget | None], recipe: Recipe) -> dict[str, int]:

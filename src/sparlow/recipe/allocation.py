@@ -123,8 +123,13 @@ class Budget:
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether a layer's full name ends, at a dot, in what ``pattern`` says; it may hold * and ? ."""
-    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"*.{pattern}")
+    """Whether a layer's full name ends, at a dot, in what ``pattern`` says; it may hold * and ? .
+
+    The layers of experts, which have a number at the end, all go by the name without it too.
+    """
+    role, _, number = name.rpartition(".")
+    names = (name, role) if number.isdecimal() else (name,)
+    return any(fnmatch.fnmatchcase(one, asked) for one in names for asked in (pattern, f"*.{pattern}"))
 
 
 @dataclass(frozen=True)

@@ -176,6 +176,7 @@ class Report(Tabular):
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory: dict[str, int] = field(default_factory=dict)
     layers: list[LayerRecord] = field(default_factory=list)
+    experts: list[dict[str, Any]] = field(default_factory=list)
     matching: list[dict[str, Any]] = field(default_factory=list)
     distillation: dict[str, Any] = field(default_factory=dict)
     not_compressed: list[dict[str, Any]] = field(default_factory=list)

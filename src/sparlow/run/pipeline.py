@@ -1,7 +1,7 @@
 """Compress one decoder block: collect statistics, run the algorithm on each linear layer, replace the layers."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -18,8 +18,9 @@ from sparlow.model.forward.activation_store import ActivationStore
 from sparlow.model.forward.block_pass import BlockPass
 from sparlow.model.forward.call_order import observe_dependences
 from sparlow.model.forward.capture import Recording
-from sparlow.model.forward.compressible import CompressibleWeight
+from sparlow.model.forward.compressible import CompressibleWeight, experts_apart, fused_of
 from sparlow.model.forward.decoder import Decoder
+from sparlow.model.forward.fused_groups import in_groups
 from sparlow.model.forward.input_statistics import Observation, Stage, collect_statistics
 from sparlow.progress import Clock
 from sparlow.recipe.allocation import Budget
@@ -28,6 +29,7 @@ from sparlow.report.records import LayerRecord
 from sparlow.report.value_types import MODEL
 from sparlow.run.divided import ALL, solve_together, who_solves
 from sparlow.run.exchange import exchange_layers
+from sparlow.run.experts import Pools, pools_of
 
 Sums = TypeVar("Sums", bound=GramAccumulator)
 
@@ -72,10 +74,14 @@ def compress_block(
         RunError: A solver failed, or the block's numbers are not finite once layers are compressed; the message names
             the layer.
     """
+    experts_apart(through.block, {name for name in through.weights if through.layer_name(name) in budgets})
     weights = {name: weight for name, weight in through.weights.items() if through.layer_name(name) in budgets}
     found: dict[str, LayerRecord] = {}
+    waiting: dict[str, SparseLowRankLinear] = {}  # compressed, while others are still to see the dense block
 
     def end_stage(who: Mapping[str, int]) -> None:
+        for name in list(waiting):
+            weights[name].put(waiting.pop(name))
         if through.processes.size > 1:
             through.processes.part()
             one_has = {name: weights[name] for name, rank in who.items() if rank != ALL}
@@ -92,25 +98,33 @@ def compress_block(
         who.update(own)
         return own
 
-    for name, gram, tokens in _grams_by_stage(through, recipe, weights, stages, outputs, clock, divide, end_stage):
-        full, weight = through.layer_name(name), weights[name]
-        budget, stored = budgets[full], storage.of_layer(full)
+    for seen, alone in _grams_by_stage(through, recipe, weights, stages, outputs, clock, divide, end_stage):
+        name, full = seen.layer, through.layer_name(seen.layer)
+        weight, budget = weights[name], budgets[full]
         with clock("solve"):
             try:
-                W = weight.read().to(stored)  # exact: it came in this type
-                answer = _solve(through.processes, recipe, budget, W, gram, together=who[name] == ALL)
+                W = weight.read().to(storage.of_layer(full))  # exact: it came in this type
+                answer = _solve(through.processes, recipe, budget, W, seen.gram, together=who[name] == ALL)
                 del W
             except RunError as error:
                 raise RunError(f"{full}: {error}") from error
-            found[name] = _record(through.number, weight, budget, answer, tokens)
-            S, U, V = (part.to(weight.dtype) for part in (answer.S, answer.U, answer.V))
-            layer = SparseLowRankLinear(S, U, V, weight.bias)
-            if answer.values or answer.factors:
-                layer.stored = StoredForm(answer.values, answer.factors, stored)
-            weight.put(layer)
-            del answer, S, U, V, gram  # what comes next needs the memory
+            found[name] = _record(through.number, weight, budget, answer, seen.tokens)
+            layer = _layer(weight, answer, storage.of_layer(full))
+            if alone:
+                weight.put(layer)
+            else:
+                waiting[name] = layer
+            del answer, layer, seen  # what comes next needs the memory
         on_layer(found[name])
     return _with_reason([found[name] for name in weights], why)
+
+
+def _layer(weight: CompressibleWeight, answer: Decomposition, stored: torch.dtype) -> SparseLowRankLinear:
+    S, U, V = (part.to(weight.dtype) for part in (answer.S, answer.U, answer.V))
+    layer = SparseLowRankLinear(S, U, V, weight.bias)
+    if answer.values or answer.factors:
+        layer.stored = StoredForm(answer.values, answer.factors, stored)
+    return layer
 
 
 def _stages(
@@ -127,22 +141,34 @@ def _grams_by_stage(
     through: BlockPass,
     recipe: Recipe,
     weights: Mapping[str, CompressibleWeight],
-    stages: Iterable[Stage | None],
+    stages: Sequence[Stage | None],
     outputs: ActivationStore | None,
     clock: Clock,
     divide: Callable[[Observation[GramAccumulator], Iterable[str]], Mapping[str, int]],
     end_stage: Callable[[Mapping[str, int]], None],
-) -> Iterator[tuple[str, Gram, int]]:
+) -> Iterator[tuple["Seen", bool]]:
     """Yield what ``with_grams`` does, stage by stage: each is observed after the layers before it were replaced.
+
+    With each comes whether the layer may be replaced at once. A stage whose statistics would not fit beside each other
+    is observed in several passes, of which all are to see the same block.
 
     ``outputs`` takes those of the first pass, in which the whole block is dense; ``divide`` says who solves what, and
     ``end_stage`` is told.
     """
     for number, stage in enumerate(stages):
-        with clock("statistics"):
-            seen = collect_statistics(through, GramAccumulator, None if number else outputs, stage)
-        who = divide(seen, weights if stage is None else stage.names)
-        yield from with_grams(through, seen, recipe, who)
+        names = [*weights] if stage is None else [*stage.names]
+        groups = in_groups({name: weights[name].shape[1] for name in names}, fused_of(through.block))
+        who: dict[str, int] = {}
+        for i, group in enumerate(groups):
+            some = Stage(tuple(group)) if stage is None else replace(stage, names=tuple(group))
+            pools = pools_of(through.block, group)
+            with clock("statistics"):
+                wanted = None if number or i else outputs
+                seen = collect_statistics(through, GramAccumulator, wanted, replace(some, pools=pools))
+            own = divide(seen, group)
+            who |= own
+            for found in with_grams(through, seen, recipe, own):
+                yield found, len(groups) == 1
         end_stage(who)
 
 
@@ -164,18 +190,34 @@ def _with_reason(records: list[LayerRecord], why: str) -> list[LayerRecord]:
     return [replace(records[0], warnings=(*records[0].warnings, warning)), *records[1:]]
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What the text showed of the input of a layer.
+
+    Attributes:
+        layer: Its name within the block.
+        gram: Of its input, damped.
+        tokens: Number of tokens in that.
+    """
+
+    layer: str
+    gram: Gram
+    tokens: int
+
+
 def with_grams(
     through: BlockPass,
     seen: Observation[Sums],
     recipe: Recipe,
     who: Mapping[str, int],
-) -> Iterator[tuple[str, Gram, int]]:
-    """Yield each layer of this process, the damped Gram of its input, and the number of tokens in that.
+) -> Iterator[Seen]:
+    """Yield each layer of this process with the damped Gram of its input.
 
-    Layers that share a Gram follow each other. If no token reached a layer, its Gram is the identity. Statistics are
-    removed from ``seen``. All of them have gone to the processes that want them before the first Gram is yielded, so
-    that no process waits for another one's solve. The widest Gram comes last, when the others have been freed, because
-    its solve needs the most memory; behind it come those of layers that all processes solve together.
+    Layers that share a Gram follow each other. If no token reached a layer, its Gram is that of the tokens that
+    ``experts.Pools`` has for it, or the identity. Statistics are removed from ``seen``. All of them have gone to the
+    processes that want them before the first Gram is yielded, so that no process waits for another one's solve. The
+    widest Gram comes last, when the others have been freed, because its solve needs the most memory; behind it come
+    those of layers that all processes solve together.
 
     Args:
         through: The block, and the processes that sum their statistics.
@@ -184,16 +226,23 @@ def with_grams(
         who: The number of the process that solves each layer, or ``ALL``. A layer that is not here is not solved.
     """
     weights, processes = through.weights, through.processes
-    names = sorted(seen.statistics, key=lambda name: weights[name].shape[1])
+    pools = Pools(through.block, seen, processes)
+    names = sorted(seen.statistics, key=lambda name: len(seen.statistics[name].sum))
     windows, *counts = map(int, processes.totals([seen.windows, *(seen.statistics[name].tokens for name in names)]))
     tokens = dict(zip(names, counts, strict=True))
+
+    def damped(H: Tensor, sample: Tensor | None = None) -> Gram:
+        return Gram.damped(H, absolute=recipe.damping, relative=recipe.relative_damping, sample=sample)
+
     readers: dict[str, list[str]] = {owner: [] for owner in names}
     for name in (name for name in weights if name in who and name in seen.owner):
         readers[seen.owner[name]].append(name)
     for owner in names:  # of no tokens, every input would count as dead
         wanting = {who[name] for name in readers[owner]}
         wanting = {*range(processes.size)} if ALL in wanting else wanting
-        if not tokens[owner] or not processes.reduce_to(seen.statistics[owner].sum, wanting):
+        if tokens[owner] and processes.reduce_to(seen.statistics[owner].sum, wanting):
+            pools.shrink(owner, seen.statistics[owner].sum, tokens[owner])
+        else:
             del seen.statistics[owner]
     together = {owner for owner in names if any(who[name] == ALL for name in readers[owner])}
     for owner in sorted((owner for owner in names if owner in seen.statistics), key=lambda owner: owner in together):
@@ -201,15 +250,17 @@ def with_grams(
         H = statistic.second_moment(windows)
         sample = statistic.sample.rows  # of this process's part of the text
         del statistic  # of the widest layer, each of these is the largest matrix there is
-        gram = Gram.damped(H, absolute=recipe.damping, relative=recipe.relative_damping, sample=sample)
+        gram = damped(H, sample)
         del H
         for name in readers[owner]:
             if who[name] in (processes.rank, ALL):
-                yield name, gram, tokens[owner]
+                yield Seen(name, gram, tokens[owner])
         del gram
     for name, rank in who.items():
         if rank in (processes.rank, ALL) and not tokens.get(seen.owner.get(name, ""), 0):
-            yield name, Gram.identity(weights[name].shape[1], weights[name].device), 0
+            borrowed, weight = pools.instead(name), weights[name]
+            identity = Gram.identity(weight.shape[1], weight.device)
+            yield Seen(name, identity if borrowed is None else damped(borrowed), 0)
 
 
 def _record(block: int, weight: CompressibleWeight, budget: Budget, found: Decomposition, tokens: int) -> LayerRecord:
@@ -239,7 +290,7 @@ def _record(block: int, weight: CompressibleWeight, budget: Budget, found: Decom
 
 def _warnings(stats: SolveStats, tokens: int) -> Iterator[str]:
     if not tokens:
-        yield "No calibration token reached this layer, so it was compressed without data."
+        yield "No calibration token reached this layer, so it was compressed without data of its own."
     if stats.damping:
         yield f"A factorisation needed {stats.damping:.1g} of extra damping."
     if stats.dead_columns:

@@ -15,7 +15,9 @@ from sparlow.linalg.patterns import Unstructured
 from sparlow.model.artefact.dtypes import StoredDtypes
 from sparlow.model.forward.block_pass import BlockPass
 from sparlow.model.forward.capture import Recording
+from sparlow.model.forward.compressible import compressible, experts_apart
 from sparlow.model.forward.decoder import Decoder
+from sparlow.model.forward.fused_layout import put_together
 from sparlow.model.forward.input_statistics import Kind, Observation, collect_statistics
 from sparlow.recipe.allocation import Budget, Offer, cost, error_driven, offered, owl_densities, require_total
 from sparlow.recipe.recipe import Recipe
@@ -45,8 +47,10 @@ class DenseWalk:
         hidden = self.recording.hidden
         for i, block in enumerate(self.blocks):
             outputs = hidden.fresh()
+            experts_apart(block, compressible(block))
             through = BlockPass(block, self.recording.calls[i], hidden, self.decoder.label(i), i, self.processes)
             yield through, collect_statistics(through, statistic, outputs)
+            put_together(block)
             hidden = outputs
             self.advance(1)
 
@@ -119,7 +123,7 @@ def _error_driven(
                 error_curve(free[n].read().float(), gram, pattern, ranks, budgets[names[n]].grid)
                 for pattern, ranks in asked[n].items()
             ]
-            for n, gram, _ in with_grams(through, seen, recipe, who)
+            for n, gram in ((one.layer, one.gram) for one in with_grams(through, seen, recipe, who))
         }
         walk.processes.part()
         errors = {n: curves for own in walk.processes.all_gather(errors) for n, curves in own.items()}

@@ -18,6 +18,7 @@ from sparlow.errors import InputError
 from sparlow.model.artefact import opening
 from sparlow.model.artefact.layers import compressed_layers, merged
 from sparlow.model.artefact.opening import Dense, InFile, Opening
+from sparlow.model.forward.fused_layout import put_together
 from sparlow.runtime.build import NoKernelError, library
 from sparlow.runtime.which import kernel
 from sparlow.schema import unknown
@@ -75,6 +76,7 @@ class Opened:
             return True
         for name, layer in compressed_layers(model).items():
             _put(model, name, merged(layer))
+        put_together(model)
         return False
 
     def _settled(self, device_map: object) -> str:

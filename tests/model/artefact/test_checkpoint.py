@@ -38,10 +38,10 @@ def compress(model, rank=3):
     """Replace every linear of the blocks by random 2:4 plus random low rank."""
     generator = torch.Generator().manual_seed(0)
     for block in Decoder.of(model).blocks:
-        for name, weight in compressible(block).items():
+        for weight in compressible(block).values():
             W = weight.read()
             U, V = (torch.randn(shape, generator=generator).to(W) / 9 for shape in ((len(W), rank), (rank, W.shape[1])))
-            block.set_submodule(name, SparseLowRankLinear(two_of_four(W), U, V, weight.bias))
+            weight.put(SparseLowRankLinear(two_of_four(W), U, V, weight.bias))
     return model
 
 

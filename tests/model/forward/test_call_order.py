@@ -13,6 +13,7 @@ from sparlow.model.forward.block_pass import BlockPass
 from sparlow.model.forward.call_order import Dependences, observe_dependences
 from sparlow.model.forward.calls import BlockCalls, Call
 from sparlow.model.forward.capture import capture_block_inputs
+from sparlow.model.forward.compressible import experts_apart
 from sparlow.model.forward.decoder import Decoder
 from sparlow.model.forward.input_statistics import Stage, collect_statistics
 from sparlow.model.forward.roles import kept_dense
@@ -22,6 +23,12 @@ ATTENTION = [
     {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"},
     {"self_attn.o_proj"},
 ]
+
+
+def experts(part):
+    return {f"mlp.experts.{part}.{number}" for number in range(4)}
+
+
 FOUND = {
     "llama": [*ATTENTION, {"mlp.gate_proj", "mlp.up_proj"}, {"mlp.down_proj"}],
     "gpt2": [{"attn.c_attn"}, {"attn.c_proj"}, {"mlp.c_fc"}, {"mlp.c_proj"}],
@@ -31,10 +38,10 @@ FOUND = {
     ],
     "qwen2_moe": [
         *ATTENTION,
-        {"mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"},
-        {"mlp.shared_expert.down_proj"},
+        {"mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj", *experts("gate_up_proj")},
+        {"mlp.shared_expert.down_proj", *experts("down_proj")},
     ],
-    "mixtral": ATTENTION,  # its experts are slices of parameters and stay dense
+    "mixtral": [*ATTENTION, experts("gate_up_proj"), experts("down_proj")],
     "deepseek_v3": [
         {"self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"},
         {"self_attn.q_b_proj", "self_attn.kv_b_proj"},
@@ -60,6 +67,7 @@ def test_stages_of_a_family(family):
     recording = capture_block_inputs(model, WINDOWS, micro_batch=2)
     through = BlockPass(decoder.blocks[0], recording.calls[0], recording.hidden, decoder.label(0))
     dense = kept_dense(model, decoder)
+    experts_apart(through.block, through.weights)
     names = [name for name in through.weights if decoder.layer_name(0, name) not in dense]
     stages, why = observe_dependences(through, names).stages(names)
     assert [set(stage.names) for stage in stages] == FOUND[family]

@@ -389,7 +389,7 @@ class TestNotCompressed:
         model = tiny(name)
         compressed = dict(Decoder.of(model).layers())
         rows = not_compressed(model, compressed.keys())
-        inside = sum(p.numel() for m in compressed.values() for p in m.parameters())
+        inside = sum(w.read().numel() + (0 if w.bias is None else w.bias.numel()) for w in compressed.values())
         assert inside + sum(row.parameters for row in rows) == sum(p.numel() for p in model.parameters())
         assert len({row.name for row in rows}) == len(rows)
         assert all(row.parameters > 0 for row in rows)
@@ -410,12 +410,22 @@ class TestNotCompressed:
         assert "lm_head" not in rows
 
     @pytest.mark.parametrize(
-        ("name", "layer", "kind"),
-        [("mixtral", "model.layers.1.mlp.experts", "MixtralExperts")],
+        ("name", "layer", "why"),
+        [
+            ("mixtral", "model.layers.1.mlp.experts", "experts that were not selected"),
+            ("mixtral", "model.layers.1.mlp.gate", "weights of MixtralTopKRouter, not a plain linear layer"),
+        ],
     )
-    def test_reports_weights_that_are_no_linear_layer(self, name, layer, kind):
+    def test_reports_weights_that_are_no_linear_layer(self, name, layer, why):
         rows = {row.name: row for row in not_compressed(tiny(name), [])}
-        assert rows[layer].why == f"weights of {kind}, not a plain linear layer"
+        assert rows[layer].why == why
+
+    def test_counts_the_experts_of_a_parameter_that_are_left(self):
+        model = tiny("mixtral")
+        name = "model.layers.1.mlp.experts"
+        compressed = [f"{name}.down_proj.{number}" for number in range(4)] + [f"{name}.gate_up_proj.2"]
+        rows = {row.name: row for row in not_compressed(model, compressed)}
+        assert rows[name].parameters == model.get_parameter(f"{name}.gate_up_proj").numel() * 3 // 4
 
 
 @pytest.fixture

@@ -35,7 +35,8 @@ class StoredDtypes:
 
     def of_layer(self, name: str) -> torch.dtype:
         """Return the type of the weight of a layer, dense or compressed; its S, U and V are stored in it."""
-        own = (self.exceptions.get(f"{name}.{part}") for part in ("weight", "S"))
+        fused = name.rpartition(".")[0]  # of an expert: the parameter that holds those of all
+        own = (self.exceptions.get(tensor) for tensor in (f"{name}.weight", f"{name}.S", fused))
         return next((dtype for dtype in own if dtype), self.dtype)
 
     def of_tensor(self, name: str) -> torch.dtype:

@@ -42,6 +42,7 @@ from sparlow.model.artefact.schemes import (
 )
 from sparlow.model.artefact.shards import Header, by_layer, check_parts, read_headers
 from sparlow.model.artefact.stored_form import is_flat, unpack_weight
+from sparlow.model.forward.fused_layout import put_together
 
 if TYPE_CHECKING:  # its module imports the list of quantizers, whose import imports this file: see registration.py
     from transformers import PreTrainedModel
@@ -214,6 +215,7 @@ class SparlowQuantizer(private.HfQuantizer):
                 model.set_submodule(name, merged(layer.to(dtype or layer.S.dtype)))
             elif layer is not module:
                 model.set_submodule(name, layer.to(dtype))
+        put_together(model)
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
         if model.config.tie_word_embeddings and head is not None:
             head.weight = embedding.weight

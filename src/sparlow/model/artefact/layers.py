@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from sparlow.errors import InputError
 from sparlow.model.artefact.stored_form import StoredForm, is_flat, take_packed
-from sparlow.model.forward.compressible import CompressibleWeight, compressible, weight_of
+from sparlow.model.forward.compressible import CompressibleWeight, compressible, expert_of, weight_of
 
 if TYPE_CHECKING:  # transformers imports this file while it is on its way in: see registration.py
     from transformers import PreTrainedModel
@@ -158,7 +158,7 @@ def install(root: nn.Module, name: str, rank: int) -> SparseLowRankLinear:
     try:
         weight = weight_of(root, name, root.get_submodule(name))
     except AttributeError:  # as torch says that there is no such module
-        weight = None
+        weight = expert_of(root, name)
     if weight is None:
         raise InputError(f"{name} is compressed, but the model has no linear layer of this name.")
     out, features = weight.shape

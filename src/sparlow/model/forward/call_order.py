@@ -5,7 +5,7 @@ compressed one gives it. Layers of which none is computed from another, such as 
 first layers, are compressed together: they are a stage.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Container, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +19,8 @@ from sparlow.distributed import Processes
 from sparlow.finite import all_finite
 from sparlow.model.forward.arguments import tensors_in
 from sparlow.model.forward.block_pass import BlockPass, run_block
-from sparlow.model.forward.compressible import CompressibleWeight
+from sparlow.model.forward.compressible import CompressibleWeight, fused_of
+from sparlow.model.forward.compressible import called as called_in
 from sparlow.model.forward.input_statistics import Stage, collect_statistics
 
 INPUT = ""  # stands among the names of layers for what enters the block
@@ -64,6 +65,21 @@ class Dependences:
                 del left[name]
         return found or [Stage(())], ""
 
+    def like_others(self, fused: Mapping[str, int]) -> None:
+        """Suppose of experts that were never called what was seen of another one with the same role.
+
+        Args:
+            fused: How many experts have that role, by what their names have in common.
+        """
+        for name, count in fused.items():
+            one = next((number for number in range(count) if f"{name}.{number}" in self.before), None)
+            if one is None:
+                continue
+            found = self.before[f"{name}.{one}"]
+            for number in range(count):
+                alike = {counterpart(other, one, number, fused) for other in found}
+                self.before.setdefault(f"{name}.{number}", alike)
+
     def agreed(self, processes: Processes) -> None:
         """Add what the other processes saw, so that all find the same stages."""
         for told in processes.all_gather({name: sorted(before) for name, before in self.before.items()}):
@@ -71,9 +87,17 @@ class Dependences:
                 self.before.setdefault(name, set()).update(before)
 
 
+def counterpart(name: str, one: int, other: int, fused: Container[str]) -> str:
+    """Return the layer that is to another expert what the layer of this name is to one; itself if it is of none."""
+    role, _, number = name.rpartition(".")
+    return f"{role}.{other}" if role in fused and number == str(one) else name
+
+
 @torch.no_grad()
 def observe_dependences(through: BlockPass, names: Collection[str]) -> Dependences:
     """Run a dense block until each layer has been called, most often on its first micro-batch alone.
+
+    Of experts with one role, it is enough to see one.
 
     Args:
         through: The block and its inputs.
@@ -83,14 +107,22 @@ def observe_dependences(through: BlockPass, names: Collection[str]) -> Dependenc
         InputError: An output is not finite; the message names the first layer concerned.
     """
     found = Dependences()
+    fused = {name: len(weight) for name, weight in fused_of(through.block).items()}
     with dependences_noted([(through.block, through.weights, found)]):
         for i, x in enumerate(through.hidden):
-            if found.before.keys() >= set(names):
+            if all(name in found.before or found.before.keys() & _alike(name, fused) for name in names):
                 break
             if len(x) and not all_finite(run_block(through.block, x, through.call(i))):
                 collect_statistics(through, _Unused)  # which says what is not
     found.agreed(through.processes)
+    found.like_others(fused)
     return found
+
+
+def _alike(name: str, fused: Mapping[str, int]) -> set[str]:
+    """Return the layers of all experts that have the role of a layer; of one that is no expert's, none."""
+    role = name.rpartition(".")[0]
+    return {f"{role}.{number}" for number in range(fused.get(role, 0))}
 
 
 Noted = tuple[nn.Module, Mapping[str, CompressibleWeight], Dependences]
@@ -141,7 +173,7 @@ def _hooks(
         return note
 
     yield block.register_forward_pre_hook(begin, with_kwargs=True)
-    for name, weight in weights.items():
+    for name, weight in called_in(weights).items():
         module = block.get_submodule(weight.reads)
         yield module.register_forward_pre_hook(before(name), with_kwargs=True)
         yield module.register_forward_hook(after(name))

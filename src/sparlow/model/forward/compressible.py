@@ -1,24 +1,25 @@
 """Compressible weights: matrices that multiply an input, wherever a model keeps them.
 
 Everything works on a layer through ``CompressibleWeight``: budgets and plans ask for its name and shape, statistics
-for the module whose input it reads, and the solver for W (out, in). ``put`` then replaces the layer by the result. Two
-forms are recognised, by what they compute and not by their class: a linear layer (x Wᵀ + b), and one that stores Wᵀ, as
-GPT-2's Conv1D does (x W + b). Any other form needs a class of its own, and a line in ``compressible``:
+for the module whose input it reads, and the solver for W (out, in). ``put`` then replaces the layer by the result.
+Three forms are recognised, by what they compute and not by their class: a linear layer (x Wᵀ + b), one that stores Wᵀ,
+as GPT-2's Conv1D does (x W + b), and one expert's slice of a parameter that holds many, see ``fused``. Any other form
+needs a class of its own, and a line in ``compressible``:
 
-* one expert's slice of a 3-D parameter: ``read`` gives the slice, ``reads`` names what the expert's tokens pass through
-  (slices of one expert that read the same input then share its statistics), and ``put`` hands the layer to the module
-  that stands in for the fused one;
 * an embedding or output head: as a linear layer, ``name`` and ``reads`` being those of a module outside of the blocks;
 * a packed or quantised layer: ``read`` unpacks, ``put`` replaces it.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from sparlow.model.forward.fused import FusedWeight, Layout, TransposedLinear
+from sparlow.model.forward.fused_layout import layouts, matrices, take_apart
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -140,10 +141,153 @@ class LinearWeight:
         self.root.set_submodule(self.name, layer.train(self.module.training))
 
 
+@dataclass(frozen=True)
+class ExpertWeight:
+    """The weight of one expert in a parameter that holds those of all.
+
+    Args:
+        root: The block (or model) that the parameter is in.
+        owner: The name in it of the module whose parameter it is.
+        part: The name of the parameter in that.
+        number: Of the expert.
+        layout: How the parameter holds its experts.
+    """
+
+    root: nn.Module
+    owner: str
+    part: str
+    number: int
+    layout: Layout
+
+    @property
+    def fused(self) -> str:
+        """The name of the parameter in the root."""
+        return f"{self.owner}.{self.part}".lstrip(".")
+
+    @property
+    def name(self) -> str:
+        """See ``CompressibleWeight``."""
+        return f"{self.fused}.{self.number}"
+
+    @property
+    def _fused(self) -> nn.Parameter | FusedWeight:
+        """The parameter, or what stands in its place once it was taken apart."""
+        owner = self.root.get_submodule(self.owner)
+        found: nn.Parameter | FusedWeight = getattr(owner, self.part)
+        return found
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """See ``CompressibleWeight``."""
+        return self.layout.shape(self._fused.shape)
+
+    @property
+    def transposed(self) -> bool:
+        """See ``CompressibleWeight``."""
+        return self.layout.transposed
+
+    @property
+    def reads(self) -> str:
+        """See ``CompressibleWeight``; the module is there once the parameter was taken apart."""
+        return self.name
+
+    @property
+    def bias(self) -> Tensor | None:
+        """See ``CompressibleWeight``; where experts have one, it is a parameter of its own and stays as it is."""
+        return None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """See ``CompressibleWeight``."""
+        return self._fused.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """See ``CompressibleWeight``."""
+        return self._fused.device
+
+    @property
+    def nbytes(self) -> int:
+        """See ``CompressibleWeight``."""
+        rows, columns = self.shape
+        return rows * columns * self.dtype.itemsize
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """See ``CompressibleWeight``; until it is taken apart, it is that of all experts."""
+        fused = self._fused
+        if isinstance(fused, FusedWeight):
+            yield from fused.layer(self.number).parameters()
+        else:
+            yield fused
+
+    def read(self) -> Tensor:
+        """See ``CompressibleWeight``."""
+        fused = self._fused
+        if isinstance(fused, FusedWeight):
+            return self.as_stored(fused.stored(self.number).detach())
+        return self.as_stored(matrices(fused, self.layout)[self.number])
+
+    def as_stored(self, W: Tensor) -> Tensor:
+        """See ``CompressibleWeight``."""
+        return W.T if self.transposed else W
+
+    def put(self, layer: nn.Module) -> None:
+        """See ``CompressibleWeight``."""
+        take_apart(self.root, self.owner, {self.part: self.layout})
+        self.root.set_submodule(self.name, layer.train(self.root.training))
+
+
 def compressible(block: nn.Module) -> dict[str, CompressibleWeight]:
     """Return the compressible weights of a block or a model by name, in module order."""
-    found = {name: weight_of(block, name, module) for name, module in block.named_modules()}
-    return {name: weight for name, weight in found.items() if weight is not None}
+    found: dict[str, CompressibleWeight] = {}
+    for name, module in block.named_modules():
+        weight = weight_of(block, name, module)
+        if weight is not None:
+            found[name] = weight
+        for part, layout in layouts(block, name, module).items():
+            experts = (ExpertWeight(block, name, part, number, layout) for number in range(layout.experts))
+            found |= {expert.name: expert for expert in experts}
+    return found
+
+
+def experts_apart(block: nn.Module, names: Container[str]) -> None:
+    """Take apart the parameters of a block that hold experts, those of which an expert is among ``names``.
+
+    Names stay what they were, and what each module computes.
+    """
+    for name, module in list(block.named_modules()):
+        found = layouts(block, name, module)
+        prefix = f"{name}." if name else ""
+        wanted = {
+            part: layout
+            for part, layout in found.items()
+            if any(f"{prefix}{part}.{number}" in names for number in range(layout.experts))
+        }
+        if wanted:
+            take_apart(block, name, wanted)
+
+
+def called(weights: Mapping[str, CompressibleWeight]) -> dict[str, CompressibleWeight]:
+    """Return those that a module is called for: all but experts in parameters that were not taken apart."""
+    return {name: weight for name, weight in weights.items() if not isinstance(weight, ExpertWeight)}
+
+
+def fused_of(block: nn.Module) -> dict[str, FusedWeight]:
+    """Return the fused weights of a block that were taken apart, by name."""
+    return {name: module for name, module in block.named_modules() if isinstance(module, FusedWeight)}
+
+
+def expert_of(root: nn.Module, name: str) -> ExpertWeight | None:
+    """Return the weight of an expert by its name, if it is in a parameter that holds many; else None."""
+    fused, _, number = name.rpartition(".")
+    owner, _, part = fused.rpartition(".")
+    try:
+        found = layouts(root, owner, root.get_submodule(owner)).get(part)
+    except AttributeError:  # as torch says that there is no such module
+        return None
+    if found is None or not number.isdecimal() or int(number) >= found.experts:
+        return None
+    return ExpertWeight(root, owner, part, int(number), found)
 
 
 def weight_of(root: nn.Module, name: str, module: nn.Module) -> CompressibleWeight | None:
@@ -156,6 +300,8 @@ def weight_of(root: nn.Module, name: str, module: nn.Module) -> CompressibleWeig
             type(module).forward is nn.Linear.forward or _computes(module, transposed=False)
         )
         return LinearWeight(root, name, module) if plain else None
+    if type(module) is TransposedLinear:
+        return LinearWeight(root, name, module, transposed=True)
     alone = module._parameters.keys() <= {"weight", "bias"} and not module._modules and not module._buffers  # noqa: SLF001
     return LinearWeight(root, name, module, transposed=True) if alone and _computes(module, transposed=True) else None
 

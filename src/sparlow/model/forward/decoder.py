@@ -12,7 +12,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sparlow.errors import InputError
-from sparlow.model.forward.compressible import CompressibleWeight, compressible, weight_of
+from sparlow.model.forward.compressible import CompressibleWeight, compressible, expert_of, weight_of
+from sparlow.model.forward.fused_layout import layouts
 
 NO_REASONS: Mapping[str, str] = {}
 
@@ -123,16 +124,31 @@ def not_compressed(
         reasons: Why a layer stays dense, where more is known of it than what it is.
         trained_in: The decoder whose blocks were trained; their norms are marked.
     """
-    seen = {p for name in compressed for p in model.get_submodule(name).parameters()}
+    seen, experts = _parameters_of(model, compressed)
     rows = []
     for name, module in model.named_modules():
         own = set(module.parameters(recurse=False)) - seen
         if own:
             seen |= own
-            why = reasons.get(name) or _why(model, module, own)
+            why = reasons.get(name) or _why(model, name, module, own)
             trained = trained_in is not None and trained_in.holds(name) and is_norm(module)
-            rows.append(Skipped(name or "(the model itself)", sum(p.numel() for p in own), why, trained))
+            count = sum(p.numel() - experts.get(p, 0) for p in own)
+            rows.append(Skipped(name or "(the model itself)", count, why, trained))
     return rows
+
+
+def _parameters_of(model: PreTrainedModel, names: Collection[str]) -> tuple[set[nn.Parameter], dict[nn.Parameter, int]]:
+    """Return the parameters of layers, and of those that hold further experts how many entries belong to the layers."""
+    whole: set[nn.Parameter] = set()
+    parts: dict[nn.Parameter, int] = {}
+    modules = dict(model.named_modules())
+    for name in names:
+        if name in modules:
+            whole |= set(modules[name].parameters())
+        elif expert := expert_of(model, name):
+            (parameter,) = expert.parameters()
+            parts[parameter] = parts.get(parameter, 0) + parameter.numel() // expert.layout.experts
+    return whole | {p for p, count in parts.items() if count == p.numel()}, parts
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -153,7 +169,7 @@ def output_head(model: PreTrainedModel) -> nn.Module | None:
     return head
 
 
-def _why(model: PreTrainedModel, module: nn.Module, own: Collection[nn.Parameter]) -> str:
+def _why(model: PreTrainedModel, name: str, module: nn.Module, own: Collection[nn.Parameter]) -> str:
     head = output_head(model)
     if module is head:
         return "output head"
@@ -161,6 +177,8 @@ def _why(model: PreTrainedModel, module: nn.Module, own: Collection[nn.Parameter
         return "embedding and output head, tied" if head is not None and head.weight in own else "embedding"
     if weight_of(model, "", module) is not None:
         return "linear layer that was not selected"
+    if any(module.get_parameter(part) in own for part in layouts(model, name, module)):
+        return "experts that were not selected"
     if is_norm(module):
         return "norm or bias"
     kind = "vectors" if all(p.ndim <= 1 for p in own) else "weights"

@@ -13,7 +13,7 @@ from sparlow.errors import InputError, RunError
 from sparlow.finite import all_finite
 from sparlow.model.forward.activation_store import ActivationStore
 from sparlow.model.forward.block_pass import BlockPass, run_block
-from sparlow.model.forward.compressible import CompressibleWeight
+from sparlow.model.forward.compressible import CompressibleWeight, called
 
 
 class Statistic(Protocol):
@@ -50,11 +50,43 @@ class Stage:
         names: Of the layers.
         called_once: No forward calls one of them twice, and so nothing is left to see once all have been called.
         behind_others: Layers in front of them have been compressed.
+        pools: Modules whose input is observed too: all tokens of which each expert is given some.
     """
 
     names: tuple[str, ...]
     called_once: bool = False
     behind_others: bool = False
+    pools: tuple["Pool", ...] = ()
+
+
+@dataclass(frozen=True)
+class Pool:
+    """All tokens that enter a module that calls experts, observed as the input of a layer is.
+
+    Attributes:
+        reads: The name of the module in the block.
+        features: Of its input.
+    """
+
+    reads: str
+    features: int
+
+    @property
+    def name(self) -> str:
+        """What its statistic is called."""
+        return f"{self.reads} (all tokens)"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """As of a layer without outputs."""
+        return 0, self.features
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Of the layer: none."""
+        return iter(())
+
+
+_Observed = CompressibleWeight | Pool
 
 
 class _AllSeen(Exception):  # noqa: N818 - no error, but the only way out of a foreign forward
@@ -79,15 +111,17 @@ def collect_statistics(
             them summed over its own windows only.
         new_statistic: Makes an empty statistic from the width ``in`` of inputs (..., in) and their device.
         outputs: Where to put the outputs. If left out, they are not kept.
-        stage: Says which layers are observed; all if left out.
+        stage: Says which layers are observed; if left out, all but experts in parameters that were not taken apart.
 
     Raises:
         InputError: An output is not finite; the message names the first layer concerned.
         RunError: An input is not finite behind layers that have been compressed.
     """
     seen: Observation[Kind] = Observation({}, {})
-    stage = stage or Stage(tuple(through.weights))
-    weights = {name: weight for name, weight in through.weights.items() if name in stage.names}
+    stage = stage or Stage(tuple(called(through.weights)))
+    names = set(stage.names)
+    weights: dict[str, _Observed] = {name: weight for name, weight in through.weights.items() if name in names}
+    weights |= {pool.name: pool for pool in stage.pools}
     windows, enough = 0, stage.called_once and outputs is None
     for i, x in enumerate(through.hidden):
         if not len(x):
@@ -113,7 +147,7 @@ def collect_statistics(
 
 @contextmanager
 def _inputs_noted(
-    through: BlockPass, weights: Mapping[str, CompressibleWeight], *, enough: bool
+    through: BlockPass, weights: Mapping[str, _Observed], *, enough: bool
 ) -> Iterator[dict[str, list[Tensor]]]:
     """Collect the inputs of each weight, in the order of the calls. They are kept alive, so that ids stay distinct.
 
@@ -168,7 +202,7 @@ def _add(
 
 
 def _agreed(
-    weights: Mapping[str, CompressibleWeight],
+    weights: Mapping[str, _Observed],
     seen: Observation[Kind],
     new_statistic: Callable[[int, torch.device], Kind],
     through: BlockPass,
@@ -196,7 +230,7 @@ def _agreed(
 
 
 def _not_finite(
-    label: str, weights: Mapping[str, CompressibleWeight], inputs: Mapping[str, list[Tensor]], stage: Stage
+    label: str, weights: Mapping[str, _Observed], inputs: Mapping[str, list[Tensor]], stage: Stage
 ) -> InputError | RunError:
     """Return the error that names the first thing that is not finite, in the order of the calls."""
     what = next(_wrong(weights, inputs), "the output")
@@ -208,7 +242,7 @@ def _not_finite(
     return InputError(f"{label}: {what} is not finite (NaN or inf). Use --dtype float32, or check the model's weights.")
 
 
-def _wrong(weights: Mapping[str, CompressibleWeight], inputs: Mapping[str, list[Tensor]]) -> Iterator[str]:
+def _wrong(weights: Mapping[str, _Observed], inputs: Mapping[str, list[Tensor]]) -> Iterator[str]:
     for name, tensors in inputs.items():
         if not all(all_finite(x) for x in tensors):
             yield f"the input of {name}"

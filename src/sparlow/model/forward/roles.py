@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparlow.model.forward.calls import Given
-from sparlow.model.forward.compressible import compressible
+from sparlow.model.forward.compressible import ExpertWeight, called, compressible, weight_of
 from sparlow.model.forward.decoder import Decoder
 from sparlow.model.forward.stand_ins import run_with_stand_ins
 from sparlow.model.forward.weightless import TensorWatch, without_weights
@@ -40,6 +40,8 @@ def kept_dense(model: PreTrainedModel, decoder: Decoder) -> dict[str, str]:
             outputs, features = weight.shape
             if outputs < FEW:
                 found[decoder.layer_name(i, name)] = f"linear layer with fewer than {FEW} outputs ({outputs})"
+            elif isinstance(weight, ExpertWeight):
+                continue  # it is called, see fused_layout
             elif {(outputs, features), (outputs, None)} & experts:
                 found[decoder.layer_name(i, name)] = f"linear layer with an output for each of {outputs} experts"
             elif name in read:
@@ -63,7 +65,7 @@ def _experts(block: nn.Module) -> Iterator[tuple[int, int | None]]:
             continue
         own = dict(module.named_parameters(recurse=False))
         numbers = {value for value in vars(module).values() if type(value) is int and value > 1}
-        fused = compressible(module).get("") is None
+        fused = weight_of(module, "", module) is None
         for p in own.values():
             if p.ndim == 3 and min(p.shape[1:]) > 1:  # noqa: PLR2004 - (experts, …, …)
                 yield from ((p.shape[0], features) for features in p.shape[1:])
@@ -88,7 +90,7 @@ def _read_elsewhere(model: PreTrainedModel) -> set[str]:
     with ExitStack() as stack:
         stack.enter_context(watch)
         for block in decoder.blocks:
-            for name, weight in compressible(block).items():
+            for name, weight in called(compressible(block)).items():
                 for hook in watch.hooks(name, block.get_submodule(weight.reads), list(weight.parameters())):
                     stack.callback(hook.remove)
         ways = itertools.product((_itself, _in_tuple), ({"attention_mask": mask}, {}))

@@ -2,17 +2,19 @@
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import PreTrainedModel
 
 from sparlow.model.forward.arguments import tensors_in
 
+if TYPE_CHECKING:  # transformers imports this file while it is on its way in: see registration.py
+    from transformers import PreTrainedModel
 
-def without_weights(model: PreTrainedModel) -> PreTrainedModel:
+
+def without_weights(model: "PreTrainedModel") -> "PreTrainedModel":
     """Return a copy on the meta device; nothing of the model's own is copied but its structure.
 
     What its code changes in itself while it runs without values, such as a table that it moves to the device of the

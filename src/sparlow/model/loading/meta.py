@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from sparlow.errors import InputError, as_input_error
-from sparlow.model.forward.call_order import Dependences, dependences_noted
+from sparlow.model.forward.call_order import Dependences, counterpart, dependences_noted
 from sparlow.model.forward.causality import require_decoder_only
-from sparlow.model.forward.compressible import CompressibleWeight, compressible
+from sparlow.model.forward.compressible import CompressibleWeight, compressible, fused_of
 from sparlow.model.forward.decoder import Decoder
+from sparlow.model.forward.fused_twin import show_one_expert
 from sparlow.model.forward.weightless import without_weights
 from sparlow.model.loading.source import cannot_open, parse_dtype, require_no_kernel, resolve_model_path
 
@@ -91,6 +92,8 @@ def inputs_of(model: PreTrainedModel) -> list[Inputs]:
     """
     twin = without_weights(model)
     blocks = Decoder.of(twin).blocks
+    for block in blocks:
+        show_one_expert(block)
     seen: list[dict[str, Tensor]] = [{} for _ in blocks]
     found = [Dependences() for _ in blocks]
     ids = torch.zeros(1, TOKENS, dtype=torch.int64, device="meta")
@@ -100,11 +103,16 @@ def inputs_of(model: PreTrainedModel) -> list[Inputs]:
             stack.callback(hook.remove)
         _ = any(_runs(twin, ids, given) for given in _ways())
     # where it stopped half-way, as at experts that choose by values, the first block stands for the others
-    rows = zip(layers, (inputs or seen[0] for inputs in seen), found, strict=True)
-    return [Inputs(_owners(own, inputs), _completed(own, of if of.before else found[0])) for own, inputs, of in rows]
+    rows = zip(layers, (inputs or seen[0] for inputs in seen), found, blocks, strict=True)
+    return [
+        Inputs(_owners(own, inputs, fused), _completed(own, of if of.before else found[0], fused))
+        for own, inputs, of, block in rows
+        for fused in ({name: len(weight) for name, weight in fused_of(block).items()},)
+    ]
 
 
-def _completed(layers: Mapping[str, CompressibleWeight], found: Dependences) -> Dependences:
+def _completed(layers: Mapping[str, CompressibleWeight], found: Dependences, fused: Mapping[str, int]) -> Dependences:
+    found.like_others(fused)
     unseen = layers.keys() - found.before.keys()
     return Dependences({**found.before, **{name: set(found.before) for name in unseen}}, found.repeated)
 
@@ -143,7 +151,13 @@ def _runs(model: PreTrainedModel, ids: Tensor, options: Mapping[str, Tensor]) ->
     return True
 
 
-def _owners(layers: Mapping[str, CompressibleWeight], inputs: Mapping[str, Tensor]) -> dict[str, str]:
+def _owners(
+    layers: Mapping[str, CompressibleWeight], inputs: Mapping[str, Tensor], fused: Mapping[str, int]
+) -> dict[str, str]:
     first: dict[int, str] = {}
     read = {name: first.setdefault(id(x), name) for name, x in inputs.items() if name in layers}
+    for role, count in fused.items():  # what one expert showed is true of all
+        owner = read.get(f"{role}.0")
+        if owner and owner.rpartition(".")[0] in fused:
+            read |= {f"{role}.{number}": counterpart(owner, 0, number, fused) for number in range(count)}
     return {name: read.get(name, name) for name in layers}

@@ -1,7 +1,7 @@
 """A compressed block while it is trained: of S only the kept entries are parameters, so zeros stay zero.
 
 Trained are the compressed layers (S on its support, U, V, bias) and the norms. All else that a block holds stays as it
-is, to the bit: layers that were left dense, routers, fused experts, convolutions, and vectors of another meaning than a
+is, to the bit: layers that were left dense, routers, convolutions, and vectors of another meaning than a
 norm's, such as the decays of a state space. A few windows are too little to train what the report calls unchanged, and
 routers least of all.
 """
