@@ -95,6 +95,16 @@ def test_a_screen_keeps_to_its_width_and_lists_what_ended(width, clock):
     assert "hassle-free-sparsegpt:denseperplexity:0:00" in "".join(screen.getvalue().split())
 
 
+def test_the_first_seconds_are_not_blank(clock):
+    screen = io.StringIO()
+    shown = Screen(Console(file=screen, force_terminal=True, width=80, color_system=None))
+    with shown.on():
+        clock[0] += 9
+        (line,) = shown.shown().renderables
+        assert str(line) == "starting 0:09"
+    assert "starting" in screen.getvalue()
+
+
 def test_names_of_strangers_cannot_move_the_cursor():
     screen = io.StringIO()
     shown = Screen(Console(file=screen, force_terminal=True, width=80, color_system=None))

@@ -153,7 +153,8 @@ class Screen:
         from rich.live import Live
 
         self._console, self._watch = console, Watch()
-        self._live = Live(console=console, auto_refresh=False, transient=True, get_renderable=self.shown)
+        self._begun = time.monotonic()
+        self._live = Live(console=console, refresh_per_second=2, transient=True, get_renderable=self.shown)
 
     def __call__(self, step: Progress) -> None:
         """Take a step."""
@@ -186,8 +187,8 @@ class Screen:
         from rich.text import Text
 
         stage = self._watch.stage
-        if stage is None:
-            return Group()
+        if stage is None:  # libraries are imported, the model is opened, text is read
+            return Group(Text(f"starting {clock(time.monotonic() - self._begun)}"))
         width = BAR if self._console.width >= NARROW else 0
         full = round(width * stage.done / max(stage.total, 1))
         left = "" if stage.left is None else f", {clock(stage.left)} left"
