@@ -87,6 +87,7 @@ def test_compress_writes_a_result_and_says_so(command, capsys, tmp_path):
         "dense perplexity: 4 of 4",  # three blocks, and what comes after them
         *(f"blocks: {i} of 3" for i in (1, 2, 3)),
         "compressed perplexity: 4 of 4",
+        "prompts: 2 of 2",
     ]
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     for which in ("dense", "compressed"):

@@ -13,8 +13,8 @@ from sparlow.cli import display
 from sparlow.cli.app import app, command
 from sparlow.cli.app import run as main
 from sparlow.cli.comparing import Foretold, ReportsOnly, Seeds, Sweep, TasksOfAll, names_of, tell_cost
-from sparlow.cli.measuring import HtmlFile, require_folder, write_page
 from sparlow.cli.options import EvaluateOptions, Given, Without, WriteOptions, parse_named_pairs, parse_pairs, split
+from sparlow.cli.pages import Figures, HtmlFile, require_places, write_figures, write_page
 from sparlow.cli.parameters import (
     Adapter,
     Algorithms,
@@ -58,15 +58,20 @@ def _require_folder(file: Path | None) -> None:
 
 
 @command
-def compress(model: Model, out: Out, given: Given, run: RunOptions, write: WriteOptions) -> None:
+def compress(
+    model: Model, out: Out, given: Given, run: RunOptions, write: WriteOptions, figures: Figures = None
+) -> None:
     """Compress MODEL into the directory --out, with its perplexity beside the dense one."""
+    from sparlow.report.charts import charts_of_run
     from sparlow.run.compress import compress as run_compression
 
+    require_places(figures=figures)
     recipe = given.recipe()
     with resumable(), display.progress() as notify:
         report = run_compression(model, recipe, out=out, **values_of(run), **values_of(write), notify=notify)
     display.show_report(report)
     _written(out, f"open {out / 'report.html'}")
+    write_figures(charts_of_run(report), figures)
 
 
 @command
@@ -105,13 +110,16 @@ def compare(
     tasks: TasksOfAll = None,
     reports_only: ReportsOnly = False,
     timed: Foretold = True,
+    figures: Figures = None,
 ) -> None:
     """Compress MODEL with several algorithms on the same text. Writes a page, tables and figures to --out."""
+    from sparlow.report.compare_page import charts
     from sparlow.run.cases import parse_sweep, recipes_for
     from sparlow.run.compare import compare as run_comparison
 
     if match is not None:
         given = replace(given, changes={**given.changes, "match": match != "no"})
+    require_places(figures=figures)
     varied = parse_sweep(sweep or (), split(seeds or ()))
     recipes = recipes_for(given.recipe(), names_of(algorithms), parse_named_pairs(option or []), match, varied)
     if timed:
@@ -130,6 +138,7 @@ def compare(
         )
     display.show_comparison(found)
     _written(out, f"open {out / 'compare.html'}")
+    write_figures(charts(found), figures)
     if found.failed:
         raise RunError("; ".join(f"{name}: {why}" for name, why in found.failed.items()))
 
@@ -169,10 +178,13 @@ def finetune(
     run: Annotated[RunOptions, Without(("offload", "evaluate_seqlen"))],
     peft: Adapter = None,
     overwrite: Overwrite = False,
+    figures: Figures = None,
 ) -> None:
     """Train the low-rank part of DIRECTORY by LoRA with the sparse part frozen. The result has the same form."""
     from sparlow.finetuning.finetune import finetune as run_finetuning
+    from sparlow.report.charts import charts_of_run
 
+    require_places(figures=figures)
     with resumable("checkpoint"), display.progress() as notify:
         report = run_finetuning(
             directory,
@@ -188,6 +200,7 @@ def finetune(
         )
     display.show_finetuning(report)
     _written(out, f"open {out / 'report.html'}")
+    write_figures(charts_of_run(report), figures)
     if peft:
         display.out.print(f"the adapter lies in {peft}, its base in {peft / 'base'}", markup=False, highlight=False)
 
@@ -247,18 +260,24 @@ def export(
 
 @command
 def benchmark(
-    models: Models, options: BenchmarkOptions, json_file: JsonFile = None, html_file: HtmlFile = None
+    models: Models,
+    options: BenchmarkOptions,
+    json_file: JsonFile = None,
+    html_file: HtmlFile = None,
+    figures: Figures = None,
 ) -> None:
     """Measure how fast MODELS run on the CPU, compressed or not, in turns; what they compute is checked."""
     from sparlow.files import write_json
+    from sparlow.report.benchmark_page import charts
     from sparlow.runtime.benchmark import benchmark as measure
 
     _require_folder(json_file)
-    require_folder(html_file)
+    require_places(html_file, figures)
     with display.progress() as notify:
         found = measure(models, options, notify)
     display.show_benchmark(found)
     write_page(found.to_dict(), html_file)
+    write_figures(charts(found.to_dict()), figures)
     if json_file:
         write_json(json_file, found.to_dict(), indent=2)
     wrong = [row for row in found.rows if not row.same_output]
