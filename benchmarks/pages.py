@@ -184,6 +184,9 @@ def main() -> None:
     program = browser()
     if program is None:
         sys.exit(f"There is no browser. Install one of {', '.join(NAMES)}.")
+    missing = [page for page in given.pages if not page.is_file()]
+    if missing:
+        sys.exit(f"There is no page {missing[0]}.")
     wrong = 0
     for page, width, scheme, seen in look_at(program, given.pages):
         print(f"{page}, {width} pixels, {scheme}: {'; '.join(seen.problems) or 'good'}", flush=True)

@@ -85,11 +85,11 @@ def test_compress_writes_a_result_and_says_so(command, capsys, tmp_path):
     shown = capsys.readouterr()
     steps = [re.sub(r" \(\d+:\d\d", " (0:00", line) for line in shown.err.splitlines()]
     assert steps[0] == "dense perplexity: 4 of 4 (0:00)"  # three blocks, and what comes after them
-    assert steps[-1] == "compressed perplexity: 4 of 4 (0:00)"
-    for i, line in enumerate(steps[1:-1], start=1):
+    assert steps[-2:] == ["compressed perplexity: 4 of 4 (0:00)", "prompts: 2 of 2 (0:00)"]
+    for i, line in enumerate(steps[1:-2], start=1):
         left = "" if i == 3 else r", 0:\d\d left"
         assert re.fullmatch(rf"blocks: {i} of 3 \(0:00, mean relative error 0\.\d{{5}}{left}\)", line), line
-    assert len(steps) == 5
+    assert len(steps) == 6
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     for which in ("dense", "compressed"):
         (value,) = report[which]["perplexity"].values()

@@ -45,7 +45,7 @@ def test_an_arrow_leads_to_the_matched_one():
 @pytest.mark.parametrize("values", [[], [float("inf")], [float("inf"), 20.0], [20.0, 20.0], [1e-9, 1e300]])
 def test_odd_values_are_drawn_or_left_out(values):
     drawn = scatter([Mark(str(i), i, 1.0 + i, y) for i, y in enumerate(values)], "s", None, "said", log_x=True)
-    assert drawn.count("<circle") == sum(value < float("inf") for value in values)
+    assert drawn.count("<circle") == sum(value < 1e15 for value in values)
     assert not re.search(r"nan|inf", drawn.replace("info", ""))
 
 

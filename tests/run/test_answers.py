@@ -95,3 +95,13 @@ class _Opened:
 
     def can_generate(self):
         return self.writes
+
+
+def test_a_model_that_reads_few_tokens_writes_as_many_as_it_can(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(answers, "_context", lambda _: 40)
+    monkeypatch.setattr(answers, "TOKENS", 100)
+    rows = compressed(place, tmp_path / "out").answers["rows"]
+    assert all(len(row["dense"]) <= 40 for row in rows)
+    monkeypatch.setattr(answers, "_context", lambda _: 3)
+    why = compressed(place, tmp_path / "other").answers["why"]
+    assert why == "No prompts were answered, because the model failed: It reads fewer tokens than the prompts have."

@@ -13,7 +13,6 @@ from sparlow.cli import display, listing, results
 from sparlow.cli.app import app, command
 from sparlow.cli.app import run as main
 from sparlow.cli.comparing import Foretold, ReportsOnly, Seeds, Sweep, TasksOfAll, tell_cost
-from sparlow.cli.measuring import HtmlFile, require_folder, write_page
 from sparlow.cli.options import (
     EvaluateOptions,
     Given,
@@ -24,6 +23,7 @@ from sparlow.cli.options import (
     parse_pairs,
     split,
 )
+from sparlow.cli.pages import Figures, HtmlFile, require_places, write_figures, write_page
 from sparlow.cli.parameters import (
     Adapter,
     Algorithms,
@@ -71,13 +71,16 @@ def compress(
     run: RunOptions,
     write: WriteOptions,
     require: Required = None,
+    figures: Figures = None,
     json_file: JsonFile = None,
 ) -> None:
     """Compress MODEL into the directory --out, with its perplexity beside the dense one."""
     from sparlow.cli.compressing import require_of_report, tell_cost
+    from sparlow.report.charts import charts_of_run
     from sparlow.run.compress import compress as run_compression
 
     results.prepare(json_file)
+    require_places(figures=figures)
     recipe = given.recipe()
     required = parse_requirements(require or (), measures_text=bool(run.evaluate))
     tell_cost(model, recipe, run, out)
@@ -85,6 +88,7 @@ def compress(
         report = run_compression(model, recipe, out=out, **values_of(run), **values_of(write), notify=notify)
     display.show_report(report)
     _written(out, f"open {out / 'report.html'}")
+    write_figures(charts_of_run(report), figures)
     results.put(json_file, report.to_dict())
     require_of_report(required, report)
 
@@ -122,13 +126,16 @@ def compare(
     tasks: TasksOfAll = None,
     reports_only: ReportsOnly = False,
     timed: Foretold = True,
+    figures: Figures = None,
 ) -> None:
     """Compress MODEL with several algorithms on the same text. Writes a page, tables and figures to --out."""
+    from sparlow.report.compare_page import charts
     from sparlow.run.cases import names_of, parse_sweep, recipes_for
     from sparlow.run.compare import compare as run_comparison
 
     if match is not None:
         given = replace(given, changes={**given.changes, "match": match != "no"})
+    require_places(figures=figures)
     varied = parse_sweep(sweep or (), split(seeds or ()))
     recipes = recipes_for(given.recipe(), names_of(split(algorithms)), parse_named_pairs(option or []), match, varied)
     if timed:
@@ -147,6 +154,7 @@ def compare(
         )
     display.show_comparison(found)
     _written(out, f"open {out / 'compare.html'}")
+    write_figures(charts(found), figures)
     if found.failed:
         raise RunError("; ".join(f"{name}: {why}" for name, why in found.failed.items()))
 
@@ -194,12 +202,15 @@ def finetune(
     run: Annotated[RunOptions, Without(("offload", "evaluate_seqlen"))],
     peft: Adapter = None,
     overwrite: Overwrite = False,
+    figures: Figures = None,
     json_file: JsonFile = None,
 ) -> None:
     """Train the low-rank part of DIRECTORY by LoRA with the sparse part frozen. The result has the same form."""
     from sparlow.finetuning.finetune import finetune as run_finetuning
+    from sparlow.report.charts import charts_of_run
 
     results.prepare(json_file)
+    require_places(figures=figures)
     with resumable("checkpoint"), display.progress() as notify:
         report = run_finetuning(
             directory,
@@ -215,6 +226,7 @@ def finetune(
         )
     display.show_finetuning(report)
     _written(out, f"open {out / 'report.html'}")
+    write_figures(charts_of_run(report), figures)
     if peft:
         display.out.print(f"the adapter lies in {peft}, its base in {peft / 'base'}", markup=False, highlight=False)
     results.put(json_file, report.to_dict())
@@ -279,17 +291,23 @@ def export(
 
 @command
 def benchmark(
-    models: Models, options: BenchmarkOptions, json_file: JsonFile = None, html_file: HtmlFile = None
+    models: Models,
+    options: BenchmarkOptions,
+    json_file: JsonFile = None,
+    html_file: HtmlFile = None,
+    figures: Figures = None,
 ) -> None:
     """Measure how fast MODELS run on the CPU, compressed or not, in turns; what they compute is checked."""
+    from sparlow.report.benchmark_page import charts
     from sparlow.runtime.benchmark import benchmark as measure
 
     results.prepare(json_file)
-    require_folder(html_file)
+    require_places(html_file, figures)
     with display.progress() as notify:
         found = measure(models, options, notify)
     display.show_benchmark(found)
     write_page(found.to_dict(), html_file)
+    write_figures(charts(found.to_dict()), figures)
     results.put(json_file, found.to_dict())
     wrong = [row for row in found.rows if not row.same_output]
     if wrong:

@@ -13,7 +13,7 @@ from sparlow.report.wording import duration, number, percent, short, size, words
 
 def charts_of_run(report: Report) -> list[Chart]:
     """All charts that a report has the figures for."""
-    found = (heat_map(report), depth(report), convergence(report), losses(report), steps(report), tasks(report))
+    found = (steps(report), heat_map(report), depth(report), convergence(report), losses(report), tasks(report))
     return [chart for chart in (*found, time(report), memory(report)) if chart]
 
 

@@ -147,8 +147,9 @@ def _errors(found: Comparison, series: Mapping[str, int], key: tuple[tuple[str, 
     values = [value for _, value in points]
     plot = Plot(counted("block", (block for block, _ in points)), Axis.over(values, "mean relative error", log=True))
     for row in found.rows:
-        plot.line(lines[row.name], colour(series[row.series]), row.name)
-    about = "The mean over the layers of each block, a line a method; the value of energies, tr(R H Rᵀ) / tr(W H Wᵀ)."
+        thin = "" if row.with_matching else "thin "
+        plot.line(lines[row.name], f"{thin}{colour(series[row.series])}", row.name)
+    about = "The mean over the layers of each block, a line a method, thin with matching: tr(R H Rᵀ) / tr(W H Wᵀ)."
     return Chart("relative_error", "Error against depth", about, plot.picture("Relative error against depth"), key)
 
 

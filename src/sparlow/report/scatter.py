@@ -54,8 +54,8 @@ def scatter(marks: Sequence[Mark], x_label: str, dense: float | None, said: str,
         said: What the picture shows, for those who cannot see it.
         log_x: Whether equal ratios of cost have equal lengths.
     """
-    shown = [mark for mark in marks if math.isfinite(mark.y) and math.isfinite(mark.x)]
-    values = [mark.y for mark in shown] + ([dense] if dense is not None and math.isfinite(dense) else [])
+    shown = [mark for mark in marks if svg.drawable(mark.y, log=True) and svg.drawable(mark.x, log=log_x)]
+    values = [mark.y for mark in shown] + ([] if dense is None else [dense])
     plot = Plot(
         Axis.over([mark.x for mark in shown], x_label, log=log_x, pad=0.12),
         Axis.over(values, "perplexity", log=True, pad=0.12),
@@ -79,7 +79,9 @@ def scatter(marks: Sequence[Mark], x_label: str, dense: float | None, said: str,
         plot.dot(mark.x, mark.y, colour(mark.series), f"{mark.name}: perplexity {mark.y:.2f}{spread}")
     named = shown if len(shown) <= NAMED else front(shown)
     frame = (plot.left, plot.top, plot.right, plot.bottom)
-    for label in labels({mark.name: places[mark.name] for mark in named}, list(places.values()), frame):
+    arrows = [(places[mark.name], places[mark.to]) for mark in shown if mark.to in places]
+    avoided = [*places.values(), *(point for arrow in arrows for point in _along(*arrow))]
+    for label in labels({mark.name: places[mark.name] for mark in named}, avoided, frame):
         plot.add(label.drawn)
     return plot.picture(said)
 
@@ -149,6 +151,12 @@ def _drawn(name: str, x: float, y: float, box: tuple[float, float, float, float]
         return said
     end_x, end_y = min(max(x, box[0]), box[2]), min(max(y, box[1]), box[3])
     return svg.segment(x, y, end_x, end_y, "lead") + said
+
+
+def _along(start: tuple[float, float], end: tuple[float, float]) -> list[tuple[float, float]]:
+    """Points of an arrow, so near to each other that no name fits between them."""
+    count = int(math.dist(start, end) / 8)
+    return [tuple(a + (b - a) * i / count for a, b in zip(start, end, strict=True)) for i in range(1, count)]  # type: ignore[misc]  # two
 
 
 def _arrow(start: tuple[float, float], end: tuple[float, float]) -> str:

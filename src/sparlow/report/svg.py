@@ -16,7 +16,13 @@ from sparlow.report.wording import raised
 COLOURS = 8  # in the style
 FONT = 13  # pixels, in a chart of ``WIDTH``
 WIDTH, HEIGHT = 480, 280
-GLYPH = 0.56  # of the font's size: the width of a character, on average
+BEYOND = 1e15  # numbers of that size, or its inverse, are left out of charts: all others would be one point
+GLYPH = 0.62  # of the font's size: the width of a character, on average
+
+
+def drawable(value: float, *, log: bool) -> bool:
+    """Whether a chart shows a value: a finite one, on a logarithmic axis above zero, and none beyond all others."""
+    return abs(value) < BEYOND and (value > 1 / BEYOND or not log)
 
 
 @dataclass(frozen=True)
@@ -40,7 +46,7 @@ class Axis:
     @classmethod
     def over(cls, values: Iterable[float], label: str, *, log: bool = False, pad: float = 0.06) -> "Axis":
         """Return an axis that shows all of the values that are finite, and with ``log`` above zero."""
-        found = [value for value in values if math.isfinite(value) and (value > 0 or not log)]
+        found = [value for value in values if drawable(value, log=log)]
         low, high = (min(found), max(found)) if found else (0.1, 1.0)
         if log:
             more = (high / low) ** pad if high > low else 1.5
@@ -56,13 +62,13 @@ class Axis:
 
     def shows(self, value: float) -> bool:
         """Whether a value can be drawn here."""
-        return math.isfinite(value) and (value > 0 or not self.log)
+        return drawable(value, log=self.log)
 
     def ticks(self, most: int = 6) -> list[float]:
         """Round numbers within the range, at least two of them wherever the range is not empty."""
         if self.log:
             first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
-            for steps in ((1, 2, 5), (1, 3), (1,)):
+            for steps in ((1, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,)):
                 found = [step * 10.0**e for e in range(first, last + 1) for step in steps]
                 found = [value for value in found if self.low <= value <= self.high]
                 if len(found) <= most:

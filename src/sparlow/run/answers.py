@@ -4,13 +4,15 @@ They cost little, change nothing, and are no part of the run's time or peak of m
 says why.
 """
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparlow.errors import first_line
+from sparlow.errors import InputError, first_line
+from sparlow.evaluation.texts import require_vocabulary
 from sparlow.machine import device_available, free_memory, memory_available
 from sparlow.model.loading.source import OpenedModel
 from sparlow.model.loading.weights import Weights, all_loaded
@@ -64,11 +66,12 @@ class Answers:
         self.why = self._too_large(weights)
         if self.why:
             return []
+        self._notify(Progress("prompts", number - 1, 2))
         try:
             with torch.no_grad(), all_loaded(weights, len(self._opened.decoder)):
                 found = self._continued(weights.device)
         except Exception as error:  # noqa: BLE001 - models come with code of their own, and a run of hours goes on
-            self.why = f"No prompts were answered, because the model failed: {first_line(error)}."
+            self.why = f"No prompts were answered, because the model failed: {first_line(error).rstrip('.')}."
             return []
         finally:
             free_memory()
@@ -79,7 +82,7 @@ class Answers:
         """Whether all of the model fits in memory at once, for which the run has no need."""
         size = ROOM * weights.computing.itemsize * sum(p.numel() for p in self._opened.model.parameters())
         there = device_available(weights.device) if weights.device.type == "cuda" else memory_available()
-        if self._opened.on_disk is None or there is None or size <= there:
+        if self._opened.changes or there is None or size <= there:  # what is compressed in place is there already
             return ""
         return (
             f"No prompts were answered: the whole model takes {size / 1e9:.1f} GB of memory, and {there / 1e9:.1f} GB "
@@ -92,11 +95,21 @@ class Answers:
         tokenizer: Any = self._opened.tokenizer
         pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
         ids, seen = _left_padded([tokenizer(prompt)["input_ids"] for prompt in PROMPTS], pad)
+        require_vocabulary(model, ids, "The prompts")  # of an id that is outside, an accelerator would fail for good
+        room = _context(model) - ids.shape[1]
+        if room < 1:
+            raise InputError("It reads fewer tokens than the prompts have.")
         tokens = model.generate(
-            ids.to(device), attention_mask=seen.to(device), max_new_tokens=TOKENS, do_sample=False, num_beams=1,
-            temperature=None, top_p=None, top_k=None, repetition_penalty=1.0, pad_token_id=pad,
+            ids.to(device), attention_mask=seen.to(device), max_new_tokens=min(TOKENS, room), pad_token_id=pad,
+            do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None, repetition_penalty=1.0,
         )  # fmt: skip
         return [tokenizer.decode(row, skip_special_tokens=True) for row in tokens[:, ids.shape[1] :].cpu()]
+
+
+def _context(model: Any) -> int:  # noqa: ANN401 - a model
+    """How many tokens a model reads."""
+    found = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else sys.maxsize  # some say -1 where nothing bounds it
 
 
 def _left_padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
