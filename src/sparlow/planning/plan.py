@@ -194,13 +194,7 @@ def _planned(name: str, model: PreTrainedModel, work: Workload, out: Path, basel
         spent = seconds(work, here, solving)
     counted = stages(work, space)
     linears = [layer for block in work.blocks for layer in block.compressed]
-    sizes = {
-        "dense": work.parameters * work.stored,
-        "compressed": work.kept_bytes,
-        "linears_dense": sum(layer.parameters for layer in linears) * work.stored,
-        "linears_compressed": sum(layer.kept_bytes(work.stored) for layer in linears),
-    }
-    sizes |= {"outside_saved": work.selection.ends.saved} if work.selection.ends.saved else {}
+    sizes = _sizes(work, linears)
     device = max(stage.device for stage in counted)
     possible, left = choices(model, work.recipe)
     return Plan(
@@ -229,6 +223,17 @@ def _planned(name: str, model: PreTrainedModel, work: Workload, out: Path, basel
         choices=possible,
         left_out=left,
     )
+
+
+def _sizes(work: Workload, linears: Sequence[Layer]) -> dict[str, int]:
+    """Bytes of the model and of what is compressed, before and after."""
+    sizes = {
+        "dense": work.parameters * work.stored,
+        "compressed": work.kept_bytes,
+        "linears_dense": sum(layer.parameters for layer in linears) * work.stored,
+        "linears_compressed": sum(layer.kept_bytes(work.stored) for layer in linears),
+    }
+    return sizes | ({"outside_saved": work.selection.ends.saved} if work.selection.ends.saved else {})
 
 
 def _kinds(work: Workload) -> list[Kind]:

@@ -106,21 +106,16 @@ def compress(
     tokenizer = as_tokenizer(tokenizer)
     folder = None if out is None else Path(out)
     kept = in_eval_mode(model) if isinstance(model, PreTrainedModel) else nullcontext()
-    with (
-        kept,
-        joined() as processes,
-        claimed_by_first(processes, folder, overwrite=overwrite),
-        watched(notify) as tell,
-    ):
+    alone = partial(claimed_by_first, folder=folder, overwrite=overwrite)
+    with kept, joined() as processes, alone(processes), watched(notify) as tell:
         if not force:
             require_feasible(model, {folder: recipe}, options, processes.size)
         scanning = partial(scanned_by_first, processes)
         opened, storage = open_dense(model, tokenizer, recipe, options, inplace=inplace, scanning=scanning)
         windows = windows_to_calibrate(calibration, opened, recipe)
         # cut before the run, so that a missing file is noticed at once
-        evaluation = windows_to_evaluate(
-            options.evaluate, opened, evaluate_seqlen or recipe.seqlen, limit, recipe.column
-        )
+        seqlen = evaluate_seqlen or recipe.seqlen
+        evaluation = windows_to_evaluate(options.evaluate, opened, seqlen, limit, recipe.column)
         job = Job(opened, storage, recipe, windows, tell, offload=offload, processes=processes)
         if folder is not None:
             job.with_loader = with_loader

@@ -1,6 +1,7 @@
 """Compress one decoder block: collect statistics, run the algorithm on each linear layer, replace the layers."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -100,16 +101,13 @@ def compress_block(
 
     for seen, alone in _grams_by_stage(through, recipe, weights, stages, outputs, clock, divide, end_stage):
         name, full = seen.layer, through.layer_name(seen.layer)
-        weight, budget = weights[name], budgets[full]
-        with clock("solve"):
-            try:
-                W = weight.read().to(storage.of_layer(full))  # exact: it came in this type
-                answer = _solve(through.processes, recipe, budget, W, seen.gram, together=who[name] == ALL)
-                del W
-            except RunError as error:
-                raise RunError(f"{full}: {error}") from error
+        weight, budget, stored = weights[name], budgets[full], storage.of_layer(full)
+        with clock("solve"), _naming(full):
+            W = weight.read().to(stored)  # exact: it came in this type
+            answer = _solve(through.processes, recipe, budget, W, seen.gram, together=who[name] == ALL)
+            del W
             found[name] = _record(through.number, weight, budget, answer, seen.tokens)
-            layer = _layer(weight, answer, storage.of_layer(full))
+            layer = _layer(weight, answer, stored)
             if alone:
                 weight.put(layer)
             else:
@@ -170,6 +168,15 @@ def _grams_by_stage(
             for found in with_grams(through, seen, recipe, own):
                 yield found, len(groups) == 1
         end_stage(who)
+
+
+@contextmanager
+def _naming(layer: str) -> Iterator[None]:
+    """Say which layer it was whose solve failed."""
+    try:
+        yield
+    except RunError as error:
+        raise RunError(f"{layer}: {error}") from error
 
 
 def _solve(
