@@ -84,10 +84,7 @@ def compress_block(
         for name in list(waiting):
             weights[name].put(waiting.pop(name))
         if through.processes.size > 1:
-            through.processes.part()
-            one_has = {name: weights[name] for name, rank in who.items() if rank != ALL}
-            own = {name: found[name] for name in one_has if name in found}
-            found.update(exchange_layers(through, one_has, own, who, storage))
+            found.update(_from_others(through, weights, found, who, storage))
 
     with clock("statistics"):
         stages, why = _stages(through, recipe, weights)
@@ -168,6 +165,20 @@ def _grams_by_stage(
             for found in with_grams(through, seen, recipe, own):
                 yield found, len(groups) == 1
         end_stage(who)
+
+
+def _from_others(
+    through: BlockPass,
+    weights: Mapping[str, CompressibleWeight],
+    found: Mapping[str, LayerRecord],
+    who: Mapping[str, int],
+    storage: StoredDtypes,
+) -> Mapping[str, LayerRecord]:
+    """Send this process's layers to all others, and take theirs; each has those already that all have solved."""
+    through.processes.part()
+    one_has = {name: weights[name] for name, rank in who.items() if rank != ALL}
+    own = {name: found[name] for name in one_has if name in found}
+    return exchange_layers(through, one_has, own, who, storage)
 
 
 @contextmanager
