@@ -69,6 +69,8 @@ class Ours:
         with torch.no_grad():
             self.logits = torch.cat([model(row[None]).logits for row in self.ids]).numpy()
             self.tokens = [self._greedy(model, prompt) for prompt in self.prompts]
+            packed = sparlow.load(folder, dtype=torch.float32, mode="packed")  # decoded numbers are not rounded there
+            self.packed_tokens = [self._greedy(packed, prompt) for prompt in self.prompts]
 
     def _greedy(self, model: Any, prompt: list[int]) -> list[int]:  # noqa: ANN401 - a model
         found = model.generate(torch.tensor([prompt]), max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False)
@@ -77,7 +79,8 @@ class Ours:
 
     def scored(self, found: Row, *, exact: bool) -> Row:
         """Compare greedy tokens, and likelihoods of the windows, which decide where numbers were rounded."""
-        equal = [agreeing(one, other) for one, other in zip(self.tokens, found["tokens"], strict=True)]
+        expected = self.packed_tokens if exact else self.tokens
+        equal = [agreeing(one, other) for one, other in zip(expected, found["tokens"], strict=True)]
         own, theirs = likelihoods(self.logits, self.ids), torch.tensor(found["likelihoods"])
         here, there = (float((-each.mean()).exp()) for each in (own, theirs))
         right = min(equal) == TOKENS if exact else abs(there / here - 1) < CLOSE["gguf"]
@@ -211,7 +214,7 @@ def served(python: Path, ours: Ours) -> Row:
         finally:
             server.terminate()
             server.wait(60)
-    expected = ours.tokenizer.decode(ours.tokens[0][:32])
+    expected = ours.tokenizer.decode(ours.packed_tokens[0][:32])
     return {"prompt": PROMPTS[0], "text": text, "right": text == expected}
 
 
@@ -242,7 +245,7 @@ CHECKS = {
 def write(path: Path, rows: list[Row], given: argparse.Namespace) -> None:
     """Put the rows of the programs that were tried in the place of earlier ones."""
     about = {"machine": machine(), "sparlow": sparlow.__version__, "model": given.folder.name}
-    about |= {"windows": given.windows, "seqlen": given.seqlen, "prompts": PROMPTS}
+    about["prompts"] = PROMPTS
     before = json.loads(path.read_text("utf-8"))["rows"] if path.exists() else []
     tried = {row["program"] for row in rows}
     kept = [row for row in before if row["program"] not in tried] + rows
@@ -267,7 +270,7 @@ def main() -> int:
         for program in given.only.split(","):
             python = environment(program, given.environments)
             about = {"program": program, "date": datetime.now(UTC).date().isoformat()}
-            about["versions"] = versions(python, program)
+            about |= {"versions": versions(python, program), "windows": given.windows, "seqlen": given.seqlen}
             for row in CHECKS[program](python, ours, Path(where)):
                 print(f"{program}: {row}", flush=True)
                 rows.append({**about, **row})

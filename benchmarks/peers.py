@@ -11,7 +11,6 @@ program. Where 256 does not divide a row (576 columns of SmolLM2), llama.cpp tak
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -53,7 +52,7 @@ def to_llama(source: Path, python: Path, scratch: Path) -> dict[str, Path]:
         found[kind] = scratch / f"{kind}.gguf"
         if found[kind].exists():
             continue
-        ask = "import ik_llama_cpp.quantize as q; print(q.find_quantize_bin())"
+        ask = "import ik_llama_cpp as m; print(m.__path__[0] + '/bin/llama-quantize')"
         tool = subprocess.run([python, "-c", ask], check=True, capture_output=True, text=True).stdout.strip()  # noqa: S603 - ours
         words = [tool, "--allow-requantize", str(source), str(found[kind]), kind, "1"]
         subprocess.run(words, check=True, capture_output=True)  # noqa: S603 - the program's own tool
@@ -136,6 +135,18 @@ def measured(running: Mapping[str, Worker], repeats: int) -> list[Row]:
     return rows
 
 
+def write(given: argparse.Namespace, rows: list[Row]) -> None:
+    """Write what is known so far."""
+    if not given.json:
+        return
+    about: Row = {"date": datetime.now(UTC).date().isoformat(), "machine": machine(), "sparlow": sparlow.__version__}
+    about["versions"] = {
+        name: versions(environment(name, given.environments), name) for name in ("llama.cpp", "ctranslate2")
+    }
+    about |= {name: getattr(given, name) for name in ("prompt_tokens", "tokens", "repeats", "windows", "seqlen")}
+    given.json.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n", "utf-8")
+
+
 def main() -> None:
     """Run it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -163,23 +174,13 @@ def main() -> None:
     rows = measured(running, given.repeats)
     for row in rows:
         print(f"{row['name']}: {row['per_second']:.1f} tokens a second, {row['bytes'] / 1e6:.1f} MB", flush=True)
+    write(given, rows)
     for row in rows:
         row.update(running[row["name"]].ask("perplexity"))
         print(f"{row['name']}: perplexity {row['perplexity']:.2f}", flush=True)
+    write(given, rows)
     for worker in running.values():
         worker.end()
-    if given.json:
-        about = {
-            "date": datetime.now(UTC).date().isoformat(),
-            "machine": machine(),
-            "python": platform.python_version(),
-        }
-        about["versions"] = {
-            name: versions(environment(name, given.environments), name) for name in ("llama.cpp", "ctranslate2")
-        }
-        about |= {name: getattr(given, name) for name in ("prompt_tokens", "tokens", "repeats", "windows", "seqlen")}
-        about["sparlow"] = sparlow.__version__
-        given.json.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def of_sparlow(folder: str) -> tuple[Steps, Logits]:
     def steps(prompt: list[int], count: int) -> Iterator[int]:
         seen: list[int] = []
 
-        def note(ids: torch.Tensor, _: object) -> torch.Tensor:
+        def note(ids: torch.Tensor, *_: object) -> torch.Tensor:
             seen.append(time.perf_counter_ns())
             return torch.zeros(len(ids), dtype=torch.bool)
 
