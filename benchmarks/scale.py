@@ -162,21 +162,26 @@ class Share:
 def shared(shape: Shape, count: int, speed: Speed, space: Workspace, args: argparse.Namespace) -> Share:
     """What the busiest of so many accelerators has to do, solves divided as a run divides them."""
     tokens = args.samples * args.seqlen
-    load = [0.0] * count
+    load, sent, ahead = [0.0] * count, 0.0, 0.0
     for name, who in divided(shape, count).items():
+        out, features = shape.linears[name]
         if who == ALL:
-            own = solve(*shape.linears[name], args.effort, count).seconds(speed)
-            load = [hours + own for hours in load]
+            own = solve(out, features, args.effort, count).seconds(speed)
+            load = [seconds + own for seconds in load]
+            steps = STEPS * args.effort
+            sent += 4.0 * (steps / level(args.effort) * features**2 + steps * RANK * (out + features))
+            ahead = max(ahead, 4.0 * features**2)  # an inverse for a ρ to come
         else:
-            load[who] += solve(*shape.linears[name], args.effort).seconds(speed)
+            load[who] += solve(out, features, args.effort).seconds(speed)
     grams = sum(8.0 * features**2 for features, _ in shape.inputs)
     stored = sum(out * features * 9 / 8 + 2 * RANK * (out + features) for out, features in shape.linears.values())
-    sent = shape.blocks * (grams + stored / count) if count > 1 else 0.0
+    sent = shape.blocks * (sent + grams + stored / count) if count > 1 else 0.0
     link = next((rate for most, rate in LINKS.items() if count <= most), min(LINKS.values()))
     seconds = shape.blocks * (max(load) + passes(shape, tokens).seconds(speed) / count) + sent / link
     weights = sum(2.0 * out * features for out, features in shape.linears.values())
     at_once = min(args.seqlen, tokens) * (4 * shape.inner * shape.passed + 4 * shape.hidden) * 2.0
-    memory = weights + max(grams + at_once, *(space.bytes(layer) for layer in shape.linears.values()))
+    solving = ahead + max(space.bytes(layer) for layer in shape.linears.values())
+    memory = weights + max(grams + at_once, solving)
     return Share(seconds / 3600, memory, sent)
 
 
