@@ -52,6 +52,7 @@ LABELS = {  # a row of frontier.json: its label, and where it stands; matched ro
     "sparsegpt, dense, int3, rank 0": ("GPTQ, 3.1 bits", (9, 4, "start")),
     "3basil, 16:32, int4, rank 16": ("16:32 in int4", (0, -10, "middle")),
     "3basil, dense, int3, rank 16": ("3.5 bits", (-9, 4, "end")),
+    "3basil, dense, int4, rank 0": ("4.1 bits, no U V", (-9, 4, "end")),
     "3basil, dense, int4, rank 16": ("4.5 bits", (-9, 4, "end")),
     "3basil, --bits 5.4": ("5.4 bits", (0, 20, "middle")),
     "int4": ("int4", (9, 4, "start")),
