@@ -94,7 +94,9 @@ class TestErrors:
 
     def test_no_hub(self, monkeypatch):
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-        with pytest.raises(InputError, match="Cannot open the model no-owner/of-that-name: ") as error:
+        with pytest.raises(
+            InputError, match=r"Cannot open the model no-owner/of-that-name\. .* As an id of the hub: "
+        ) as error:
             open_model("no-owner/of-that-name")
         assert "\n" not in str(error.value)
 
@@ -107,7 +109,7 @@ class TestErrors:
     def test_corrupt_weights(self, folder):
         weights = folder / "model.safetensors"
         weights.write_bytes(weights.read_bytes()[:-100])
-        with pytest.raises(InputError, match="Cannot open the model"):
+        with pytest.raises(InputError, match=r"model\.safetensors is damaged or cut short"):
             open_model(str(folder))
 
     def test_incomplete_weights(self, folder):
