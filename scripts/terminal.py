@@ -22,8 +22,6 @@ import termios
 import textwrap
 from pathlib import Path
 
-from sparlow.model.loading.source import find_embedded_gguf
-
 ROOT = Path(__file__).resolve().parents[1]
 PAGE, README = ROOT / "docs/terminal.md", ROOT / "README.md"
 COLUMNS, ROWS = 80, 200
@@ -137,6 +135,8 @@ def block(name: str, text: str) -> str:
 
 def main() -> None:
     """Run the commands; write the page and the README."""
+    from sparlow.model.loading.source import find_embedded_gguf  # with torch, which the tests of this script do without
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=str(find_embedded_gguf() or ""), help="hub id, directory or .gguf file")
     parser.add_argument("--only", default=",".join(SHOWN), help="commands to run; benchmark needs compress before it")
