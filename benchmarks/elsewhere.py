@@ -191,7 +191,7 @@ def in_vllm(python: Path, ours: Ours, scratch: Path) -> Iterator[Row]:
             "dtype": dtype,
             **ours.scored(json.loads((scratch / "found.json").read_text()), exact=exact),
         }
-    yield {"form": "vllm serve, /v1/completions", **served(python, ours)}
+    yield {"form": "vllm.entrypoints.openai.api_server, /v1/completions", **served(python, ours)}
 
 
 def agreeing(one: list[int], other: list[int]) -> int:
