@@ -191,7 +191,7 @@ def in_vllm(python: Path, ours: Ours, scratch: Path) -> Iterator[Row]:
             "dtype": dtype,
             **ours.scored(json.loads((scratch / "found.json").read_text()), exact=exact),
         }
-    yield {"form": "vllm serve, /v1/completions", **served(python, ours)}
+    yield {"form": "vllm.entrypoints.openai.api_server, /v1/completions", **served(python, ours)}
 
 
 def agreeing(one: list[int], other: list[int]) -> int:
@@ -204,10 +204,11 @@ def served(python: Path, ours: Ours) -> Row:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    words = ["serve", ours.folder, "--port", port, "--dtype", "float32", "--max-model-len", 512, "--max-num-seqs", 2]
+    words = ["--model", ours.folder, "--port", port, "--dtype", "float32", "--max-model-len", 512, "--max-num-seqs", 2]
     environ = _bare() | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryFile() as log:
-        command = [str(python.parent / "vllm"), *map(str, words), "--enforce-eager"]
+        module = "vllm.entrypoints.openai.api_server"  # the command vllm of vllm-cpu 0.32.0 asks for a package vllm
+        command = [str(python), "-m", module, *map(str, words), "--enforce-eager"]
         server = subprocess.Popen(command, stdout=log, stderr=log, env=environ)  # noqa: S603 - our own command
         try:
             text = _completion(server, f"http://127.0.0.1:{port}", str(ours.folder))
