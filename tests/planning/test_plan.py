@@ -12,6 +12,7 @@ from samples import few_of
 from sparlow.errors import InputError
 from sparlow.linalg.grid import make_grid
 from sparlow.model.artefact.describe import describe
+from sparlow.model.forward import fused_groups
 from sparlow.model.forward.decoder import Decoder
 from sparlow.model.loading.meta import meta_model
 from sparlow.model.loading.source import open_model
@@ -225,6 +226,36 @@ def test_seconds_follow_from_what_was_measured(folder):
     loading = seconds(worked(folder, RECIPES["rank"], streamed=False), speed, solver)["walk"]
     assert seconds(replace(twice, streamed=False), speed, solver)["walk"] == pytest.approx(2 * loading)
     assert spent["total"] == pytest.approx(sum(value for stage, value in spent.items() if stage != "total"))
+
+
+def test_experts_are_counted_by_the_tokens_that_reach_them(tmp_path, monkeypatch):
+    save_tiny("mixtral", tmp_path)  # two of four experts for each token
+    work = worked(tmp_path, RECIPES["rank"])
+    up, down = 4 * 96 * 32, 4 * 48 * 32
+    for block in work.blocks:
+        assert block.parameters - block.passed == (up + down) // 2
+        shares = {layer.name: layer.share for layer in block.layers}
+        assert all(share == (0.5 if ".experts." in name else 1) for name, share in shares.items())
+        (stage,) = block.stages
+        assert stage.pools == {"mlp.experts.gate_up_proj": 32}
+        assert stage.groups == [stage]
+    behind = worked(tmp_path, RECIPES["rank"].changed(behind="layers")).blocks[0]
+    assert [{layer.shown for layer in stage.layers} for stage in behind.stages[-2:]] == [
+        {"mlp.experts.gate_up_proj.*"},
+        {"mlp.experts.down_proj.*"},
+    ]
+    whole = counted(work)["Grams"]
+    speed, solver = Speed(1e9, 1e15, 1e9), Solver(product=0, gram=0, entry=0, call=0, largest=64)
+    walk = seconds(work, speed, solver)["walk"]
+    monkeypatch.setattr(fused_groups, "TOGETHER", 1)
+    assert [len(group.layers) for group in work.blocks[0].stages[0].groups] == [6, 2, 2, 2]
+    assert counted(work)["Grams"] < whole
+    assert seconds(work, speed, solver)["walk"] > 1.5 * walk
+    kinds = sparlow.plan(tmp_path, RECIPES["rank"], timed=False).layers
+    assert {kind.name: kind.count for kind in kinds if "experts" in kind.name} == {
+        "mlp.experts.gate_up_proj.*": 12,
+        "mlp.experts.down_proj.*": 12,
+    }
 
 
 def test_layers_behind_each_other_take_more_passes_and_fewer_grams_at_a_time(tmp_path):

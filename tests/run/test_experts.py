@@ -157,7 +157,8 @@ def test_a_mixture_goes_the_whole_way(family, tmp_path):
         expected = in_memory(WINDOWS, use_cache=False).logits
         assert not torch.equal(expected, model(WINDOWS, use_cache=False).logits)
         opened = sparlow.load(tmp_path / "out")
-        assert torch.equal(opened(WINDOWS, use_cache=False).logits, expected)
+        reloaded = opened(WINDOWS, use_cache=False).logits
+        torch.testing.assert_close(reloaded, expected, rtol=1e-5, atol=1e-5)
         for mode in ("merged", "packed"):
             found = sparlow.load(tmp_path / "out", mode=mode)(WINDOWS, use_cache=False).logits
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
@@ -165,9 +166,37 @@ def test_a_mixture_goes_the_whole_way(family, tmp_path):
         plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
         torch.testing.assert_close(plain(WINDOWS, use_cache=False).logits, expected, rtol=1e-4, atol=1e-4)
         opened.save_pretrained(tmp_path / "again")
-        assert torch.equal(sparlow.load(tmp_path / "again")(WINDOWS, use_cache=False).logits, expected)
+        assert torch.equal(sparlow.load(tmp_path / "again")(WINDOWS, use_cache=False).logits, reloaded)
     with pytest.raises(InputError, match=r"holds the weights of \d+ experts in one tensor.*Export merged"):
         sparlow.export(tmp_path / "out", tmp_path / "lora", form="lora")
+
+
+@pytest.mark.parametrize("family", few_of(("gpt_oss", "dbrx"), "gpt_oss"))  # transposed, and flat too
+def test_an_expert_that_is_left_out_stays_as_it_is_among_the_others(family, tmp_path):
+    model = save_tiny(family, tmp_path / "dense")
+    part = {"gpt_oss": "mlp.experts.down_proj", "dbrx": "ffn.experts.mlp.w2"}[family]
+    recipe = MAGNITUDE.changed(ignore=(f"{part}.2",))
+    sparlow.compress(tmp_path / "dense", recipe, calibration=WINDOWS, evaluate=(), out=tmp_path / "out")
+    in_memory = tiny(family)
+    report = sparlow.compress(in_memory, recipe, calibration=WINDOWS, evaluate=(), inplace=True)
+    row = next(row for row in report.experts if row["name"] == part)
+    assert [number for number, tokens in enumerate(row["tokens"]) if tokens is None] == [2]
+    left = [row["parameters"] for row in report.not_compressed if row["name"].endswith(f"{part}.2")]
+    assert left == [in_memory.get_submodule(f"{Decoder.of(model).label(0)}.{part}.2").weight.numel()] * 3
+    sparlow.export(tmp_path / "out", tmp_path / "merged", form="merged")
+    merged = sparlow.load(tmp_path / "out", mode="merged")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    with torch.no_grad():
+        expected = in_memory(WINDOWS, use_cache=False).logits
+        assert torch.equal(sparlow.load(tmp_path / "out")(WINDOWS, use_cache=False).logits, expected)
+        torch.testing.assert_close(merged(WINDOWS, use_cache=False).logits, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(plain(WINDOWS, use_cache=False).logits, expected, rtol=1e-4, atol=1e-4)
+    experts = next(iter(report.experts))["experts"]
+    for i in range(3):
+        name = f"{Decoder.of(model).label(i)}.{part}"
+        found = (one.get_parameter(name) for one in (model, merged, plain))
+        before, *after = (p.unflatten(0, (experts, -1)) if p.ndim == 2 else p for p in found)
+        assert all(torch.equal(one[2], before[2]) and not torch.equal(one[1], before[1]) for one in after)
 
 
 @pytest.mark.slow

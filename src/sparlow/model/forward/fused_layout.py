@@ -46,10 +46,17 @@ def layouts(root: nn.Module, name: str, module: nn.Module) -> dict[str, Layout]:
     if not candidates:
         return {}
     callers = _callers(root, name)
-    key = (*(type(caller) for caller in callers), *((part, tuple(p.shape)) for part, p in candidates.items()))
+    every = candidates | _apart(module)  # what is true of one part does not depend on whether another is taken apart
+    shapes = sorted((part, tuple(weight.shape)) for part, weight in every.items())
+    key = (*(type(caller) for caller in callers), *shapes)
     if key not in _known:
         _known[key] = _tried(callers, candidates)
-    return _known[key]
+    return {part: layout for part, layout in _known[key].items() if part in candidates}
+
+
+def _apart(module: nn.Module) -> dict[str, FusedWeight]:
+    """Return the parameters of a module that were taken apart."""
+    return {name: part for name, part in module.named_children() if isinstance(part, FusedWeight)}
 
 
 def caller_of(name: str, layout: Layout) -> str:
@@ -122,7 +129,7 @@ def _candidates(module: nn.Module) -> dict[str, nn.Parameter]:
         return {}
     own = {name: p for name, p in module._parameters.items() if p is not None and p.dtype in _DTYPES}  # noqa: SLF001
     stacks = {name: p for name, p in own.items() if p.ndim == STACK and min(p.shape) > 1}
-    if stacks:
+    if stacks or any(not part.flat for part in _apart(module).values()):
         return stacks
     numbers = {value for value in vars(module).values() if type(value) is int and value > 1}
     return {
