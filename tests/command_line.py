@@ -6,7 +6,7 @@ import pytest
 
 from sparlow.cli.commands import main
 
-PROGRESS = re.compile(r"(perplexity, .*|dense perplexity|blocks|compressed perplexity): \d+ of \d+ \(.*\)")
+PROGRESS = re.compile(r"(perplexity, .*|dense perplexity|blocks|compressed perplexity|prompts): \d+ of \d+ \(.*\)")
 
 
 def run(*arguments):

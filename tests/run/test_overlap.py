@@ -44,7 +44,8 @@ def test_every_sum_is_exchanged_before_the_first_solve_and_only_what_is_wanted_i
     for rank in (0, 1):
         events, seen = [], observed()
         through = BlockPass(block, None, None, processes=Noting(rank, events))
-        for name, gram, tokens in with_grams(through, seen, Recipe(), who):
+        for found in with_grams(through, seen, Recipe(), who):
+            name, gram, tokens = found.layer, found.gram, found.tokens
             if not events or events[-1][0] == "sum":
                 assert seen.statistics.keys() == {n for n in WIDTHS if who[n] == rank} - {name, "unseen"}
             events.append(("solve", name))
@@ -52,7 +53,7 @@ def test_every_sum_is_exchanged_before_the_first_solve_and_only_what_is_wanted_i
         assert events[:3] == [("sum", 4), ("sum", 8), ("sum", 12)]  # in one order everywhere
         assert [what for what, _ in events[3:]] == ["solve", "solve"]
     alone = with_grams(BlockPass(block, None, None), observed(), Recipe(), dict.fromkeys(WIDTHS, 0))
-    expected = {name: (gram.H, tokens) for name, gram, tokens in alone}
+    expected = {found.layer: (found.gram.H, found.tokens) for found in alone}
     assert list(expected) == ["narrow", "between", "wide", "unseen"]  # the widest last, when the others are freed
     for name, (H, tokens) in expected.items():
         assert torch.equal(H, solved[name][0])

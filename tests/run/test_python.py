@@ -190,13 +190,12 @@ def test_evaluate_tells_how_far_it_is(place, texts):
 
 
 def test_compare_takes_names_or_recipes(place, texts, tmp_path):
-    pytest.importorskip("matplotlib")
     found = sparlow.compare(place / "model", ["magnitude", "wanda"], QUICK, **texts, out=tmp_path / "a")
     assert [row["name"] for row in found.table()] == ["magnitude", "wanda"]
     assert f"perplexity, {texts['evaluate']}" in found.table()[0]
     assert "magnitude, wanda" in repr(found)
     methods = {"half": QUICK, "quarter": {**QUICK, "pattern": "1:4"}}
-    recipes = sparlow.run.methods._recipes(methods, None, None, {"calibration": texts["calibration"]})
+    recipes = sparlow.run.methods._given(methods, {"calibration": texts["calibration"]})
     assert {name: recipe.pattern for name, recipe in recipes.items()} == {"half": "2:4", "quarter": "1:4"}
     for wrong in ({"methods": {}}, {"methods": methods, "match": "both"}, {"methods": ["wandaa"]}):
         with pytest.raises(InputError):

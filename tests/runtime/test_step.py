@@ -209,5 +209,5 @@ def test_a_cache_grows_is_cropped_and_reordered_as_transformers_do():
 
 
 def test_a_step_that_is_none_is_refused(folder):
-    with pytest.raises(InputError, match=r"There is no step 'fast'. Choose transformers or kernel"):
+    with pytest.raises(InputError, match=r"There is no step 'fast'. Choose one of: transformers, kernel"):
         sparlow.load(folder, step="fast")

@@ -117,7 +117,7 @@ CAUTIONS = (
     ),
     Caution(
         LAYER,
-        "No calibration token reached this layer, so it was compressed without data.",
+        "No calibration token reached this layer, so it was compressed without data of its own.",
         "An expert that the text does not need, or a layer that is never called.",
         "Give more or other text (--samples, --calibration), or leave the layer dense with --ignore.",
     ),

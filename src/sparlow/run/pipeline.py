@@ -3,13 +3,13 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from sparlow.algorithms import Decomposition, SolveStats, solve
-from sparlow.distributed import Processes
 from sparlow.errors import RunError
 from sparlow.linalg.gram import Gram, GramAccumulator, SquareAccumulator
 from sparlow.model.artefact.dtypes import StoredDtypes
@@ -92,24 +92,22 @@ def compress_block(
 
     def divide(seen: Observation[GramAccumulator], names: Iterable[str]) -> Mapping[str, int]:
         among = {name: (weights[name], budgets[through.layer_name(name)]) for name in names}
-        own = who_solves(through.processes, recipe.found_algorithm, among, seen.owner)
-        who.update(own)
-        return own
+        who.update(who_solves(through.processes, recipe.found_algorithm, among, seen.owner))
+        return {name: who[name] for name in among}
 
     for seen, alone in _grams_by_stage(through, recipe, weights, stages, outputs, clock, divide, end_stage):
         name, full = seen.layer, through.layer_name(seen.layer)
         weight, budget, stored = weights[name], budgets[full], storage.of_layer(full)
         with clock("solve"), _naming(full):
             W = weight.read().to(stored)  # exact: it came in this type
-            answer = _solve(through.processes, recipe, budget, W, seen.gram, together=who[name] == ALL)
-            del W
+            solver = _solver(recipe, budget, seen.gram)
+            answer = solve_together(through.processes, W, solver) if who[name] == ALL else solver(W)
+            del W, solver
             found[name] = _record(through.number, weight, budget, answer, seen.tokens)
-            layer = _layer(weight, answer, stored)
+            waiting[name] = _layer(weight, answer, stored)
             if alone:
-                weight.put(layer)
-            else:
-                waiting[name] = layer
-            del answer, layer, seen  # what comes next needs the memory
+                weight.put(waiting.pop(name))
+            del answer, seen  # what comes next needs the memory
         on_layer(found[name])
     return _with_reason([found[name] for name in weights], why)
 
@@ -190,14 +188,17 @@ def _naming(layer: str) -> Iterator[None]:
         raise RunError(f"{layer}: {error}") from error
 
 
-def _solve(
-    processes: Processes, recipe: Recipe, budget: Budget, W: Tensor, gram: Gram, *, together: bool
-) -> Decomposition:
-    def some(rows: Tensor) -> Decomposition:
-        options = recipe.parsed_options
-        return solve(recipe.found_algorithm, rows, gram, budget.pattern, budget.rank, options, **budget.on_grid)
-
-    return solve_together(processes, W, some) if together else some(W)
+def _solver(recipe: Recipe, budget: Budget, gram: Gram) -> Callable[[Tensor], Decomposition]:
+    """Return what solves rows of a weight that reads the input of this Gram."""
+    return partial(
+        solve,
+        recipe.found_algorithm,
+        gram=gram,
+        pattern=budget.pattern,
+        rank=budget.rank,
+        options=recipe.parsed_options,
+        **budget.on_grid,
+    )
 
 
 def _with_reason(records: list[LayerRecord], why: str) -> list[LayerRecord]:
