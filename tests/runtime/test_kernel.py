@@ -135,7 +135,8 @@ def test_inputs_in_bfloat16_round_the_weight_only_where_tokens_are_many(weight, 
     y = operand(packed.tensors, shape, packed.grid, exact[3]).product(x)
     right, size = expected(exact, x.double())
     assert y.dtype == torch.float32
-    assert ((y - right).abs() <= (ROUNDING if tokens <= TOKENS else 2**-8) * size).all()
+    # bfloat16 holds 8 bits, and rounds the weight and then the product
+    assert ((y - right).abs() <= (ROUNDING if tokens <= TOKENS else 1.01 * 2**-7) * size).all()
 
 
 @path

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from sparlow.errors import InputError
@@ -112,7 +111,8 @@ class RunRecord:
             "dense_stderr": _errors(self.dense),
             "compressed_stderr": _errors(self.compressed),
             "agreement": {text: asdict(found) for text, found in self.agreement.items()},
-            "losses": {text: [*found.losses] for text, found in self.compressed.items() if found.losses},
+            "dense_losses": _losses(self.dense),
+            "losses": _losses(self.compressed),
             "seconds": self.seconds,
             "training": kept,
             "distillation": self.distillation,
@@ -131,7 +131,7 @@ class RunRecord:
             fingerprint=dict(data["fingerprint"]),
             blocks_name=str(data["blocks_name"]),
             finished=bool(data["finished"]),
-            dense=_perplexities(data["dense"], data.get("dense_stderr", {})),
+            dense=_perplexities(data["dense"], data.get("dense_stderr", {}), data.get("dense_losses", {})),
             compressed=_perplexities(
                 data.get("compressed", {}), data.get("compressed_stderr", {}), data.get("losses", {})
             ),
@@ -175,8 +175,13 @@ def _errors(found: Mapping[str, Perplexity]) -> dict[str, float]:
     return {text: one.stderr for text, one in found.items() if one.stderr is not None}
 
 
+def _losses(found: Mapping[str, Perplexity]) -> dict[str, list[float]]:
+    """Losses of windows by text, where they are known."""
+    return {text: [*one.losses] for text, one in found.items() if one.losses}
+
+
 def _perplexities(
-    values: Mapping[str, Any], errors: Mapping[str, Any], losses: Mapping[str, Any] = MappingProxyType({})
+    values: Mapping[str, Any], errors: Mapping[str, Any], losses: Mapping[str, Any]
 ) -> dict[str, Perplexity]:
     """Put the standard errors and the losses of windows, of which older records have none, beside the values."""
     known = {text: float(error) for text, error in errors.items()}

@@ -7,6 +7,7 @@ from sparlow.linalg.gram import SquareAccumulator
 from sparlow.model.forward.block_pass import BlockPass
 from sparlow.model.forward.call_order import observe_dependences
 from sparlow.model.forward.capture import capture_block_inputs
+from sparlow.model.forward.compressible import experts_apart
 from sparlow.model.forward.decoder import Decoder
 from sparlow.model.forward.input_statistics import collect_statistics
 from sparlow.model.loading.meta import inputs_of, meta_model
@@ -29,6 +30,7 @@ def test_who_reads_what_is_seen_without_weights(family, tmp_path):
     blocks = Decoder.of(model).blocks
     recording = capture_block_inputs(model, torch.arange(24).view(2, 12), micro_batch=2)
     through = BlockPass(blocks[0], recording.calls[0], recording.hidden)
+    experts_apart(through.block, through.weights)
     found = collect_statistics(through, SquareAccumulator)
     order = observe_dependences(through, through.weights).stages(through.weights)
     for told in (inputs_of(meta_model(str(tmp_path)))[0], inputs_of(model)[0]):
