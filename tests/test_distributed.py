@@ -144,6 +144,7 @@ def test_a_process_that_dies_ends_all_and_the_run_goes_on(model, tmp_path):
         assert all(torch.equal(tensor, found[name][key]) for key, tensor in expected[name].items())
 
 
+@pytest.mark.slow
 def test_a_finished_directory_is_refused_by_all(model, tmp_path):
     assert ended(started(model, tmp_path / "out"))[0] == [0, 0]
     codes, words = ended(started(model, tmp_path / "out"))

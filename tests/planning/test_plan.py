@@ -286,6 +286,7 @@ def test_layers_behind_each_other_take_more_passes_and_fewer_grams_at_a_time(tmp
     assert after["walk"] - before["walk"] == pytest.approx(3 * more, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_the_choices_are_sorted_say_what_fits_and_have_the_bytes_that_are_written(folder):
     every = foreseen(folder, Recipe(**QUICK)).choices
     assert len(every) > 2

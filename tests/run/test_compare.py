@@ -86,6 +86,7 @@ def test_every_method_has_a_row_with_the_figures_of_its_own_report(done):
     assert found.rows[0].mean_relative_error > found.rows[1].mean_relative_error > found.rows[2].mean_relative_error
 
 
+@pytest.mark.slow
 def test_every_method_without_and_with_matching(place, tmp_path):
     recipes = recipes_for(base(place, match=True, match_epochs=2), ("wanda", "3basil"), OPTIONS, match="both")
     assert [(name, recipe.match) for name, recipe in recipes.items()] == [
@@ -152,6 +153,7 @@ def test_the_figures_show_every_method(done):
         assert all(method in shown for method in METHODS)
 
 
+@pytest.mark.slow
 def test_what_is_finished_is_not_done_again(place, tmp_path, monkeypatch):
     first = run(place, tmp_path / "out", METHODS[:2])
     counts = counted(monkeypatch)
@@ -164,6 +166,7 @@ def test_what_is_finished_is_not_done_again(place, tmp_path, monkeypatch):
     assert more.rows[:2] == first.rows
 
 
+@pytest.mark.slow
 def test_another_text_is_measured_on_the_results_that_are_there(place, tmp_path, monkeypatch):
     run(place, tmp_path / "out", METHODS[:2])
     counts = counted(monkeypatch)
@@ -177,6 +180,7 @@ def test_another_text_is_measured_on_the_results_that_are_there(place, tmp_path,
     assert [row.perplexity for row in found.rows] == [pytest.approx(row.perplexity) for row in new.rows]
 
 
+@pytest.mark.slow
 def test_a_comparison_that_was_stopped_goes_on(place, done, tmp_path, monkeypatch):
     def stop(step):
         if step.stage == "3basil: blocks" and step.done == 2:
@@ -205,10 +209,10 @@ def test_another_recipe_in_the_same_place_is_refused(place, tmp_path):
 def test_a_method_that_fails_does_not_stop_the_others(place, tmp_path, monkeypatch):
     real = pipeline.solve
 
-    def failing(algorithm, *args):
+    def failing(algorithm, *args, **given):
         if algorithm.name == "magnitude":
             raise RunError("a factorisation failed")
-        return real(algorithm, *args)
+        return real(algorithm, *args, **given)
 
     monkeypatch.setattr(pipeline, "solve", failing)
     found = run(place, tmp_path / "out", METHODS[:2])
@@ -220,10 +224,10 @@ def test_a_method_that_fails_does_not_stop_the_others(place, tmp_path, monkeypat
 def test_a_method_that_runs_out_of_memory_ends_alone(place, tmp_path, monkeypatch):
     real = pipeline.solve
 
-    def full(algorithm, *args):
+    def full(algorithm, *args, **given):
         if algorithm.name == "magnitude":
             return torch.empty(2**60)
-        return real(algorithm, *args)
+        return real(algorithm, *args, **given)
 
     monkeypatch.setattr(pipeline, "solve", full)
     found = run(place, tmp_path / "out", METHODS[:2])
@@ -244,6 +248,7 @@ def rows_in(out):
     return [row["name"] for row in json.loads((out / NAME).read_text())["rows"]]
 
 
+@pytest.mark.slow
 def test_a_second_call_with_other_methods_keeps_the_earlier_rows(place, tmp_path):
     out = tmp_path / "out"
     first = run(place, out, ("magnitude", "wanda"))
@@ -377,7 +382,7 @@ def test_bad_input_is_one_line(more, said, place, tmp_path, capsys):
 
 
 def test_a_failure_is_told_at_the_end(place, tmp_path, monkeypatch, capsys):
-    def failing(*_):
+    def failing(*_, **__):
         raise RunError("it is damaged")
 
     monkeypatch.setattr(pipeline, "solve", failing)
@@ -439,6 +444,7 @@ def test_sweeps_that_are_none(given, seeds, said):
         parse_sweep(given, seeds)
 
 
+@pytest.mark.slow
 def test_seeds_and_sweeps_are_run_and_only_reports_are_kept(place, tmp_path, monkeypatch):
     recipes = recipes_for(base(place), ("magnitude",), {}, sweep={"pattern": ["2:4", "0.5"], "seed": [0, 1]})
     how = RunOptions(evaluate=[str(place / "text.txt")])
@@ -480,6 +486,7 @@ def test_an_estimate_is_of_what_is_not_there_yet(place, done):
     assert found.bytes > 0
 
 
+@pytest.mark.slow
 def test_the_command_says_first_what_it_will_cost(place, tmp_path, monkeypatch, capsys):
     class Found:
         seconds, bytes = {"total": 100.0}, {"compressed": 5_000_000}

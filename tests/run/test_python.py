@@ -189,6 +189,7 @@ def test_evaluate_tells_how_far_it_is(place, texts):
     assert (steps[-1].stage, steps[-1].done, steps[-1].total) == ("perplexity, text.txt", 37, 37)
 
 
+@pytest.mark.slow
 def test_compare_takes_names_or_recipes(place, texts, tmp_path):
     found = sparlow.compare(place / "model", ["magnitude", "wanda"], QUICK, **texts, out=tmp_path / "a")
     assert [row["name"] for row in found.table()] == ["magnitude", "wanda"]

@@ -86,6 +86,7 @@ def test_a_figure_on_the_source_of_the_calibration_text_says_so(place, tmp_path,
         assert "comes from the same source as the calibration text" in page
 
 
+@pytest.mark.slow
 def test_a_text_that_is_measured_later_says_so_too(place, tmp_path):
     recipes, text = {"magnitude": QUICK.changed(calibration=str(place / "text.txt"))}, str(place / "text.txt")
     file = tmp_path / "out" / "magnitude" / "report.json"
@@ -179,6 +180,7 @@ def test_both_figures_are_in_the_summary_where_they_differ(place):
 # what a caller may give
 
 
+@pytest.mark.slow
 def test_a_column_of_a_table_is_calibrated_and_measured_on(place, tmp_path, capsys):
     table = tmp_path / "table.csv"
     table.write_text("id,body\n" + "".join(f'{i},"{line}"\n' for i, line in enumerate(["a b c" * 20] * 20)))

@@ -66,10 +66,11 @@ def revision_of(algorithm: Algorithm, own: int) -> int | str:
 
     For those of others their source counts, too, so that an unfinished run is not gone on with after a change.
     """
-    if algorithm.function.__module__.partition(".")[0] == "sparlow":
+    module = algorithm.function.__module__ or ""  # none where text was executed
+    if module.partition(".")[0] == "sparlow":
         return own
     try:
-        source = inspect.getsource(sys.modules[algorithm.function.__module__])
+        source = inspect.getsource(sys.modules[module])
     except (OSError, TypeError, KeyError):  # typed into an interpreter
-        return f"{own}, {algorithm.function.__module__}"
+        return f"{own}, {module}"
     return f"{own}, {hashlib.sha256(source.encode()).hexdigest()[:16]}"

@@ -127,7 +127,8 @@ def _candidates(module: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that may be fused weights by their shapes."""
     if isinstance(module, nn.Linear | nn.Embedding | nn.Conv1d | nn.Conv2d | nn.Conv3d | FusedWeight):
         return {}
-    own = {name: p for name, p in module._parameters.items() if p is not None and p.dtype in _DTYPES}  # noqa: SLF001
+    parameters = module._parameters.items()  # noqa: SLF001 - its own alone
+    own = {name: p for name, p in parameters if p is not None and p.dtype in _DTYPES and p.numel()}
     stacks = {name: p for name, p in own.items() if p.ndim == STACK and min(p.shape) > 1}
     if stacks or any(not part.flat for part in _apart(module).values()):
         return stacks
