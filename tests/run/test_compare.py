@@ -233,7 +233,7 @@ def test_a_method_that_runs_out_of_memory_ends_alone(place, tmp_path, monkeypatc
     found = run(place, tmp_path / "out", METHODS[:2])
     assert [row.name for row in found.rows] == ["wanda"]
     assert "too little main memory (" in found.failed["magnitude"]
-    monkeypatch.setattr(pipeline, "solve", lambda *_: 1 // 0)
+    monkeypatch.setattr(pipeline, "solve", lambda *_, **__: 1 // 0)
     with pytest.raises(ZeroDivisionError):  # a bug is not a row of the table
         run(place, tmp_path / "other", METHODS[:2])
 
