@@ -11,12 +11,11 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.markup import escape
 from rich.segment import Segment
 
+from sparlow.cli.tables import show_wide, table
 from sparlow.errors import printable
 from sparlow.files import human_bytes
 
 if TYPE_CHECKING:  # help is shown without torch, which comes with these
-    from rich.table import Table
-
     from sparlow.evaluation.perplexity import Evaluation
     from sparlow.exporting._registry import Exported
     from sparlow.model.artefact.describe import LayerInfo
@@ -63,7 +62,7 @@ def show_report(report: "Report") -> None:
     """The summary of a run: perplexities and sizes, dense beside compressed, time, memory, warnings."""
     from sparlow.report.summary import remarks, summary_rows
 
-    out.print(_table(("", "dense", "compressed"), summary_rows(report)))
+    out.print(table(("", "dense", "compressed"), summary_rows(report)))
     seconds = report.seconds
     blocks = 1 + max(layer.block for layer in report.layers)
     out.print(
@@ -136,7 +135,7 @@ def show_benchmark(found: "Benchmark") -> None:
             same = f"{'yes' if row.same_output else 'NO'} ({row.difference:.1e})"
             first = (names[row.model], row.mode, row.dtype, row.step, str(batch))
             rows.append((*first, *measured, "–" if times is None else f"{times:.2f}", *memory, same))
-    out.print(_table((*head, "read a token", "same output"), rows))
+    show_wide(out, (*head, "read a token", "same output"), rows, keys=5)
     for note in found.notes:
         out.print(f"note: {escape(note)}", highlight=False)
     about = ", ".join(f"{name} {number}" for name, number in found.versions.items())
@@ -145,7 +144,7 @@ def show_benchmark(found: "Benchmark") -> None:
 
 def show_columns(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """A table whose first column says what the others are."""
-    out.print(_table(head, rows))
+    out.print(table(head, rows))
 
 
 def show_comparison(found: "Comparison") -> None:
@@ -170,7 +169,7 @@ def show_comparison(found: "Comparison") -> None:
         measured = (f"{row.mean_relative_error:.5f}", row.values, f"{row.seconds:.0f}", human_bytes(row.bytes))
         bits = (f"{row.bits_per_weight:.2f}", f"{row.bits_per_parameter:.2f}", f"{row.share_compressed:.1%}")
         rows.append((row.name, *perplexities, *apart, *measured, *bits))
-    out.print(_table(head, rows))
+    show_wide(out, head, rows)
 
 
 def show_plan(found: "Plan") -> None:
@@ -189,19 +188,19 @@ def show_plan(found: "Plan") -> None:
         )
         for kind in found.layers
     ]
-    out.print(_table(("layer", "count", "shape", "pattern", "values", "rank", "parameters", "bytes", "kept"), kinds))
+    show_wide(out, ("layer", "count", "shape", "pattern", "values", "rank", "parameters", "bytes", "kept"), kinds)
     rows = [(row["name"], str(row["count"]), f"{row['parameters']:,}", row["why"]) for row in found.not_compressed]
-    out.print(_table(("not compressed", "count", "parameters", "why"), rows))
+    out.print(table(("not compressed", "count", "parameters", "why"), rows))
     _show_sizes(found)
     _show_choices(found)
     here = f"of {found.device}" if found.peak_memory["device"] else "of the device"
     parts = [(stage.name, human_bytes(found.baseline + stage.cpu), human_bytes(stage.device)) for stage in found.stages]
     parts.append(("peak", human_bytes(found.peak_memory["rss"]), human_bytes(found.peak_memory["device"])))
     parts.append(("free now", _free(found.available["rss"]), _free(found.available["device"])))
-    out.print(_table(("memory at most", "main", here), parts))
+    out.print(table(("memory at most", "main", here), parts))
     if found.seconds:
         times = [(stage, f"{spent:,.0f}") for stage, spent in found.seconds.items() if spent]
-        out.print(_table(("time", "seconds"), times))
+        out.print(table(("time", "seconds"), times))
     from sparlow.machine import described
 
     out.print(f"probed for {found.probe['seconds']:.1f} s on {escape(described(found.machine))}", highlight=False)
@@ -237,7 +236,7 @@ def _show_choices(found: "Plan") -> None:
         sizes = (human_bytes(choice.bytes), f"{choice.bits:.2f}", fits, quality)
         rows.append((choice.name, *sizes, choice.speed, "; ".join(choice.opened_by), options))
     head = ("form", "whole file", "bits", "", "perplexity", "on a CPU (packed)", "opened by", "options")
-    out.print(_table(head, rows, left=True))
+    show_wide(out, head, rows, left=True)
     for left in found.left_out:
         out.print(f"left out: {', '.join(left.names)}: {left.why}", markup=False, highlight=False)
     about = measured()
@@ -258,7 +257,7 @@ def show_finetuning(report: "Report") -> None:
     from sparlow.report.summary import perplexities_of_finetuning
 
     found = report.finetuning
-    out.print(_table(("", "before", "after"), perplexities_of_finetuning(report)))
+    out.print(table(("", "before", "after"), perplexities_of_finetuning(report)))
     out.print(
         f"{found['steps']} steps of {found['batch'] * found['accumulate']} windows, {found['trainable']:,} numbers "
         f"trained, loss {found['loss'][0]:.3f} → {found['loss'][-1]:.3f}, {found['seconds']:.0f} s",
@@ -301,7 +300,7 @@ def show_evaluations(
     if len(first.get("tasks", {})) > 1 and None not in means:
         rows.append(("average", *(f"{mean:.4f}" for mean in means)))
     short = [Path(name).name or name for name in found]
-    out.print(_table(("", *(short if len(set(short)) == len(short) else found)), rows))
+    out.print(table(("", *(short if len(set(short)) == len(short) else found)), rows))
     for note in notes:
         out.print(f"note: {escape(note)}", highlight=False)
 
@@ -324,7 +323,7 @@ def show_layers(layers: "Sequence[LayerInfo]", patterns: Mapping[str, str]) -> N
         )
         for layer in layers
     ]
-    out.print(_table(("layer", "shape", "pattern", "values", "density", "rank", "bytes"), rows))
+    out.print(table(("layer", "shape", "pattern", "values", "density", "rank", "bytes"), rows))
 
 
 def show_cost(found: "Plan") -> None:
@@ -349,14 +348,3 @@ def show_export(found: "Exported") -> None:
         out.print(f"note: {note}", markup=False, highlight=False)
     for line in found.commands:
         out.print(line, markup=False, highlight=False)
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], *, left: bool = False) -> "Table":
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for i, title in enumerate(head):
-        table.add_column(escape(title), justify="right" if i and not left else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(escape(printable(cell)) for cell in row))  # before its width is measured
-    return table
