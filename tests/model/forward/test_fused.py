@@ -92,7 +92,7 @@ def test_experts_are_found_and_taken_apart_and_the_model_computes_what_it_did(fa
         for name, weight in compressible(block).items():
             hook = lambda *_, full=(i, name): called.add(full)  # noqa: E731 - of this layer
             block.get_submodule(weight.reads).register_forward_hook(hook)
-    torch.testing.assert_close(logits(model), before, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-5)
     last = len(blocks) - 1
     for name, layout in FOUND[family].items():
         assert any((last, f"{name}.{number}") in called for number in range(layout.experts)), name
