@@ -124,8 +124,8 @@ def show_benchmark(found: "Benchmark") -> None:
     from sparlow.runtime.benchmark import spread
 
     names = {row.model: Path(row.model).name for row in found.rows}
-    head = ("", "mode", "type", "step", "texts", "prompt tokens/s", "to first, s", "tokens/s", "×", "peak", "before")
-    rows = []
+    head = ("", "model", "mode", "type", "step", "texts", "prompt tokens/s", "to first, s", "tokens/s", "×", "peak")
+    rows: list[tuple[str, ...]] = []
     for row in found.rows:
         for batch, rates in row.decode.items():
             times = found.times(row, batch)
@@ -133,9 +133,9 @@ def show_benchmark(found: "Benchmark") -> None:
             measured = (f"{median(row.prefill[batch]):.0f}", f"{median(row.first[batch]):.2f}", rates_said)
             memory = (human_bytes(row.peak[batch]), human_bytes(row.interpreter), human_bytes(row.bytes_read))
             same = f"{'yes' if row.same_output else 'NO'} ({row.difference:.1e})"
-            first = (names[row.model], row.mode, row.dtype, row.step, str(batch))
+            first = (str(len(rows) + 1), names[row.model], row.mode, row.dtype, row.step, str(batch))
             rows.append((*first, *measured, "–" if times is None else f"{times:.2f}", *memory, same))
-    show_wide(out, (*head, "read a token", "same output"), rows, keys=5)
+    show_wide(out, (*head, "before", "read a token", "same output"), rows)
     for note in found.notes:
         out.print(f"note: {escape(note)}", highlight=False)
     about = ", ".join(f"{name} {number}" for name, number in found.versions.items())
@@ -337,7 +337,9 @@ def show_cost(found: "Plan") -> None:
     whole = f"{human_bytes(sizes['dense'])} → {human_bytes(sizes['compressed'])}"
     out.print(f"this will take {spent}{main}, {whole} on disk", markup=False, highlight=False)
     patterns = dict.fromkeys(kind.pattern for kind in found.layers if kind.pattern)
-    kept = [f"{pattern} keeps {parse_pattern(pattern).density:.3g} of the entries of S" for pattern in patterns]
+    densities = {pattern: parse_pattern(pattern).density for pattern in patterns}
+    said = {pattern: "every entry" if d == 1 else f"{d:.3g} of the entries" for pattern, d in densities.items()}
+    kept = [f"{pattern} keeps {what} of S" for pattern, what in said.items()]
     out.print(f"pattern {'; '.join(kept[:3])}", markup=False, highlight=False)
 
 
