@@ -281,3 +281,10 @@ def test_an_algorithm_of_ones_own_is_given_as_a_file(place, capsys, tmp_path, mo
     assert "mine-on-the-command-line (pruner): Keep what is large." in capsys.readouterr().out
     line = run_and_fail(capsys, *compress(place, tmp_path / "b"), "--plugin", tmp_path / "none.py")
     assert "There is no Python file" in line
+
+
+def test_nothing_is_foreseen_where_nobody_is_told(place, tmp_path, monkeypatch):
+    monkeypatch.setattr("sparlow.cli.compressing.plan", lambda *_, **__: 1 // 0)
+    assert run(*compress(place, tmp_path / "out"), "--quiet") == 0
+    with pytest.raises(ZeroDivisionError):
+        run(*compress(place, tmp_path / "other"))

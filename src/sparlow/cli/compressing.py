@@ -17,6 +17,8 @@ TIMED = 10**8  # parameters from which the seconds of a probe are worth it
 
 def tell_cost(model: str, recipe: Recipe, run: RunOptions, out: Path) -> None:
     """Say in one line what a run will take; minutes only where it is long. What is wrong is told by the run itself."""
+    if display.out.quiet:  # by --quiet, or as the first of several processes speaks for all: nothing to foresee for
+        return
     try:
         found = plan(model, recipe, out=out, **values_of(run), timed=False)
         if sum(kind.parameters for kind in found.layers) >= TIMED:
