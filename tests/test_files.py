@@ -145,9 +145,9 @@ def test_names_of_tensors_with_escape_sequences_are_refused(tmp_path):
 
 
 def test_what_a_table_shows_has_no_escape_sequences(capsys):
-    from sparlow.cli import display
+    from sparlow.cli import display, tables
 
-    display.out.print(display._table(("name",), [(FORGED,)]), FORGED)
+    display.out.print(tables.table(("name",), [(FORGED,)]), FORGED)
     display.err.print(FORGED)
     shown = capsys.readouterr()
     assert "\x1b" not in shown.out + shown.err
