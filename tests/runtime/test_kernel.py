@@ -101,12 +101,12 @@ def expected(exact, x, low_rank_x=None):
 
 
 def rounded(x):
-    """X in int8 with a scale for each token and 128 columns, in float64."""
-    parts = []
-    for some in x.split(128, 1):
-        big = some.abs().amax(1, keepdim=True)
-        parts.append((some * torch.where(big > 0, 127 / big, 0)).round().double() * (big / 127).double())
-    return torch.cat(parts, 1)
+    """X in int8, in float64; of each 128 columns those share a scale whose number divided by 8 leaves the same rest by 4."""
+    tokens, cols = x.shape
+    runs = torch.nn.functional.pad(x, (0, -cols % 128)).view(tokens, -1, 4, 4, 8)
+    big = runs.abs().amax((2, 4), keepdim=True)
+    found = (runs * torch.where(big > 0, 127 / big, 0)).round().double() * (big / 127).double()
+    return found.view(tokens, -1)[:, :cols]
 
 
 def takes_rounded(weight):

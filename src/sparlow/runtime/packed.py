@@ -1,14 +1,15 @@
 """Packed layers: they compute with the tensors of the file as they lie there, and never hold them expanded."""
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Self
 from weakref import WeakValueDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.dlpack import from_dlpack
 
 from sparlow.errors import InputError
@@ -239,6 +240,20 @@ class PackedLinear(PackedModule):
         """Return what ``print(model)`` shows of the layer."""
         sizes = f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
         return f"{sizes}, bias={self.bias is not None}, values={self.values}, activations={self.activations}"
+
+
+@contextmanager
+def unrounded_inputs(model: nn.Module) -> Iterator[set[int]]:
+    """Within this context no packed layer of a model rounds its inputs; yield the ids of those that otherwise do."""
+    found = [m for m in model.modules() if isinstance(m, PackedLinear) and m.activations != "float"]
+    before = [layer.activations for layer in found]
+    try:
+        for layer in found:
+            layer.activations = "float"
+        yield {id(layer) for layer in found}
+    finally:
+        for layer, activations in zip(found, before, strict=True):
+            layer.activations = activations
 
 
 @torch.library.custom_op("sparlow::packed_linear", mutates_args=())

@@ -15,7 +15,7 @@ from sparlow.model.artefact.layers import SparseLowRankLinear
 from sparlow.runtime.anatomy import Anatomy, Norm, UnlikeError, anatomy, close
 from sparlow.runtime.build import NoKernelError, library
 from sparlow.runtime.cache import StepCache
-from sparlow.runtime.packed import PackedLinear
+from sparlow.runtime.packed import PackedLinear, unrounded_inputs
 from sparlow.runtime.product import TOKENS, Operand, operand, path_number
 
 _BEGUN = 3  # tokens that the model itself reads before the step is tried on the others
@@ -72,9 +72,16 @@ class Step:
         except NoKernelError as problem:
             raise UnlikeError(f"there is no kernel: {problem}") from None
         self._marks = tuple(_marks(model))
+        with unrounded_inputs(model) as self._rounded:  # rounding grows from block to block, and would hide differences
+            self._build(model)
+        for place, name in self._rounding:
+            getattr(place, name).rounded = 1
+
+    def _build(self, model: PreTrainedModel) -> None:
         found = anatomy(model)
         self._embedding, self.limit, self._rotary = found.embedding, found.limit, found.rotary
         self._kept: list[object] = []  # what the addresses point at
+        self._rounding: list[tuple[ctypes.Structure, str]] = []  # places of layers whose inputs are rounded
         self._blocks = (_Block * len(found.blocks))()
         self._decoder = self._described(found)
         self._positions(_LEAST)
@@ -129,17 +136,19 @@ class Step:
     def _described(self, found: Anatomy) -> _Decoder:
         for place, block in zip(self._blocks, found.blocks, strict=True):
             for name, layer in block.linears.items():
-                setattr(place, name, self._weight(layer))
+                self._put(place, name, layer)
             for name in ("before", "between", "of_q", "of_k"):
                 setattr(place, name, self._norm(getattr(block, name)))
         cosine, _ = found.rotary.table(torch.arange(1))
         first = found.blocks[0].linears
         self._outputs = found.logits.shape[-1]
-        return _Decoder(
+        decoder = _Decoder(
             blocks=ctypes.addressof(self._blocks), count=len(self._blocks), hidden=_width(first["q"]),
             inner=_width(first["down"]), heads=found.heads, groups=found.groups, head=found.head_dim,
-            rotated=cosine.shape[-1], scale=found.scale, last=self._norm(found.last), output=self._weight(found.head),
+            rotated=cosine.shape[-1], scale=found.scale, last=self._norm(found.last),
         )  # fmt: skip
+        self._put(decoder, "output", found.head)
+        return decoder
 
     def _norm(self, norm: Norm | None) -> _Norm:
         if norm is None:
@@ -147,13 +156,14 @@ class Step:
         self._kept.append(norm.weight)
         return _Norm(norm.weight.data_ptr(), norm.eps)
 
-    def _weight(self, layer: nn.Module) -> _Weight:
+    def _put(self, place: ctypes.Structure, name: str, layer: nn.Module) -> None:
+        if id(layer) in self._rounded:
+            self._rounding.append((place, name))
         found = operand_of(layer)
         self._kept.append(found)
         fold, bias = (None if t is None else t.data_ptr() for t in (found.fold, found.bias))
         V, U = (None if m is None else m.at for m in (found.V, found.U))
-        rounded = isinstance(layer, PackedLinear) and layer.activations == "int8"
-        return _Weight(found.S.at, V, U, fold, bias, int(rounded))
+        setattr(place, name, _Weight(found.S.at, V, U, fold, bias, 0))
 
     def _check(self, model: PreTrainedModel, found: Anatomy) -> None:
         """Compare the step with the model itself, the same tokens being read by both."""

@@ -34,9 +34,8 @@ INL VI v_half_block(const uint8_t *w, const int8_t *xq) {
   VI x = _mm256_loadu_si256((const void *)xq), v = _mm256_xor_si256(_mm256_loadu_si256((const void *)w), _mm256_set1_epi8((char)SAME));
   return _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_abs_epi8(x), _mm256_sign_epi8(v, x)), _mm256_set1_epi16(1));
 }
-INL VF v_block(const uint8_t *w, const int8_t *xq, const int32_t *xc) {
-  (void)xc;
-  return _mm256_cvtepi32_ps(_mm256_add_epi32(v_half_block(w, xq), v_half_block(w + 32, xq + 32)));
+INL VF v_block(const uint8_t *w, const int8_t *xq, const float *xs) {
+  return _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_add_epi32(v_half_block(w, xq), v_half_block(w + 32, xq + 32))), _mm256_loadu_ps(xs));
 }
 
 /* 32 codes, a byte each. */
@@ -116,7 +115,7 @@ INL void spread32(const float *p, const uint8_t *mask, int64_t cols, float *to) 
 #define PAIRS 1
 #include "spread.h"
 INL int order_of(int way) {
-  if (way > ROUNDED) return way == R_DENSE4 ? EVEN_ODD : way < R_MASKED8 ? AS_IT_IS : HALVES;
+  if (way > ROUNDED) return way == R_DENSE4 || way == R_BOOK4 ? EVEN_ODD : way < R_MASKED8 ? AS_IT_IS : HALVES;
   return way == BUFFERED ? 0 : way <= MASKED_CODES ? 1 : way == DENSE8 || way == DENSE2 ? 4 : 8;
 }
 INL int columns_of(int way) { return way == DENSE4 || way == DENSE3 ? 64 : 32; }
@@ -128,7 +127,7 @@ INL levels levels_of(int way, const matrix *m) {
   levels t = {.bytes = _mm256_setzero_si256(), .floats = v_zero(), .factor = 1, .shift = 0};
   if (way == MASKED8 || way == MASKED_CODES || way == DENSE8 || way == DENSE4) t.factor = 0x1p-24f; /* see dot_upper */
   if (way == R_DENSE4) t.factor = m->narrow[1] - m->narrow[0], t.shift = (m->narrow[0] - 128) / t.factor;
-  if (way == DENSE4 || way == R_DENSE3 || way == R_DENSE2) t.bytes = _mm256_xor_si256(table_of(m->narrow), _mm256_set1_epi8((char)SAME));
+  if (way == DENSE4 || way == R_BOOK4 || way == R_DENSE3 || way == R_DENSE2) t.bytes = _mm256_xor_si256(table_of(m->narrow), _mm256_set1_epi8((char)SAME));
   if (way == DENSE3 || way == DENSE2) {
     float f[8];
     for (int k = 0; k < 8; k++) f[k] = level_of(m, way == DENSE2 ? k & 3 : k);
@@ -217,6 +216,18 @@ INL void rounded_dense4(cursor *a, bytes x, int T, VI *s) {
   }
 }
 
+INL void rounded_book4(cursor *a, bytes x, int T, VI levels, VI *s) {
+  const VI low = _mm256_set1_epi8(15);
+#pragma GCC unroll 2
+  for (int k = 0; k < 2; k++, a->at += 32) {
+    VI v = _mm256_loadu_si256((const void *)a->at);
+    dot_rounded(_mm256_shuffle_epi8(levels, _mm256_and_si256(v, low)), x, 64 * k, T, s);
+    dot_rounded(_mm256_shuffle_epi8(levels, _mm256_and_si256(_mm256_srli_epi16(v, 4), low)), x, 64 * k + 32, T, s);
+  }
+}
+/* Whether a lane's sums are of the same 4 columns of 8, and not of 8. */
+INL int in_fours(int way) { return way == R_DENSE8 || way == R_DENSE3 || way == R_DENSE2; }
+
 #define BOTH(...) _mm256_setr_epi8(__VA_ARGS__, __VA_ARGS__)
 #define NO (char)128
 /* The nibbles of 128 mask bits, a byte each: words of 32 columns 0, 1 in the lower half and 2, 3 in the upper one. */
@@ -238,7 +249,7 @@ INL VI places(VI nibbles, VI sums, int quarter) {
   VI which = _mm256_or_si256(_mm256_and_si256(_mm256_shuffle_epi8(nibbles, _mm256_add_epi8(nibble, on)), bits), cases);
   return _mm256_add_epi8(_mm256_shuffle_epi8(of_case, which), _mm256_shuffle_epi8(sums, _mm256_or_si256(before, on)));
 }
-INL void rounded_masked(int way, cursor *a, bytes x, int T, VI *s) {
+INL void rounded_masked(int way, cursor *a, bytes x, int T, VI *s, VI *other) {
   const VI kept = BOTH(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4);
   VI n = nibbles_of(a->mask), sums = _mm256_shuffle_epi8(kept, n);
   sums = _mm256_add_epi8(sums, _mm256_slli_epi32(sums, 8)), sums = _mm256_add_epi8(sums, _mm256_slli_epi32(sums, 16)); /* of 16 columns */
@@ -248,7 +259,7 @@ INL void rounded_masked(int way, cursor *a, bytes x, int T, VI *s) {
 #pragma GCC unroll 4
   for (int k = 0; k < 4; k++) {
     VI v = _mm256_shuffle_epi8(way == R_MASKED8 ? _mm256_xor_si256(halves(p, q), _mm256_set1_epi8((char)SAME)) : halves(p, q), places(n, sums, k));
-    dot_rounded(v, x, 32 * k, T, s);
+    dot_rounded(v, x, 32 * k, T, k & 1 ? other : s);
     p += _mm_popcnt_u64(low >> 16 * k & 0xffff), q += _mm_popcnt_u64(high >> 16 * k & 0xffff);
   }
   a->at = q, a->mask += 16;
@@ -279,20 +290,27 @@ INL void rounded_pairs(int way, cursor *a, bytes x, int T, VI *s) {
   }
   a->at += 64, a->mask += 16;
 }
-INL void step_rounded(int way, cursor *a, bytes x, int T, const levels *t, VF *found) {
-  VI s[4];
+INL VF scales_at(const float *at) { return _mm256_broadcast_ps((const void *)at); }
+INL void step_rounded(int way, cursor *a, bytes x, floats xs, int T, const levels *t, VF *found) {
+  VI s[4], other[4]; /* of masked ones: columns of scales 0 and 1, and of 2 and 3 */
 #pragma GCC unroll 4
-  for (int k = 0; k < T; k++) s[k] = _mm256_setzero_si256();
+  for (int k = 0; k < T; k++) s[k] = other[k] = _mm256_setzero_si256();
   if (way == R_DENSE4) rounded_dense4(a, x, T, s);
+  else if (way == R_BOOK4) rounded_book4(a, x, T, t->bytes, s);
   else if (way < R_MASKED8) rounded_dense(way, a, x, T, t->bytes, s);
-  else if (way < R_PAIRS8) rounded_masked(way, a, x, T, s);
+  else if (way < R_PAIRS8) rounded_masked(way, a, x, T, s, other);
   else rounded_pairs(way, a, x, T, s);
 #pragma GCC unroll 4
-  for (int k = 0; k < T; k++) found[k] = _mm256_cvtepi32_ps(s[k]);
+  for (int k = 0; k < T; k++) {
+    const float *by = xs.at + k * xs.apart;
+    if (way == R_MASKED8 || way == R_MASKED_CODES)
+      found[k] = v_fma(_mm256_cvtepi32_ps(s[k]), scales_at(by + FINE), _mm256_mul_ps(_mm256_cvtepi32_ps(other[k]), scales_at(by + FINE + 4)));
+    else found[k] = _mm256_mul_ps(_mm256_cvtepi32_ps(s[k]), in_fours(way) ? _mm256_loadu_ps(by + FINE) : scales_at(by));
+  }
 }
 
 #include "rows.h"
-const path path_avx2 = {product, decode, order, W};
+const path path_avx2 = {product, decode, order, round_inputs, lay_out_bytes, W};
 #else
 const path path_avx2 = {0};
 #endif

@@ -2,7 +2,7 @@
 
      unpack      as AVX2, twice as wide; three bits by vpermb and vpmultishiftqb
      spread      vpexpandb, vpexpandw, vpexpandd: bit j of mask byte b is column 8b + j, the order that they want
-     v_block     vpdpbusd of level + 128 and x; what 128 adds is taken off, lane by lane, by where the sums begin: exact */
+     v_block     vpdpbusd of level + 128 and x; what 128 adds is taken off, lane by lane: exact */
 #include "sparlow.h"
 #if defined(__AVX512VBMI2__) && defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VBMI__)
 #include <immintrin.h>
@@ -25,8 +25,10 @@ INL VF v_load(int format, const void *w, int64_t c) {
   if (format == F_U8) b = _mm_xor_si128(b, _mm_set1_epi8((char)SAME));
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(b));
 }
-INL VF v_block(const uint8_t *w, const int8_t *xq, const int32_t *xc) {
-  return _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(_mm512_loadu_si512(xc), _mm512_loadu_si512(w), _mm512_loadu_si512(xq)));
+INL VF v_block(const uint8_t *w, const int8_t *xq, const float *xs) {
+  VI x = _mm512_loadu_si512(xq), none = _mm512_setzero_si512(), more = _mm512_dpbusd_epi32(none, _mm512_set1_epi8((char)SAME), x);
+  VI s = _mm512_sub_epi32(_mm512_dpbusd_epi32(none, _mm512_loadu_si512(w), x), more);
+  return _mm512_mul_ps(_mm512_cvtepi32_ps(s), _mm512_broadcast_f32x8(_mm256_loadu_ps(xs)));
 }
 
 INL VI table_of(const uint8_t *table) { return _mm512_broadcast_i32x4(_mm_loadu_si128((const void *)table)); }
@@ -95,7 +97,7 @@ INL void spread32(const float *p, const uint8_t *mask, int64_t cols, float *to) 
 #define PAIRS 0
 #include "spread.h"
 INL int order_of(int way) {
-  if (way > ROUNDED) return way == R_DENSE4 ? EVEN_ODD : AS_IT_IS;
+  if (way > ROUNDED) return way == R_DENSE4 || way == R_BOOK4 ? EVEN_ODD : AS_IT_IS;
   return way == BUFFERED ? 0 : way == MASKED16 ? 1 : way == DENSE4 || way == DENSE3 ? 8 : 4;
 }
 INL int columns_of(int way) { return way == DENSE4 || way == DENSE3 ? 128 : 64; }
@@ -107,7 +109,7 @@ INL levels levels_of(int way, const matrix *m) {
   levels t = {.bytes = _mm512_setzero_si512(), .floats = v_zero(), .factor = 1, .shift = 0};
   if (way == MASKED8 || way == MASKED_CODES || way == DENSE8) t.factor = 0x1p-24f; /* see dot_upper */
   if (way == R_DENSE4) t.factor = m->narrow[1] - m->narrow[0], t.shift = (m->narrow[0] - 128) / t.factor;
-  if (way == R_DENSE3 || way == R_DENSE2) t.bytes = table_of(m->narrow);
+  if (way == R_BOOK4 || way == R_DENSE3 || way == R_DENSE2) t.bytes = table_of(m->narrow);
   if (way == DENSE4 || way == DENSE3 || way == DENSE2) {
     float f[16];
     for (int k = 0; k < 16; k++) f[k] = level_of(m, way == DENSE4 ? k : way == DENSE3 ? k & 7 : k & 3);
@@ -185,25 +187,28 @@ INL VI rounded_bytes(int way, cursor *a, const levels *t) { /* 64 bytes that sta
   return _mm512_mask_expand_epi8(same, k, v);
 }
 /* vpdpbusd wants one side without signs: level + 128, whose 128 are taken off exactly, or a code of 4 bits itself. */
-INL void step_rounded(int way, cursor *a, bytes x, int T, const levels *t, VF *found) {
+INL void step_rounded(int way, cursor *a, bytes x, floats xs, int T, const levels *t, VF *found) {
   VI first, second;
-  if (way == R_DENSE4) {
+  if (way == R_DENSE4 || way == R_BOOK4) {
     VI v = _mm512_loadu_si512(a->at);
     a->at += 64;
     first = _mm512_and_si512(v, _mm512_set1_epi8(15)), second = _mm512_and_si512(_mm512_srli_epi16(v, 4), _mm512_set1_epi8(15));
+    if (way == R_BOOK4) first = _mm512_shuffle_epi8(t->bytes, first), second = _mm512_shuffle_epi8(t->bytes, second);
   } else first = rounded_bytes(way, a, t), second = rounded_bytes(way, a, t);
 #pragma GCC unroll 4
   for (int k = 0; k < T; k++) {
     const int8_t *at = x.at + 4 * k * x.apart;
     VI s = _mm512_setzero_si512();
-    if (way != R_DENSE4) s = _mm512_add_epi32(_mm512_loadu_si512(at + 2 * x.apart), _mm512_loadu_si512(at + 2 * x.apart + 64));
+    const float *by = xs.at + k * xs.apart;
+    if (way != R_DENSE4) s = _mm512_loadu_si512(x.sums + 4 * k * x.apart);
     s = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(s, first, _mm512_loadu_si512(at)), second, _mm512_loadu_si512(at + 64));
-    found[k] = _mm512_cvtepi32_ps(s);
+    VF scales = way == R_DENSE4 || way == R_BOOK4 ? _mm512_broadcast_f32x4(_mm_loadu_ps(by)) : _mm512_broadcast_f32x8(_mm256_loadu_ps(by + FINE));
+    found[k] = _mm512_mul_ps(_mm512_cvtepi32_ps(s), scales);
   }
 }
 
 #include "rows.h"
-const path path_avx512 = {product, decode, order, W};
+const path path_avx512 = {product, decode, order, round_inputs, lay_out_bytes, W};
 #else
 const path path_avx512 = {0};
 #endif

@@ -82,31 +82,6 @@ static void expand(void *data, int64_t from, int64_t to) {
   e->by->decode(e->m, from, to, e->out + from * e->m->cols);
 }
 
-/* Round x (tokens, cols) to int8 with a scale for each token and X_GROUP columns; a group of zeros has the scale 0. */
-static void round_inputs(const float *x, int64_t ldx, int64_t tokens, int64_t cols, int8_t *q, float *scales, int32_t *totals, int32_t *sums) {
-  int64_t wide = padded(cols), groups = (cols + X_GROUP - 1) / X_GROUP;
-  for (int64_t t = 0; t < tokens; t++, q += wide, scales += groups, totals += groups, sums += wide / 4) {
-    const float *from = x + t * ldx;
-    for (int64_t g = 0; g < groups; g++) {
-      int64_t c = g * X_GROUP, end = c + X_GROUP < cols ? c + X_GROUP : cols;
-      float big = 0;
-      int known = 1;
-      totals[g] = 0;
-      for (int64_t k = c; k < end; k++) big = fabsf(from[k]) > big ? fabsf(from[k]) : big, known &= from[k] == from[k];
-      float per = 127 / big;
-      if (!known || isinf(big) || isinf(per)) { /* NaN and infinity make NaN of the result; below 1e-36 all is zero */
-        scales[g] = known && !isinf(big) ? 0 : NAN;
-        memset(q + c, 0, (size_t)(end - c));
-        continue;
-      }
-      scales[g] = big / 127;
-      for (int64_t k = c; k < end; k++) q[k] = (int8_t)rintf(from[k] * per), totals[g] += q[k];
-    }
-    memset(q + cols, 0, (size_t)(wide - cols));
-    for (int64_t k = 0; k < wide / 4; k++) sums[k] = -128 * (q[4 * k] + q[4 * k + 1] + q[4 * k + 2] + q[4 * k + 3]);
-  }
-}
-
 /* Lay out x as order k wants it: of k * lanes columns first 0 k 2k .., then 1 k+1 .., and so on; 0 behind the last column. */
 static void lay_out(const float *x, int64_t cols, int k, int lanes, float *to) {
   int64_t span = k * lanes, end = ordered(cols);
@@ -116,19 +91,6 @@ static void lay_out(const float *x, int64_t cols, int k, int lanes, float *to) {
         int64_t from = c + k * l + n;
         *to = from < cols ? x[from] : 0;
       }
-}
-/* The same for bytes; behind them what they are without their signs, and then -128 times the sums of four neighbours, 32 bits each. */
-static void lay_out_bytes(const int8_t *x, int64_t cols, int order, int lanes, int8_t *to) {
-  int64_t end = ordered(cols), span = order == EVEN_ODD ? 8 * lanes : X_GROUP;
-  for (int64_t i = 0; i < end; i++) {
-    int64_t from = i, k = i % span;
-    if (order == EVEN_ODD) from += (k < span / 2 ? 2 * k : 2 * k - span + 1) - k;
-    if (order == HALVES) from += 64 * (k / 16 & 1) + 16 * (k / 32) + k % 16 - k; /* of each 16 columns, those 64 on are beside them */
-    to[i] = from < cols ? x[from] : 0;
-    to[end + i] = (int8_t)abs(to[i]);
-  }
-  int32_t *sums = (int32_t *)(to + 2 * end);
-  for (int64_t i = 0; i < end; i += 4) sums[i / 4] = -128 * (to[i] + to[i + 1] + to[i + 2] + to[i + 3]);
 }
 /* The same of all tokens for each job that goes through registers; several may want one order. */
 static void lay_out_for(const path *by, job *jobs, int64_t count, float *room) {
@@ -140,7 +102,7 @@ static void lay_out_for(const path *by, job *jobs, int64_t count, float *room) {
       made[k] = room;
       for (int64_t t = 0, cols = j->m->cols; t < j->tokens; t++, room += ordered(cols))
         if (k < AS_IT_IS) lay_out(j->x + t * j->ldx, cols, k, by->lanes, room);
-        else lay_out_bytes(j->xq + t * padded(cols), cols, k, by->lanes, (int8_t *)room);
+        else by->lay_out(j->xq + t * ordered(cols), cols, k, (int8_t *)room);
     }
     j->xp = made[k];
   }
@@ -154,25 +116,23 @@ static int takes_rounded(const matrix *S) {
    are integers and whose groups are whole blocks. All V are taken in one round of the threads, then all S. Returns 0, or 1: no memory. */
 EXPORT int sparlow_products(int number, int threads, int a8, const layer *layers, int64_t count, const float *x, int64_t tokens, float *y, int64_t ldy) {
   const path *by = paths[number];
-  int64_t cols = layers->S->cols, wide = padded(cols), groups = (cols + X_GROUP - 1) / X_GROUP, ranks = 0;
+  int64_t cols = layers->S->cols, groups = ordered(cols) / X_GROUP, ranks = 0;
   int rounds = 0;
   for (int64_t i = 0; i < count; i++) ranks += layers[i].V ? layers[i].V->rows : 0, rounds |= a8 && takes_rounded(layers[i].S);
-  size_t of_jobs = 2 * (size_t)count * sizeof(job), of_q = rounds ? (size_t)(tokens * wide) : 0;
-  size_t of_x = ORDERS * 4 * (size_t)(tokens * ordered(cols));
-  uint8_t *room = kept(1, of_jobs + of_x + 2 * of_q + 4 * (size_t)(tokens * (2 * groups + ranks)));
+  size_t of_jobs = 2 * (size_t)count * sizeof(job), of_x = ORDERS * 4 * (size_t)(tokens * ordered(cols));
+  size_t of_scales = rounds ? 4 * (size_t)(tokens * groups * (X_SCALES + 1)) : 0, of_q = rounds ? (size_t)(tokens * ordered(cols)) : 0;
+  uint8_t *room = kept(1, of_jobs + of_x + of_scales + of_q + 4 * (size_t)(tokens * ranks));
   if (!room) return 1;
   job *first = (job *)room, *second = first + count; /* what is widest comes first */
-  float *laid_out = (float *)(room + of_jobs);
-  int32_t *sums = (int32_t *)(room + of_jobs + of_x); /* a fourth of wide in 32 bits is as many bytes as wide */
-  float *t = (float *)(room + of_jobs + of_x + of_q), *scales = t + tokens * ranks;
-  int32_t *totals = (int32_t *)(scales + tokens * groups);
-  int8_t *q = (int8_t *)(totals + tokens * groups);
-  if (rounds) round_inputs(x, cols, tokens, cols, q, scales, totals, sums);
+  float *laid_out = (float *)(room + of_jobs), *scales = (float *)(room + of_jobs + of_x), *totals = scales + tokens * groups * X_SCALES;
+  float *t = (float *)(room + of_jobs + of_x + of_scales);
+  int8_t *q = (int8_t *)(t + tokens * ranks);
+  if (rounds) by->round(x, cols, tokens, cols, q, scales, totals);
   int64_t low = 0;
   for (int64_t i = 0; i < count; i++) {
     const layer *l = &layers[i];
     second[i] = (job){.m = l->S, .x = x, .bias = l->bias, .y = y, .ldx = cols, .ldy = ldy, .tokens = tokens};
-    if (a8 && takes_rounded(l->S)) second[i].xq = q, second[i].xs = scales, second[i].xsum = totals, second[i].xc = sums;
+    if (a8 && takes_rounded(l->S)) second[i].xq = q, second[i].xs = scales, second[i].xsum = totals;
     y += l->S->rows;
     if (!l->V) continue;
     int64_t rank = l->V->rows;

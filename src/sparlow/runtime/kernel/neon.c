@@ -3,7 +3,7 @@
      unpack      zips and shifts; tbl as the table of levels
      spread8/16  8 columns a mask byte: tbl by a table of 256 controls
      spread      the same to float32 at once: a bf16 is its upper half, an int8 the uppermost byte of an int32
-     v_block     SDOT, or smull and smlal of two products, which 16 bits hold, and sadalp */
+     v_block     SDOT, or smull and sums of neighbours */
 #include "sparlow.h"
 #ifndef NAME
 #define NAME path_neon
@@ -30,21 +30,25 @@ INL VF v_load(int format, const void *w, int64_t c) {
   if (format == F_U8) four ^= 0x80808080;
   return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_u32(vdup_n_u32(four))))));
 }
-/* 16 products of signed bytes. */
+/* 16 products of signed bytes, four to a lane. */
 INL int32x4_t dot16(int32x4_t s, VI w, const int8_t *x) {
   int8x16_t a = vreinterpretq_s8_u8(w), b = vld1q_s8(x);
 #if defined(__ARM_FEATURE_DOTPROD)
   return vdotq_s32(s, a, b);
 #else
-  return vpadalq_s16(s, vmlal_s8(vmull_s8(vget_low_s8(a), vget_low_s8(b)), vget_high_s8(a), vget_high_s8(b)));
+  int16x8_t low = vmull_s8(vget_low_s8(a), vget_low_s8(b)), high = vmull_s8(vget_high_s8(a), vget_high_s8(b));
+  return vaddq_s32(s, vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high)));
 #endif
 }
-INL VF v_block(const uint8_t *w, const int8_t *xq, const int32_t *xc) {
-  int32x4_t s = vdupq_n_s32(0);
-  (void)xc;
+/* Two sums of four lanes times their scales: of columns with the scales 0 and 1, and with 2 and 3. */
+INL VF with_scales(const int32x4_t *s, const float *xs) {
+  return vfmaq_f32(vmulq_f32(vcvtq_f32_s32(s[0]), vld1q_f32(xs)), vcvtq_f32_s32(s[1]), vld1q_f32(xs + 4));
+}
+INL VF v_block(const uint8_t *w, const int8_t *xq, const float *xs) {
+  int32x4_t s[2] = {vdupq_n_s32(0), vdupq_n_s32(0)};
 #pragma GCC unroll 4
-  for (int k = 0; k < 64; k += 16) s = dot16(s, veorq_u8(vld1q_u8(w + k), same()), xq + k);
-  return vcvtq_f32_s32(s);
+  for (int k = 0; k < 4; k++) s[k & 1] = dot16(s[k & 1], veorq_u8(vld1q_u8(w + 16 * k), same()), xq + 16 * k);
+  return with_scales(s, xs);
 }
 
 /* 16 codes, a byte each. */
@@ -125,7 +129,7 @@ INL VF v_first(float f) { return vsetq_lane_f32(f, v_zero(), 0); }
 typedef struct { VI bytes; float factor, shift; } levels;
 INL levels levels_of(int way, const matrix *m) {
   levels t = {.bytes = vdupq_n_u8(0), .factor = 1, .shift = 0};
-  if (way == DENSE4 || way == DENSE3 || way == DENSE2 || way == R_DENSE4 || way == R_DENSE3 || way == R_DENSE2) t.bytes = veorq_u8(vld1q_u8(m->narrow), same());
+  if (way == DENSE4 || way == DENSE3 || way == DENSE2 || way == R_DENSE4 || way == R_BOOK4 || way == R_DENSE3 || way == R_DENSE2) t.bytes = veorq_u8(vld1q_u8(m->narrow), same());
   return t;
 }
 INL VF spread_upper(int way, VI v, const uint8_t *table) {
@@ -152,7 +156,7 @@ INL void step_masked(int way, cursor *a, floats x, int T, VF *s) {
 INL VI next_dense(int way, cursor *a, VI bytes) {
   const uint8_t *p = a->at;
   switch (way) {
-    case DENSE4: case R_DENSE4: return a->at += 8, vqtbl1q_u8(bytes, codes4(p));
+    case DENSE4: case R_DENSE4: case R_BOOK4: return a->at += 8, vqtbl1q_u8(bytes, codes4(p));
     case DENSE3: case R_DENSE3: return a->at += 6, vqtbl1q_u8(bytes, codes3(p));
     case DENSE2: case R_DENSE2: return a->at += 4, vqtbl1q_u8(bytes, codes2(p));
     default: return a->at += 16, veorq_u8(vld1q_u8(p), same());
@@ -177,22 +181,22 @@ INL VI next_masked(int way, cursor *a) {
   a->at += kept_of[b] + kept_of[c], a->mask += 2;
   return vqtbl1q_u8(way == R_MASKED8 ? veorq_u8(v, same()) : v, at);
 }
-INL void step_rounded(int way, cursor *a, bytes x, int T, const levels *t, VF *found) {
-  int32x4_t s[4];
+INL void step_rounded(int way, cursor *a, bytes x, floats xs, int T, const levels *t, VF *found) {
+  int32x4_t s[4][2];
 #pragma GCC unroll 4
-  for (int k = 0; k < T; k++) s[k] = vdupq_n_s32(0);
+  for (int k = 0; k < T; k++) s[k][0] = s[k][1] = vdupq_n_s32(0);
 #pragma GCC unroll 8
-  for (int c = 0; c < X_GROUP; c += 16) {
+  for (int c = 0; c < X_GROUP / 16; c++) {
     VI w = way < R_MASKED8 ? next_dense(way, a, t->bytes) : next_masked(way, a);
 #pragma GCC unroll 4
-    for (int k = 0; k < T; k++) s[k] = dot16(s[k], w, x.at + c + 4 * k * x.apart);
+    for (int k = 0; k < T; k++) s[k][c & 1] = dot16(s[k][c & 1], w, x.at + 16 * c + 4 * k * x.apart);
   }
 #pragma GCC unroll 4
-  for (int k = 0; k < T; k++) found[k] = vcvtq_f32_s32(s[k]);
+  for (int k = 0; k < T; k++) found[k] = with_scales(s[k], xs.at + k * xs.apart + FINE);
 }
 
 #include "rows.h"
-const path NAME = {product, decode, order, W};
+const path NAME = {product, decode, order, round_inputs, lay_out_bytes, W};
 #else
 const path NAME = {0};
 #endif

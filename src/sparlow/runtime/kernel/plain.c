@@ -12,11 +12,10 @@ INL float v_sum(VF a) { return (a[0] + a[2]) + (a[1] + a[3]); }
 INL VF v_load(int format, const void *w, int64_t c) {
   return (VF){one(format, w, c), one(format, w, c + 1), one(format, w, c + 2), one(format, w, c + 3)};
 }
-INL VF v_block(const uint8_t *w, const int8_t *xq, const int32_t *xc) {
-  int32_t s[4] = {0, 0, 0, 0};
-  (void)xc;
-  for (int k = 0; k < BLOCK; k++) s[k & 3] += ((int)w[k] - 128) * xq[k];
-  return (VF){(float)s[0], (float)s[1], (float)s[2], (float)s[3]};
+INL VF v_block(const uint8_t *w, const int8_t *xq, const float *xs) {
+  int32_t s[FINE] = {0, 0, 0, 0};
+  for (int k = 0; k < BLOCK; k++) s[k / 8 % FINE] += ((int)w[k] - 128) * xq[k];
+  return (VF){(float)s[0] * xs[0], (float)s[1] * xs[2], (float)s[2] * xs[4], (float)s[3] * xs[6]};
 }
 
 INL void unpack4(const uint8_t *p, int64_t n, const uint8_t *table, uint8_t *to) {
@@ -43,4 +42,4 @@ SPREAD(spread16, uint16_t, 0)
 SPREAD(spread32, float, 0)
 
 #include "rows.h"
-const path path_plain = {product, decode, order, W};
+const path path_plain = {product, decode, order, round_inputs, lay_out_bytes, W};

@@ -3,13 +3,14 @@
      VF, W                            a vector of W floats
      v_zero v_set v_fma v_add v_sum   on it
      v_load(format, row, c)           columns c .. c + W - 1 of a decoded row
-     v_block(w, xq, xc)               W sums of BLOCK products of bytes that stand for level + 128 with rounded inputs
+     v_block(w, xq, xs)               W sums of BLOCK products of bytes that stand for level + 128 with rounded inputs, times
+                                      their scales, each of which is there twice (inputs.h)
      unpack4 unpack3 unpack2          codes -> bytes, each through a table of 16
      wide16                           codes below 16 -> 16-bit numbers
      spread8 spread16 spread32        kept values -> columns, by the mask
 
    A row is summed in the same order whichever thread takes it and whichever rows are taken beside it. */
-#include "sparlow.h"
+#include "inputs.h"
 
 static const uint8_t SELF[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
@@ -75,17 +76,16 @@ INL void segment(int F, int R, int T, const void *const *w, const float *x, int6
 /* The same for a whole row, and inputs rounded to int8. */
 INL void rounded(int R, int T, const void *const *w, const job *j, int64_t t0, const float *scale, VF *acc) {
   const matrix *m = j->m;
-  int64_t ld = padded(m->cols), xgroups = (m->cols + X_GROUP - 1) / X_GROUP, blocks = ld / BLOCK;
+  int64_t ld = ordered(m->cols), blocks = padded(m->cols) / BLOCK;
   for (int64_t b = 0; b < blocks; b++) {
     int64_t g = m->group >= m->cols ? 0 : b * BLOCK / m->group;
 #pragma GCC unroll 4
     for (int i = 0; i < R; i++)
 #pragma GCC unroll 4
       for (int t = 0; t < T; t++) {
-        VF sum = v_block((const uint8_t *)w[i] + b * BLOCK, j->xq + (t0 + t) * ld + b * BLOCK,
-                         j->xc + (t0 + t) * (ld / 4) + b * (BLOCK / 4));
-        float both = scale[i * m->groups + g] * j->xs[(t0 + t) * xgroups + b * BLOCK / X_GROUP];
-        acc[i * T + t] = v_fma(sum, v_set(both), acc[i * T + t]);
+        const float *xs = j->xs + ((t0 + t) * ld / X_GROUP + b * BLOCK / X_GROUP) * X_SCALES + FINE;
+        VF sum = v_block((const uint8_t *)w[i] + b * BLOCK, j->xq + (t0 + t) * ld + b * BLOCK, xs);
+        acc[i * T + t] = v_fma(sum, v_set(scale[i * m->groups + g]), acc[i * T + t]);
       }
   }
 }

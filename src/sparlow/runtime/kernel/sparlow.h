@@ -11,7 +11,9 @@
 #define INL static inline __attribute__((always_inline))
 #define PAD 128      /* bytes that may be read, and written, behind a row */
 #define BLOCK 64     /* columns of one step with rounded inputs */
-#define X_GROUP 128  /* columns of an input that share a scale when it is rounded to int8 */
+#define X_GROUP 128  /* columns of an input whose rounding to int8 is described together, see inputs.h: */
+#define FINE 4       /* by so many scales, */
+#define X_SCALES 12  /* which lie there once, and then each of them twice */
 #define ORDERS 6     /* of x that layers of one call may ask for: three of floats, three of bytes */
 /* Orders of x, see stream.h: k = 1, 2, 4 or 8 for floats, and of bytes these. */
 enum order { AS_IT_IS = 9, EVEN_ODD, HALVES, ALL_ORDERS };
@@ -46,10 +48,9 @@ typedef struct {
   const matrix *m, *u;        /* y = m x + u t + bias, times fold */
   const float *x, *t, *bias, *fold;
   const void *xp;             /* (ordered cols) one token in the order that the path asked for, or NULL; see stream.h */
-  const int8_t *xq;           /* (tokens, padded cols) x rounded, or NULL: x as it is */
-  const float *xs;            /* (tokens, groups of X_GROUP) its scales */
-  const int32_t *xsum;        /* (tokens, groups of X_GROUP) sums of xq */
-  const int32_t *xc;          /* (tokens, padded cols / 4) -128 times the sums of four neighbours */
+  const int8_t *xq;           /* (tokens, ordered cols) x rounded, or NULL: x as it is */
+  const float *xs;            /* (tokens, groups of X_GROUP, X_SCALES) its scales */
+  const float *xsum;          /* (tokens, groups of X_GROUP) sums of what xq stands for */
   float *y;
   int64_t ldx, ldt, ldy, tokens;
 } job;
@@ -58,6 +59,8 @@ typedef struct {
   void (*product)(const job *, int64_t from, int64_t to);
   void (*decode)(const matrix *, int64_t from, int64_t to, float *out);
   int (*order)(const job *); /* of xp, see stream.h; 0: not wanted */
+  void (*round)(const float *x, int64_t ldx, int64_t tokens, int64_t cols, int8_t *q, float *scales, float *totals); /* inputs.h */
+  void (*lay_out)(const int8_t *q, int64_t cols, int order, int8_t *to);                                             /* inputs.h */
   int lanes;
 } path;
 

@@ -10,8 +10,8 @@
      v_first(f), shifted(way)         f and zeros; whether shift counts
      levels_of(way, m)                what it keeps in registers for a whole row
      step(way, cursor, x, T, levels, s)   adds the products of a step and of T tokens to s, and moves the cursor on
-     step_rounded(way, cursor, x, T, levels, s)  sets s to the sums of X_GROUP columns of rounded inputs; without signs they are
-                                      x.apart bytes on, and at twice that there are -128 times the sums of four
+     step_rounded(way, cursor, x, xs, T, levels, s)  sets s to the sums of X_GROUP columns of rounded inputs times their scales
+                                      xs; without signs they are x.apart bytes on, see inputs.h
      factor, shift                    in levels: what the sums of a row are to be multiplied by, and what is missing of a level
 
    Bits of a mask behind the last column are 0 here, and so is x. */
@@ -39,7 +39,7 @@ INL int rounded_way_for(const matrix *m) {
   if (m->kind < CODES8 || m->wide) return BUFFERED;
   if (m->mask && m->pairs && PAIRS) return m->kind == CODES8 ? R_PAIRS8 : R_PAIRS_CODES;
   if (m->mask) return m->kind == CODES8 ? R_MASKED8 : R_MASKED_CODES;
-  if (m->kind == CODES4) return even_levels(m) ? R_DENSE4 : BUFFERED;
+  if (m->kind == CODES4) return even_levels(m) ? R_DENSE4 : R_BOOK4;
   return m->kind == CODES8 ? R_DENSE8 : m->kind == CODES3 ? R_DENSE3 : R_DENSE2;
 }
 /* A step has one scale. */
@@ -91,23 +91,25 @@ INL void streams(int way, int R, int T, cursor *a, const job *j, int64_t t0, con
 INL void rounded_streams(int way, int R, int T, cursor *a, const job *j, int64_t t0, const float *scale, float *found) {
   const matrix *m = j->m;
   const levels t = levels_of(way, m);
-  const int64_t xgroups = (m->cols + X_GROUP - 1) / X_GROUP;
-  bytes x = {(const int8_t *)j->xp + 4 * t0 * ordered(m->cols), ordered(m->cols)};
+  const int64_t xgroups = ordered(m->cols) / X_GROUP;
+  const int8_t *first = (const int8_t *)j->xp + 4 * t0 * ordered(m->cols);
+  bytes x = {first, first + 2 * ordered(m->cols), ordered(m->cols)};
   VF acc[8];
 #pragma GCC unroll 8
   for (int k = 0; k < R * T; k++) acc[k] = v_zero();
-  for (int64_t n = 0, c = 0; c < m->cols; n++, c += X_GROUP, x.at += X_GROUP) {
+  for (int64_t n = 0, c = 0; c < m->cols; n++, c += X_GROUP, x.at += X_GROUP, x.sums += 4 * W) {
     uint8_t rest[4][32];
-    const float *own = scale + (m->group >= m->cols ? 0 : c / m->group), *xs = j->xs + t0 * xgroups + n;
+    const float *own = scale + (m->group >= m->cols ? 0 : c / m->group);
+    const floats xs = {j->xs + (t0 * xgroups + n) * X_SCALES, xgroups * X_SCALES};
     if (m->mask && m->cols - c < X_GROUP) end_masks(R, a, m->cols - c, rest);
 #pragma GCC unroll 4
     for (int i = 0; i < R; i++) {
       VF s[4];
-      step_rounded(way, &a[i], x, T, &t, s);
+      step_rounded(way, &a[i], x, xs, T, &t, s);
 #pragma GCC unroll 4
       for (int k = 0; k < T; k++) {
-        if (shifted(way)) s[k] = v_add(s[k], v_first(t.shift * (float)j->xsum[(t0 + k) * xgroups + n]));
-        acc[i * T + k] = v_fma(s[k], v_set(own[i * m->groups] * xs[k * xgroups]), acc[i * T + k]);
+        if (shifted(way)) s[k] = v_add(s[k], v_first(t.shift * j->xsum[(t0 + k) * xgroups + n]));
+        acc[i * T + k] = v_fma(s[k], v_set(own[i * m->groups]), acc[i * T + k]);
       }
     }
   }
@@ -195,6 +197,7 @@ static int streamed(const job *j, int64_t from, int64_t to, const buffers *b, fl
     case DENSE2: streamed_as(DENSE2, j, from, to, b, scale); return 1;
     case R_DENSE8: streamed_as(R_DENSE8, j, from, to, b, scale); return 1;
     case R_DENSE4: streamed_as(R_DENSE4, j, from, to, b, scale); return 1;
+    case R_BOOK4: streamed_as(R_BOOK4, j, from, to, b, scale); return 1;
     case R_DENSE3: streamed_as(R_DENSE3, j, from, to, b, scale); return 1;
     case R_DENSE2: streamed_as(R_DENSE2, j, from, to, b, scale); return 1;
     case R_MASKED8: streamed_as(R_MASKED8, j, from, to, b, scale); return 1;

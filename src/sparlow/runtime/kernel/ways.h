@@ -10,7 +10,8 @@ enum way {
   MASKED_CODES, /* codes of fewer bits, first as signed bytes in a buffer */
   DENSE8, DENSE4, DENSE3, DENSE2,
   ROUNDED,      /* from here on: of inputs rounded to int8 */
-  R_DENSE8, R_DENSE4, R_DENSE3, R_DENSE2, R_MASKED8, R_MASKED_CODES,
+  R_DENSE8, R_DENSE4, /* levels evenly apart: a code stands for itself */
+  R_BOOK4, R_DENSE3, R_DENSE2, R_MASKED8, R_MASKED_CODES,
   R_PAIRS8, R_PAIRS_CODES /* two of four columns kept: x is gathered, and values are not spread */
 };
 INL int in_bytes(int way) { return way == MASKED_CODES || way == R_MASKED_CODES || way == R_PAIRS_CODES; }
@@ -18,9 +19,9 @@ INL int in_bytes(int way) { return way == MASKED_CODES || way == R_MASKED_CODES 
 /* Where the next step begins: of the values, and of the mask. */
 typedef struct { const uint8_t *at, *mask; } cursor;
 
-/* The inputs of a step: those of the next token are a row on, for bytes 4 * apart bytes. */
+/* The inputs of a step: those of the next token are a row on, for bytes 4 * apart bytes, sums too. */
 typedef struct { const float *at; int64_t apart; } floats;
-typedef struct { const int8_t *at; int64_t apart; } bytes;
+typedef struct { const int8_t *at, *sums; int64_t apart; } bytes;
 
 /* What a code stands for, but for its scale. */
 INL float level_of(const matrix *m, int code) {
