@@ -23,7 +23,7 @@ class Struct(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("data", "start", "mask", "scale", "narrow", "wide")),
-        *((name, ctypes.c_int64) for name in ("rows", "cols", "group", "groups")),
+        *((name, ctypes.c_int64) for name in ("rows", "cols", "group", "groups", "each")),
         *((name, ctypes.c_int32) for name in ("kind", "scale_kind", "wide_kind", "pairs")),
         ("unit", ctypes.c_float),
     )
@@ -79,7 +79,7 @@ def sparse_matrix(lib: Library, parts: Mapping[str, Tensor], shape: tuple[int, i
             f"Its values should take {int(start[-1])} bytes, but there are {data.nbytes}. Restore the file."
         )
     struct = Struct(data=data.data_ptr(), start=start.data_ptr(), mask=address(mask))
-    struct.rows, struct.cols, struct.pairs = *shape, pairs
+    struct.rows, struct.cols, struct.pairs, struct.each = *shape, pairs, _each(start)
     if grid is None:
         return _finished(struct, shape, [data, start, mask], kind=_FLOATS[data.dtype])
     scale = parts["scale"].contiguous()
@@ -98,7 +98,14 @@ def factor(part: Tensor) -> Matrix:
     data, shape = part.contiguous(), (part.shape[0], part.shape[1])
     start = torch.arange(shape[0] + 1) * (shape[1] * data.itemsize)
     struct = Struct(data=data.data_ptr(), start=start.data_ptr(), rows=shape[0], cols=shape[1])
+    struct.each = _each(start)
     return _finished(struct, shape, [data, start], kind=_FLOATS[data.dtype])
+
+
+def _each(start: Tensor) -> int:
+    """Return the bytes of a row, given where each begins; 0 if some have more than others."""
+    sizes = start.diff()
+    return int(sizes[0]) if len(sizes) and bool((sizes == sizes[0]).all()) else 0
 
 
 def _finished(

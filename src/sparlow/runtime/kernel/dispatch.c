@@ -151,7 +151,7 @@ EXPORT void sparlow_decode(int number, int threads, const matrix *m, int64_t fro
   matrix some = *m;
   if (m->mask) some.mask = m->mask + from * mask_bytes(m->cols);
   if (m->scale) some.scale = m->scale + from * m->groups;
-  some.start = m->start + from, some.rows = m->rows - from; /* where the tensor ends stays the same */
+  some.start = m->start + from, some.each = 0, some.rows = m->rows - from; /* where the tensor ends stays the same */
   share(enough(m->rows * m->cols, threads), expand, &(expansion){paths[number], &some, out}, to - from);
 }
 

@@ -13,7 +13,7 @@ static void some_rows(void *data, int64_t from, int64_t to) {
     matrix one = *m; /* that row alone; where the tensor ends stays the same */
     if (m->mask) one.mask = m->mask + r * mask_bytes(m->cols);
     if (m->scale) one.scale = m->scale + r * m->groups;
-    one.start = m->start + r, one.rows = m->rows - r;
+    one.start = m->start + r, one.each = 0, one.rows = m->rows - r;
     c->by->decode(&one, 0, 1, c->out + i * m->cols);
   }
 }

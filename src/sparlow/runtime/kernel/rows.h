@@ -18,9 +18,9 @@ typedef struct { uint8_t *raw, *codes, *wide, *full; } buffers;
 
 /* The kept values or codes of row r; whole vectors may be read behind its end. */
 INL const uint8_t *stored(const matrix *m, int64_t r, buffers b) {
-  const uint8_t *p = m->data + m->start[r];
-  int64_t size = m->start[r + 1] - m->start[r];
-  if (m->start[r + 1] + PAD <= m->start[m->rows]) return p;
+  const uint8_t *p = m->data + start_of(m, r);
+  int64_t end = start_of(m, r + 1), size = end - start_of(m, r);
+  if (end + PAD <= start_of(m, m->rows)) return p;
   if (size) memcpy(b.raw, p, (size_t)size); /* of no values there may be no place either */
   memset(b.raw + size, 0, PAD);
   return b.raw;
@@ -28,7 +28,7 @@ INL const uint8_t *stored(const matrix *m, int64_t r, buffers b) {
 /* Codes of less than 8 bits as bytes, each through a table. */
 INL int64_t unpacked(const matrix *m, int64_t r, const uint8_t *p, const uint8_t *table, uint8_t *to) {
   int bits = m->kind == CODES4 ? 4 : m->kind == CODES3 ? 3 : 2;
-  int64_t n = (m->start[r + 1] - m->start[r]) * 8 / bits; /* up to 7 too many, which nobody looks at */
+  int64_t n = (start_of(m, r + 1) - start_of(m, r)) * 8 / bits; /* up to 7 too many, which nobody looks at */
   if (bits == 4) unpack4(p, n, table, to);
   else if (bits == 3) unpack3(p, n, table, to);
   else unpack2(p, n, table, to);
@@ -37,7 +37,7 @@ INL int64_t unpacked(const matrix *m, int64_t r, const uint8_t *p, const uint8_t
 /* Row r with every column in its place; it may lie in the file's mapping. */
 static const void *decoded(const matrix *m, int64_t r, buffers b) {
   const uint8_t *p = stored(m, r, b), *mask = m->mask ? m->mask + r * mask_bytes(m->cols) : NULL;
-  int64_t kept = m->start[r + 1] - m->start[r];
+  int64_t kept = start_of(m, r + 1) - start_of(m, r);
   if (m->kind >= CODES4) kept = unpacked(m, r, p, m->wide ? SELF : m->narrow, b.codes), p = b.codes;
   if (m->kind >= CODES8 && m->wide) {
     uint16_t *to = (uint16_t *)b.wide;
@@ -117,7 +117,7 @@ INL void low_rank_as(int F, const void *w, const job *j, int64_t t0, int T, floa
 }
 /* Adds row r of u times t; u is dense, so that its rows lie in the file as they are. */
 static void low_rank(const job *j, int64_t r, int64_t t0, int T, float *found) {
-  const uint8_t *w = j->u->data + j->u->start[r];
+  const uint8_t *w = j->u->data + start_of(j->u, r);
   switch (format_of(j->u)) {
     case F_FP32: low_rank_as(F_FP32, w, j, t0, T, found); break;
     case F_BF16: low_rank_as(F_BF16, w, j, t0, T, found); break;
@@ -152,7 +152,9 @@ INL void tokens(int F, int A8, int R, const void *const *w, const int64_t *r, co
 static void scales_of(const matrix *m, int64_t r, float *to) {
   const uint16_t *from = m->scale + r * m->groups;
   if (!m->scale) to[0] = m->unit;
-  else if (m->scale_kind == BF16) for (int64_t g = 0; g < m->groups; g++) to[g] = m->unit * of_bf16(from[g]);
+  else if (m->scale_kind == BF16)
+#pragma GCC unroll 4
+    for (int64_t g = 0; g < m->groups; g++) to[g] = m->unit * of_bf16(from[g]);
   else for (int64_t g = 0; g < m->groups; g++) to[g] = m->unit * of_fp16(from[g]);
 }
 

@@ -33,6 +33,7 @@ typedef struct {
   const uint8_t *narrow; /* (16) code -> level / unit + 128, for codes below 8 bits whose levels are integers */
   const uint16_t *wide;  /* (256) code -> level in 16 bits, or NULL */
   int64_t rows, cols, group, groups;
+  int64_t each;          /* bytes of a row where all have as many, or 0 */
   int32_t kind, scale_kind, wide_kind;
   int32_t pairs;         /* whether two of each four columns are kept, of whole fours */
   float unit;            /* what an integer level is multiplied by */
@@ -69,6 +70,8 @@ extern const path *const paths[]; /* by the number that Python knows them by */
 
 uint8_t *scratch(size_t bytes); /* of this thread, kept for the next call; NULL: no memory */
 
+/* Where row r begins, in bytes; a list of it would be another thing to wait for. */
+INL int64_t start_of(const matrix *m, int64_t r) { return m->each ? r * m->each : m->start[r]; }
 INL int format_of(const matrix *m) {
   if (m->kind <= S8) return m->kind == FP32 ? F_FP32 : m->kind == BF16 ? F_BF16 : m->kind == FP16 ? F_FP16 : F_S8;
   return m->wide ? (m->wide_kind == BF16 ? F_BF16 : F_FP16) : F_U8;

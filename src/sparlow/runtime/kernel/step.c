@@ -72,15 +72,15 @@ INL void rotate(float *x, const float *cosine, const float *sine, int64_t n) {
     x[i] = a * cosine[i] - b * sine[i], x[i + half] = b * cosine[i + half] + a * sine[i + half];
   }
 }
+INL V silu(V g) { return g / (exponential((V){0} - g) + 1.f); }
 INL void gated(float *gate, const float *up, int64_t n) { /* gate = silu(gate) · up */
-  float some[2 * L];
-  for (int64_t i = 0; i < n; i += L) {
-    int64_t here = n - i < L ? n - i : L;
-    for (int64_t k = 0; k < L; k++) some[k] = k < here ? gate[i + k] : 0, some[L + k] = k < here ? up[i + k] : 0;
-    V g = load(some);
-    store(some, g / (exponential((V){0} - g) + 1.f) * load(some + L));
-    memcpy(gate + i, some, (size_t)here * 4);
-  }
+  float some[2 * L] = {0};
+  int64_t i = 0;
+  for (; i + L <= n; i += L) store(gate + i, silu(load(gate + i)) * load(up + i));
+  size_t rest = (size_t)(n - i) * 4;
+  memcpy(some, gate + i, rest), memcpy(some + L, up + i, rest);
+  store(some, silu(load(some)) * load(some + L));
+  memcpy(gate + i, some, rest);
 }
 INL void softmax(float *s, int64_t n) { /* there is room behind s for a whole vector */
   float big = s[0];

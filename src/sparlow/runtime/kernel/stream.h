@@ -16,6 +16,9 @@
 
    Bits of a mask behind the last column are 0 here, and so is x. */
 
+#ifndef AHEAD
+#define AHEAD 256 /* bytes */
+#endif
 INL int way_for(const matrix *m) {
   if (m->mask) {
     if (m->kind == BF16) return MASKED16;
@@ -59,62 +62,52 @@ INL void end_masks(int R, cursor *a, int64_t columns, uint8_t (*rest)[32]) {
   }
 }
 
-INL void streams(int way, int R, int T, cursor *a, const job *j, int64_t t0, const float *scale, float *found) {
+INL void streams(int way, int R, int T, cursor *a, const job *j, int64_t t0, const float *scale, const levels *t, VF *acc) {
   const matrix *m = j->m;
   const int64_t columns = columns_of(way);
-  const levels t = levels_of(way, m);
   floats x = {(const float *)j->xp + t0 * ordered(m->cols), ordered(m->cols)};
-  VF acc[8], s[8];
-#pragma GCC unroll 8
-  for (int k = 0; k < R * T; k++) acc[k] = v_zero();
+  VF s[8];
   for (int64_t g = 0, c = 0; g < m->groups; g++) {
     int64_t end = c + m->group < m->cols ? c + m->group : m->cols;
 #pragma GCC unroll 8
     for (int k = 0; k < R * T; k++) s[k] = v_zero();
     for (; c + columns <= end; c += columns, x.at += columns)
 #pragma GCC unroll 4
-      for (int i = 0; i < R; i++) step(way, &a[i], x, T, &t, s + i * T);
+      for (int i = 0; i < R; i++) step(way, &a[i], x, T, t, s + i * T);
     if (c < end) { /* the last columns of a row */
       uint8_t rest[4][32];
       if (m->mask) end_masks(R, a, end - c, rest);
 #pragma GCC unroll 4
-      for (int i = 0; i < R; i++) step(way, &a[i], x, T, &t, s + i * T);
+      for (int i = 0; i < R; i++) step(way, &a[i], x, T, t, s + i * T);
       c = end;
     }
 #pragma GCC unroll 8
     for (int k = 0; k < R * T; k++) acc[k] = v_fma(s[k], v_set(scale[k / T * m->groups + g]), acc[k]);
   }
-#pragma GCC unroll 8
-  for (int k = 0; k < R * T; k++) found[k] = v_sum(acc[k]) * t.factor;
 }
 
-INL void rounded_streams(int way, int R, int T, cursor *a, const job *j, int64_t t0, const float *scale, float *found) {
+INL void rounded_streams(int way, int R, int T, cursor *a, const job *j, int64_t t0, const float *scale, const levels *t, VF *acc) {
   const matrix *m = j->m;
-  const levels t = levels_of(way, m);
-  const int64_t xgroups = ordered(m->cols) / X_GROUP;
+  const int64_t xgroups = ordered(m->cols) / X_GROUP, steps = m->group < m->cols ? m->group / X_GROUP : xgroups; /* of a scale */
   const int8_t *first = (const int8_t *)j->xp + 4 * t0 * ordered(m->cols);
   bytes x = {first, first + 2 * ordered(m->cols), ordered(m->cols)};
-  VF acc[8];
-#pragma GCC unroll 8
-  for (int k = 0; k < R * T; k++) acc[k] = v_zero();
-  for (int64_t n = 0, c = 0; c < m->cols; n++, c += X_GROUP, x.at += X_GROUP, x.sums += 4 * W) {
+  for (int64_t n = 0, left = steps; n < xgroups; n++, left--, x.at += X_GROUP, x.sums += 4 * W) {
     uint8_t rest[4][32];
-    const float *own = scale + (m->group >= m->cols ? 0 : c / m->group);
     const floats xs = {j->xs + (t0 * xgroups + n) * X_SCALES, xgroups * X_SCALES};
-    if (m->mask && m->cols - c < X_GROUP) end_masks(R, a, m->cols - c, rest);
+    if (left == 0) left = steps, scale++;
+    if (m->mask && n == xgroups - 1 && m->cols % X_GROUP) end_masks(R, a, m->cols % X_GROUP, rest);
 #pragma GCC unroll 4
     for (int i = 0; i < R; i++) {
       VF s[4];
-      step_rounded(way, &a[i], x, xs, T, &t, s);
+      __builtin_prefetch(a[i].at + AHEAD);
+      step_rounded(way, &a[i], x, xs, T, t, s);
 #pragma GCC unroll 4
       for (int k = 0; k < T; k++) {
-        if (shifted(way)) s[k] = v_add(s[k], v_first(t.shift * j->xsum[(t0 + k) * xgroups + n]));
-        acc[i * T + k] = v_fma(s[k], v_set(own[i * m->groups]), acc[i * T + k]);
+        if (shifted(way)) s[k] = v_add(s[k], v_first(t->shift * j->xsum[(t0 + k) * xgroups + n]));
+        acc[i * T + k] = v_fma(s[k], v_set(scale[i * m->groups]), acc[i * T + k]);
       }
     }
   }
-#pragma GCC unroll 8
-  for (int k = 0; k < R * T; k++) found[k] = v_sum(acc[k]) * t.factor;
 }
 
 /* The codes of row r as signed bytes. */
@@ -125,64 +118,72 @@ INL const uint8_t *signed_bytes(const matrix *m, int64_t r, buffers b) {
   return b.codes;
 }
 
-/* Adds u times a token's t to some rows, as low_rank does for one row and several tokens. */
-INL void low_rank_as_rows(int F, int R, const int64_t *r, const job *j, int64_t t, float *found) {
+/* Adds u times a token's t to the sums of some rows. */
+INL void low_rank_as_rows(int F, int R, const int64_t *r, const job *j, int64_t t, VF *acc, float *tail) {
   const float one = 1;
   const void *w[4];
-  VF acc[4];
-  float tail[4];
 #pragma GCC unroll 4
-  for (int i = 0; i < R; i++) w[i] = j->u->data + j->u->start[r[i]], acc[i] = v_zero(), tail[i] = 0;
+  for (int i = 0; i < R; i++) w[i] = j->u->data + start_of(j->u, r[i]);
   segment(F, R, 1, w, j->t + t * j->ldt, j->ldt, 0, j->u->cols, &one, 0, acc, tail);
-#pragma GCC unroll 4
-  for (int i = 0; i < R; i++) found[i] += v_sum(acc[i]) + tail[i];
 }
-INL void low_rank_rows(int R, const int64_t *r, const job *j, int64_t t, float *found) {
+INL void low_rank_rows(int R, const int64_t *r, const job *j, int64_t t, VF *acc, float *tail) {
   switch (format_of(j->u)) {
-    case F_FP32: low_rank_as_rows(F_FP32, R, r, j, t, found); break;
-    case F_BF16: low_rank_as_rows(F_BF16, R, r, j, t, found); break;
-    case F_FP16: low_rank_as_rows(F_FP16, R, r, j, t, found); break;
-    default: low_rank_as_rows(F_S8, R, r, j, t, found);
+    case F_FP32: low_rank_as_rows(F_FP32, R, r, j, t, acc, tail); break;
+    case F_BF16: low_rank_as_rows(F_BF16, R, r, j, t, acc, tail); break;
+    case F_FP16: low_rank_as_rows(F_FP16, R, r, j, t, acc, tail); break;
+    default: low_rank_as_rows(F_S8, R, r, j, t, acc, tail);
   }
 }
-static void low_rank_of_one(const int64_t *r, const job *j, int64_t t, float *found) { low_rank_rows(1, r, j, t, found); }
-static void low_rank_of_four(const int64_t *r, const job *j, int64_t t, float *found) { low_rank_rows(4, r, j, t, found); }
+static void low_rank_of_one(const int64_t *r, const job *j, int64_t t, VF *acc, float *tail) { low_rank_rows(1, r, j, t, acc, tail); }
+static void low_rank_of_four(const int64_t *r, const job *j, int64_t t, VF *acc, float *tail) { low_rank_rows(4, r, j, t, acc, tail); }
 
-INL void streams_as(int way, int R, int T, const cursor *from, const job *j, int64_t t0, const float *scale, float *found) {
+/* Sums of R rows and T tokens, still in lanes, times the levels' factor. */
+INL void streams_as(int way, int R, int T, const cursor *from, const job *j, int64_t t0, const float *scale, const levels *t, VF *acc) {
   cursor a[4];
   memcpy(a, from, (size_t)R * sizeof *a);
-  if (way > ROUNDED) rounded_streams(way, R, T, a, j, t0, scale, found);
-  else streams(way, R, T, a, j, t0, scale, found);
+#pragma GCC unroll 8
+  for (int k = 0; k < R * T; k++) acc[k] = v_zero();
+  if (way > ROUNDED) rounded_streams(way, R, T, a, j, t0, scale, t, acc);
+  else streams(way, R, T, a, j, t0, scale, t, acc);
+#pragma GCC unroll 8
+  for (int k = 0; k < R * T; k++) acc[k] = v_fma(acc[k], v_set(t->factor), v_zero());
 }
-INL void streamed_rows(int way, int R, const int64_t *r, const job *j, const buffers *b, float *scale) {
+INL void streamed_rows(int way, int R, const int64_t *r, const job *j, const buffers *b, float *scale, const levels *t) {
   const matrix *m = j->m;
   cursor a[4];
+  VF acc[8];
   float found[8];
-  int64_t t = 0;
+  int64_t k = 0;
   for (int i = 0; i < R; i++) {
     a[i].at = in_bytes(way) ? signed_bytes(m, r[i], b[i]) : stored(m, r[i], b[i]);
     a[i].mask = m->mask ? m->mask + r[i] * mask_bytes(m->cols) : NULL;
+    if (m->scale) __builtin_prefetch(m->scale + (r[i] + 8) * m->groups);
     scales_of(m, r[i], scale + i * m->groups);
   }
-  for (; R == 4 && j->tokens - t >= 4; t += 4)
+  for (; R == 4 && j->tokens - k >= 4; k += 4)
     for (int i = 0; i < 4; i += 2) { /* what they read lies in the cache by now */
-      streams_as(way, 2, 4, a + i, j, t, scale + i * m->groups, found);
-      finish(j, r[i], t, 4, found), finish(j, r[i + 1], t, 4, found + 4);
+      streams_as(way, 2, 4, a + i, j, k, scale + i * m->groups, t, acc);
+#pragma GCC unroll 8
+      for (int n = 0; n < 8; n++) found[n] = v_sum(acc[n]);
+      finish(j, r[i], k, 4, found), finish(j, r[i + 1], k, 4, found + 4);
     }
-  for (; t < j->tokens; t++) {
-    streams_as(way, R, 1, a, j, t, scale, found);
-    if (j->u) (R == 4 ? low_rank_of_four : low_rank_of_one)(r, j, t, found);
-    for (int i = 0; i < R; i++) put(j, r[i], t, found[i]);
+  for (; k < j->tokens; k++) {
+    float tail[4] = {0};
+    streams_as(way, R, 1, a, j, k, scale, t, acc);
+    if (j->u) (R == 4 ? low_rank_of_four : low_rank_of_one)(r, j, k, acc, tail);
+#pragma GCC unroll 4
+    for (int i = 0; i < R; i++) put(j, r[i], k, v_sum(acc[i]) + tail[i]);
   }
 }
 
 INL void streamed_as(int way, const job *j, int64_t from, int64_t to, const buffers *b, float *scale) {
+  const levels t = levels_of(way, j->m);
   int64_t apart = (to - from) / 4;
   for (int64_t q = from; q < from + apart; q++) {
     int64_t r[4] = {q, q + apart, q + 2 * apart, q + 3 * apart};
-    streamed_rows(way, 4, r, j, b, scale);
+    streamed_rows(way, 4, r, j, b, scale, &t);
   }
-  for (int64_t q = from + 4 * apart; q < to; q++) streamed_rows(way, 1, &q, j, b, scale);
+  for (int64_t q = from + 4 * apart; q < to; q++) streamed_rows(way, 1, &q, j, b, scale, &t);
 }
 
 /* Returns 0 where the product does not go through registers. */
