@@ -9,8 +9,8 @@ import sparlow
 RUN = "evaluate=('builtin',), evaluate_seqlen=None, limit=None, device='auto', offload='auto', "
 PUBLIC = {
     "benchmark": "models, *, mode=('packed',), dtype=('float32', 'bfloat16'), step=('transformers', 'kernel'), "
-    "activations='float', batch=1, prompt_tokens=512, tokens=64, repeats=5, threads=None, trust_remote_code=False, "
-    "notify=None",
+    "activations=('float', 'int8'), batch=1, prompt_tokens=512, tokens=64, repeats=5, threads=None, "
+    "trust_remote_code=False, notify=None",
     "compare": "model, methods='usual', recipe=None, *, out, match=None, sweep=None, tasks=(), reports_only=False, "
     f"{RUN}"
     "overwrite=False, force=False, trust_remote_code=False, notify=None, **fields",

@@ -10,7 +10,7 @@ from sparlow.runtime.benchmark import Benchmark, Row
 
 def row(model="/models/dense", mode="dense", *, compressed=False, speed=10.0, **changes):
     rates = {1: [speed, speed * 1.1, speed * 0.9], 4: [speed * 3] * 3}
-    found = Row(model, mode, "float32", "kernel", compressed, bytes_read=500_000_000, interpreter=10**8, bound=0.01)
+    found = Row(model, mode, "float32", "", "kernel", compressed, bytes_read=500_000_000, interpreter=10**8, bound=0.01)
     found.peak, found.decode = {1: 10**9, 4: 2 * 10**9}, rates
     found.first, found.prefill = {1: [0.5] * 3, 4: [1.5] * 3}, {1: [200.0] * 3, 4: [400.0] * 3}
     found.difference = 1e-5

@@ -82,7 +82,8 @@ def test_bytes_read_are_those_of_the_weights_a_token_needs(folder, tmp_path):
 def row(name, dtype, difference, rates):
     compressed = name == "ours"
     mode, bound = "packed" if compressed else "dense", BOUNDS[dtype]
-    return Row(name, mode, dtype, "kernel", compressed, difference=difference, bound=bound, decode={1: rates})
+    inputs = "float" if compressed else ""
+    return Row(name, mode, dtype, inputs, "kernel", compressed, difference=difference, bound=bound, decode={1: rates})
 
 
 def rows():
@@ -94,7 +95,7 @@ def test_a_speed_of_wrong_results_is_no_baseline():
     found = rows()
     assert found.times(found.rows[2], 1) == 2.5
     assert [row.same_output for row in found.rows] == [True, False, True]
-    assert not Row("", "", "", "", compressed=False, difference=float("nan"), bound=1).same_output
+    assert not Row("", "", "", "", "", compressed=False, difference=float("nan"), bound=1).same_output
     assert spread([9, 10, 11]) == 0.1
     assert found.to_dict()["rows"][2]["times_dense"] == {"1": 2.5}
 
@@ -107,6 +108,7 @@ def test_a_speed_of_wrong_results_is_no_baseline():
         ({"mode": ("auto",)}, r"There is no mode 'auto' to measure"),
         ({"mode": ()}, r"There is nothing to measure without --mode"),
         ({"dtype": ("int8",)}, r"There is no dtype 'int8' to measure"),
+        ({"activations": ("int4",)}, r"There is no activations 'int4' to measure"),
     ],
 )
 def test_what_cannot_be_measured(options, message):

@@ -101,7 +101,7 @@ def expected(exact, x, low_rank_x=None):
 
 
 def rounded(x):
-    """X in int8, in float64; of each 128 columns those share a scale whose number divided by 8 leaves the same rest by 4."""
+    """X in int8, in float64; of each 128 columns, every fourth run of eight shares a scale."""
     tokens, cols = x.shape
     runs = torch.nn.functional.pad(x, (0, -cols % 128)).view(tokens, -1, 4, 4, 8)
     big = runs.abs().amax((2, 4), keepdim=True)

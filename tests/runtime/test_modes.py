@@ -228,7 +228,18 @@ def test_without_a_compiler_a_model_is_merged_and_one_sentence_says_so(folder, c
 def test_auto_says_once_what_it_took(folder, caplog):
     model = sparlow.load(folder, mode="auto")
     assert caplog.text.count("The model is opened") == 1
-    assert bool(packed_layers(model)) == ("opened packed" in caplog.text) == (library().paths[-1] != "plain")
+    packed = packed_layers(model)
+    assert bool(packed) == ("opened packed" in caplog.text) == (library().paths[-1] != "plain")
+    assert ("rounded to int8, unless activations is 'float'" in caplog.text) == bool(packed)
+    assert {layer.activations for layer in packed if hasattr(layer, "activations")} <= {"int8"}
+
+
+def test_auto_rounds_no_inputs_where_that_is_said(folder, caplog, monkeypatch):
+    for said in ({"activations": "float"}, {}):
+        model = sparlow.load(folder, mode="auto", **said)
+        assert {layer.activations for layer in packed_layers(model) if hasattr(layer, "activations")} <= {"float"}
+        monkeypatch.setenv("SPARLOW_ACTIVATIONS", "float")
+    assert "rounded to int8" not in caplog.text
 
 
 def test_it_is_said_which_kernel_is_used_and_where_it_lies(monkeypatch, folder, caplog):

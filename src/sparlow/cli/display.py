@@ -124,7 +124,20 @@ def show_benchmark(found: "Benchmark") -> None:
     from sparlow.runtime.benchmark import spread
 
     names = {row.model: Path(row.model).name for row in found.rows}
-    head = ("", "model", "mode", "type", "step", "texts", "prompt tokens/s", "to first, s", "tokens/s", "×", "peak")
+    head = (
+        "",
+        "model",
+        "mode",
+        "type",
+        "inputs",
+        "step",
+        "texts",
+        "prompt tokens/s",
+        "to first, s",
+        "tokens/s",
+        "×",
+        "peak",
+    )
     rows: list[tuple[str, ...]] = []
     for row in found.rows:
         for batch, rates in row.decode.items():
@@ -133,7 +146,7 @@ def show_benchmark(found: "Benchmark") -> None:
             measured = (f"{median(row.prefill[batch]):.0f}", f"{median(row.first[batch]):.2f}", rates_said)
             memory = (human_bytes(row.peak[batch]), human_bytes(row.interpreter), human_bytes(row.bytes_read))
             same = f"{'yes' if row.same_output else 'NO'} ({row.difference:.1e})"
-            first = (str(len(rows) + 1), names[row.model], row.mode, row.dtype, row.step, str(batch))
+            first = (str(len(rows) + 1), names[row.model], row.mode, row.dtype, row.inputs or "–", row.step, str(batch))
             rows.append((*first, *measured, "–" if times is None else f"{times:.2f}", *memory, same))
     show_wide(out, (*head, "before", "read a token", "same output"), rows)
     for note in found.notes:

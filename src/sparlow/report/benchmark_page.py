@@ -10,7 +10,7 @@ from sparlow.report.html_page import Part, page
 from sparlow.report.svg import Chart, colour
 from sparlow.report.wording import UNKNOWN, duration, model_name, number, percent, plain, short, size, words
 
-PARTS = ("model", "mode", "dtype", "step")  # of the name of a row, those that differ
+PARTS = ("model", "mode", "dtype", "inputs", "step")  # of the name of a row, those that differ
 
 
 def html(found: Mapping[str, Any]) -> str:

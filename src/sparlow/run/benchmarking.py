@@ -17,7 +17,7 @@ def benchmark(
     mode: str | Sequence[str] = BenchmarkOptions.mode,
     dtype: str | Sequence[str] = BenchmarkOptions.dtype,
     step: str | Sequence[str] = BenchmarkOptions.step,
-    activations: str = BenchmarkOptions.activations,
+    activations: str | Sequence[str] = BenchmarkOptions.activations,
     batch: int | Sequence[int] = 1,
     prompt_tokens: int = BenchmarkOptions.prompt_tokens,
     tokens: int = BenchmarkOptions.tokens,
@@ -33,7 +33,7 @@ def benchmark(
         mode: Of compressed models: "packed", "merged", "dense".
         dtype: Of what is not packed: "float32", "bfloat16", "float16".
         step: What computes the tokens behind the prompt: "kernel", "transformers".
-        activations: Of packed layers: "float", or "int8", which rounds their inputs.
+        activations: Of packed layers whose levels are integers: "float", or "int8", which rounds their inputs.
         batch: Texts that are written at once.
         prompt_tokens: Tokens of each prompt, drawn at random.
         tokens: Tokens that are written behind it.
@@ -50,7 +50,7 @@ def benchmark(
         mode=listed(mode),
         dtype=listed(dtype),
         step=listed(step),
-        activations=activations,
+        activations=listed(activations),
         batch=tuple(map(str, [batch] if isinstance(batch, int) else batch)),
         prompt_tokens=prompt_tokens,
         tokens=tokens,

@@ -11,7 +11,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import IO, Any
@@ -39,6 +39,7 @@ class Row:
         model: Its name.
         mode: That it was opened in; ``dense`` also for one that is not compressed.
         dtype: That it computed in.
+        inputs: Of packed layers whose levels are integers: ``float``, or ``int8``; of other modes nothing.
         step: What computed a token behind others.
         compressed: Whether sparlow wrote it.
         bytes_read: Of weights, by a token.
@@ -54,6 +55,7 @@ class Row:
     model: str
     mode: str
     dtype: str
+    inputs: str
     step: str
     compressed: bool
     bytes_read: int = 0
@@ -112,7 +114,8 @@ class Benchmark(Tabular):
         for row in self.rows:
             rates = (f"{statistics.median(rates):.1f} tokens/s" for rates in row.decode.values())
             wrong = "" if row.same_output else "; computes something else than its weights"
-            found[f"{Path(row.model).name}, {row.mode}, {row.dtype}, {row.step}"] = ", ".join(rates) + wrong
+            told = (Path(row.model).name, row.mode, row.dtype, row.inputs, row.step)
+            found[", ".join(filter(None, told))] = ", ".join(rates) + wrong
         return found
 
     def table(self) -> list[dict[str, Any]]:
@@ -120,7 +123,8 @@ class Benchmark(Tabular):
         return [
             {
                 **{
-                    name: getattr(row, name) for name in ("model", "mode", "dtype", "step", "bytes_read", "same_output")
+                    name: getattr(row, name)
+                    for name in ("model", "mode", "dtype", "inputs", "step", "bytes_read", "same_output")
                 },
                 "texts": batch,
                 **{name: statistics.median(getattr(row, name)[batch]) for name in ("first", "prefill", "decode")},
@@ -213,12 +217,13 @@ def benchmark(models: Sequence[str], options: BenchmarkOptions, notify: Notify) 
     with ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
         workers: list[tuple[_Process, Row]] = []
         for i, name in enumerate(models):
-            for mode, dtype in _variants(name, options):
+            for variant in _variants(name, options):
+                mode = variant.mode
                 reference = Path(folder) / f"{i}{'-packed' if mode == 'packed' else ''}.safetensors"
                 if not reference.exists():
                     _write_reference(name, mode, options, reference)
                 worker = stack.enter_context(_process())
-                for row in _opened(worker, name, mode, dtype, options, found):
+                for row in _opened(worker, variant, options, found):
                     _check(worker, row, reference, Path(folder) / "logits.safetensors")
                     workers.append((worker, row))
                     found.rows.append(row)
@@ -226,30 +231,32 @@ def benchmark(models: Sequence[str], options: BenchmarkOptions, notify: Notify) 
     return found
 
 
-def _variants(name: str, options: BenchmarkOptions) -> Iterator[tuple[str, str]]:
-    """Yield modes, and types to compute in."""
-    if not is_compressed(resolve_model_path(name), trust=options.trust_remote_code):
-        yield from (("dense", dtype) for dtype in options.dtype)
-        return
-    yield from product(options.mode, options.dtype)
-
-
-def _opened(
-    worker: _Process, name: str, mode: str, dtype: str, options: BenchmarkOptions, found: Benchmark
-) -> Iterator[Row]:
-    """Open a model in a process; yield its rows."""
+def _variants(name: str, options: BenchmarkOptions) -> Iterator[Row]:
+    """Yield rows of a model without their step: of each mode and type, and of packed ones each type of inputs."""
     compressed = is_compressed(resolve_model_path(name), trust=options.trust_remote_code)
-    asked = {"mode": mode if compressed else None, "dtype": dtype, "trust_remote_code": options.trust_remote_code}
-    if compressed:
-        asked["activations"] = options.activations
-    said = worker.ask("open", name=name, threads=options.threads, **asked)
+    for mode, dtype in product(options.mode if compressed else ("dense",), options.dtype):
+        for inputs in options.activations if mode == "packed" else ("",):
+            yield Row(name, mode, dtype, inputs, "", compressed)
+
+
+def _opened(worker: _Process, row: Row, options: BenchmarkOptions, found: Benchmark) -> Iterator[Row]:
+    """Open a model in a process; yield its rows, none if inputs are to be rounded and no layer can have them so."""
+    asked = {"mode": row.mode if row.compressed else None, "dtype": row.dtype, "activations": row.inputs or None}
+    said = worker.ask(
+        "open", name=row.model, threads=options.threads, trust_remote_code=options.trust_remote_code, **asked
+    )
     found.machine = said["machine"]
+    if row.inputs == "int8" and not said["rounds"]:
+        found.notes.append(f"{row.model}, {row.dtype}: no layer has levels that are integers; inputs stay floats.")
+        return
     for step in options.step:
         if step == "kernel" and said["no_step"]:
-            found.notes.append(f"{name}, {mode}, {dtype}: the kernel has no step for it: {said['no_step']}.")
+            what = f"{row.model}, {row.mode}, {row.dtype}"
+            found.notes.append(f"{what}: the kernel has no step for it: {said['no_step']}.")
             continue
-        bound = ROUNDED if mode == "packed" and options.activations == "int8" else BOUNDS[dtype]
-        yield Row(name, mode, dtype, step, compressed, said["bytes_read"], said["interpreter"], bound=bound)
+        bound = ROUNDED if row.inputs == "int8" else BOUNDS[row.dtype]
+        measured = {"bytes_read": said["bytes_read"], "interpreter": said["interpreter"], "bound": bound}
+        yield replace(row, step=step, peak={}, first={}, prefill={}, decode={}, **measured)
 
 
 def _write_reference(name: str, mode: str, options: BenchmarkOptions, file: Path) -> None:

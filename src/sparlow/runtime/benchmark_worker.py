@@ -20,7 +20,7 @@ from sparlow.errors import InputError, RunError
 from sparlow.machine import machine, peak_memory, reset_peak_memory
 from sparlow.runtime.ends import PackedEmbedding
 from sparlow.runtime.options import RunningOptions
-from sparlow.runtime.packed import PackedModule
+from sparlow.runtime.packed import PackedLinear, PackedModule
 from sparlow.runtime.running import Clock, Running, open_to_run
 from sparlow.runtime.stepping import Stepping, leave_step, use_step
 
@@ -44,6 +44,7 @@ class Worker:
         self._stepping = Stepping(model)
         self._stepping.ready()
         found = {"bytes_read": bytes_read(model), "no_step": self._stepping.why_not, "machine": machine()}
+        found["rounds"] = any(isinstance(m, PackedLinear) and m.rounds for m in model.modules())
         return {"interpreter": self._interpreter, **found}
 
     @property

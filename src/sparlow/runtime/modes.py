@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparlow.errors import InputError
 from sparlow.model.artefact.opening import use
-from sparlow.runtime.opening import ACTIVATIONS, MODE, opening_of
+from sparlow.runtime.opening import MODE, activations_of, opening_of
 from sparlow.schema import unknown
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def load(
             ``auto``: packed where this machine has a kernel for it, else merged. If left out, what the variable
             ``SPARLOW_MODE`` says, else dense.
         activations: Of packed layers: ``float``, or ``int8``, which rounds their inputs where the stored levels are
-            integers. If left out, what ``SPARLOW_ACTIVATIONS`` says, else float.
+            integers. If left out, what ``SPARLOW_ACTIVATIONS`` says, else int8 in mode auto and float in others.
         step: What computes a token behind others: ``transformers``; or ``kernel``, one call for all blocks, where the
             model's structure is one that the kernel knows, which the first ``generate`` finds out and says if not.
         options: Of ``from_pretrained``, such as dtype and device_map.
@@ -71,7 +71,5 @@ def mode(name: str, *, activations: str | None = None) -> Iterator[None]:
 
 
 def _chosen(mode: str | None, activations: str | None) -> tuple[str, str]:
-    return (
-        mode or os.environ.get(MODE) or "dense",
-        activations or os.environ.get(ACTIVATIONS) or "float",
-    )
+    taken = mode or os.environ.get(MODE) or "dense"
+    return taken, activations or activations_of(taken)

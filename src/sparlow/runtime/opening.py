@@ -87,7 +87,7 @@ class Opened:
                 f"Packed layers compute on the CPU, not on {elsewhere}. Leave out device_map, or open merged."
             )
         if self.mode == "auto":
-            return _told(*_best(elsewhere))
+            return _told(*_best(elsewhere), self.activations)
         if self.mode == "packed":
             try:
                 library()
@@ -109,7 +109,9 @@ def _best(elsewhere: str) -> tuple[str, str]:
     return "packed", f"the kernel has {found}"
 
 
-def _told(mode: str, why: str) -> str:
+def _told(mode: str, why: str, activations: str) -> str:
+    if (mode, activations) == ("packed", "int8"):
+        why += "; inputs of layers whose levels are integers are rounded to int8, unless activations is 'float'"
     _log.warning("The model is opened %s: %s.", mode, why)
     return mode
 
@@ -134,7 +136,13 @@ def opening_of(mode: str, activations: str = "float") -> Opening:
 
 def by_environment() -> Opening:
     """Return how a model is opened where nobody has said: as the environment says, else for training."""
-    return opening_of(os.environ.get(MODE) or "dense", os.environ.get(ACTIVATIONS) or "float")
+    taken = os.environ.get(MODE) or "dense"
+    return opening_of(taken, activations_of(taken))
+
+
+def activations_of(mode: str) -> str:
+    """Return the type of the inputs of packed layers where nobody has said: what serves best, in mode auto."""
+    return os.environ.get(ACTIVATIONS) or ("int8" if mode == "auto" else "float")
 
 
 def _put(model: "PreTrainedModel", name: str, layer: nn.Module) -> None:

@@ -28,7 +28,7 @@ class RunningOptions:
         str | None,
         Doc("Type of the inputs of packed layers whose levels are integers; int8 is quicker and less exact."),
         Choices("activations", ACTIVATIONS),
-        Unset("SPARLOW_ACTIVATIONS, or float"),
+        Unset("SPARLOW_ACTIVATIONS, or int8 in mode auto, else float"),
         MACHINE,
     ] = None
     step: Annotated[
@@ -98,8 +98,10 @@ class BenchmarkOptions:
         tuple[str, ...], Doc("What computes the tokens behind the prompt: kernel or transformers."), MEASURED
     ] = STEPS
     activations: Annotated[
-        str, Doc("Of packed layers; int8 rounds their inputs."), Choices("activations", ACTIVATIONS), MEASURED
-    ] = "float"
+        tuple[str, ...],
+        Doc("Types of the inputs of packed layers whose levels are integers: float or int8."),
+        MEASURED,
+    ] = ACTIVATIONS
     batch: Annotated[tuple[str, ...], Doc("Texts that are written at once."), MEASURED] = ("1",)
     prompt_tokens: Annotated[int, Doc("Tokens of each prompt, drawn at random."), at_least(2), MEASURED] = 512
     tokens: Annotated[int, Doc("Tokens that are written behind it."), at_least(2), MEASURED] = 64
@@ -112,7 +114,7 @@ class BenchmarkOptions:
     def __post_init__(self) -> None:
         """Check every field."""
         check_fields(self, "the options of benchmark")
-        known = {"mode": MODES[:3], "dtype": DTYPES, "step": STEPS, "batch": None}
+        known = {"mode": MODES[:3], "dtype": DTYPES, "step": STEPS, "activations": ACTIVATIONS, "batch": None}
         for name, words in known.items():
             given = getattr(self, name)
             if not given:

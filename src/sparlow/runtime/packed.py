@@ -21,6 +21,7 @@ from sparlow.runtime.product import Operand, operand
 from sparlow.schema import unknown
 
 ACTIVATIONS = ("float", "int8")
+_BLOCK = 64  # columns, see sparlow.h
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.uint8)  # that the kernel reads
 _numbers = itertools.count()
 _layers: WeakValueDictionary[int, Any] = WeakValueDictionary()  # by number, which torch.compile can hold
@@ -168,8 +169,8 @@ class PackedLinear(PackedModule):
 
     Args:
         packed: The weight, its tensors on the CPU.
-        activations: ``float``; or ``int8``: x is rounded to int8, a scale for each token and 128 columns, wherever the
-            levels of S are integers and a group whole multiples of 64 columns.
+        activations: ``float``; or ``int8``: up to 8 tokens are rounded to int8, a scale for each token and 32 columns,
+            wherever the levels of S are integers and a group whole multiples of 64 columns.
 
     Raises:
         InputError: The tensors do not fit each other, or there is no kernel on this machine.
@@ -182,6 +183,13 @@ class PackedLinear(PackedModule):
         self.activations = activations
         self.out_features, self.in_features = packed.shape
         self.rank = len(packed.parts["V"])
+
+    @property
+    def rounds(self) -> bool:
+        """Whether its inputs are rounded."""
+        struct = self.described().S.struct
+        blocks = struct.group >= struct.cols or struct.group % _BLOCK == 0
+        return self.activations == "int8" and self.described().S.coded and blocks
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (…, in) to (…, out), in the type of x."""

@@ -98,7 +98,7 @@ INL void spread32(const float *p, const uint8_t *mask, int64_t cols, float *to) 
 #include "spread.h"
 INL int order_of(int way) {
   if (way > ROUNDED) return way == R_DENSE4 || way == R_BOOK4 ? EVEN_ODD : AS_IT_IS;
-  return way == BUFFERED ? 0 : way == MASKED16 ? 1 : way == DENSE4 || way == DENSE3 ? 8 : 4;
+  return way == BUFFERED ? 0 : in_halves(way) ? 1 : way == DENSE4 || way == DENSE3 ? 8 : 4;
 }
 INL int columns_of(int way) { return way == DENSE4 || way == DENSE3 ? 128 : 64; }
 INL int shifted(int way) { return way == R_DENSE4; }
@@ -124,13 +124,13 @@ INL uint64_t next_mask(cursor *a) {
   return k;
 }
 /* On Zen 4, vpexpandw takes half as long again as the tables of AVX2. */
-INL void step_masked16(cursor *a, floats x, int T, VF *s) {
+INL void step_halves(int way, cursor *a, floats x, int T, VF *s) {
   __m256 low[4];
 #pragma GCC unroll 4
   for (int t = 0; t < T; t++) low[t] = _mm512_castps512_ps256(s[t]);
-  spread_dot(MASKED16, a, x, T, low);
+  spread_dot(way, a, x, T, low);
   x.at += 32;
-  spread_dot(MASKED16, a, x, T, low);
+  spread_dot(way, a, x, T, low);
 #pragma GCC unroll 4
   for (int t = 0; t < T; t++) s[t] = _mm512_zextps256_ps512(low[t]);
 }
@@ -169,7 +169,7 @@ INL void step(int way, cursor *a, floats x, int T, const levels *t, VF *s) {
     case DENSE4: a->at += 64; dot_codes(4, 8, _mm512_loadu_si512(p), x, T, t->floats, s); break;
     case DENSE3: a->at += 48; dot_codes(3, 8, three_of_four(p), x, T, t->floats, s); break;
     case DENSE2: a->at += 16; dot_codes(2, 4, _mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)p)), x, T, t->floats, s); break;
-    case MASKED16: step_masked16(a, x, T, s); break;
+    case MASKED16: case MASKED_HALF: step_halves(way, a, x, T, s); break;
     default: step_bytes(way, a, x, T, s);
   }
 }

@@ -144,12 +144,18 @@ INL void step_masked(int way, cursor *a, floats x, int T, VF *s) {
 #pragma GCC unroll 4
   for (int k = 0; k < 4; k++) {
     unsigned b = *a->mask++;
-    const uint8_t *table = way == MASKED16 ? upper16[b] : upper8[b];
-    VI v = way == MASKED16 ? vld1q_u8(a->at) : vcombine_u8(vld1_u8(a->at), vdup_n_u8(0));
+    const uint8_t *table = way == MASKED_HALF ? halves16[b] : way == MASKED16 ? upper16[b] : upper8[b];
+    VI v = in_halves(way) ? vld1q_u8(a->at) : vcombine_u8(vld1_u8(a->at), vdup_n_u8(0));
     if (way == MASKED8) v = veorq_u8(v, same());
-    add_product(spread_upper(way, v, table), x, 8 * k, T, s);
-    add_product(spread_upper(way, v, table + 16), x, 8 * k + 4, T, s);
-    a->at += (way == MASKED16 ? 2 : 1) * kept_of[b];
+    if (way == MASKED_HALF) {
+      float16x8_t h = vreinterpretq_f16_u8(vqtbl1q_u8(v, vld1q_u8(table)));
+      add_product(vcvt_f32_f16(vget_low_f16(h)), x, 8 * k, T, s);
+      add_product(vcvt_f32_f16(vget_high_f16(h)), x, 8 * k + 4, T, s);
+    } else {
+      add_product(spread_upper(way, v, table), x, 8 * k, T, s);
+      add_product(spread_upper(way, v, table + 16), x, 8 * k + 4, T, s);
+    }
+    a->at += (in_halves(way) ? 2 : 1) * kept_of[b];
   }
 }
 /* 16 signed bytes of dense codes. */

@@ -21,7 +21,7 @@
 #endif
 INL int way_for(const matrix *m) {
   if (m->mask) {
-    if (m->kind == BF16) return MASKED16;
+    if (m->kind == BF16 || m->kind == FP16) return m->kind == BF16 ? MASKED16 : MASKED_HALF;
     return m->kind < CODES8 || m->wide ? BUFFERED : m->kind == CODES8 ? MASKED8 : MASKED_CODES;
   }
   switch (m->kind) {
@@ -190,6 +190,7 @@ INL void streamed_as(int way, const job *j, int64_t from, int64_t to, const buff
 static int streamed(const job *j, int64_t from, int64_t to, const buffers *b, float *scale) {
   switch (way_of(j)) {
     case MASKED16: streamed_as(MASKED16, j, from, to, b, scale); return 1;
+    case MASKED_HALF: streamed_as(MASKED_HALF, j, from, to, b, scale); return 1;
     case MASKED8: streamed_as(MASKED8, j, from, to, b, scale); return 1;
     case MASKED_CODES: streamed_as(MASKED_CODES, j, from, to, b, scale); return 1;
     case DENSE8: streamed_as(DENSE8, j, from, to, b, scale); return 1;

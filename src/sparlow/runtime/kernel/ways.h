@@ -6,6 +6,7 @@
 enum way {
   BUFFERED,     /* none of these: rows are decoded to a buffer */
   MASKED16,     /* bf16 */
+  MASKED_HALF,  /* fp16 */
   MASKED8,      /* bytes that stand for level + 128 */
   MASKED_CODES, /* codes of fewer bits, first as signed bytes in a buffer */
   DENSE8, DENSE4, DENSE3, DENSE2,
@@ -14,6 +15,7 @@ enum way {
   R_BOOK4, R_DENSE3, R_DENSE2, R_MASKED8, R_MASKED_CODES,
   R_PAIRS8, R_PAIRS_CODES /* two of four columns kept: x is gathered, and values are not spread */
 };
+INL int in_halves(int way) { return way == MASKED16 || way == MASKED_HALF; }
 INL int in_bytes(int way) { return way == MASKED_CODES || way == R_MASKED_CODES || way == R_PAIRS_CODES; }
 
 /* Where the next step begins: of the values, and of the mask. */
