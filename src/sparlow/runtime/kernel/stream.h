@@ -16,9 +16,8 @@
 
    Bits of a mask behind the last column are 0 here, and so is x. */
 
-#ifndef AHEAD
-#define AHEAD 256 /* bytes */
-#endif
+#define AHEAD 256 /* bytes that are fetched before they are wanted; 1024 are slower */
+
 INL int way_for(const matrix *m) {
   if (m->mask) {
     if (m->kind == BF16 || m->kind == FP16) return m->kind == BF16 ? MASKED16 : MASKED_HALF;
@@ -73,7 +72,7 @@ INL void streams(int way, int R, int T, cursor *a, const job *j, int64_t t0, con
     for (int k = 0; k < R * T; k++) s[k] = v_zero();
     for (; c + columns <= end; c += columns, x.at += columns)
 #pragma GCC unroll 4
-      for (int i = 0; i < R; i++) step(way, &a[i], x, T, t, s + i * T);
+      for (int i = 0; i < R; i++) __builtin_prefetch(a[i].at + AHEAD), step(way, &a[i], x, T, t, s + i * T);
     if (c < end) { /* the last columns of a row */
       uint8_t rest[4][32];
       if (m->mask) end_masks(R, a, end - c, rest);
