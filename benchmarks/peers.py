@@ -4,8 +4,9 @@
 
 MODEL is a dense directory, or a .gguf file. It goes to CTranslate2 in int8, and to llama.cpp (ik-llama-cpp-python, a
 wheel) in several types by its own quantizer, without an importance matrix; the directories are of sparlow, packed, with
-the step of the kernel, as ``sparlow generate`` runs them. The perplexities are of the same windows of tokens in each
-program. Where 256 does not divide a row (576 columns of SmolLM2), llama.cpp takes other types for its K and IQ types.
+the step of the kernel, as ``sparlow generate`` runs them, and once more without rounding inputs to int8. The
+perplexities are of the same windows of tokens in each program, many tokens at a time, where sparlow rounds no inputs.
+Where 256 does not divide a row (576 columns of SmolLM2), llama.cpp takes other types for its K and IQ types.
 """
 
 import argparse
@@ -78,7 +79,7 @@ class Worker:
     """A program with a model, in a process of its own."""
 
     def __init__(self, program: str, model: Path, python: Path, asked: Path) -> None:
-        environ = _bare() | ({"PYTHONPATH": os.environ.get("PYTHONPATH", "")} if program == "sparlow" else {})
+        environ = _bare() | ({"PYTHONPATH": os.environ.get("PYTHONPATH", "")} if program.startswith("sparlow") else {})
         words = [str(python), str(SCRIPT), program, str(model), str(asked)]
         self.command = " ".join(words)
         self.process = subprocess.Popen(  # noqa: S603 - ours
@@ -110,6 +111,7 @@ def workers(given: argparse.Namespace, asked: Path) -> dict[str, Worker]:
     folder = dense(given.model, given.scratch / "dense")
     coded = to_ctranslate2(folder, pythons["ctranslate2"], given.scratch)
     found = {f"sparlow {path.name}": ("sparlow", path, Path(sys.executable)) for path in given.forms}
+    found |= {f"{name}, float inputs": ("sparlow-float", *row[1:]) for name, row in [*found.items()]}
     found["CTranslate2 int8"] = "ctranslate2", coded, pythons["ctranslate2"]
     if given.model.suffix == ".gguf":
         for kind, file in to_llama(given.model, pythons["llama.cpp"], given.scratch).items():

@@ -17,14 +17,14 @@ Steps = Callable[[list[int], int], Iterator[int]]
 Logits = Callable[[list[int]], np.ndarray]
 
 
-def of_sparlow(folder: str) -> tuple[Steps, Logits]:
-    """As ``sparlow generate`` does it: packed, and a step of the kernel."""
+def of_sparlow(folder: str, activations: str = "int8") -> tuple[Steps, Logits]:
+    """As ``sparlow generate`` does it: packed, inputs in int8, and a step of the kernel."""
     import torch
 
     import sparlow
 
     torch.set_num_threads(1)
-    model = sparlow.load(folder, mode="packed", step="kernel", dtype=torch.float32)
+    model = sparlow.load(folder, mode="packed", activations=activations, step="kernel", dtype=torch.float32)
 
     def steps(prompt: list[int], count: int) -> Iterator[int]:
         seen: list[int] = []
@@ -112,7 +112,12 @@ def of_ctranslate2(folder: str) -> tuple[Steps, Logits]:
     return steps, logits
 
 
-PROGRAMS = {"sparlow": of_sparlow, "llama.cpp": of_llama, "ctranslate2": of_ctranslate2}
+PROGRAMS = {
+    "sparlow": of_sparlow,
+    "sparlow-float": lambda folder: of_sparlow(folder, "float"),
+    "llama.cpp": of_llama,
+    "ctranslate2": of_ctranslate2,
+}
 
 
 def perplexity(logits: Logits, windows: list[list[int]]) -> float:
