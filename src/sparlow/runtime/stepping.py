@@ -13,6 +13,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from sparlow.runtime.anatomy import UnlikeError
 from sparlow.runtime.cache import StepCache
+from sparlow.runtime.greedy import Greedy, greedy, write
 from sparlow.runtime.step import Step
 
 _log = logging.getLogger("sparlow")
@@ -55,6 +56,12 @@ class Stepping:
         if self.why_not and self.why_not != before:
             _log.warning("Each token is computed by transformers, not in one call of the kernel: %s.", self.why_not)
         return self._step
+
+    def written(self, step: Step, wanted: Greedy) -> Tensor:
+        """Return what ``generate`` does, by the step alone."""
+        found = write(self.model, step, wanted)
+        self.steps += max(found.shape[1] - wanted.ids.shape[1] - 1, 0)
+        return found
 
     def forward(self, arguments: Mapping[str, Any]) -> Any:  # noqa: ANN401 - what a model's forward returns
         """Return the logits of a step in the form that a model gives them, or None if this is no step."""
@@ -114,6 +121,10 @@ class _Generate:
         if _takes_any_cache(untyped, kwargs):
             step = self.stepping.ready()
             if step is not None:
+                wanted = greedy(untyped, args, kwargs)
+                if wanted is not None and step.takes(len(wanted.ids), wanted.ids.shape[1] + wanted.most):
+                    with unused(untyped):
+                        return self.stepping.written(step, wanted)
                 kwargs["past_key_values"] = step.cache()
         return type(untyped).generate(untyped, *args, **kwargs)
 
