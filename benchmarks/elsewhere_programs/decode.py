@@ -26,18 +26,22 @@ def of_sparlow(folder: str, activations: str = "int8") -> tuple[Steps, Logits]:
     torch.set_num_threads(1)
     model = sparlow.load(folder, mode="packed", activations=activations, step="kernel", dtype=torch.float32)
 
+    class Clock:
+        """A streamer that notes when each token came."""
+
+        def __init__(self) -> None:
+            self.seen: list[int] = []
+
+        def put(self, _: torch.Tensor) -> None:
+            self.seen.append(time.perf_counter_ns())
+
+        def end(self) -> None:
+            """Nothing more comes."""
+
     def steps(prompt: list[int], count: int) -> Iterator[int]:
-        seen: list[int] = []
-
-        def note(ids: torch.Tensor, *_: object) -> torch.Tensor:
-            seen.append(time.perf_counter_ns())
-            return torch.zeros(len(ids), dtype=torch.bool)
-
-        model.generate(
-            torch.tensor([prompt]), max_new_tokens=count, min_new_tokens=count, do_sample=False,
-            stopping_criteria=[note],
-        )  # fmt: skip
-        yield from seen
+        clock, ids = Clock(), torch.tensor([prompt])
+        model.generate(ids, max_new_tokens=count, min_new_tokens=count, do_sample=False, streamer=clock)
+        yield from clock.seen[1:]  # the first is the prompt
 
     def logits(window: list[int]) -> np.ndarray:
         with torch.no_grad():
