@@ -258,11 +258,19 @@ def show_finetuning(report: "Report") -> None:
 
     found = report.finetuning
     out.print(table(("", "before", "after"), perplexities_of_finetuning(report)))
+    chats = found.get("chats")
     out.print(
-        f"{found['steps']} steps of {found['batch'] * found['accumulate']} windows, {found['trainable']:,} numbers "
-        f"trained, loss {found['loss'][0]:.3f} → {found['loss'][-1]:.3f}, {found['seconds']:.0f} s",
+        f"{found['steps']} steps of {found['batch'] * found['accumulate']} {'chats' if chats else 'windows'}, "
+        f"{found['trainable']:,} numbers trained, loss {found['loss'][0]:.3f} → {found['loss'][-1]:.3f}, "
+        f"{found['seconds']:.0f} s",
         highlight=False,
     )
+    if chats:
+        out.print(
+            f"learnt were the answers: {chats['answer_tokens']:,} of {chats['tokens']:,} tokens of "
+            f"{found['windows']:,} chats",
+            highlight=False,
+        )
 
 
 def show_evaluations(
