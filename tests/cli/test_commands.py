@@ -88,7 +88,7 @@ def test_compress_writes_a_result_and_says_so(command, capsys, tmp_path):
     assert steps[-2:] == ["compressed perplexity: 4 of 4 (0:00)", "prompts: 2 of 2 (0:00)"]
     for i, line in enumerate(steps[1:-2], start=1):
         left = "" if i == 3 else r", 0:\d\d left"
-        assert re.fullmatch(rf"blocks: {i} of 3 \(0:00, mean relative error 0\.\d{{5}}{left}\)", line), line
+        assert re.fullmatch(rf"blocks: {i} of 3 \(0:00, mean relative squared error 0\.\d{{5}}{left}\)", line), line
     assert len(steps) == 6
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     for which in ("dense", "compressed"):
@@ -413,7 +413,7 @@ def test_a_terminal_gets_bars(monkeypatch):
     ):
         assert words in shown
     assert "memory" in shown
-    assert "mean relative error 0.01250" in shown
+    assert "mean relative squared error 0.01250" in shown
 
 
 def test_more_than_ten_warnings_are_counted(finished, capsys):

@@ -3,6 +3,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -554,6 +555,13 @@ BAD = {
     "its parent": (["--out", "{place}", "--overwrite"], "would replace"),
     "a foreign directory": (["--out", "{place}/model"], "holds no run of sparlow"),
     "a foreign adapter": (["--peft", "{place}/model", "--overwrite"], "holds no adapter of sparlow"),
+    "an unknown error": (["--require", "relative_error<=1"], "does not measure the error of layers"),
+    "an unknown dense model": (
+        ["--evaluate", "{place}/short.txt", "--require", "perplexity<=+9%"],
+        "which compress did not measure on",
+    ),
+    "a bound on nothing": (["--evaluate", "", "--require", "perplexity<=9"], "no text is measured"),
+    "a bound on no result": (["{place}/model", "--require", "bits<=9"], "holds no result of sparlow"),
     "the adapter in its place": (["--peft", "{tmp}/out"], "a folder of its own"),
 }
 
@@ -618,10 +626,12 @@ def test_the_command_says_what_came_of_it(place, tmp_path, capsys):
     words = ["--dataset", text, "--evaluate", text, "--block-size", SEQLEN, "--batch", 2, "--accumulate", 1]
     arguments = ["finetune", place / "mixed", "--out", tmp_path / "out", *words, "--steps", 5, "--lr", "1e-3"]
     with pytest.raises(SystemExit) as stop:
-        main([str(word) for word in arguments])
-    assert not stop.value.code
+        main([str(word) for word in [*arguments, "--require", "bits<=32", "--require", "perplexity<0.5%"]])
+    assert stop.value.code == 1  # which nothing keeps to; all is written before
     shown = capsys.readouterr()
-    lines = shown.err.splitlines()
+    *lines, last = shown.err.splitlines()
+    assert re.fullmatch(r"error: The result was written, and .*: perplexity on .* \(dense [\d.]+\), and .*", last)
+    assert "bits" not in last
     assert [line.split(" (")[0] for line in lines[:-1]] == [f"{STAGE}: {i} of 5" for i in range(1, 6)]
     assert "loss" in lines[0]
     report = json.loads((tmp_path / "out" / "report.json").read_text())["finetuning"]

@@ -453,7 +453,14 @@ def test_seeds_and_sweeps_are_run_and_only_reports_are_kept(place, tmp_path, mon
     assert [row.name for row in found.rows] == list(recipes)
     assert not list(out.rglob("*.safetensors"))
     kept = {path.name for path in (out / "reports").iterdir()}
-    assert kept == {f"{folder_of(name)}.{ending}" for name in recipes for ending in ("json", "html")}
+    assert kept == {f"{folder_of(name)}.{ending}" for name in recipes for ending in ("json", "html", "toml")}
+    for name in recipes:
+        page = (out / "reports" / f"{folder_of(name)}.html").read_text()
+        assert "sparlow compress MODEL --recipe" in page
+        assert not any(
+            gone in page for gone in ("from_pretrained", "sparlow generate", "sparlow evaluate", "sparlow export")
+        )
+        assert Recipe.from_file(out / "reports" / f"{folder_of(name)}.toml") == recipes[name]
     counts = counted(monkeypatch)
     again = compare(place / "model", recipes, out=out, options=how, reports_only=True, force=True)
     assert counts["layers"] == 0

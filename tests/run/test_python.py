@@ -286,4 +286,4 @@ def test_a_run_is_quiet_but_for_programs_that_listen(place, texts, tmp_path, cap
     assert capfd.readouterr() == ("", "")
     with caplog.at_level(logging.INFO, logger="sparlow"):
         sparlow.compress(place / "model", QUICK, **texts, out=tmp_path / "b")
-    assert any(line.startswith("blocks: 3 of 3") and "mean relative error" in line for line in caplog.messages)
+    assert any(line.startswith("blocks: 3 of 3") and "mean relative squared error" in line for line in caplog.messages)

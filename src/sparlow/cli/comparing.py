@@ -44,7 +44,9 @@ TasksOfAll = Annotated[
 ReportsOnly = Annotated[
     bool,
     typer.Option(
-        "--reports-only", rich_help_panel="Output", help="Keep no model, only its report in DIRECTORY/reports."
+        "--reports-only",
+        rich_help_panel="Output",
+        help="Keep no model, only its report and recipe in DIRECTORY/reports.",
     ),
 ]
 Foretold = Annotated[
@@ -58,7 +60,7 @@ Foretold = Annotated[
 NAMED = 4  # runs whose times are told one by one
 
 
-def tell_cost(model: str, recipes: "Mapping[str, Recipe]", out: Path, options: "RunOptions", *, kept: bool) -> None:
+def tell_times(model: str, recipes: "Mapping[str, Recipe]", out: Path, options: "RunOptions", *, kept: bool) -> None:
     """Say how long the runs that are not there yet will take, and how much disk what they leave."""
     from sparlow.files import human_bytes
     from sparlow.report.wording import duration

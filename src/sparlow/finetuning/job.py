@@ -117,6 +117,7 @@ class FineTuning:
             name: known.get(text_fingerprint(text)) or self.perplexity("perplexity before", text)
             for name, text in evaluation.items()
         }
+        dense = {name: self.parent.record.dense.get(text_fingerprint(text)) for name, text in evaluation.items()}
         losses = self.train(examples)
         after = {name: self.perplexity("perplexity after", text) for name, text in evaluation.items()}
         self.write()
@@ -136,6 +137,7 @@ class FineTuning:
                 when: {name: one.value for name, one in found.items()}
                 for when, found in (("before", before), ("after", after))
             },
+            "dense": {name: one.value for name, one in dense.items() if one},
             "in_domain": [name for name in evaluation if name in trained_on or name in calibrated_on],
             "seconds": time.perf_counter() - start,
             "machine": machine(),

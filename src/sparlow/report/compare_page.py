@@ -145,7 +145,9 @@ def _errors(found: Comparison, series: Mapping[str, int], key: tuple[tuple[str, 
     if not points:
         return None
     values = [value for _, value in points]
-    plot = Plot(counted("block", (block for block, _ in points)), Axis.over(values, "mean relative error", log=True))
+    plot = Plot(
+        counted("block", (block for block, _ in points)), Axis.over(values, "mean relative squared error", log=True)
+    )
     for row in found.rows:
         thin = "" if row.with_matching else "thin "
         plot.line(lines[row.name], f"{thin}{colour(series[row.series])}", row.name)
@@ -155,7 +157,7 @@ def _errors(found: Comparison, series: Mapping[str, int], key: tuple[tuple[str, 
 
 def _table(found: Comparison, texts: Sequence[str]) -> tuple[Sequence[str], list[tuple[str, ...]]]:
     head = ["method", *(f"perplexity, {model_name(text)}" for text in texts)]
-    head += ["mean relative error", "bits a parameter", "whole file", "time", "peak memory"]
+    head += ["mean relative squared error", "bits a parameter", "whole file", "time", "peak memory"]
     rows = []
     if found.dense:
         dense = (number(found.dense["perplexity"].get(text)) for text in texts)

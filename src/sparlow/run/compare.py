@@ -2,7 +2,6 @@
 
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from sparlow.distributed import require_one
 from sparlow.errors import InputError, RunError, is_out_of_memory, out_of_memory
 from sparlow.evaluation.tasks import LoadedTasks, load_tasks, measure_tasks
 from sparlow.evaluation.texts import require_tokenizer
+from sparlow.files import replacing
 from sparlow.machine import free_memory, pick_device
 from sparlow.model.loading.source import OpenedModel, open_model, upcast_for_cpu
 from sparlow.own_settings import own_settings
@@ -24,7 +24,7 @@ from sparlow.recipe.recipe import Recipe
 from sparlow.recipe.run_options import DEFAULT, RunOptions
 from sparlow.report.compare_page import write_comparison
 from sparlow.report.comparison import MATCHED, Comparison, Row
-from sparlow.report.html_page import write_reports
+from sparlow.report.html_page import html, write_reports
 from sparlow.report.records import Report
 from sparlow.run.cases import OF_TEXT, folder_of
 from sparlow.run.compress import open_dense, windows_to_calibrate, windows_to_evaluate
@@ -61,7 +61,7 @@ def compare(
         out: Directory for the results, ``compare.json`` (rewritten after every run), the page, tables and figures.
         options: How each method runs; the dense model is measured once.
         tasks: Of lm-eval, as ``sparlow.evaluate`` takes them; every model answers them.
-        reports_only: Keep no model, but its report in ``out``/reports.
+        reports_only: Keep no model, but its report and recipe in ``out``/reports.
         overwrite: Do everything again.
         force: As of ``sparlow.compress``.
         notify: Called after every step; stages begin with the run's name.
@@ -229,12 +229,14 @@ def _report_of(name: str, job: Job, texts: Mapping[str, Tensor], found: Comparis
 
 
 def _keep_report(out: Path, name: str) -> None:
-    """Move the report of a finished run to the others, and remove its model."""
+    """Move report and recipe of a finished run to the others, and remove its model; the page says how to repeat it."""
     folder, kept = out / folder_of(name), out / REPORTS
     kept.mkdir(exist_ok=True)
-    for ending in ("json", "html"):
-        with suppress(FileNotFoundError):
-            (folder / f"report.{ending}").replace(kept / f"{folder.name}.{ending}")
+    page = html(Report.from_file(folder / "report.json"), folder.name, recipe=f"{REPORTS}/{folder.name}.toml")
+    with replacing(kept / f"{folder.name}.html") as partial:
+        partial.write_text(page, encoding="utf-8")
+    (folder / "recipe.toml").replace(kept / f"{folder.name}.toml")
+    (folder / "report.json").replace(kept / f"{folder.name}.json")
     shutil.rmtree(folder)
 
 

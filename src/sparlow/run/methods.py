@@ -46,7 +46,7 @@ def compare(
         match: Of algorithms: "no", "yes", or "both" for each without and with; if left out, as the recipe says.
         sweep: Of algorithms: values that fields of the recipe shall have in turn, ``{"rank": [0, 16]}`` or seeds.
         tasks: Of lm-eval, as ``evaluate`` takes them; every model answers them.
-        reports_only: Keep no model, but its report in ``out``/reports.
+        reports_only: Keep no model, but its report and recipe in ``out``/reports.
         evaluate: Corpora or files on which perplexity is measured.
         evaluate_seqlen: Tokens in a window of these; the recipe's seqlen if left out.
         limit: At most so many windows of each of these; all if left out.
