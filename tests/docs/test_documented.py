@@ -105,7 +105,7 @@ def place(templates, tmp_path, monkeypatch):
 def smaller(words):
     """A command of sparlow, made to take little."""
     name, *rest = words
-    evaluates = not any(option in ("--evaluate", "--perplexity") and not value for option, value in pairwise(rest))
+    evaluates = not any(option == "--evaluate" and not value for option, value in pairwise(rest))
     if name in ("compress", "compare") and evaluates:
         rest = [*rest, *EVALUATED]
     return [name, *rest, *(SMALL.get(name, ()) if evaluates or name != "evaluate" else ())]

@@ -12,7 +12,7 @@ import typer
 from sparlow.cli import display, listing, results
 from sparlow.cli.app import app, command
 from sparlow.cli.app import run as main
-from sparlow.cli.comparing import Foretold, ReportsOnly, Seeds, Sweep, TasksOfAll, tell_times
+from sparlow.cli.comparing import Foretold, ReportsOnly, Seeds, Sweep, TaskPath, TasksOfAll, tell_times
 from sparlow.cli.options import (
     EvaluateOptions,
     Given,
@@ -124,11 +124,13 @@ def compare(
     sweep: Sweep = None,
     seeds: Seeds = None,
     tasks: TasksOfAll = None,
+    task_path: TaskPath = None,
     reports_only: ReportsOnly = False,
     timed: Foretold = True,
     figures: Figures = None,
 ) -> None:
     """Compress MODEL with several algorithms on the same text. Writes a page, tables and figures to --out."""
+    from sparlow.evaluation.tasks import load_tasks
     from sparlow.report.compare_page import charts
     from sparlow.run.cases import names_of, parse_sweep, recipes_for
     from sparlow.run.compare import compare as run_comparison
@@ -137,6 +139,7 @@ def compare(
         given = replace(given, changes={**given.changes, "match": match != "no"})
     require_places(figures=figures)
     varied = parse_sweep(sweep or (), split(seeds or ()))
+    loaded = load_tasks(split(tasks or ()), path=task_path)
     recipes = recipes_for(given.recipe(), names_of(split(algorithms)), parse_named_pairs(option or []), match, varied)
     if timed:
         tell_times(model, recipes, out, run, kept=not reports_only)
@@ -146,7 +149,7 @@ def compare(
             recipes,
             out=out,
             options=run,
-            tasks=split(tasks or ()),
+            tasks=loaded,
             reports_only=reports_only,
             overwrite=write.overwrite,
             force=write.force,
@@ -179,7 +182,7 @@ def evaluate(
     from sparlow.evaluation.tasks import load_tasks
 
     results.prepare(json_file)
-    required = parse_requirements(require or (), measures_text=bool(options.perplexity))
+    required = parse_requirements(require or (), measures_text=bool(options.evaluate))
     require_only_perplexity(required, relative=options.baseline is not None)
     tasks = load_tasks(options.tasks, path=options.task_path, fewshot=options.fewshot)
     found = measured_beside(model, dtype, options, run, tasks)

@@ -38,7 +38,17 @@ TasksOfAll = Annotated[
         "--tasks",
         metavar="NAMES",
         rich_help_panel="Tasks",
-        help="Tasks that every model answers: paper (its eight zero-shot tasks), mmlu, or any name of lm-eval.",
+        help="Tasks that every model answers: paper (its eight zero-shot tasks), mmlu, or any name of lm-eval or "
+        "--task-path.",
+    ),
+]
+TaskPath = Annotated[
+    Path | None,
+    typer.Option(
+        "--task-path",
+        metavar="DIRECTORY",
+        rich_help_panel="Tasks",
+        help="Directory of task files (.yaml). They take precedence over lm-eval's tasks of the same name.",
     ),
 ]
 ReportsOnly = Annotated[

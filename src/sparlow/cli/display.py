@@ -177,6 +177,7 @@ def show_columns(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
 def show_comparison(found: "Comparison") -> None:
     """The table of a comparison: the dense model, then a line a method."""
+    from sparlow.report.compare_page import task_table
     from sparlow.report.perplexities import labelled, shown, with_error
 
     corpora = shown([found.dense.get("perplexity", {}), *(row.perplexity for row in found.rows)])
@@ -198,6 +199,9 @@ def show_comparison(found: "Comparison") -> None:
         bits = (f"{row.bits_per_weight:.2f}", f"{row.bits_per_parameter:.2f}", f"{row.share_compressed:.1%}")
         rows.append((row.name, *perplexities, *apart, *measured, *bits))
     show_wide(out, head, rows)
+    tasks, scores = task_table(found)
+    if scores:
+        show_wide(out, ("", *tasks[1:]), scores)
 
 
 def show_plan(found: "Plan") -> None:

@@ -135,7 +135,7 @@ def _use(report: Report, folder: str) -> list[Command]:
     return [
         Command("Load", load),
         Command("Run", f"sparlow generate {here} --prompt {shlex.quote(PROMPT)}"),
-        Command("Evaluate", f"sparlow evaluate {here} --perplexity {corpus}"),
+        Command("Evaluate", f"sparlow evaluate {here} --evaluate {corpus}"),
         Command("Export", f"sparlow export {here} --out {merged} --as merged"),
         _repeat(report, f"{folder}/recipe.toml", f"{folder}-again"),
     ]

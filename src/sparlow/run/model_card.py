@@ -156,7 +156,7 @@ be trained or evaluated.
 
 ```
 sparlow generate DIR --prompt "The capital of France is"
-sparlow evaluate DIR --perplexity wikitext2
+sparlow evaluate DIR --evaluate wikitext2
 sparlow export DIR --out MERGED --as merged    # for programs that do not know sparlow; --list shows more forms
 ```
 """
