@@ -241,7 +241,7 @@ def _evaluate(args: argparse.Namespace, result: str | Path, out: Path, tasks: Lo
     found = sparlow.evaluate(
         upcast_for_cpu(opened.model),
         opened.tokenizer,
-        perplexity_on=split(args.eval_datasets),
+        evaluate=split(args.eval_datasets),
         seqlen=args.seqlen,
         limit=args.limit,
         tasks=tasks,

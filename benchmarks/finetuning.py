@@ -26,6 +26,7 @@ from sparlow.errors import InputError
 from sparlow.evaluation.perplexity import perplexity
 from sparlow.evaluation.texts import require_tokenizer
 from sparlow.files import replacing
+from sparlow.finetuning.examples import Examples
 from sparlow.finetuning.finetune import Parent
 from sparlow.finetuning.options import FinetuneOptions
 from sparlow.finetuning.trainer import STAGE, train
@@ -77,7 +78,7 @@ def run(start: Start, task: Task, plan: FinetuneOptions) -> dict[str, Any]:
 
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as checkpoints:
-        loss = train(wrapped, task.windows, plan, Path(checkpoints), measure)
+        loss = train(wrapped, Examples.of_windows(task.windows), plan, Path(checkpoints), measure)
     trainable = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
     seconds = time.perf_counter() - begin
     return {

@@ -52,7 +52,7 @@ def measured(opened: OpenedModel, name: str, kind: str, size: int, args: argpars
     tokenizer = opened.tokenizer
     if tokenizer is None:
         raise InputError(f"{opened.name} has no tokenizer.")
-    found = evaluate(opened.model, tokenizer, perplexity_on=args.text, seqlen=args.seqlen, limit=args.limit)
+    found = evaluate(opened.model, tokenizer, evaluate=args.text, seqlen=args.seqlen, limit=args.limit)
     figures = {"perplexity": found["perplexity"][args.text], "stderr": found["perplexity_stderr"][args.text]}
     return {"name": name, "kind": kind, "bytes": size, "bits": None, "divergence": None, **figures}
 

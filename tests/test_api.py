@@ -11,15 +11,15 @@ PUBLIC = {
     "benchmark": "models, *, mode=('packed',), dtype=('float32', 'bfloat16'), step=('transformers', 'kernel'), "
     "activations=('float', 'int8'), batch=1, prompt_tokens=512, tokens=64, repeats=5, threads=None, "
     "trust_remote_code=False, notify=None",
-    "compare": "model, methods='usual', recipe=None, *, out, match=None, sweep=None, tasks=(), reports_only=False, "
-    f"{RUN}"
+    "compare": "model, methods='usual', recipe=None, *, out, match=None, sweep=None, tasks=(), task_path=None, "
+    f"reports_only=False, {RUN}"
     "overwrite=False, force=False, trust_remote_code=False, notify=None, **fields",
     "compress": f"model, recipe=None, *, calibration=None, tokenizer=None, out=None, {RUN}"
     "inplace=False, overwrite=False, force=False, trust_remote_code=False, with_loader=False, notify=None, **fields",
     "decompose": "W, H, *, pattern, rank, algorithm='3basil', damping=0.005, relative_damping=0.005, "
     "values='model', levels='auto', group=128, factors='auto', **options",
     "decomposer": "name, *, aliases={}, usual=False, by_rows=False",
-    "evaluate": "model, tokenizer=None, *, perplexity_on=('builtin',), seqlen=2048, limit=None, column='text', "
+    "evaluate": "model, tokenizer=None, *, evaluate=('builtin',), seqlen=2048, limit=None, column='text', "
     "tasks=(), task_path=None, "
     "fewshot=None, batch_size=8, baseline=None, device='auto', dtype='auto', trust_remote_code=False, notify=None",
     "export": "folder, out, *, form, options=None, overwrite=False, notify=None",

@@ -35,8 +35,8 @@ def test_lines_have_times_and_errors(clock):
         lines(Progress("blocks", block + 1, 4))
     assert said == [
         "dense perplexity: 2 of 2 (0:07)",
-        "blocks: 1 of 4 (1:00, mean relative error 0.01000, 3:00 left)",
-        "blocks: 2 of 4 (2:00, mean relative error 0.02000, 2:00 left)",
+        "blocks: 1 of 4 (1:00, mean relative squared error 0.01000, 3:00 left)",
+        "blocks: 2 of 4 (2:00, mean relative squared error 0.02000, 2:00 left)",
     ]
 
 

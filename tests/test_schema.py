@@ -128,7 +128,7 @@ def test_every_default_passes_its_own_check(record):
         (sparlow.plan, RunOptions, {}),
         (sparlow.compress, WriteOptions, {}),
         (sparlow.finetune, FinetuneOptions, {}),
-        (sparlow.evaluate, EvaluateOptions, {"perplexity": "perplexity_on", "baseline": None}),
+        (sparlow.evaluate, EvaluateOptions, {"baseline": None}),
     ],
 )
 def test_the_keywords_of_the_api_are_the_options_with_their_defaults(function, record, names):

@@ -64,7 +64,7 @@ class Stage:
     @property
     def error(self) -> str:
         """The mean relative error so far, and how much it is of."""
-        return f"mean relative error {sum(self.errors) / len(self.errors):.5f}" if self.errors else ""
+        return f"mean relative squared error {sum(self.errors) / len(self.errors):.5f}" if self.errors else ""
 
 
 class Watch:

@@ -88,7 +88,7 @@ def test_compress_writes_a_result_and_says_so(command, capsys, tmp_path):
     assert steps[-2:] == ["compressed perplexity: 4 of 4 (0:00)", "prompts: 2 of 2 (0:00)"]
     for i, line in enumerate(steps[1:-2], start=1):
         left = "" if i == 3 else r", 0:\d\d left"
-        assert re.fullmatch(rf"blocks: {i} of 3 \(0:00, mean relative error 0\.\d{{5}}{left}\)", line), line
+        assert re.fullmatch(rf"blocks: {i} of 3 \(0:00, mean relative squared error 0\.\d{{5}}{left}\)", line), line
     assert len(steps) == 6
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     for which in ("dense", "compressed"):
@@ -413,7 +413,7 @@ def test_a_terminal_gets_bars(monkeypatch):
     ):
         assert words in shown
     assert "memory" in shown
-    assert "mean relative error 0.01250" in shown
+    assert "mean relative squared error 0.01250" in shown
 
 
 def test_more_than_ten_warnings_are_counted(finished, capsys):
@@ -561,7 +561,7 @@ def test_evaluate_measures_dense_and_compressed_models_alike(which, place, finis
     out, report = finished
     model = out if which == "compressed" else place / "model"
     text, file = str(place / "text.txt"), tmp_path / "found.json"
-    assert run("evaluate", model, "--perplexity", text, "--seqlen", 16, "--json", file) == 0
+    assert run("evaluate", model, "--evaluate", text, "--seqlen", 16, "--json", file) == 0
     shown = capsys.readouterr().out
     found = json.loads(file.read_text())
     same = {"in_domain": [text]} if which == "compressed" else {}  # of a plain model nobody knows
@@ -577,12 +577,12 @@ def test_evaluate_measures_dense_and_compressed_models_alike(which, place, finis
 def test_evaluate_limits_and_takes_several_texts(place, tmp_path):
     shutil.copy(place / "text.txt", tmp_path / "b.txt")
     names = [str(place / "text.txt"), str(tmp_path / "b.txt")]
-    arguments = ["evaluate", place / "model", "--perplexity", ",".join(names), "--seqlen", 16]
+    arguments = ["evaluate", place / "model", "--evaluate", ",".join(names), "--seqlen", 16]
     assert run(*arguments, "--limit", 2, "--json", tmp_path / "few.json") == 0
     few = json.loads((tmp_path / "few.json").read_text())["perplexity"]
     model = AutoModelForCausalLM.from_pretrained(place / "model")
-    whole = sparlow.evaluate(model, tiny_tokenizer(), perplexity_on=names, seqlen=16)["perplexity"]
-    expected = sparlow.evaluate(model, tiny_tokenizer(), perplexity_on=names, seqlen=16, limit=2)["perplexity"]
+    whole = sparlow.evaluate(model, tiny_tokenizer(), evaluate=names, seqlen=16)["perplexity"]
+    expected = sparlow.evaluate(model, tiny_tokenizer(), evaluate=names, seqlen=16, limit=2)["perplexity"]
     assert list(few) == names
     assert few == pytest.approx(expected)
     assert few != pytest.approx(whole)
@@ -591,7 +591,7 @@ def test_evaluate_limits_and_takes_several_texts(place, tmp_path):
 def test_evaluate_opens_bfloat16_results(place, command, tmp_path):
     assert run(*command, "--dtype", "bfloat16") == 0
     text, file = str(place / "text.txt"), tmp_path / "found.json"
-    assert run("evaluate", tmp_path / "out", "--perplexity", text, "--seqlen", 16, "--json", file) == 0
+    assert run("evaluate", tmp_path / "out", "--evaluate", text, "--seqlen", 16, "--json", file) == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     found = json.loads(file.read_text())["perplexity"]
     assert found == pytest.approx(report["compressed"]["perplexity"], rel=1e-6)
@@ -603,21 +603,21 @@ def test_evaluate_opens_bfloat16_results(place, command, tmp_path):
         (["--seqlen", 1], "seqlen"),
         (["--seqlen", 65], "64"),
         (["--limit", 0], "limit"),
-        (["--perplexity", "nothing.txt"], "nothing.txt"),
+        (["--evaluate", "nothing.txt"], "nothing.txt"),
         (["--dtype", "float31"], "float31"),
         (["--device", "nowhere"], "nowhere"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else None,
 )
 def test_evaluate_refuses_bad_input(given, said, place, capsys, tmp_path):
-    arguments = ["evaluate", place / "model", "--perplexity", place / "text.txt", "--seqlen", 16]
+    arguments = ["evaluate", place / "model", "--evaluate", place / "text.txt", "--seqlen", 16]
     assert said in run_and_fail(capsys, *arguments, "--json", tmp_path / "found.json", *given)
     assert not list(tmp_path.iterdir())
 
 
 def test_evaluate_needs_a_tokenizer(place, capsys, tmp_path):
     AutoModelForCausalLM.from_pretrained(place / "model").save_pretrained(tmp_path)
-    line = run_and_fail(capsys, "evaluate", tmp_path, "--perplexity", place / "text.txt", "--seqlen", 16)
+    line = run_and_fail(capsys, "evaluate", tmp_path, "--evaluate", place / "text.txt", "--seqlen", 16)
     assert "has no tokenizer" in line
 
 

@@ -56,6 +56,36 @@ def test_help_of_all_lists_commands_and_what_stands_before_them(capsys):
     assert "Usage" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        (["comp"], {"compress", "compare"}),
+        (["compress", "--evalu"], {"--evaluate", "--evaluate-seqlen"}),
+        (["finetune", "DIR", "--data"], {"--dataset"}),
+    ],
+)
+def test_a_shell_completes_commands_and_options(typed, meant, tmp_path):
+    """As after `sparlow --install-completion`, which puts this function into the shell's own files."""
+    program = tmp_path / "sparlow"
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m sparlow "$@"\n')
+    program.chmod(0o755)
+    words = " ".join(["sparlow", *typed])
+    script = f"""eval "$(sparlow --show-completion bash)"
+        COMP_WORDS=({words}) COMP_CWORD={len(typed)}
+        _sparlow_completion sparlow && printf '%s\\n' "${{COMPREPLY[@]}}" """
+    search = os.pathsep.join([str(tmp_path), os.environ["PATH"]])
+    shown = subprocess.run(
+        ["bash", "-c", script],  # noqa: S607 - whichever comes first
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PATH": search},
+    )
+    assert set(shown.stdout.split()) == meant, shown.stderr
+
+
 def test_version(capsys):
     assert run("--version") == 0
     assert capsys.readouterr().out == f"sparlow {version('sparlow')}\n" == f"sparlow {sparlow.__version__}\n"
@@ -86,6 +116,14 @@ print([name for name in {HEAVY!r} if name in sys.modules])
         (["compress", "model", "--out", "x", "--patern", "2:4"], "--pattern"),
         (["compress", "model", "--out", "x", "--samples", "many"], "'--samples'"),
         (["squeeze"], "squeeze"),
+        (["compress", "model", "--out", "x", "--perplexity", "c4"], "--perplexity is called --evaluate in sparlow com"),
+        (
+            ["compress", "model", "--out", "x", "--dataset", "c4"],
+            "--dataset is called --calibration in sparlow compress",
+        ),
+        (["evaluate", "model", "--perplexity", "c4"], "--perplexity is called --evaluate in sparlow evaluate."),
+        (["finetune", "model", "--out", "x", "--seqlen", "8"], "--seqlen is called --block-size in sparlow finetune."),
+        (["algorithms", "--dataset", "c4"], "No such option"),
     ],
 )
 def test_errors_of_usage_look_like_all_others(arguments, said, capsys):
@@ -93,7 +131,7 @@ def test_errors_of_usage_look_like_all_others(arguments, said, capsys):
     first, usage, advice = capsys.readouterr().err.splitlines()
     assert first.startswith("error: ")
     assert said in first
-    command = "sparlow compress" if arguments[0] == "compress" else "sparlow"
+    command = f"sparlow {arguments[0]}" if arguments[0] in GROUP.commands else "sparlow"
     assert usage.startswith(f"Usage: {command} ")
     assert advice == f"`{command} --help` lists the options."
 
@@ -149,7 +187,7 @@ def strictly(text):
 def test_a_perplexity_that_is_no_number_is_a_failure_with_its_model_and_corpus(baseline, place, capsys, tmp_path):
     text, file = place / "text.txt", tmp_path / "found.json"
     models = [place / "model", "--baseline", place / "damaged"] if baseline else [place / "damaged"]
-    line = run_and_fail(capsys, "evaluate", *models, "--perplexity", text, "--seqlen", 16, "--json", file, code=1)
+    line = run_and_fail(capsys, "evaluate", *models, "--evaluate", text, "--seqlen", 16, "--json", file, code=1)
     assert f"The perplexity of {place / 'damaged'} on {text} is nan" in line
     found = strictly(file.read_text())
     assert (found["baseline"] if baseline else found)["perplexity"] == {str(text): "nan"}

@@ -1,7 +1,11 @@
 """Tables that are wider than the terminal."""
 
+import io
+
+import pytest
 from rich.console import Console
 
+from sparlow.cli.display import SafeConsole
 from sparlow.cli.tables import pieces, show_wide
 
 HEAD = ("form", "whole file", "bits", "what opens it")
@@ -26,3 +30,32 @@ def test_no_line_is_wider_than_the_terminal():
     assert max(map(len, lines)) <= 50
     first = ["form", "every entry, int4", "dense"]
     assert [line.split("  ")[0] for line in lines] == [*first, "", *first]
+
+
+def printed(text, *, terminal, width=30, **options):
+    file = io.StringIO()
+    SafeConsole(file=file, force_terminal=terminal, width=width, soft_wrap=True, color_system=None).print(
+        text, **options
+    )
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ("[bold]one[/] two three four five six seven", ["one two three four five six", "seven"]),
+        ("    gave: indented more than a line", ["    gave: indented more than a", "    line"]),
+        ("see /a/path/longer/than/the/line/itself for it", ["see", "/a/path/longer/than/the/line/itself", "for it"]),
+        ("日本語 日本語 日本語 日本語 日本語", ["日本語 日本語 日本語 日本語", "日本語"]),
+        ("first\n\nsecond\n", ["first", "", "second", ""]),
+        ("exactly thirty letters wide ok", ["exactly thirty letters wide ok"]),
+        ("", [""]),
+    ],
+)
+def test_a_sentence_is_broken_between_words(text, lines):
+    assert printed(text, terminal=True).split("\n")[:-1] == lines
+
+
+def test_where_nobody_looks_a_sentence_is_one_line_and_brackets_stay_where_they_are_meant():
+    assert printed("word " * 20, terminal=False) == "word " * 20 + "\n"
+    assert printed("a [red]b[/]", terminal=True, markup=False) == "a [red]b[/]\n"

@@ -225,7 +225,7 @@ def test_a_result_that_misses_is_written_and_ends_with_1(place, capsys, tmp_path
 
 
 def test_an_evaluation_that_misses_ends_with_1(place, capsys):
-    command = ["evaluate", place / "out", "--perplexity", place / "text.txt", "--seqlen", 16]
+    command = ["evaluate", place / "out", "--evaluate", place / "text.txt", "--seqlen", 16]
     for words, code, said in (
         (["--require", "perplexity<=1"], 1, "perplexity on"),
         (["--require", "perplexity<=+1%"], 2, "--baseline"),

@@ -26,7 +26,10 @@ MODELS = ("MODEL", "SMOLLM2", "DENSE", "meta-llama/Llama-3.2-1B", "HuggingFaceTB
 RESULTS = ("DIR", "RESULT")  # results that pages take as they are
 ADAPTERS = ("FOLDER",)  # and its export
 TEXT = (ROOT / "docs" / "methods.md").read_text("utf-8").encode("ascii", "ignore").decode() * 2
-CHAT = "{% for turn in messages %}{{ turn['content'] }}\n{% endfor %}{% if add_generation_prompt %}So: {% endif %}"
+CHAT = (
+    "{% for turn in messages %}{{ 'So: ' if turn['role'] == 'assistant' }}{{ turn['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}So: {% endif %}"
+)
 SMALL = {  # added to a command, so that it takes a second; what it says itself is read all the same
     "compress": ("--samples", "4", "--seqlen", "64"),
     "compare": ("--samples", "4", "--seqlen", "64"),
@@ -85,6 +88,8 @@ def place(templates, tmp_path, monkeypatch):
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
     records = [{"text": TEXT[i : i + 400]} for i in range(0, 400 * 10, 5)]
     (tmp_path / "c4.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records[:800]))
+    turns = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]
+    (tmp_path / "chats.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 9)
     for name in ("wikitext2_test.raw", "my.txt"):
         (tmp_path / name).write_text(TEXT)
     named = [
@@ -100,7 +105,7 @@ def place(templates, tmp_path, monkeypatch):
 def smaller(words):
     """A command of sparlow, made to take little."""
     name, *rest = words
-    evaluates = not any(option in ("--evaluate", "--perplexity") and not value for option, value in pairwise(rest))
+    evaluates = not any(option == "--evaluate" and not value for option, value in pairwise(rest))
     if name in ("compress", "compare") and evaluates:
         rest = [*rest, *EVALUATED]
     return [name, *rest, *(SMALL.get(name, ()) if evaluates or name != "evaluate" else ())]

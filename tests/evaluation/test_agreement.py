@@ -130,17 +130,17 @@ def test_a_baseline_needs_its_blocks_only_once(tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
     dense = tiny("llama")
     model, text, words = other(dense), str(tmp_path / "text.txt"), tiny_tokenizer()
-    expected = evaluate(model, words, perplexity_on=text, seqlen=16, baseline=tiny("llama"))
+    expected = evaluate(model, words, evaluate=text, seqlen=16, baseline=tiny("llama"))
     assert expected["agreement"][text].divergence > 0
     baseline = Baseline(dense)
-    assert evaluate(dense, words, perplexity_on=text, seqlen=16, baseline=baseline).keys() == {
+    assert evaluate(dense, words, evaluate=text, seqlen=16, baseline=baseline).keys() == {
         "perplexity",
         "perplexity_stderr",
     }
     assert baseline.release_blocks()
     assert all(p.is_meta for p in Decoder.of(dense).blocks.parameters())
-    assert evaluate(model, words, perplexity_on=text, seqlen=16, baseline=baseline) == expected
-    unseen = evaluate(model, words, perplexity_on=text, seqlen=8, baseline=baseline)
+    assert evaluate(model, words, evaluate=text, seqlen=16, baseline=baseline) == expected
+    unseen = evaluate(model, words, evaluate=text, seqlen=8, baseline=baseline)
     assert unseen["agreement"] == {text: None}
 
 
@@ -168,7 +168,7 @@ def done(folder, tmp_path_factory):
 
 def test_block_by_block_is_as_whole(done):
     out, report, text = done
-    whole = evaluate(sparlow.load(out), tiny_tokenizer(), perplexity_on=text, seqlen=16, baseline=tiny("llama"))[
+    whole = evaluate(sparlow.load(out), tiny_tokenizer(), evaluate=text, seqlen=16, baseline=tiny("llama"))[
         "agreement"
     ][text]
     assert whole.divergence > 1e-4
@@ -264,7 +264,7 @@ def test_the_dense_states_go_through_the_dense_head():
 
 def test_evaluate_shows_and_writes_the_agreement(done, folder, tmp_path, capsys):
     out, report, text = done
-    file, options = tmp_path / "found.json", ["--perplexity", text, "--seqlen", "16"]
+    file, options = tmp_path / "found.json", ["--evaluate", text, "--seqlen", "16"]
     with pytest.raises(SystemExit) as stop:
         main(["evaluate", str(out), "--baseline", str(folder / "model"), *options, "--json", str(file)])
     assert not stop.value.code
@@ -282,5 +282,5 @@ def test_evaluate_says_where_two_models_cannot_be_compared(done, tmp_path, capsy
     model.save_pretrained(tmp_path / "larger")
     tiny_tokenizer().save_pretrained(tmp_path / "larger")
     with pytest.raises(SystemExit):
-        main(["evaluate", str(out), "--baseline", str(tmp_path / "larger"), "--perplexity", text, "--seqlen", "16"])
+        main(["evaluate", str(out), "--baseline", str(tmp_path / "larger"), "--evaluate", text, "--seqlen", "16"])
     assert f"note: The agreement with {tmp_path / 'larger'} on {text} is not known" in capsys.readouterr().out

@@ -116,13 +116,13 @@ def test_evaluate_cuts_the_text_as_documented(model, text):
     ids = torch.tensor(tiny_tokenizer()(TEXT).input_ids)
     windows = ids[: len(ids) // 24 * 24].view(-1, 24)
     assert len(windows) == 29
-    found = evaluate(model, tiny_tokenizer(), perplexity_on=[text], seqlen=24)
+    found = evaluate(model, tiny_tokenizer(), evaluate=[text], seqlen=24)
     assert found == {
         "perplexity": {text: pytest.approx(by_hand(model, windows), rel=1e-5)},
         "perplexity_stderr": {text: measure(model, windows)[0].perplexity.stderr},
     }
     assert found["perplexity_stderr"][text] > 0
-    few = evaluate(model, tiny_tokenizer(), perplexity_on=[text], seqlen=24, limit=2)
+    few = evaluate(model, tiny_tokenizer(), evaluate=[text], seqlen=24, limit=2)
     assert few["perplexity"][text] == pytest.approx(by_hand(model, windows[:2]), rel=1e-5)
     assert few != found
 
@@ -130,10 +130,10 @@ def test_evaluate_cuts_the_text_as_documented(model, text):
 def test_evaluate_takes_several_texts(text, tmp_path):
     other = tmp_path / "other.txt"
     other.write_text(TEXT[::-1])
-    both = evaluate(tiny("llama"), tiny_tokenizer(), perplexity_on=[text, str(other)], seqlen=24)["perplexity"]
+    both = evaluate(tiny("llama"), tiny_tokenizer(), evaluate=[text, str(other)], seqlen=24)["perplexity"]
     assert list(both) == [text, str(other)]
     assert both[text] != both[str(other)]
-    assert evaluate(tiny("llama"), tiny_tokenizer(), perplexity_on=[], seqlen=24) == {
+    assert evaluate(tiny("llama"), tiny_tokenizer(), evaluate=[], seqlen=24) == {
         "perplexity": {},
         "perplexity_stderr": {},
     }
@@ -149,13 +149,13 @@ def test_evaluate_takes_several_texts(text, tmp_path):
 )
 def test_text_that_gives_no_window(options, message, text):
     with pytest.raises(InputError, match=message):
-        evaluate(tiny("llama"), tiny_tokenizer(), perplexity_on=[text], **options)
+        evaluate(tiny("llama"), tiny_tokenizer(), evaluate=[text], **options)
 
 
 def test_a_text_shorter_than_a_window(tmp_path):
     (tmp_path / "short.txt").write_text(TEXT[:23])
     with pytest.raises(InputError, match="holds 23 tokens, one window needs 24"):
-        evaluate(tiny("llama"), tiny_tokenizer(), perplexity_on=[str(tmp_path / "short.txt")], seqlen=24)
+        evaluate(tiny("llama"), tiny_tokenizer(), evaluate=[str(tmp_path / "short.txt")], seqlen=24)
 
 
 def test_a_missing_tokenizer_is_said_with_what_to_do():
@@ -212,7 +212,7 @@ def beginning_tokenizer():
 
 def test_the_figure_with_bos_stands_beside_the_published_one(text):
     model = tiny("llama")
-    found = evaluate(model, beginning_tokenizer(), perplexity_on=[text], seqlen=24)["perplexity"]
+    found = evaluate(model, beginning_tokenizer(), evaluate=[text], seqlen=24)["perplexity"]
     assert list(found) == [text, f"{text}, with BOS"]
     ids = torch.tensor(tiny_tokenizer()(TEXT).input_ids)
     whole = torch.cat([torch.zeros(1, dtype=torch.int64), ids])
@@ -220,7 +220,7 @@ def test_the_figure_with_bos_stands_beside_the_published_one(text):
     windows = ids[: len(ids) // 23 * 23].view(-1, 23)
     begun = torch.cat([torch.zeros(len(windows), 1, dtype=torch.int64), windows], 1)
     assert found[f"{text}, with BOS"] == pytest.approx(by_hand(model, begun), rel=1e-5)
-    assert list(evaluate(model, tiny_tokenizer(), perplexity_on=[text], seqlen=24)["perplexity"]) == [text]
+    assert list(evaluate(model, tiny_tokenizer(), evaluate=[text], seqlen=24)["perplexity"]) == [text]
 
 
 def test_the_figure_with_bos_is_shown_where_it_differs_by_more_than_two_per_cent():
@@ -234,14 +234,14 @@ def test_tokens_beyond_the_embedding_are_named_with_both_numbers(text):
     model = tiny("llama")
     model.resize_token_embeddings(90)
     with pytest.raises(InputError, match=r"text.txt: token id 9\d is outside .* embedding has 90 rows"):
-        evaluate(model, tiny_tokenizer(), perplexity_on=[text], seqlen=24)
+        evaluate(model, tiny_tokenizer(), evaluate=[text], seqlen=24)
 
 
 def test_one_name_is_one_text_and_a_tokenizer_may_be_given_by_its_directory(text, tmp_path):
     tiny_tokenizer().save_pretrained(tmp_path)
-    expected = evaluate(tiny("llama"), tiny_tokenizer(), perplexity_on=[text], seqlen=24)
-    assert evaluate(tiny("llama"), tmp_path, perplexity_on=text, seqlen=24) == expected
-    assert evaluate(tiny("llama"), str(tmp_path), perplexity_on="", seqlen=24) == {
+    expected = evaluate(tiny("llama"), tiny_tokenizer(), evaluate=[text], seqlen=24)
+    assert evaluate(tiny("llama"), tmp_path, evaluate=text, seqlen=24) == expected
+    assert evaluate(tiny("llama"), str(tmp_path), evaluate="", seqlen=24) == {
         "perplexity": {},
         "perplexity_stderr": {},
     }
@@ -252,6 +252,6 @@ def test_one_name_is_one_text_and_a_tokenizer_may_be_given_by_its_directory(text
         (None, "has no tokenizer"),
     ]:
         with pytest.raises(InputError, match=message):
-            evaluate(tiny("llama"), wrong, perplexity_on=text, seqlen=24)
+            evaluate(tiny("llama"), wrong, evaluate=text, seqlen=24)
     with pytest.raises(InputError, match="cannot be given as 3"):
-        evaluate(tiny("llama"), tmp_path, perplexity_on=[3], seqlen=24)
+        evaluate(tiny("llama"), tmp_path, evaluate=[3], seqlen=24)

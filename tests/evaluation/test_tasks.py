@@ -106,7 +106,7 @@ def test_a_head_of_its_own_is_not_tied_by_lm_eval(place, folder):
     before, modes = dict(model.named_parameters()), {name: m.training for name, m in model.named_modules()}
     own, seen = model.lm_head.weight, []
     hook = model.register_forward_hook(lambda module, *_: seen.append(module.lm_head.weight))
-    texts = {"perplexity_on": (str(place / "text.txt"),), "seqlen": 16}
+    texts = {"evaluate": (str(place / "text.txt"),), "seqlen": 16}
     first = evaluate(model, tiny_tokenizer(), **texts)
     found = measured(model, ["both"], folder)
     hook.remove()
@@ -157,7 +157,7 @@ def expected(metric, values, fewshot=0):
 
 
 def measured(model, names, folder, **options):
-    return evaluate(model, tiny_tokenizer(), perplexity_on=(), tasks=names, task_path=folder, **options)
+    return evaluate(model, tiny_tokenizer(), evaluate=(), tasks=names, task_path=folder, **options)
 
 
 # values
@@ -301,7 +301,7 @@ def test_the_example_can_be_asked(monkeypatch, tmp_path):
 def test_nothing_is_left_changed(folder):
     model, tokenizer = tiny("llama").train(), tiny_tokenizer()
     state, level = torch.get_rng_state(), logging.getLogger("lm_eval").level
-    evaluate(model, tokenizer, perplexity_on=(), tasks=["both"], task_path=folder, limit=2)
+    evaluate(model, tokenizer, evaluate=(), tasks=["both"], task_path=folder, limit=2)
     assert model.training
     assert not model._forward_hooks
     assert tokenizer.pad_token is None
@@ -341,7 +341,7 @@ def test_a_tokenizer_without_an_end_is_said_in_one_sentence(folder):
     tokenizer.eos_token = tokenizer.bos_token = None
     for name in ("both", "written"):
         with pytest.raises(InputError, match="no end-of-text token, which lm-eval needs"):
-            evaluate(tiny("llama"), tokenizer, perplexity_on=(), tasks=[name], task_path=folder)
+            evaluate(tiny("llama"), tokenizer, evaluate=(), tasks=[name], task_path=folder)
 
 
 def test_a_task_that_writes_more_than_the_model_reads_is_said_in_one_sentence(folder, tmp_path):
@@ -349,14 +349,14 @@ def test_a_task_that_writes_more_than_the_model_reads_is_said_in_one_sentence(fo
         text = file.read_text().replace('"max_gen_toks": 3', '"max_gen_toks": 80').replace('"written"', '"long"')
         (tmp_path / file.name.replace("written", "long")).write_text(text)
     with pytest.raises(InputError, match="'long' lets the model write 80 tokens, and the model reads at most 64"):
-        evaluate(tiny("llama"), tiny_tokenizer(), perplexity_on=(), tasks=["long"], task_path=tmp_path)
+        evaluate(tiny("llama"), tiny_tokenizer(), evaluate=(), tasks=["long"], task_path=tmp_path)
 
 
 def test_a_question_with_tokens_that_the_model_lacks_is_said_in_one_sentence(folder):
     model = tiny("llama")
     model.resize_token_embeddings(20)
     with pytest.raises(InputError, match=r"token id \d+, and the model's embedding has 20 rows"):
-        evaluate(model, tiny_tokenizer(), perplexity_on=(), tasks=["both"], task_path=folder)
+        evaluate(model, tiny_tokenizer(), evaluate=(), tasks=["both"], task_path=folder)
     assert not model._forward_hooks
     assert not model._forward_pre_hooks
 
@@ -366,14 +366,14 @@ def test_a_question_with_tokens_that_the_model_lacks_is_said_in_one_sentence(fol
 
 def test_two_models_side_by_side(place, folder, capfd, tmp_path):
     text, file = str(place / "text.txt"), tmp_path / "found.json"
-    options = ["--perplexity", text, "--seqlen", 16, "--tasks", "both, inner", "--task-path", folder, "--json", file]
+    options = ["--evaluate", text, "--seqlen", 16, "--tasks", "both, inner", "--task-path", folder, "--json", file]
     assert run("evaluate", place / "out", "--baseline", place / "model", *options) == 0
     shown = capfd.readouterr()
     dense, compressed = (
         evaluate(
             model,
             tiny_tokenizer(),
-            perplexity_on=[text],
+            evaluate=[text],
             seqlen=16,
             tasks=["both", "inner"],
             task_path=folder,
@@ -416,7 +416,7 @@ def test_names_are_shown_whole_where_they_end_alike_and_as_they_are(place, folde
     for name in ("a[b]c", "[bold]"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model").symlink_to(place / "model")
-    given = ["--perplexity", "", "--tasks", "small", "--task-path", folder, "--limit", 1]
+    given = ["--evaluate", "", "--tasks", "small", "--task-path", folder, "--limit", 1]
     assert run("evaluate", tmp_path / "a[b]c" / "model", "--baseline", tmp_path / "[bold]" / "model", *given) == 0
     shown = capsys.readouterr()
     both = [str(tmp_path / name / "model") for name in ("[bold]", "a[b]c")]
@@ -425,7 +425,7 @@ def test_names_are_shown_whole_where_they_end_alike_and_as_they_are(place, folde
 
 
 def test_debug_lets_lm_eval_speak(place, folder, capfd):
-    given = ["--perplexity", "", "--tasks", "small", "--task-path", folder, "--limit", 1]
+    given = ["--evaluate", "", "--tasks", "small", "--task-path", folder, "--limit", 1]
     try:
         assert run("evaluate", place / "model", *given, "--debug") == 0
     finally:
@@ -434,7 +434,7 @@ def test_debug_lets_lm_eval_speak(place, folder, capfd):
 
 
 def test_tasks_alone_need_no_window(place, folder, capsys, tmp_path):
-    given = ["--perplexity", "", "--tasks", "both", "--task-path", folder, "--limit", 3, "--json", tmp_path / "a.json"]
+    given = ["--evaluate", "", "--tasks", "both", "--task-path", folder, "--limit", 3, "--json", tmp_path / "a.json"]
     assert run("evaluate", place / "model", *given) == 0
     assert "perplexity" not in capsys.readouterr().out
     found = json.loads((tmp_path / "a.json").read_text())

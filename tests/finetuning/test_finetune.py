@@ -3,6 +3,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -554,6 +555,13 @@ BAD = {
     "its parent": (["--out", "{place}", "--overwrite"], "would replace"),
     "a foreign directory": (["--out", "{place}/model"], "holds no run of sparlow"),
     "a foreign adapter": (["--peft", "{place}/model", "--overwrite"], "holds no adapter of sparlow"),
+    "an unknown error": (["--require", "relative_error<=1"], "does not measure the error of layers"),
+    "an unknown dense model": (
+        ["--evaluate", "{place}/short.txt", "--require", "perplexity<=+9%"],
+        "which compress did not measure on",
+    ),
+    "a bound on nothing": (["--evaluate", "", "--require", "perplexity<=9"], "no text is measured"),
+    "a bound on no result": (["{place}/model", "--require", "bits<=9"], "holds no result of sparlow"),
     "the adapter in its place": (["--peft", "{tmp}/out"], "a folder of its own"),
 }
 
@@ -618,10 +626,12 @@ def test_the_command_says_what_came_of_it(place, tmp_path, capsys):
     words = ["--dataset", text, "--evaluate", text, "--block-size", SEQLEN, "--batch", 2, "--accumulate", 1]
     arguments = ["finetune", place / "mixed", "--out", tmp_path / "out", *words, "--steps", 5, "--lr", "1e-3"]
     with pytest.raises(SystemExit) as stop:
-        main([str(word) for word in arguments])
-    assert not stop.value.code
+        main([str(word) for word in [*arguments, "--require", "bits<=32", "--require", "perplexity<0.5%"]])
+    assert stop.value.code == 1  # which nothing keeps to; all is written before
     shown = capsys.readouterr()
-    lines = shown.err.splitlines()
+    *lines, last = shown.err.splitlines()
+    assert re.fullmatch(r"error: The result was written, and .*: perplexity on .* \(dense [\d.]+\), and .*", last)
+    assert "bits" not in last
     assert [line.split(" (")[0] for line in lines[:-1]] == [f"{STAGE}: {i} of 5" for i in range(1, 6)]
     assert "loss" in lines[0]
     report = json.loads((tmp_path / "out" / "report.json").read_text())["finetuning"]
@@ -629,6 +639,87 @@ def test_the_command_says_what_came_of_it(place, tmp_path, capsys):
         assert f"{report['perplexity'][when][str(text)]:.2f}" in shown.out
     assert "5 steps of 2 windows" in shown.out
     assert report["lr"] == 1e-3
+
+
+# Chats
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def chatting(place, tmp_path_factory):
+    """A result whose tokenizer has a chat template, and chats of several lengths; for reading only."""
+    folder = tmp_path_factory.mktemp("chatting")
+    shutil.copytree(place / "mixed", folder / "model")
+    (folder / "model" / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    turns = [("1+1", "2"), ("capital of Italy?", "Rome"), ("x", "yy"), ("a long question about nothing" * 3, "none")]
+    rows = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in turns]
+    rows[2] += [{"role": "user", "content": "z"}, {"role": "assistant", "content": "and a further answer, too long"}]
+    (folder / "chats.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    return folder
+
+
+@torch.no_grad()
+def loss_of_answers(model, folder, chats):
+    """By hand, one chat at a time: the mean over the tokens of all answers."""
+    tokenizer = open_model(str(folder)).tokenizer
+    losses = []
+    for chat in chats:
+        text, said = "", []
+        for role, content in chat:
+            text, said = text + f"{role}:", said + [False] * len(f"{role}:")
+            text, said = text + content, said + [role == "assistant"] * (len(content) + 1)
+            text += "</s>"
+        ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])[:, :48]
+        found = torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="none")
+        losses.append(found[torch.tensor(said)[1 : ids.shape[1]]])
+    return torch.cat(losses).mean().item()
+
+
+def test_of_chats_the_loss_is_that_of_the_answers(chatting, tmp_path):
+    options = {"dataset": str(chatting / "chats.jsonl"), "block_size": 48, "batch": 4, "lr": 1e-9, "steps": 1}
+    report = sparlow.finetune(chatting / "model", tmp_path / "out", evaluate=(), accumulate=1, **options)
+    turns = (
+        [("user", "1+1"), ("assistant", "2")],
+        [("user", "capital of Italy?"), ("assistant", "Rome")],
+        [("user", "x"), ("assistant", "yy"), ("user", "z"), ("assistant", "and a further answer, too long")],
+    )
+    expected = loss_of_answers(sparlow.load(chatting / "model"), chatting / "model", turns)
+    assert report.finetuning["loss"] == [pytest.approx(expected, rel=1e-5)]
+    # by hand: "2</s>", "Rome</s>", "yy</s>" and what 48 tokens leave of the last answer
+    answers = 2 + 5 + 3 + (48 - len("user:x_assistant:yy_user:z_assistant:"))
+    counts = report.finetuning["chats"]
+    assert (counts["answer_tokens"], counts["left_out"]) == (answers, 1)
+    assert any(warning.startswith("1 chats have no answer within") for warning in report.warnings)
+    assert any("chats are longer than 48 tokens" in warning for warning in report.warnings)
+
+
+def test_answers_are_learnt_and_questions_are_not(chatting, tmp_path, capsys):
+    words = ["--dataset", chatting / "chats.jsonl", "--evaluate", "", "--block-size", 48, "--batch", 3]
+    more = ["--accumulate", 1, "--steps", 12, "--lr", "2e-2", "--out", tmp_path / "out"]
+    with pytest.raises(SystemExit) as stop:
+        main([str(word) for word in ["finetune", chatting / "model", *words, *more]])
+    assert not stop.value.code
+    shown = capsys.readouterr().out
+    assert "12 steps of 3 chats" in shown
+    assert "tokens of 3 chats" in shown
+    turn = [("user", "capital of Italy?"), ("assistant", "Rome")]
+    before, after = (
+        loss_of_answers(sparlow.load(f), chatting / "model", [turn]) for f in (chatting / "model", tmp_path / "out")
+    )
+    assert after < 0.7 * before
+
+
+def test_what_fine_tuning_refuses_of_chats(chatting, place, tmp_path):
+    options = OPTIONS | {"dataset": str(chatting / "chats.jsonl"), "evaluate": ()}
+    with pytest.raises(InputError, match="has no chat template"):
+        sparlow.finetune(place / "mixed", tmp_path / "out", **options)
+    with pytest.raises(InputError, match="--bos is for plain text"):
+        sparlow.finetune(chatting / "model", tmp_path / "out", bos="never", **options)
+    assert not (tmp_path / "out").exists()
 
 
 # The benchmark

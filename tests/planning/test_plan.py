@@ -1,5 +1,6 @@
 import json
 import re
+import sys
 from dataclasses import replace
 
 import pytest
@@ -286,6 +287,20 @@ def test_layers_behind_each_other_take_more_passes_and_fewer_grams_at_a_time(tmp
     assert after["walk"] - before["walk"] == pytest.approx(3 * more, rel=1e-6)
 
 
+def test_a_number_says_from_which_size_on_the_algorithm_is_tried(folder, monkeypatch):
+    tried, one = [], foreseen(folder, Recipe(**QUICK))
+    count = sum(kind.parameters for kind in one.layers)
+
+    def planned(*_, timed):
+        tried.append(timed)
+        return one
+
+    monkeypatch.setattr(sys.modules["sparlow.planning.plan"], "_planned", planned)
+    for timed in (count, count + 1, True, False):
+        sparlow.plan(folder, Recipe(**QUICK), timed=timed)
+    assert tried == [True, False, True, False]
+
+
 @pytest.mark.slow
 def test_the_choices_are_sorted_say_what_fits_and_have_the_bytes_that_are_written(folder):
     every = foreseen(folder, Recipe(**QUICK)).choices
@@ -326,6 +341,20 @@ def test_every_measured_form_is_a_recipe_and_the_figures_name_their_origin():
         Recipe(**row["recipe"])
         assert row["perplexity"] == 0 or row["perplexity"] >= about["dense"]
         assert row["speed"]
-    assert opened_by(make_grid("int4", "integer"))[1].startswith("vLLM")
-    assert opened_by(make_grid("int4", "half"))[1].startswith("llama.cpp")
-    assert len(opened_by(make_grid("int3", "book"))) == len(opened_by(None)) == 2
+
+
+def test_every_form_is_served_by_the_plug_in_and_a_mixture_by_none(folder, tmp_path):
+    for grid in (make_grid("int4", "integer"), make_grid("int4", "half"), make_grid("int3", "book"), None):
+        assert opened_by(grid)[:2] == ("sparlow", "vLLM with sparlow installed")
+        assert opened_by(grid)[-1] == "any program at full size (merged)"
+        assert opened_by(grid, served=False) == tuple(one for one in opened_by(grid) if "with sparlow" not in one)
+    assert [one.split(" (")[-1] for one in opened_by(make_grid("int4", "integer"))[2:]] == [
+        *("compressed-tensors)", "gguf)", "merged)")
+    ]
+    assert len(opened_by(make_grid("int4", "half"))) == 4
+    assert len(opened_by(make_grid("int3", "book"))) == len(opened_by(None)) == 3
+    assert all("vLLM with sparlow installed" in one.opened_by for one in foreseen(folder, Recipe(**QUICK)).choices)
+    save_tiny("mixtral", tmp_path)
+    mixture = foreseen(tmp_path, Recipe(**QUICK)).choices
+    assert mixture
+    assert not any("vLLM with sparlow installed" in one.opened_by for one in mixture)

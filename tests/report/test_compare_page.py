@@ -10,7 +10,7 @@ import pytest
 from pages import Page
 
 from sparlow.recipe.recipe import Recipe
-from sparlow.report.compare_page import as_csv, as_latex, charts, html, write_comparison
+from sparlow.report.compare_page import as_csv, as_latex, charts, html, task_table, write_comparison
 from sparlow.report.comparison import Comparison, Row
 from sparlow.report.differences import best, groups, paired
 from sparlow.report.records import Agreement
@@ -132,6 +132,30 @@ def test_the_table_for_other_programs_is_in_full_precision():
         assert float(line["seconds"]) == one.seconds
         assert line["pattern"] == "2:4"
         assert float(line["loss above best novel"]) >= 0 or one is not best(found.rows, "novel")
+
+
+def test_tasks_have_a_table_with_their_errors_and_mean():
+    scored = {
+        "piqa": {"metric": "acc", "value": 0.6, "stderr": 0.02},
+        "rte": {"metric": "acc_norm", "value": 0.5, "stderr": None},
+    }
+    some = [row("wanda", tasks=scored), row("magnitude", tasks={"piqa": scored["piqa"]}), row("oats")]
+    found = comparison(rows=some, dense={"perplexity": {}, "bytes": 3, "tasks": scored})
+    head, rows = task_table(found)
+    assert head == ["method", "piqa, acc", "rte, acc_norm", "mean"]
+    assert rows == [
+        ("dense", "0.6000 ± 0.0200", "0.5000", "0.5500"),
+        ("wanda", "0.6000 ± 0.0200", "0.5000", "0.5500"),
+        ("magnitude", "0.6000 ± 0.0200", "–", "–"),  # whose mean would be of other questions
+    ]
+    assert "rte, acc\\_norm & mean" in as_latex(found)
+    keys = {chart.name: {name: colour for colour, name in chart.key} for chart in charts(found)}
+    assert keys["tasks"].items() >= {"wanda": keys["relative_error"]["wanda"]}.items()
+    assert keys["tasks"]["magnitude"] == keys["relative_error"]["magnitude"]
+    assert len(set(keys["tasks"].values())) == 3  # the dense model has one of its own
+    assert task_table(comparison()) == (["method"], [])
+    other = {"words": {"metric": "word_perplexity", "value": 9.0, "stderr": None}}
+    assert task_table(comparison(rows=[row("wanda", tasks=scored | other)], dense={}))[1][0][-1] == "–"
 
 
 def test_the_table_for_latex_escapes_what_is_special():

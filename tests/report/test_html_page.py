@@ -185,7 +185,7 @@ def test_the_summary_sets_dense_beside_compressed():
     assert rows["linear layers"] == ("3.0 MB", "1.5 MB")
     assert rows["whole model"] == ("4.0 MB", "2.5 MB")
     assert rows["bits a linear weight"] == ("16.00", "8.00")
-    assert rows["mean relative error"] == ("0", "0.02000")
+    assert rows["mean relative squared error"] == ("0", "0.02000")
 
 
 def test_after_fine_tuning_the_numbers_of_now_are_on_top():
@@ -193,7 +193,7 @@ def test_after_fine_tuning_the_numbers_of_now_are_on_top():
     rows = {name: (dense, now) for name, dense, now in summary_rows(tuned)}
     assert rows["perplexity, builtin"] == ("20.00", "20.70")
     assert rows["perplexity, other"] == ("–", "9.50")
-    assert rows["mean relative error before fine-tuning"] == ("0", "0.02000")
+    assert rows["mean relative squared error before fine-tuning"] == ("0", "0.02000")
     assert summary_head(tuned) == ("", "dense", "fine-tuned")
     assert summary_head(report()) == ("", "dense", "compressed")
 
@@ -204,6 +204,19 @@ def test_a_perplexity_that_is_not_there_yet_is_a_dash():
 
 
 # Files
+
+
+def test_the_page_of_a_model_that_was_not_kept_says_how_to_repeat_it_and_nothing_else():
+    kept, gone = (
+        html(report(model="owner/name"), "out"),
+        html(report(model="owner/name"), "out", recipe="reports/out.toml"),
+    )
+    for command in ("from_pretrained", "sparlow generate", "sparlow evaluate", "sparlow export"):
+        assert command in kept
+        assert command not in gone
+    assert "sparlow compress owner/name --recipe out/recipe.toml --out out-again" in kept
+    assert "sparlow compress owner/name --recipe reports/out.toml --out out" in gone
+    assert "<h2>Do it again</h2>" in gone
 
 
 def test_reports_come_back_from_their_file(tmp_path):

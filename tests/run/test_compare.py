@@ -453,7 +453,14 @@ def test_seeds_and_sweeps_are_run_and_only_reports_are_kept(place, tmp_path, mon
     assert [row.name for row in found.rows] == list(recipes)
     assert not list(out.rglob("*.safetensors"))
     kept = {path.name for path in (out / "reports").iterdir()}
-    assert kept == {f"{folder_of(name)}.{ending}" for name in recipes for ending in ("json", "html")}
+    assert kept == {f"{folder_of(name)}.{ending}" for name in recipes for ending in ("json", "html", "toml")}
+    for name in recipes:
+        page = (out / "reports" / f"{folder_of(name)}.html").read_text()
+        assert "sparlow compress MODEL --recipe" in page
+        assert not any(
+            gone in page for gone in ("from_pretrained", "sparlow generate", "sparlow evaluate", "sparlow export")
+        )
+        assert Recipe.from_file(out / "reports" / f"{folder_of(name)}.toml") == recipes[name]
     counts = counted(monkeypatch)
     again = compare(place / "model", recipes, out=out, options=how, reports_only=True, force=True)
     assert counts["layers"] == 0
@@ -462,6 +469,57 @@ def test_seeds_and_sweeps_are_run_and_only_reports_are_kept(place, tmp_path, mon
     more = recipes_for(base(place, rank=3), ("3basil",), OPTIONS, sweep={"pattern": ["2:4"]})
     last = compare(place / "model", more, out=out, options=how, reports_only=True, force=True)
     assert [row.name for row in last.rows] == [*recipes, *more]
+
+
+@pytest.fixture
+def tasks(tmp_path):
+    """Two tasks of four questions each, of any tokenizer."""
+    for name, turn in (("first", 0), ("second", 1)):
+        docs = [{"ask": f"{a}+{a}=", "choices": [str(2 * a), "-1"], "right": (a + turn) % 2} for a in range(4)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, docs)))
+        stated = {
+            "task": name,
+            "dataset_path": "json",
+            "dataset_kwargs": {
+                "data_files": {"test": str(tmp_path / f"{name}.jsonl")},
+                "cache_dir": str(tmp_path / "cache"),
+            },
+            "output_type": "multiple_choice",
+            "test_split": "test",
+            "doc_to_text": "{{ask}}",
+            "doc_to_choice": "{{choices}}",
+            "doc_to_target": "{{right}}",
+            "metric_list": [{"metric": "acc", "aggregation": "mean"}],
+        }
+        (tmp_path / f"{name}.yaml").write_text(json.dumps(stated))  # JSON is YAML
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_every_model_answers_the_tasks(place, tasks, capsys, tmp_path):
+    pytest.importorskip("lm_eval")
+    out = tmp_path / "out"
+    words = [*command(place, out), "--algorithms", "magnitude,wanda", "--tasks", "first,second", "--task-path", tasks]
+    assert call([*map(str, words), "--force"]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    found = json.loads((out / "compare.json").read_text())
+    assert found["evaluation"]["tasks"] == ["first", "second"]
+    for name, row in {"dense": found["dense"], **{row["name"]: row for row in found["rows"]}}.items():
+        model = place / "model" if name == "dense" else out / name
+        alone = sparlow.evaluate(model, evaluate=(), tasks=["first", "second"], task_path=tasks)
+        assert row["tasks"] == alone["tasks"], name
+        assert row["tasks"].keys() == {"first", "second"}
+        (line,) = (line for line in shown if line.startswith(name) and line.endswith(f"{alone['average']:.4f}"))
+        assert all(f"{one['value']:.4f} ± {one['stderr']:.4f}" in line for one in alone["tasks"].values())
+    page = (out / "compare.html").read_text()
+    assert "first, acc" in page
+    assert (out / "tasks.svg").exists()
+    assert "first, acc & second, acc & mean" in (out / "compare.tex").read_text()
+    assert "second stderr" in (out / "compare.csv").read_text().splitlines()[0]
+    assert "Tasks" in (out / "wanda" / "report.html").read_text()
+    assert call([*map(str, words), "--force"]) == 0  # what is there is not asked again
+    again = json.loads((out / "compare.json").read_text())
+    assert again["rows"] == found["rows"]
 
 
 def test_losses_of_windows_are_on_record_for_paired_differences(done):

@@ -235,7 +235,7 @@ def test_perplexities_are_those_of_the_two_models(whole, folder, text):
         (AutoModelForCausalLM.from_pretrained(folder), report.dense),
         (sparlow.load(out), report.compressed),
     ):
-        again = sparlow.evaluate(model, tiny_tokenizer(), perplexity_on=[name], seqlen=16)
+        again = sparlow.evaluate(model, tiny_tokenizer(), evaluate=[name], seqlen=16)
         assert found["perplexity"][name] == pytest.approx(again["perplexity"][name], rel=1e-6)
     assert report.dense["perplexity"][name] != report.compressed["perplexity"][name]
 
@@ -267,7 +267,7 @@ def test_one_name_is_one_text_and_is_not_read_letter_by_letter(folder, text):
 def test_perplexity_can_be_limited_to_the_first_windows(folder, text):
     report = compress(folder, PRUNE, evaluate=(str(text),), limit=3)
     model = AutoModelForCausalLM.from_pretrained(folder)
-    found = sparlow.evaluate(model, tiny_tokenizer(), perplexity_on=[str(text)], seqlen=16, limit=3)
+    found = sparlow.evaluate(model, tiny_tokenizer(), evaluate=[str(text)], seqlen=16, limit=3)
     assert report.dense["perplexity"] == pytest.approx(found["perplexity"], rel=1e-6)
 
 
@@ -298,7 +298,7 @@ def test_nothing_is_asked_of_the_network(folder, text, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     recipe = PRUNE.changed(calibration=str(text), samples=4, seqlen=16)
     sparlow.compress(folder, recipe, out=tmp_path / "out", evaluate=(str(text), "builtin"), limit=2)
-    sparlow.evaluate(sparlow.load(tmp_path / "out"), tiny_tokenizer(), perplexity_on=[str(text)], seqlen=16)
+    sparlow.evaluate(sparlow.load(tmp_path / "out"), tiny_tokenizer(), evaluate=[str(text)], seqlen=16)
     assert asked == []
 
 
@@ -459,7 +459,7 @@ def test_a_bfloat16_directory_gives_a_bfloat16_directory(half, text, tmp_path):
     assert report.bytes["compressed"] == stored_bytes(tmp_path)
     # what was measured is what was stored, not something finer
     wide = sparlow.load(tmp_path, dtype=torch.float32)
-    found = sparlow.evaluate(wide, tiny_tokenizer(), perplexity_on=[str(text)], seqlen=16)
+    found = sparlow.evaluate(wide, tiny_tokenizer(), evaluate=[str(text)], seqlen=16)
     assert report.compressed["perplexity"] == pytest.approx(found["perplexity"], rel=1e-6)
     assert max(row.relative_error for row in report.layers) < 0.1
 
@@ -1040,7 +1040,7 @@ def test_what_is_evaluated_may_have_windows_of_another_length(folder, text):
 
     assert report(evaluate_seqlen=16).dense == report().dense  # the recipe's seqlen is 16
     model, words = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    expected = sparlow.evaluate(model, words, perplexity_on=(str(text),), seqlen=8, limit=5)
+    expected = sparlow.evaluate(model, words, evaluate=(str(text),), seqlen=8, limit=5)
     assert report(evaluate_seqlen=8, limit=5).dense["perplexity"] == pytest.approx(expected["perplexity"])
     with pytest.raises(InputError, match="Lower --seqlen"):
         report(evaluate_seqlen=65)

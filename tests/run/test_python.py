@@ -163,12 +163,12 @@ def test_verify_is_true_until_a_bit_is_flipped(place, tmp_path):
 
 def test_evaluate_opens_what_is_named(place, report, texts):
     folder = place / "out"
-    named = sparlow.evaluate(folder, perplexity_on=texts["evaluate"], seqlen=16)
+    named = sparlow.evaluate(folder, evaluate=texts["evaluate"], seqlen=16)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    assert named == sparlow.evaluate(model, tokenizer, perplexity_on=texts["evaluate"], seqlen=16)
+    assert named == sparlow.evaluate(model, tokenizer, evaluate=texts["evaluate"], seqlen=16)
     assert named["perplexity"] == report.compressed["perplexity"]
     with pytest.raises(InputError, match="device meta has no effect on a model object"):
-        sparlow.evaluate(model, tokenizer, perplexity_on=(), device="meta")
+        sparlow.evaluate(model, tokenizer, evaluate=(), device="meta")
 
 
 def test_a_model_in_training_comes_back_in_training(place, texts):
@@ -176,7 +176,7 @@ def test_a_model_in_training_comes_back_in_training(place, texts):
     model.gpt_neox.layers[1].eval()
     modes = [module.training for module in model.modules()]
     tokenizer = AutoTokenizer.from_pretrained(place / "model")
-    sparlow.evaluate(model, tokenizer, perplexity_on=texts["evaluate"], seqlen=16)
+    sparlow.evaluate(model, tokenizer, evaluate=texts["evaluate"], seqlen=16)
     assert [module.training for module in model.modules()] == modes
     sparlow.compress(model, QUICK, **texts, tokenizer=tokenizer, inplace=True)
     assert model.training
@@ -185,7 +185,7 @@ def test_a_model_in_training_comes_back_in_training(place, texts):
 
 def test_evaluate_tells_how_far_it_is(place, texts):
     steps = []
-    sparlow.evaluate(place / "model", perplexity_on=texts["evaluate"], seqlen=16, notify=steps.append)
+    sparlow.evaluate(place / "model", evaluate=texts["evaluate"], seqlen=16, notify=steps.append)
     assert (steps[-1].stage, steps[-1].done, steps[-1].total) == ("perplexity, text.txt", 37, 37)
 
 
@@ -286,4 +286,4 @@ def test_a_run_is_quiet_but_for_programs_that_listen(place, texts, tmp_path, cap
     assert capfd.readouterr() == ("", "")
     with caplog.at_level(logging.INFO, logger="sparlow"):
         sparlow.compress(place / "model", QUICK, **texts, out=tmp_path / "b")
-    assert any(line.startswith("blocks: 3 of 3") and "mean relative error" in line for line in caplog.messages)
+    assert any(line.startswith("blocks: 3 of 3") and "mean relative squared error" in line for line in caplog.messages)

@@ -20,7 +20,6 @@ from sparlow.cli.signals import INTERRUPTED, noted
 from sparlow.errors import InputError, RunError, is_out_of_memory, out_of_memory
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -60,6 +59,14 @@ def run(arguments: Sequence[str] | None = None) -> None:
     leave(code if isinstance(code, int) else 0)
 
 
+OTHERWISE = {  # what an option is called in other commands, in former versions or by peers, and what it is called here
+    "--perplexity": "--evaluate",
+    "--dataset": "--calibration",
+    "--calibration": "--dataset",
+    "--block-size": "--seqlen",
+    "--seqlen": "--block-size",
+    "--nsamples": "--samples",
+}
 EVERYWHERE = {"--debug": "--debug", "--quiet": "--quiet", "-q": "--quiet", "--verbose": "--verbose", "-v": "--verbose"}
 
 
@@ -110,13 +117,21 @@ def _fail(message: str, code: int) -> NoReturn:
 def _fail_usage(error: Any) -> NoReturn:  # noqa: ANN401 - of a class that typer does not export
     if type(error).__name__ != "NoArgsIsHelpError":  # making that one has printed the help
         message, context = error.format_message(), error.ctx
-        message = _plain(message)
+        message = _named_otherwise(error, context) or _plain(message)
         command = context.command_path if context else "sparlow"
         usage = context.get_usage() if context else f"Usage: {command} COMMAND"
         display.err.print(f"[red]error:[/] {escape(message)}", highlight=False)
         usage = re.sub(r"\{([A-Z]+)\}", r"\1", usage)
         display.err.print(f"{usage}\n`{command} --help` lists the options.", markup=False, highlight=False)
     sys.exit(2)
+
+
+def _named_otherwise(error: Any, context: Any) -> str:  # noqa: ANN401 - of classes that typer does not export
+    """Return the sentence for an option that has another name in this command; an empty one if it has none."""
+    asked = getattr(error, "option_name", "")
+    name = OTHERWISE.get(asked, "")
+    known = {word for option in (context.command.params if context else ()) for word in option.opts}
+    return f"{asked} is called {name} in {context.command_path}. Write that." if name in known else ""
 
 
 def _plain(message: str) -> str:

@@ -154,6 +154,18 @@ CAUTIONS = (
     ),
     Caution(
         ENDING,
+        "… chats are longer than … tokens, and were cut there.",
+        "Fine-tuning reads the first --block-size tokens of a chat.",
+        "Raise --block-size if their ends matter.",
+    ),
+    Caution(
+        ENDING,
+        "… chats have no answer within their first … tokens, and were left out.",
+        "A record without a message of the assistant, or with a question longer than --block-size.",
+        "Raise --block-size, or look at the records.",
+    ),
+    Caution(
+        ENDING,
         "The agreement with the dense model on … is not known, for its head was changed in memory.",
         "The dense model's head is needed beside the result's, and is gone once it was rounded in place.",
         "Give out= a directory, so that the dense weights stay on disk.",

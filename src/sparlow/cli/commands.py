@@ -12,7 +12,7 @@ import typer
 from sparlow.cli import display, listing, results
 from sparlow.cli.app import app, command
 from sparlow.cli.app import run as main
-from sparlow.cli.comparing import Foretold, ReportsOnly, Seeds, Sweep, TasksOfAll, tell_cost
+from sparlow.cli.comparing import Foretold, ReportsOnly, Seeds, Sweep, TaskPath, TasksOfAll, tell_times
 from sparlow.cli.options import (
     EvaluateOptions,
     Given,
@@ -48,7 +48,7 @@ from sparlow.cli.parameters import (
     Timed,
     WithMatching,
 )
-from sparlow.cli.requirements import parse_requirements, require_only_perplexity
+from sparlow.cli.requirements import parse_requirements, require_for_finetuning, require_only_perplexity
 from sparlow.cli.signals import resumable
 from sparlow.errors import InputError, RunError
 from sparlow.finetuning.options import FinetuneOptions
@@ -75,7 +75,7 @@ def compress(
     json_file: JsonFile = None,
 ) -> None:
     """Compress MODEL into the directory --out, with its perplexity beside the dense one."""
-    from sparlow.cli.compressing import require_of_report, tell_cost
+    from sparlow.cli.compressing import require_of_report, tell_needs
     from sparlow.report.charts import charts_of_run
     from sparlow.run.compress import compress as run_compression
 
@@ -83,7 +83,7 @@ def compress(
     require_places(figures=figures)
     recipe = given.recipe()
     required = parse_requirements(require or (), measures_text=bool(run.evaluate))
-    tell_cost(model, recipe, run, out)
+    tell_needs(model, recipe, run, out)
     with resumable(), display.progress() as notify:
         report = run_compression(model, recipe, out=out, **values_of(run), **values_of(write), notify=notify)
     display.show_report(report)
@@ -124,11 +124,13 @@ def compare(
     sweep: Sweep = None,
     seeds: Seeds = None,
     tasks: TasksOfAll = None,
+    task_path: TaskPath = None,
     reports_only: ReportsOnly = False,
     timed: Foretold = True,
     figures: Figures = None,
 ) -> None:
     """Compress MODEL with several algorithms on the same text. Writes a page, tables and figures to --out."""
+    from sparlow.evaluation.tasks import load_tasks
     from sparlow.report.compare_page import charts
     from sparlow.run.cases import names_of, parse_sweep, recipes_for
     from sparlow.run.compare import compare as run_comparison
@@ -137,16 +139,17 @@ def compare(
         given = replace(given, changes={**given.changes, "match": match != "no"})
     require_places(figures=figures)
     varied = parse_sweep(sweep or (), split(seeds or ()))
+    loaded = load_tasks(split(tasks or ()), path=task_path)
     recipes = recipes_for(given.recipe(), names_of(split(algorithms)), parse_named_pairs(option or []), match, varied)
     if timed:
-        tell_cost(model, recipes, out, run, kept=not reports_only)
+        tell_times(model, recipes, out, run, kept=not reports_only)
     with resumable(), display.progress() as notify:
         found = run_comparison(
             model,
             recipes,
             out=out,
             options=run,
-            tasks=split(tasks or ()),
+            tasks=loaded,
             reports_only=reports_only,
             overwrite=write.overwrite,
             force=write.force,
@@ -179,7 +182,7 @@ def evaluate(
     from sparlow.evaluation.tasks import load_tasks
 
     results.prepare(json_file)
-    required = parse_requirements(require or (), measures_text=bool(options.perplexity))
+    required = parse_requirements(require or (), measures_text=bool(options.evaluate))
     require_only_perplexity(required, relative=options.baseline is not None)
     tasks = load_tasks(options.tasks, path=options.task_path, fewshot=options.fewshot)
     found = measured_beside(model, dtype, options, run, tasks)
@@ -202,15 +205,20 @@ def finetune(
     run: Annotated[RunOptions, Without(("offload", "evaluate_seqlen"))],
     peft: Adapter = None,
     overwrite: Overwrite = False,
+    require: Required = None,
     figures: Figures = None,
     json_file: JsonFile = None,
 ) -> None:
     """Train the low-rank part of DIRECTORY by LoRA with the sparse part frozen. The result has the same form."""
+    from sparlow.cli.compressing import measured_dense, require_of_finetuning
     from sparlow.finetuning.finetune import finetune as run_finetuning
     from sparlow.report.charts import charts_of_run
 
     results.prepare(json_file)
     require_places(figures=figures)
+    required = parse_requirements(require or (), measures_text=bool(run.evaluate))
+    if required:
+        require_for_finetuning(required, run.evaluate, measured_dense(directory))
     with resumable("checkpoint"), display.progress() as notify:
         report = run_finetuning(
             directory,
@@ -230,6 +238,7 @@ def finetune(
     if peft:
         display.out.print(f"the adapter lies in {peft}, its base in {peft / 'base'}", markup=False, highlight=False)
     results.put(json_file, report.to_dict())
+    require_of_finetuning(required, report)
 
 
 @command

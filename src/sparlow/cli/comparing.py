@@ -38,13 +38,25 @@ TasksOfAll = Annotated[
         "--tasks",
         metavar="NAMES",
         rich_help_panel="Tasks",
-        help="Tasks that every model answers: paper (its eight zero-shot tasks), mmlu, or any name of lm-eval.",
+        help="Tasks that every model answers: paper (its eight zero-shot tasks), mmlu, or any name of lm-eval or "
+        "--task-path.",
+    ),
+]
+TaskPath = Annotated[
+    Path | None,
+    typer.Option(
+        "--task-path",
+        metavar="DIRECTORY",
+        rich_help_panel="Tasks",
+        help="Directory of task files (.yaml). They take precedence over lm-eval's tasks of the same name.",
     ),
 ]
 ReportsOnly = Annotated[
     bool,
     typer.Option(
-        "--reports-only", rich_help_panel="Output", help="Keep no model, only its report in DIRECTORY/reports."
+        "--reports-only",
+        rich_help_panel="Output",
+        help="Keep no model, only its report and recipe in DIRECTORY/reports.",
     ),
 ]
 Foretold = Annotated[
@@ -58,7 +70,7 @@ Foretold = Annotated[
 NAMED = 4  # runs whose times are told one by one
 
 
-def tell_cost(model: str, recipes: "Mapping[str, Recipe]", out: Path, options: "RunOptions", *, kept: bool) -> None:
+def tell_times(model: str, recipes: "Mapping[str, Recipe]", out: Path, options: "RunOptions", *, kept: bool) -> None:
     """Say how long the runs that are not there yet will take, and how much disk what they leave."""
     from sparlow.files import human_bytes
     from sparlow.report.wording import duration

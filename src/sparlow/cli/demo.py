@@ -65,7 +65,7 @@ def run(out: Path, *, overwrite: bool = False) -> None:
     model = upcast_for_cpu(dense.model)
     sentences = {"dense": _continue(model, dense.tokenizer), **sentences}
     grid = round_layers(model)
-    measured = evaluate(model, dense.tokenizer, perplexity_on=[EVALUATION], seqlen=QUICK.seqlen, limit=WINDOWS)
+    measured = evaluate(model, dense.tokenizer, evaluate=[EVALUATION], seqlen=QUICK.seqlen, limit=WINDOWS)
     sentences[f"rounded to {grid.name}"] = _continue(model, dense.tokenizer)
     display.show_columns(*side_by_side(reports, grid, measured["perplexity"]))
     width = max(map(len, sentences)) + 1

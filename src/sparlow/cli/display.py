@@ -1,15 +1,18 @@
 """What the command line shows: progress bars or plain lines, and tables. Prints; decides nothing."""
 
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.markup import escape
 from rich.segment import Segment
+from rich.text import Text
 
 from sparlow.cli.tables import show_wide, table
 from sparlow.errors import printable
@@ -30,12 +33,37 @@ WIDE = 200  # columns where nobody looks, as in a pipe: no name is cut
 
 
 class SafeConsole(Console):
-    """A console on which text from files of strangers cannot do more than be read."""
+    """A console on which text from files of strangers cannot do more than be read, and no word of ours is broken."""
+
+    def print(self, *objects: Any, **options: Any) -> None:  # noqa: ANN401 - rich's signature
+        """Print as rich does; on a terminal a sentence that is too long for a line goes on in the next at a word."""
+        if self.is_terminal and len(objects) == 1 and isinstance(objects[0], str):
+            choices = {name: options.pop(name, None) for name in ("markup", "highlight")}
+            objects = (at_words(self.render_str(objects[0], **choices), self.width),)
+        super().print(*objects, **options)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         """Yield what is shown, with a mark in the place of control characters that are not rich's own."""
         for text, style, control in super().render(renderable, options):
             yield Segment(text if control else printable(text), style, control)
+
+
+def at_words(text: Text, width: int) -> Text:
+    """Break the lines of a text between words, never within one: what is longer than a line is a path, to be copied."""
+    found = []
+    for line in text.split("\n", allow_blank=True):
+        breaks, used = [], 0
+        indent = " " * (len(line.plain) - len(line.plain.lstrip()))
+        for word in re.finditer(r"\s*\S+", line.plain):
+            used += cell_len(word[0])
+            if used > width and word.start():
+                breaks.append(word.start() + len(word[0]) - len(word[0].lstrip()))
+                used = cell_len(indent + word[0].strip())
+        parts = line.divide(breaks)
+        for part in parts[:-1]:
+            part.rstrip()
+        found += [parts[0], *(Text(indent).append_text(part) for part in parts[1:])] if parts else [line]
+    return Text("\n").join(found)
 
 
 out = SafeConsole(soft_wrap=True, width=None if sys.stdout.isatty() else WIDE)
@@ -162,6 +190,7 @@ def show_columns(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
 def show_comparison(found: "Comparison") -> None:
     """The table of a comparison: the dense model, then a line a method."""
+    from sparlow.report.compare_page import task_table
     from sparlow.report.perplexities import labelled, shown, with_error
 
     corpora = shown([found.dense.get("perplexity", {}), *(row.perplexity for row in found.rows)])
@@ -169,7 +198,7 @@ def show_comparison(found: "Comparison") -> None:
     labels = [labelled(Path(name).name, [Path(name).name] if name in same else ()) for name in corpora]
     divergences = [name for name in corpora if any(row.agreement.get(name) for row in found.rows)]
     labels += [f"divergence, {Path(name).name}" for name in divergences]
-    head = ("", *labels, "relative error", "values", "seconds", "size", "bits", "bits, whole file", "of blocks")
+    head = ("", *labels, "relative squared error", "values", "seconds", "size", "bits", "bits, whole file", "of blocks")
     rows = []
     if found.dense:
         perplexities = (f"{found.dense['perplexity'][name]:.2f}" for name in corpora)
@@ -183,6 +212,9 @@ def show_comparison(found: "Comparison") -> None:
         bits = (f"{row.bits_per_weight:.2f}", f"{row.bits_per_parameter:.2f}", f"{row.share_compressed:.1%}")
         rows.append((row.name, *perplexities, *apart, *measured, *bits))
     show_wide(out, head, rows)
+    tasks, scores = task_table(found)
+    if scores:
+        show_wide(out, ("", *tasks[1:]), scores)
 
 
 def show_plan(found: "Plan") -> None:
@@ -203,7 +235,7 @@ def show_plan(found: "Plan") -> None:
     ]
     show_wide(out, ("layer", "count", "shape", "pattern", "values", "rank", "parameters", "bytes", "kept"), kinds)
     rows = [(row["name"], str(row["count"]), f"{row['parameters']:,}", row["why"]) for row in found.not_compressed]
-    out.print(table(("not compressed", "count", "parameters", "why"), rows))
+    show_wide(out, ("not compressed", "count", "parameters", "why"), rows)
     _show_sizes(found)
     _show_choices(found)
     here = f"of {found.device}" if found.peak_memory["device"] else "of the device"
@@ -271,11 +303,19 @@ def show_finetuning(report: "Report") -> None:
 
     found = report.finetuning
     out.print(table(("", "before", "after"), perplexities_of_finetuning(report)))
+    chats = found.get("chats")
     out.print(
-        f"{found['steps']} steps of {found['batch'] * found['accumulate']} windows, {found['trainable']:,} numbers "
-        f"trained, loss {found['loss'][0]:.3f} → {found['loss'][-1]:.3f}, {found['seconds']:.0f} s",
+        f"{found['steps']} steps of {found['batch'] * found['accumulate']} {'chats' if chats else 'windows'}, "
+        f"{found['trainable']:,} numbers trained, loss {found['loss'][0]:.3f} → {found['loss'][-1]:.3f}, "
+        f"{found['seconds']:.0f} s",
         highlight=False,
     )
+    if chats:
+        out.print(
+            f"learnt were the answers: {chats['answer_tokens']:,} of {chats['tokens']:,} tokens of "
+            f"{found['windows']:,} chats",
+            highlight=False,
+        )
 
 
 def show_evaluations(

@@ -69,7 +69,7 @@ def _measured(
         return measure(
             opened.model,
             tokenizer,
-            perplexity_on=options.perplexity,
+            evaluate=options.evaluate,
             seqlen=options.seqlen,
             limit=options.limit,
             column=options.column,

@@ -14,7 +14,7 @@ EXAMPLES: dict[str, tuple[str, str]] = {
         "sparlow compare MODEL --out OUT --algorithms 3basil --match both",
     ),
     "evaluate": (
-        "sparlow evaluate OUT --baseline MODEL --perplexity wikitext2",
+        "sparlow evaluate OUT --baseline MODEL --evaluate wikitext2",
         "sparlow evaluate OUT --tasks paper --limit 200",
     ),
     "finetune": (

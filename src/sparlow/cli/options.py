@@ -62,7 +62,7 @@ class WriteOptions:
 class EvaluateOptions:
     """What ``sparlow evaluate`` measures."""
 
-    perplexity: Annotated[
+    evaluate: Annotated[
         tuple[str, ...],
         Doc(
             "Corpora or files to measure perplexity on. FILE#601-800 stands for records 601 to 800 of a table. An "
@@ -108,9 +108,9 @@ class EvaluateOptions:
     def __post_init__(self) -> None:
         """Check every field."""
         check_fields(self, "the options of evaluate")
-        if not (self.perplexity or self.tasks):
-            raise InputError("There is nothing to measure. Give --perplexity or --tasks.")
-        for name, beside in {"seqlen": "perplexity", "batch_size": "tasks", "fewshot": "tasks"}.items():
+        if not (self.evaluate or self.tasks):
+            raise InputError("There is nothing to measure. Give --evaluate or --tasks.")
+        for name, beside in {"seqlen": "evaluate", "batch_size": "tasks", "fewshot": "tasks"}.items():
             if getattr(self, name) != getattr(EvaluateOptions, name) and not getattr(self, beside):
                 option = f"--{name.replace('_', '-')}"
                 raise InputError(f"{option} has no effect without --{beside}. Add it, or leave {option} out.")

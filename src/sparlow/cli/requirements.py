@@ -1,7 +1,7 @@
 """``--require "perplexity<=+10%"``: what a result must keep to, for pipelines, where exit code 1 stops what follows."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from sparlow.errors import InputError, RunError
@@ -84,6 +84,25 @@ def parse_requirements(texts: Sequence[str], *, measures_text: bool) -> list[Req
     return found
 
 
+def require_for_finetuning(asked: Sequence[Requirement], measured: Sequence[str], dense: Collection[str]) -> None:
+    """Raise InputError, before the work, for what fine-tuning will not know.
+
+    Args:
+        asked: The requirements.
+        measured: Texts that are measured before and after.
+        dense: Those of which the dense model's perplexity is on record.
+    """
+    for one in asked:
+        if one.figure == "relative_error":
+            raise InputError(f"--require {one.text} is for compress. Fine-tuning does not measure the error of layers.")
+        unknown = [name for name in measured if name not in dense]
+        if one.figure == "perplexity" and one.relative and unknown:
+            raise InputError(
+                f"--require {one.text} is relative to the dense model, which compress did not measure on "
+                f"{', '.join(unknown)}. Give a number, or --evaluate a text that compress measured."
+            )
+
+
 def require_only_perplexity(asked: Sequence[Requirement], *, relative: bool) -> None:
     """Raise InputError for what an evaluation does not know: anything but perplexity, and the dense model's if absent.
 
@@ -116,7 +135,8 @@ def require_all(
             before = dense.get(one.figure, {}).get(name)
             if not one.holds(value, before):
                 where = f" on {name}" if name else ""
-                beside = f" (dense {before:,.6g})" if one.relative and before is not None else ""
+                known = "not measured on these windows" if before is None else f"{before:,.6g}"
+                beside = f" (dense {known})" if one.relative else ""
                 missed.append(f"{one.figure}{where} is {value:,.6g}{beside}, and {one.text} was required")
     if missed:
         raise RunError(f"The result was written, and does not keep to what is required: {'; '.join(missed)}.")

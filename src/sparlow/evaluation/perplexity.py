@@ -277,7 +277,7 @@ def evaluate(
     model: PreTrainedModel | str | Path,
     tokenizer: PreTrainedTokenizerBase | str | Path | None = None,
     *,
-    perplexity_on: str | Sequence[str] = ("builtin",),
+    evaluate: str | Sequence[str] = ("builtin",),
     seqlen: int = 2048,
     limit: int | None = None,
     column: str = "text",
@@ -297,7 +297,7 @@ def evaluate(
         model: Any causal language model of transformers, ours included, which is given back in the mode it was in; or a
             directory, a hub id or a .gguf file.
         tokenizer: Its tokenizer, or the directory or hub id it comes from; what is named brings its own.
-        perplexity_on: Corpora or files, see ``sparlow.text``.
+        evaluate: Corpora or files, see ``sparlow.text``.
         seqlen: Tokens in a window; perplexities of different seqlen do not compare.
         limit: At most so many windows of each corpus, and so many questions of each task.
         column: That holds the text of files and hub data sets.
@@ -325,7 +325,7 @@ def evaluate(
         InputError: Something named here does not exist or cannot be used; lm-eval is missing.
     """
     loaded = tasks if isinstance(tasks, LoadedTasks) else load_tasks(tasks, path=task_path, fewshot=fewshot)
-    perplexity_on = listed(perplexity_on)
+    evaluate = listed(evaluate)
     name = "The model"
     if isinstance(model, str | Path):
         name = str(model)
@@ -334,11 +334,11 @@ def evaluate(
     else:
         require_as_it_is(model, dtype, device)
     tokenizer = require_tokenizer(as_tokenizer(tokenizer), name)
-    if perplexity_on:
+    if evaluate:
         require_context(model, seqlen)
         with in_eval_mode(model):
             require_causal(model, model.config.name_or_path or type(model).__name__)
-    texts = texts_to_measure(perplexity_on, model, tokenizer, seqlen=seqlen, limit=limit, column=column)
+    texts = texts_to_measure(evaluate, model, tokenizer, seqlen=seqlen, limit=limit, column=column)
     dense = Baseline(baseline) if isinstance(baseline, PreTrainedModel) else baseline
     with in_eval_mode(model), watched(notify) as tell:
         return _evaluation(model, tokenizer, texts, dense, loaded, limit=limit, batch_size=batch_size, notify=tell)

@@ -20,11 +20,11 @@ from sparlow.errors import InputError
 from sparlow.evaluation.task_catalogue import Catalogue
 from sparlow.model.loading.objects import in_eval_mode
 from sparlow.progress import Notify, Progress
+from sparlow.report.differences import mean_of_tasks
 
 PAPER = ("piqa", "hellaswag", "arc_easy", "arc_challenge", "winogrande", "rte", "openbookqa", "boolq")
 FEWSHOT = {"mmlu": 5}  # as everybody reports it; lm-eval shows none where neither the task nor the user says how many
 SEED = 1234  # lm-eval's own, of the choice of the examples shown
-SHARES = ("acc_norm", "acc", "exact_match")  # shares of right answers: only these are averaged
 
 
 class TaskResult(TypedDict):
@@ -48,9 +48,14 @@ class LoadedTasks:
 
     Attributes:
         items: What lm-eval calls ``Task`` and ``Group`` objects, in the order asked for.
+        names: As asked for, ``paper`` as its eight.
     """
 
-    items: tuple[Any, ...]
+    items: tuple[Any, ...] = ()
+    names: tuple[str, ...] = ()
+
+
+NO_TASKS = LoadedTasks()
 
 
 def load_tasks(names: Sequence[str], *, path: str | Path | None = None, fewshot: int | None = None) -> LoadedTasks:
@@ -69,7 +74,7 @@ def load_tasks(names: Sequence[str], *, path: str | Path | None = None, fewshot:
     if not wanted:
         if path is not None or fewshot is not None:
             raise InputError("No task is named. Give --tasks, such as --tasks paper.")
-        return LoadedTasks(())
+        return NO_TASKS
     if fewshot is not None and fewshot < 0:
         raise InputError(f"fewshot must be at least 0, not {fewshot}.")
     items = []
@@ -81,7 +86,7 @@ def load_tasks(names: Sequence[str], *, path: str | Path | None = None, fewshot:
             for task in (task for item in found for task in _leaves(item)):
                 _prepare(task, fewshot, FEWSHOT.get(name, 0))
             items += found
-    return LoadedTasks(tuple(items))
+    return LoadedTasks(tuple(items), tuple(wanted))
 
 
 def measure_tasks(
@@ -146,9 +151,7 @@ def _own_head(model: PreTrainedModel) -> Iterator[None]:
 
 def average(results: Mapping[str, TaskResult]) -> float | None:
     """Mean over tasks; None if there are none, or the figure of one is no share of right answers."""
-    if not results or any(result["metric"].partition(",")[0] not in SHARES for result in results.values()):
-        return None
-    return sum(result["value"] for result in results.values()) / len(results)
+    return mean_of_tasks(results)
 
 
 def _require_end(tokenizer: PreTrainedTokenizerBase) -> None:

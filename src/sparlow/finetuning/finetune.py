@@ -10,11 +10,10 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from torch import Tensor
-
 from sparlow.errors import InputError
 from sparlow.evaluation.texts import require_context, require_tokenizer, require_vocabulary
 from sparlow.exporting.adapter import common_rank
+from sparlow.finetuning.examples import Examples
 from sparlow.finetuning.options import FinetuneOptions
 from sparlow.finetuning.parent import Parent, Paths
 from sparlow.live import watched
@@ -27,7 +26,6 @@ from sparlow.report.records import Report
 from sparlow.run.compress import windows_to_evaluate
 from sparlow.run.output_dir import claimed
 from sparlow.schema import pick
-from sparlow.text import beginning, training_windows
 
 
 @own_settings()
@@ -61,11 +59,12 @@ def finetune(
     Args:
         folder: A finished directory of ``sparlow.compress`` or of this function.
         out: Directory to write; the same call goes on with an unfinished one from its last checkpoint.
-        dataset: Corpus or file; read again and again if it has too few windows.
+        dataset: Corpus or file; read again and again if it has too little. Of records that hold messages, each with a
+            role, only the tokens of answers are learnt.
         steps: Of AdamW.
         lr: Its highest learning rate. LoRA's dropout is 0 and its scale 1: see ``peft_adapter`` for other alphas.
         rank: Of the fresh adapters of a model that was only pruned, 16 if left out; no other model takes it.
-        block_size: Tokens in a window of the dataset.
+        block_size: Tokens in a window of the dataset, and the most of a chat, of which the rest is cut off.
         bos: Whether these begin with the beginning-of-text token: auto where the tokenizer adds one, always or never.
         column: That holds the text of files and hub data sets, those to evaluate on among them.
         batch: Windows that pass through the model together.
@@ -104,28 +103,19 @@ def finetune(
         if peft is not None:
             common_rank(ranks.values(), "Leave out --peft.")
         opened = open_model(str(folder), device=device, trust_remote_code=trust_remote_code)
-        windows = _windows_to_train_on(opened, plan)
+        examples = _examples(opened, plan)
         evaluation = windows_to_evaluate(listed(evaluate), opened, parent.report.recipe["seqlen"], limit, column)
         run = FineTuning(parent, opened, paths, plan, ranks, tell)
-        run.begin(windows, overwrite=overwrite)
-        return run.go(windows, evaluation)
+        run.begin(examples, overwrite=overwrite)
+        return run.go(examples, evaluation)
 
 
-def _windows_to_train_on(opened: OpenedModel, plan: FinetuneOptions) -> Tensor:
-    """Return token ids (windows, block size) int64 that the model can read; raise InputError if there are none."""
+def _examples(opened: OpenedModel, plan: FinetuneOptions) -> Examples:
+    """Return what is learnt, which the model can read; raise InputError if there is nothing."""
     require_context(opened.model, plan.block_size, "block-size")
-    tokenizer = require_tokenizer(opened.tokenizer, opened.name)
-    windows = training_windows(
-        plan.dataset,
-        tokenizer,
-        samples=plan.windows,
-        seqlen=plan.block_size,
-        seed=plan.seed,
-        begin=beginning(tokenizer, plan.bos),
-        column=plan.column,
-    )
-    require_vocabulary(opened.model, windows, plan.dataset)
-    return windows
+    examples = Examples.read(plan, require_tokenizer(opened.tokenizer, opened.name))
+    require_vocabulary(opened.model, examples.all_ids, plan.dataset)
+    return examples
 
 
 def _require_packages() -> None:

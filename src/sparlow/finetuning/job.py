@@ -19,6 +19,7 @@ from sparlow.evaluation.agreement import Measured
 from sparlow.evaluation.perplexity import perplexity
 from sparlow.exporting.adapter import BASE, ORIGIN, sign, write_adapter
 from sparlow.files import follow_umask, read_json
+from sparlow.finetuning.examples import Examples
 from sparlow.finetuning.options import FinetuneOptions
 from sparlow.finetuning.parent import Parent, Paths
 from sparlow.finetuning.trainer import train
@@ -82,7 +83,7 @@ class FineTuning:
         self.journal: Journal
         self.undone: list[str] = []
 
-    def begin(self, windows: Tensor, *, overwrite: bool) -> None:
+    def begin(self, examples: Examples, *, overwrite: bool) -> None:
         """Begin or resume the record of this run.
 
         Raises:
@@ -94,7 +95,7 @@ class FineTuning:
             "solver": REVISION,
             "parent": self.opened.fingerprint,
             "finetuning": self.options(),
-            "text": text_fingerprint(windows),
+            "text": examples.fingerprint,
         }
         device = self.model.device.type
         self.journal = Journal(self.paths.out, decides, self.decoder.name, overwrite=overwrite, device=device)
@@ -108,7 +109,7 @@ class FineTuning:
         fresh = None if any(self.parent.ranks.values()) else next(iter(self.ranks.values()))
         return {**self.plan.deciding(), "fresh_rank": fresh}
 
-    def go(self, windows: Tensor, evaluation: Mapping[str, Tensor]) -> Report:
+    def go(self, examples: Examples, evaluation: Mapping[str, Tensor]) -> Report:
         """Run, or resume. ``evaluation`` maps names to token windows (n, seqlen) on which perplexity is measured."""
         start = time.perf_counter()
         known = self.parent.record.compressed
@@ -116,24 +117,27 @@ class FineTuning:
             name: known.get(text_fingerprint(text)) or self.perplexity("perplexity before", text)
             for name, text in evaluation.items()
         }
-        losses = self.train(windows)
+        dense = {name: self.parent.record.dense.get(text_fingerprint(text)) for name, text in evaluation.items()}
+        losses = self.train(examples)
         after = {name: self.perplexity("perplexity after", text) for name, text in evaluation.items()}
         self.write()
         report = self.report()
         trained_on = in_domain(self.plan.dataset, evaluation)
         calibrated_on = in_domain(report.recipe["calibration"], evaluation)
-        report.warnings += in_domain_warning("training", trained_on)
+        report.warnings += examples.warnings(self.plan.block_size) + in_domain_warning("training", trained_on)
         report.finetuning = {
             "parent": str(self.parent.folder),
             "parent_fingerprint": self.opened.fingerprint,
             **self.options(),
-            "windows": len(windows),
+            "windows": len(examples),
+            "chats": dict(examples.chats),
             "trainable": sum(rank * sum(self.parent.shapes[name]) for name, rank in self.ranks.items()),
             "loss": losses,
             "perplexity": {
                 when: {name: one.value for name, one in found.items()}
                 for when, found in (("before", before), ("after", after))
             },
+            "dense": {name: one.value for name, one in dense.items() if one},
             "in_domain": [name for name in evaluation if name in trained_on or name in calibrated_on],
             "seconds": time.perf_counter() - start,
             "machine": machine(),
@@ -158,12 +162,12 @@ class FineTuning:
             )
         return found
 
-    def train(self, windows: Tensor) -> list[float]:
+    def train(self, examples: Examples) -> list[float]:
         """Put the trained U and V into the model, rounded as they will be stored; return the losses."""
         parts = take_apart(self.model)
         starts: dict[str, LowRank] = {name: part for name, part in parts.items() if len(part.V)}
         wrapped = with_lora(self.model, starts, self.ranks, self.plan.seed)
-        losses = train(wrapped, windows, self.plan, self.paths.out / CHECKPOINTS, self.notify)
+        losses = train(wrapped, examples, self.plan, self.paths.out / CHECKPOINTS, self.notify)
         if self.paths.peft:
             sign(
                 self.paths.peft, self.journal.record.fingerprint, []

@@ -18,7 +18,10 @@ class FinetuneOptions:
 
     dataset: Annotated[
         str,
-        Doc("Text to train on: c4, wikitext2, ptb, builtin, a file or a hub data set. Short text is read repeatedly."),
+        Doc(
+            "Text to train on: c4, wikitext2, ptb, builtin, a file or a hub data set. Short text is read repeatedly. "
+            "Where records hold messages, only answers are learnt."
+        ),
         TEXT,
     ] = "c4"
     steps: Annotated[int, Doc("Number of optimiser steps (AdamW)."), at_least(1), TRAINING] = 500
@@ -31,7 +34,9 @@ class FinetuneOptions:
         Unset(str(FRESH_RANK)),
         TRAINING,
     ] = None
-    block_size: Annotated[int, Doc("Tokens in each window of the text."), at_least(2), TEXT] = 1024
+    block_size: Annotated[int, Doc("Tokens in each window of the text, at most in each chat."), at_least(2), TEXT] = (
+        1024
+    )
     batch: Annotated[int, Doc("Windows in each batch."), at_least(1), TRAINING] = 4
     accumulate: Annotated[int, Doc("Batches in each optimiser step."), at_least(1), TRAINING] = 4
     bf16: Annotated[bool, Doc("Compute in bfloat16 where autocast does; S, U and V keep their types."), MACHINE] = False
@@ -47,7 +52,9 @@ class FinetuneOptions:
         Choices("way to begin a window", BOS),
         TEXT,
     ] = "auto"
-    column: Annotated[str, Doc("Column that holds the text, where a file or a hub data set is a table."), TEXT] = "text"
+    column: Annotated[
+        str, Doc("Column that holds the text or the messages, where a file or a hub data set is a table."), TEXT
+    ] = "text"
     report_to: Annotated[
         str, Doc("Integrations of transformers' Trainer to report to, such as tensorboard; all or none."), TRAINING
     ] = "none"

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.state import AcceleratorState, PartialState
-from torch import Tensor
-from torch.utils.data import Dataset
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sparlow.errors import InputError, RunError, is_out_of_memory
+from sparlow.finetuning.examples import Examples, together
 from sparlow.finetuning.options import FinetuneOptions
 from sparlow.finetuning.safe_trainer import SafeTrainer, last_checkpoint
 from sparlow.model._transformers import accelerator_takes_bf16, reporting_integrations
@@ -26,19 +25,6 @@ STAGE = "fine-tuning"
 ACCELERATE = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_")  # how names of such variables begin
 WARM_UP = 0.03  # of the steps; Adam's first steps are of full size whatever the gradient
 _CHECKPOINTS = 10  # at most so many in a run; the last one is kept
-
-
-class Windows(Dataset[dict[str, Tensor]]):
-    """Token windows (n, tokens) as Trainer wants them; the model shifts the labels itself."""
-
-    def __init__(self, windows: Tensor) -> None:
-        self._windows = windows
-
-    def __len__(self) -> int:
-        return len(self._windows)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self._windows[index], "labels": self._windows[index]}
 
 
 def check_possible(plan: FinetuneOptions, device: str) -> None:
@@ -63,13 +49,13 @@ def check_possible(plan: FinetuneOptions, device: str) -> None:
 
 
 def train(
-    wrapped: "PeftModel", windows: Tensor, plan: FinetuneOptions, checkpoints: Path, notify: Notify = lambda _: None
+    wrapped: "PeftModel", examples: Examples, plan: FinetuneOptions, checkpoints: Path, notify: Notify = lambda _: None
 ) -> list[float]:
     """Train the adapters; the model ends where Trainer puts it, in eval mode.
 
     Args:
         wrapped: Only its adapters are trained.
-        windows: Token ids (n, tokens) int64, read again and again in another order if the steps take more.
+        examples: What is learnt, read again and again in another order if the steps take more.
         plan: How.
         checkpoints: Folder of Trainer's checkpoints; training resumes from the last one that is whole.
         notify: Called after every step.
@@ -87,7 +73,7 @@ def train(
         wrapped.eval()
         return _losses(last[1])
     with _unchanged(wrapped.config), _own_environment():
-        trainer = SafeTrainer(wrapped, _arguments(plan, wrapped, checkpoints), train_dataset=Windows(windows))
+        trainer = SafeTrainer(wrapped, _arguments(plan, wrapped, checkpoints), together, train_dataset=examples)
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(_Watch(notify))
         try:

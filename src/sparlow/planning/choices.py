@@ -16,6 +16,7 @@ from sparlow.errors import InputError
 from sparlow.exporting.integers import Need
 from sparlow.linalg.grid import Grid, make_grid
 from sparlow.model.artefact.dtypes import StoredDtypes
+from sparlow.model.forward.compressible import expert_of
 from sparlow.model.forward.decoder import Decoder
 from sparlow.recipe.budgets import select
 from sparlow.recipe.recipe import Recipe
@@ -29,6 +30,7 @@ _UNASKED: dict[str, Any] = {  # fields of a recipe that say what to keep, which 
     "allocate": "uniform",
 }
 _ANY = "any program at full size (merged)"
+_PLUGIN = "vLLM with sparlow installed"  # by sparlow.serving, which takes every form of values, but no experts
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,8 @@ def choices(model: PreTrainedModel, recipe: Recipe) -> tuple[tuple[Choice, ...],
         bits = 8 * kept / weights
         ratio = row["perplexity"] / measured()["dense"] if row["perplexity"] else None
         fits = _fits(recipe, total, bits, storage.bytes_of(model))
-        opened = opened_by(make_grid(one.values or "model", one.levels, one.group or "128"))
+        grid = make_grid(one.values or "model", one.levels, one.group or "128")
+        opened = opened_by(grid, served=not any(expert_of(model, name) for name in layers))
         found.append(Choice(row["name"], dict(row["recipe"]), total, bits, fits, ratio, row["speed"], opened))
     out = tuple(LeftOut(tuple(names), why) for why, names in left.items())
     return tuple(sorted(found, key=lambda choice: choice.bytes)), out
@@ -113,9 +116,19 @@ def _fits(recipe: Recipe, total: int, bits: float, dense: int) -> bool | None:
     return None if recipe.bits is None else bits <= recipe.bits
 
 
-def opened_by(grid: Grid | None) -> tuple[str, ...]:
-    """Return the programs that open values on a grid in about the same bytes; None stands for 16 bits."""
+def opened_by(grid: Grid | None, *, served: bool = True) -> tuple[str, ...]:
+    """Return the programs that open values on a grid in about the same bytes.
+
+    Args:
+        grid: None stands for 16 bits.
+        served: Whether sparlow.serving takes the model.
+    """
     need = Need.of(grid).bits
-    whole = ("vLLM, SGLang, transformers (compressed-tensors)",) if grid and need and need <= max(grid.bits, 4) else ()
-    blocks = ("llama.cpp, Ollama (gguf)",) if grid and need else ()
-    return (_OURS, *whole, *blocks, _ANY)
+    found = [_OURS]
+    if served:
+        found.append(_PLUGIN)
+    if grid and need and need <= max(grid.bits, 4):
+        found.append("vLLM alone, SGLang, transformers (compressed-tensors)")
+    if grid and need:
+        found.append("llama.cpp, Ollama (gguf)")
+    return (*found, _ANY)

@@ -143,7 +143,7 @@ def plan(
     device: str = "auto",
     offload: str = "auto",
     trust_remote_code: bool = False,
-    timed: bool = True,
+    timed: bool | int = True,
     **fields: Any,  # noqa: ANN401 - fields of a recipe have many types
 ) -> Plan:
     """Predict what ``compress`` keeps and needs with the same arguments. Reads the config of a model and no weights.
@@ -160,7 +160,8 @@ def plan(
         device: "auto", or torch's name of a device.
         offload: Where to keep block inputs between blocks: "cpu", "disk", or "auto" for the fastest that fits.
         trust_remote_code: Let a model bring Python code of its own.
-        timed: Try the algorithm on small layers, to tell how long a run takes; some seconds.
+        timed: Try the algorithm on small layers, to tell how long a run takes; some seconds. A number stands for True
+            if the model's layers have so many parameters, else for False.
         fields: Of the recipe, such as ``pattern="2:4"``, in the place of what it says.
 
     Raises:
@@ -178,6 +179,8 @@ def plan(
     lost = left_out(shape, name) if here and any(Path(name).glob("*.safetensors")) else []
     work = workload(shape, recipe, options, out=None if out is None else Path(out))
     baseline = psutil.Process().memory_info().rss
+    if not isinstance(timed, bool):
+        timed = sum(layer.parameters for block in work.blocks for layer in block.layers) >= timed
     found = _planned(name, shape, work, Path(out or "."), baseline, timed=timed)
     return replace(found, notes=(*found.notes, *lost))
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from statistics import fmean
+from types import MappingProxyType
 from typing import Any
 
 from sparlow.report import svg
@@ -9,6 +10,8 @@ from sparlow.report.layer_charts import convergence, depth, heat_map
 from sparlow.report.records import Report
 from sparlow.report.svg import Axis, Chart, Plot, colour, counted
 from sparlow.report.wording import duration, number, percent, short, size, words
+
+NO_COLOURS: Mapping[str, int] = MappingProxyType({})
 
 
 def charts_of_run(report: Report) -> list[Chart]:
@@ -70,8 +73,14 @@ def tasks(report: Report) -> Chart | None:
     return task_chart({"dense": before, "compressed": now})
 
 
-def task_chart(models: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Chart:
-    """Tasks of several models: a row a task, a dot with its error a model."""
+def task_chart(models: Mapping[str, Mapping[str, Mapping[str, Any]]], colours: Mapping[str, int] = NO_COLOURS) -> Chart:
+    """Tasks of several models: a row a task, a dot with its error a model.
+
+    Args:
+        models: Results by the name of the model, then by that of the task.
+        colours: Numbers of colours by the name of the model, as other pictures have them; in their order if left out.
+    """
+    chosen = [colours.get(model, i) for i, model in enumerate(models)]
     names = list(dict.fromkeys(name for found in models.values() for name in found))
     room = min(max(map(svg.text_width, names)) + 10, svg.WIDTH / 2)
     high = 14 * max(len(models), 1) + 10
@@ -85,10 +94,10 @@ def task_chart(models: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Chart:
         for i, (model, found) in enumerate(models.items()):
             if name in found:
                 y = row * high + 14 * i + 16
-                parts += _with_bar(axis, room, right, y, found[name], i, f"{name}, {model}")
+                parts += _with_bar(axis, room, right, y, found[name], chosen[i], f"{name}, {model}")
     parts.append(svg.text((room + right) / 2, bottom + 36, "score, with its standard error", anchor="middle"))
     picture = svg.drawing(parts, svg.WIDTH, bottom + 46, "Tasks with error bars")
-    key = tuple((colour(i), model) for i, model in enumerate(models))
+    key = tuple((colour(i), model) for i, model in zip(chosen, models, strict=True))
     return Chart("tasks", "Tasks", "Zero-shot or few-shot tasks by lm-eval; bars are standard errors.", picture, key)
 
 

@@ -10,7 +10,7 @@ from sparlow.files import replacing
 from sparlow.machine import described
 from sparlow.report.charts import task_chart
 from sparlow.report.comparison import Comparison, Row
-from sparlow.report.differences import Group, best, groups, paired
+from sparlow.report.differences import Group, best, groups, mean_of_tasks, paired
 from sparlow.report.headline import Tile
 from sparlow.report.html_page import Part, page
 from sparlow.report.perplexities import FLATTERS, shown, with_error
@@ -52,7 +52,7 @@ def html(found: Comparison) -> str:
         notes=[],
         charts=charts(found),
         methods=Part("Methods", *_table(found, texts)),
-        pairs=[part for text in texts if (part := _pairs(found.rows, text)).rows],
+        pairs=[part for part in (*(_pairs(found.rows, text) for text in texts), _tasks(found)) if part.rows],
         details=[part for part in _details(found) if part.rows],
         footer=[
             f"Made with {', '.join(f'{name} {version}' for name, version in found.versions.items())}.",
@@ -118,7 +118,9 @@ def charts(found: Comparison) -> list[Chart]:
     scored = {row.name: row.tasks for row in found.rows if row.tasks}
     if scored:
         dense_tasks = {"dense": found.dense["tasks"]} if found.dense.get("tasks") else {}
-        made.append(task_chart(dict([*dense_tasks.items(), *scored.items()][:TASKS])))
+        alone = len(series) == len(found.rows)  # else runs of one method need colours of their own
+        colours = {row.name: series[row.series] for row in found.rows} | {"dense": len(series)} if alone else {}
+        made.append(task_chart(dict([*dense_tasks.items(), *scored.items()][:TASKS]), colours))
     return [*made, *([errors] if errors else [])]
 
 
@@ -145,7 +147,9 @@ def _errors(found: Comparison, series: Mapping[str, int], key: tuple[tuple[str, 
     if not points:
         return None
     values = [value for _, value in points]
-    plot = Plot(counted("block", (block for block, _ in points)), Axis.over(values, "mean relative error", log=True))
+    plot = Plot(
+        counted("block", (block for block, _ in points)), Axis.over(values, "mean relative squared error", log=True)
+    )
     for row in found.rows:
         thin = "" if row.with_matching else "thin "
         plot.line(lines[row.name], f"{thin}{colour(series[row.series])}", row.name)
@@ -155,7 +159,7 @@ def _errors(found: Comparison, series: Mapping[str, int], key: tuple[tuple[str, 
 
 def _table(found: Comparison, texts: Sequence[str]) -> tuple[Sequence[str], list[tuple[str, ...]]]:
     head = ["method", *(f"perplexity, {model_name(text)}" for text in texts)]
-    head += ["mean relative error", "bits a parameter", "whole file", "time", "peak memory"]
+    head += ["mean relative squared error", "bits a parameter", "whole file", "time", "peak memory"]
     rows = []
     if found.dense:
         dense = (number(found.dense["perplexity"].get(text)) for text in texts)
@@ -190,6 +194,27 @@ def _pairs(rows: Sequence[Row], text: str) -> Part:
     than = f"than {first.name}" if first else ""
     about = "Differences of the mean loss over the same windows, in nats a token, with their standard errors."
     return Part(f"Worse {than}, on {model_name(text)}", ("method", than, "than the dense model"), found, about=about)
+
+
+def task_table(found: Comparison) -> tuple[Sequence[str], list[tuple[str, ...]]]:
+    """Tasks of the dense model and of every run, with their standard errors, and the means where there are several."""
+    scored = {"dense": found.dense.get("tasks", {})} | {row.name: row.tasks for row in found.rows}
+    scored = {name: tasks for name, tasks in scored.items() if tasks}
+    metrics = {task: result["metric"] for tasks in scored.values() for task, result in tasks.items()}
+    head = ["method", *(f"{task}, {metric}" for task, metric in metrics.items())]
+    rows = []
+    for name, tasks in scored.items():
+        answered = (tasks.get(task) for task in metrics)
+        rows.append((name, *(with_error(one["value"], one["stderr"]) if one else UNKNOWN for one in answered)))
+    if len(metrics) > 1:
+        head.append("mean")
+        whole = {name: tasks if tasks.keys() == metrics.keys() else {} for name, tasks in scored.items()}
+        rows = [(*cells, number(mean_of_tasks(whole[cells[0]]), 4)) for cells in rows]
+    return head, rows
+
+
+def _tasks(found: Comparison) -> Part:
+    return Part("Tasks", *task_table(found), about="By lm-eval, with standard errors over the questions.")
 
 
 def _details(found: Comparison) -> Iterable[Part]:
@@ -243,9 +268,13 @@ def as_csv(found: Comparison) -> str:
 
 
 def as_latex(found: Comparison) -> str:
-    """The table of the page, for LaTeX with the package booktabs."""
-    head, rows = _table(found, corpora(found))
-    lines = [f"% {found.model}", rf"\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}", r"\toprule"]
+    """The tables of the page, methods and tasks, for LaTeX with the package booktabs."""
+    tables = [table for table in (_table(found, corpora(found)), task_table(found)) if table[1]]
+    return "\n".join([f"% {found.model}", *(_tabular(*table) for table in tables)])
+
+
+def _tabular(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [rf"\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}", r"\toprule"]
     lines += [" & ".join(map(_tex, head)) + r" \\", r"\midrule"]
     lines += [" & ".join(map(_tex, row)) + r" \\" for row in rows]
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])

@@ -1,11 +1,14 @@
 """What a comparison says beyond its rows: differences over the same windows, and the spread over seeds."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
+from typing import Any
 
 from sparlow.report.comparison import Row
+
+SHARES = ("acc_norm", "acc", "exact_match")  # shares of right answers: only these are averaged
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,13 @@ def paired(losses: Sequence[float], others: Sequence[float]) -> Difference | Non
     if not all(map(math.isfinite, apart)):
         return None
     return Difference(fmean(apart), stdev(apart) / math.sqrt(len(apart)))
+
+
+def mean_of_tasks(results: Mapping[str, Mapping[str, Any]]) -> float | None:
+    """Mean over tasks; None if there are none, or the figure of one is no share of right answers."""
+    if not results or any(result["metric"].partition(",")[0] not in SHARES for result in results.values()):
+        return None
+    return fmean(result["value"] for result in results.values())
 
 
 def best(rows: Sequence[Row], corpus: str) -> Row | None:

@@ -55,12 +55,13 @@ def write_reports(report: Report, folder: Path) -> None:
             partial.write_text(text, encoding="utf-8")
 
 
-def html(report: Report, folder: str = "") -> str:
+def html(report: Report, folder: str = "", *, recipe: str = "") -> str:
     """The page of a run.
 
     Args:
         report: Of a finished run.
         folder: The name of its directory, for the commands to copy.
+        recipe: The name of the recipe's file, where the model itself was not kept.
     """
     return page(
         "run.html",
@@ -74,7 +75,8 @@ def html(report: Report, folder: str = "") -> str:
         now="before fine-tuning" if report.finetuning else "compressed",
         charts=charts_of_run(report),
         not_compressed=_not_compressed(report),
-        use=_use(report, folder or NO_FOLDER),
+        use=[_repeat(report, recipe, folder)] if recipe else _use(report, folder or NO_FOLDER),
+        use_title="Do it again" if recipe else "Use it",
         details=[part for part in _details(report) if part.rows],
         footer=_footer(report),
     )
@@ -129,16 +131,21 @@ def _use(report: Report, folder: str) -> list[Command]:
         f'model = AutoModelForCausalLM.from_pretrained({folder!r}, dtype="auto")\n'
         f"tokenizer = AutoTokenizer.from_pretrained({folder!r})"
     )
-    merged, again = shlex.quote(f"{folder}-merged"), shlex.quote(f"{folder}-again")
-    recipe = shlex.quote(f"{folder}/recipe.toml")
-    model = report.model if report.model == model_name(report.model) else "MODEL"  # a path is of one machine only
+    merged = shlex.quote(f"{folder}-merged")
     return [
         Command("Load", load),
         Command("Run", f"sparlow generate {here} --prompt {shlex.quote(PROMPT)}"),
-        Command("Evaluate", f"sparlow evaluate {here} --perplexity {corpus}"),
+        Command("Evaluate", f"sparlow evaluate {here} --evaluate {corpus}"),
         Command("Export", f"sparlow export {here} --out {merged} --as merged"),
-        Command("Repeat", f"sparlow compress {shlex.quote(model)} --recipe {recipe} --out {again}"),
+        _repeat(report, f"{folder}/recipe.toml", f"{folder}-again"),
     ]
+
+
+def _repeat(report: Report, recipe: str, out: str) -> Command:
+    """How to compress once more by the same recipe."""
+    model = report.model if report.model == model_name(report.model) else "MODEL"  # a path is of one machine only
+    words = ("sparlow", "compress", model, "--recipe", recipe, "--out", out)
+    return Command("Repeat", shlex.join(words))
 
 
 def _details(report: Report) -> Iterable[Part]:
@@ -178,8 +185,8 @@ def _cell(layers: Sequence[LayerRecord]) -> str:
 
 
 LAYER_HEAD = (
-    *("block", "layer", "pattern", "values", "shape", "density", "rank", "relative error", "each token by its size"),
-    *("iterations", "time", "tokens"),
+    *("block", "layer", "pattern", "values", "shape", "density", "rank"),
+    *("relative squared error", "each token by its size", "iterations", "time", "tokens"),
 )
 
 

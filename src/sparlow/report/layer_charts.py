@@ -14,7 +14,7 @@ LINES = 7  # kinds of layers that have a line of their own
 WORST = 6  # solves whose convergence is shown
 SHADES = 5  # of the heat map's key
 FAINTEST = 0.07  # of the heat map's colour
-ERROR = "relative error of energies"
+ERROR = "relative squared error"
 
 
 def by_kind(layers: Sequence[LayerRecord]) -> dict[str, dict[int, list[LayerRecord]]]:
@@ -109,7 +109,7 @@ def convergence(report: Report) -> Chart | None:
     changes = [change for layer in worst for _, change in layer.trace]
     plot = Plot(Axis.over(steps, "iterations", pad=0.02), Axis.over(changes, "share of entries that changed", log=True))
     for i, layer in enumerate(worst):
-        said = f"block {layer.block}, {layer.name}: relative error {short(layer.relative_error)}"
+        said = f"block {layer.block}, {layer.name}: {ERROR} {short(layer.relative_error)}"
         plot.line(layer.trace, colour(i), said)
     key = tuple((colour(i), f"{layer.block} · {layer.name}") for i, layer in enumerate(worst))
     about = "The layers with the largest errors: which share of the kept entries changed since the last look."

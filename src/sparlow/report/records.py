@@ -241,7 +241,7 @@ class Report(Tabular):
         if self.bytes.get("compressed"):
             found["whole file"] = f"{human_bytes(self.bytes['dense'])} → {human_bytes(self.bytes['compressed'])}"
         found["bits"] = f"{self.bits_per_weight:.2f} a compressed weight, {self.bits_per_parameter:.2f} a parameter"
-        found["mean relative error"] = f"{self.mean_relative_error:.5f} of the energy of the layers' outputs"
+        found["mean relative squared error"] = f"{self.mean_relative_error:.5f}, of the layers' outputs"
         found["time"] = f"{self.seconds.get('total', 0.0):.0f} s"
         return found | ({"warnings": str(len(self.warnings))} if self.warnings else {})
 

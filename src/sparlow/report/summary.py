@@ -44,7 +44,7 @@ def summary_rows(report: Report) -> list[tuple[str, str, str]]:
         rows.append(("bits a parameter, whole file", f"{whole:.2f}", f"{report.bits_per_parameter:.2f}"))
         rows.append(("parameters of the blocks that are compressed", "–", f"{report.share_compressed:.1%}"))
     when = " before fine-tuning" if report.finetuning else ""
-    rows.append((f"mean relative error{when}", "0", f"{report.mean_relative_error:.5f}"))
+    rows.append((f"mean relative squared error{when}", "0", f"{report.mean_relative_error:.5f}"))
     per_token = report.mean_relative_error_per_token
     if per_token is not None:
         rows.append(("the same, each token by its own size", "0", f"{per_token:.5f}"))

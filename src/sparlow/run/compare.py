@@ -1,8 +1,7 @@
 """Compare methods on one model and text: one dense evaluation, a directory for each run, tables, figures and a page."""
 
 import shutil
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,8 +10,9 @@ from torch import Tensor
 
 from sparlow.distributed import require_one
 from sparlow.errors import InputError, RunError, is_out_of_memory, out_of_memory
-from sparlow.evaluation.tasks import LoadedTasks, load_tasks, measure_tasks
+from sparlow.evaluation.tasks import NO_TASKS, LoadedTasks, measure_tasks
 from sparlow.evaluation.texts import require_tokenizer
+from sparlow.files import replacing
 from sparlow.machine import free_memory, pick_device
 from sparlow.model.loading.source import OpenedModel, open_model, upcast_for_cpu
 from sparlow.own_settings import own_settings
@@ -24,7 +24,7 @@ from sparlow.recipe.recipe import Recipe
 from sparlow.recipe.run_options import DEFAULT, RunOptions
 from sparlow.report.compare_page import write_comparison
 from sparlow.report.comparison import MATCHED, Comparison, Row
-from sparlow.report.html_page import write_reports
+from sparlow.report.html_page import html, write_reports
 from sparlow.report.records import Report
 from sparlow.run.cases import OF_TEXT, folder_of
 from sparlow.run.compress import open_dense, windows_to_calibrate, windows_to_evaluate
@@ -47,7 +47,7 @@ def compare(
     *,
     out: str | Path,
     options: RunOptions = DEFAULT,
-    tasks: Sequence[str] = (),
+    tasks: LoadedTasks = NO_TASKS,
     reports_only: bool = False,
     overwrite: bool = False,
     force: bool = False,
@@ -60,8 +60,8 @@ def compare(
         recipes: By the name of the run, see ``recipes_for``; all with the same calibration text, but for the seed.
         out: Directory for the results, ``compare.json`` (rewritten after every run), the page, tables and figures.
         options: How each method runs; the dense model is measured once.
-        tasks: Of lm-eval, as ``sparlow.evaluate`` takes them; every model answers them.
-        reports_only: Keep no model, but its report in ``out``/reports.
+        tasks: Loaded; every model answers them.
+        reports_only: Keep no model, but its report and recipe in ``out``/reports.
         overwrite: Do everything again.
         force: As of ``sparlow.compress``.
         notify: Called after every step; stages begin with the run's name.
@@ -75,12 +75,11 @@ def compare(
     require_one("A comparison")
     out = Path(out)
     _check(recipes, out, overwrite=overwrite)
-    loaded = load_tasks(tasks)
     earlier = None if overwrite else Comparison.found_in(out)
     if not force:
         require_feasible(model, {out / folder_of(name): recipe for name, recipe in recipes.items()}, options)
-    runs = _Runs(model, recipes, out, options, loaded, notify)
-    runs.begin(earlier, tasks)
+    runs = _Runs(model, recipes, out, options, tasks, notify)
+    runs.begin(earlier)
     for name in recipes:
         if runs.reuse(name, earlier):
             continue
@@ -114,7 +113,7 @@ class _Runs:
         self._opened: tuple[OpenedModel, StoredDtypes] | None = None
         self.found: Comparison
 
-    def begin(self, earlier: Comparison | None, tasks: Sequence[str]) -> None:
+    def begin(self, earlier: Comparison | None) -> None:
         """Open the dense model, see that every recipe fits it, cut the text, and take over earlier rows."""
         first, options = next(iter(self._recipes.values())), self._options
         self._opened = opened, storage = open_dense(self._model, None, first, options)
@@ -124,7 +123,9 @@ class _Runs:
         self._windows = {seed: windows_to_calibrate(None, opened, recipe) for seed, recipe in seeds.items()}
         seqlen = options.evaluate_seqlen or first.seqlen
         self._texts = windows_to_evaluate(options.evaluate, opened, seqlen, options.limit, first.column)
-        evaluation = _evaluation(first, seqlen, self._texts) | ({"tasks": [*tasks]} if tasks else {})
+        evaluation = _evaluation(first, seqlen, self._texts) | (
+            {"tasks": [*self._tasks.names]} if self._tasks.items else {}
+        )
         self.found = Comparison(opened.name, first.to_dict(), evaluation, _settings(self._recipes))
         self.found.take_over(earlier, self._out)
         if self._tasks.items:
@@ -229,12 +230,14 @@ def _report_of(name: str, job: Job, texts: Mapping[str, Tensor], found: Comparis
 
 
 def _keep_report(out: Path, name: str) -> None:
-    """Move the report of a finished run to the others, and remove its model."""
+    """Move report and recipe of a finished run to the others, and remove its model; the page says how to repeat it."""
     folder, kept = out / folder_of(name), out / REPORTS
     kept.mkdir(exist_ok=True)
-    for ending in ("json", "html"):
-        with suppress(FileNotFoundError):
-            (folder / f"report.{ending}").replace(kept / f"{folder.name}.{ending}")
+    page = html(Report.from_file(folder / "report.json"), folder.name, recipe=f"{REPORTS}/{folder.name}.toml")
+    with replacing(kept / f"{folder.name}.html") as partial:
+        partial.write_text(page, encoding="utf-8")
+    (folder / "recipe.toml").replace(kept / f"{folder.name}.toml")
+    (folder / "report.json").replace(kept / f"{folder.name}.json")
     shutil.rmtree(folder)
 
 

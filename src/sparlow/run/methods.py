@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from sparlow.errors import InputError
+from sparlow.evaluation.tasks import load_tasks
 from sparlow.live import watched
 from sparlow.progress import Notify
 from sparlow.recipe.recipe import Recipe, RecipeLike, as_recipe
@@ -23,6 +24,7 @@ def compare(
     match: str | None = None,
     sweep: Mapping[str, Sequence[object]] | None = None,
     tasks: str | Sequence[str] = (),
+    task_path: str | Path | None = None,
     reports_only: bool = False,
     evaluate: str | Sequence[str] = RunOptions.evaluate,
     evaluate_seqlen: int | None = RunOptions.evaluate_seqlen,
@@ -46,7 +48,8 @@ def compare(
         match: Of algorithms: "no", "yes", or "both" for each without and with; if left out, as the recipe says.
         sweep: Of algorithms: values that fields of the recipe shall have in turn, ``{"rank": [0, 16]}`` or seeds.
         tasks: Of lm-eval, as ``evaluate`` takes them; every model answers them.
-        reports_only: Keep no model, but its report in ``out``/reports.
+        task_path: Directory with task files (.yaml), which go before lm-eval's of the same name.
+        reports_only: Keep no model, but its report and recipe in ``out``/reports.
         evaluate: Corpora or files on which perplexity is measured.
         evaluate_seqlen: Tokens in a window of these; the recipe's seqlen if left out.
         limit: At most so many windows of each of these; all if left out.
@@ -80,7 +83,7 @@ def compare(
             recipes,
             out=out,
             options=options,
-            tasks=listed(tasks),
+            tasks=load_tasks(listed(tasks), path=task_path),
             reports_only=reports_only,
             overwrite=overwrite,
             force=force,

@@ -125,7 +125,7 @@ def _table(report: Report) -> str:
     rows.append(("compressed layers", human_bytes(sizes["linears_dense"]), human_bytes(sizes["linears_compressed"])))
     rows.append(("bits a compressed weight", "", f"{report.bits_per_weight:.2f}"))
     rows.append(("bits a parameter, whole file", "", f"{report.bits_per_parameter:.2f}"))
-    rows.append(("mean relative error of the layers' outputs (of energies)", "0", f"{report.mean_relative_error:.5f}"))
+    rows.append(("mean relative squared error of the layers' outputs", "0", f"{report.mean_relative_error:.5f}"))
     after = "fine-tuned" if report.finetuning else "compressed"
     lines = [f"| | dense | {after} |", "|---|--:|--:|", *(f"| {' | '.join(map(_cell, row))} |" for row in rows)]
     seqlen = f"Perplexity in windows of {report.recipe.get('seqlen')} tokens unless another length was asked for.\n"
@@ -156,7 +156,7 @@ be trained or evaluated.
 
 ```
 sparlow generate DIR --prompt "The capital of France is"
-sparlow evaluate DIR --perplexity wikitext2
+sparlow evaluate DIR --evaluate wikitext2
 sparlow export DIR --out MERGED --as merged    # for programs that do not know sparlow; --list shows more forms
 ```
 """

@@ -1,4 +1,4 @@
-"""The entry point of vLLM's plug-ins: where sparlow is installed, ``vllm serve DIR`` needs no flag.
+"""The entry point of vLLM's plug-ins: where sparlow is installed, serving a directory needs no flag.
 
 vLLM calls it in each of its processes, whatever model is served, and then finds the method by the ``quant_method`` of
 config.json. Nothing here imports transformers, whose release is the server's choice.

@@ -12,6 +12,9 @@ A *corpus* is named by one string:
 * a data set on the hub: `owner/name`, or `owner/name:config`. The same column is read, of the split `train` for
   calibration and of `test`, else `validation`, for evaluation (the first 10,000 documents).
 
+Fine-tuning also reads chats: records that hold a list of messages, in the field `messages` if there is no text (`chats`
+says what they look like, `answers` which tokens of them are learnt).
+
 Half a surrogate pair, which JSON may hold, is read as U+FFFD, the character that stands for what cannot be read.
 
 Calibration (`calibration_windows`) follows one rule for every corpus:
@@ -34,7 +37,9 @@ split joined by two line breaks, `ptb` the test split joined by spaces, `c4` the
 validation file joined by spaces and cut to 256 windows; everything else is joined by two line breaks.
 """
 
+from sparlow.text.answers import training_chats
 from sparlow.text.beginning import WITH_BOS, beginning
+from sparlow.text.chats import chat_column
 from sparlow.text.corpora import CORPORA, in_domain, in_domain_warning, same_source
 from sparlow.text.windows import (
     calibration_windows,
@@ -49,11 +54,13 @@ __all__ = [
     "WITH_BOS",
     "beginning",
     "calibration_windows",
+    "chat_column",
     "evaluation_windows",
     "expected_windows",
     "fingerprint",
     "in_domain",
     "in_domain_warning",
     "same_source",
+    "training_chats",
     "training_windows",
 ]

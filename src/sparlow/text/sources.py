@@ -1,22 +1,24 @@
 """Where documents come from: local files and the hub."""
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from textwrap import shorten
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from sparlow.errors import InputError
-from sparlow.text.tables import READERS, TEXT, decoded, names_shown, text_of
+from sparlow.text.tables import READERS, TEXT, Row, decoded, names_shown, text_of
 
 # Documents fetched ahead of use: enough to mix neighbours, little beside the some thousand that 128 long ones take.
 _SHUFFLE_BUFFER = 1_000
 _EXPANSION, _SMALL = 100, 2**24  # text shrinks to a tenth at best; a file may unpack to so many times its size and more
 PLAIN = frozenset({"", ".md", ".raw", ".rst", ".tex", ".text", ".tokens", ".txt"})  # endings of plain text
 _PACKED = frozenset({".bz2", ".gz", ".lz4", ".xz", ".zip", ".zst"})
+
+T = TypeVar("T")
 
 
 class Source(Protocol):
@@ -30,8 +32,8 @@ class Source(Protocol):
         """What tells where they come from: two sources of one identity hold text of one kind."""
 
 
-def in_order(documents: Iterable[str], seed: int | None) -> Iterator[str]:
-    """Documents held in memory, in their own order or in the one that `seed` gives."""
+def in_order(documents: Iterable[T], seed: int | None) -> Iterator[T]:
+    """Documents or records held in memory, in their own order or in the one that `seed` gives."""
     ordered = list(documents)
     if seed is not None:
         random.Random(seed).shuffle(ordered)  # noqa: S311 - a reproducible choice, not a secret
@@ -74,30 +76,66 @@ class LocalFile:
         Raises:
             InputError: The file is not what its ending says, or cannot be read.
         """
+        return self.read((self.column,), lambda row, where: text_of(row, self.column, where), len, seed)
+
+    def read(
+        self,
+        columns: Sequence[str],
+        take: Callable[[Mapping[str, Any], str], T],
+        size: Callable[[T], int],
+        seed: int | None,
+    ) -> Iterator[T]:
+        """What is taken of each record, in its own order or the seed's; the whole file is read at once.
+
+        Args:
+            columns: That are read, of which the first must be there; all if none is named.
+            take: Makes of a record and its place what is returned.
+            size: Characters of what was taken.
+            seed: Of the order.
+
+        Raises:
+            InputError: As above.
+        """
         read = READERS.get(self.path.suffix.lower(), _read_plain)
         try:
-            return in_order(self._chosen(self._bounded(read(self.path, self.column))), seed)
+            taken = (take(*row) for row in read(self.path, columns))
+            return in_order(self._chosen(self._bounded(taken, size)), seed)
         except OSError as error:
-            raise InputError(f"{self.path} cannot be read: {error.strerror or error}. Give another file.") from error
+            raise self._unreadable(error) from error
 
-    def _bounded(self, documents: Iterator[str]) -> Iterator[str]:
+    def first(self) -> Mapping[str, Any]:
+        """The first record with all its columns; an empty one if the file is no table, or empty.
+
+        Raises:
+            InputError: As above.
+        """
+        read = READERS.get(self.path.suffix.lower())
+        try:
+            return next((row for row, _ in read(self.path, ())), {}) if read else {}
+        except OSError as error:
+            raise self._unreadable(error) from error
+
+    def _unreadable(self, error: OSError) -> InputError:
+        return InputError(f"{self.path} cannot be read: {error.strerror or error}. Give another file.")
+
+    def _bounded(self, taken: Iterator[T], size: Callable[[T], int]) -> Iterator[T]:
         """Refuse a file that unpacks to far more than it takes on disk, while it does so."""
         bound, characters = _EXPANSION * self.path.stat().st_size + _SMALL, 0
-        for text in documents:
-            characters += len(text)
+        for one in taken:
+            characters += size(one)
             if characters > bound:
                 raise InputError(f"{self.path} unpacks to more than {bound:,} characters. Give the text itself.")
-            yield text
+            yield one
 
-    def _chosen(self, documents: Iterator[str]) -> Iterator[str]:
+    def _chosen(self, taken: Iterator[T]) -> Iterator[T]:
         """Leave out the records that are not asked for; refuse those that are not there."""
         if self.records is None:
-            yield from documents
+            yield from taken
             return
         (first, last), count = self.records, 0
-        for count, text in enumerate(islice(documents, last), start=1):
+        for count, one in enumerate(islice(taken, last), start=1):
             if count >= first:
-                yield text
+                yield one
         if count < last:
             raise InputError(f"{self.path} holds {count:,} records, so there is no #{first}-{last}. Name others.")
 
@@ -130,11 +168,11 @@ def require_readable(path: Path) -> None:
         )
 
 
-def _read_plain(path: Path, _column: str) -> Iterator[str]:
+def _read_plain(path: Path, columns: Sequence[str]) -> Iterator[Row]:
     data = path.read_bytes()  # text mode would change the line ends
     if not data and not path.is_file():
         raise InputError(f"{path} gave no text. A pipe can be read only once. Give a file.")
-    yield decoded(data, str(path))
+    yield {columns[0]: decoded(data, str(path))}, str(path)
 
 
 @dataclass(frozen=True)
@@ -163,12 +201,18 @@ class HubSplit:
         Raises:
             InputError: The hub cannot be reached, or has no such data set, split or column.
         """
+        where = f"The data set {self.path!r}"
+        return (text_of(row, self.column, where) for row in self.rows(seed))
+
+    def rows(self, seed: int | None = None) -> Iterator[Mapping[str, Any]]:
+        """The records with all their columns, in the order of `documents`.
+
+        Raises:
+            InputError: As above, but for the column.
+        """
         with _hub_failures(self.path):
             rows = self._open()
-            if seed is not None:
-                rows = rows.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
-            for row in rows:
-                yield text_of(row, self.column, f"The data set {self.path!r}")
+            yield from rows if seed is None else rows.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
 
     @property
     def identity(self) -> str:

@@ -1,9 +1,9 @@
-"""Files that hold a table or one record a line: one column of them is the text, one document a record."""
+"""Files that hold a table or one record a line; every reader yields each record with its place, for errors."""
 
 import csv
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ _ROWS = 64  # of a parquet file at a time, so that a bomb is noticed early
 _NOT_UTF8 = re.compile(rb"\xff\xfe|\xfe\xff|\x00.\x00.|.\x00.\x00", re.DOTALL)  # UTF-16 and 32, with a mark or without
 _DEEP = "it is nested too deeply"
 _LONGEST = 200  # characters of a list of names that an error repeats
-Reader = Callable[[Path, str], Iterator[str]]
+Row = tuple[Mapping[str, Any], str]  # a record, and where it stands
+Reader = Callable[[Path, Sequence[str]], Iterator[Row]]  # of these columns at least, of which the first must be there
 
 
 def decoded(data: bytes, where: str) -> str:
@@ -55,7 +56,7 @@ def names_shown(names: Iterable[str]) -> str:
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} …"
 
 
-def read_lines(path: Path, column: str) -> Iterator[str]:
+def read_lines(path: Path, _columns: Sequence[str]) -> Iterator[Row]:
     """One JSON object a line."""
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
@@ -63,33 +64,34 @@ def read_lines(path: Path, column: str) -> Iterator[str]:
             if number == 1 and _NOT_UTF8.match(line):
                 raise InputError(f"{where}: not JSON in UTF-8. Convert it, as with iconv -t UTF-8.")
             if line.strip(b" \t\r\n\xef\xbb\xbf"):
-                yield text_of(_record(line, where), column, where)
+                yield _record(line, where), where
 
 
-def read_json(path: Path, column: str) -> Iterator[str]:
+def read_json(path: Path, columns: Sequence[str]) -> Iterator[Row]:
     """A list of objects, one object, or one object a line: all three are called .json."""
     data = path.read_bytes()
     if not decoded(data, str(path)).lstrip().startswith("[") and _first_line_is_json(data):
-        yield from read_lines(path, column)
+        yield from read_lines(path, columns)
         return
     content = _parsed(data, str(path))
     for number, record in enumerate(content if isinstance(content, list) else [content], start=1):
         where = f"{path}, record {number:,}"
-        yield text_of(_object(record, where), column, where)
+        yield _object(record, where), where
 
 
-def read_separated(path: Path, column: str, separator: str) -> Iterator[str]:
+def read_separated(path: Path, columns: Sequence[str], separator: str) -> Iterator[Row]:
     """A line of names, then one record each; a quoted field may hold separators and line breaks."""
     text = decoded(path.read_bytes(), str(path))
     limit = csv.field_size_limit(max(len(text), csv.field_size_limit()))  # a document may be longer than 131,072
     try:
         rows = csv.DictReader(_lines(text), delimiter=separator, strict=True)
-        require_column(rows.fieldnames or (), column, f"{path}, line 1")
+        for column in columns[:1]:
+            require_column(rows.fieldnames or (), column, f"{path}, line 1")
         for row in rows:
             where = f"{path}, line {rows.line_num:,}"
             if None in row:
                 raise InputError(f"{where}: there are more fields than names in the first line. Put text in quotes.")
-            yield text_of(row, column, where)
+            yield row, where
     except csv.Error as error:
         raise InputError(
             f"{path} is not a table of fields separated by {separator!r}: {error}. "
@@ -99,29 +101,38 @@ def read_separated(path: Path, column: str, separator: str) -> Iterator[str]:
         csv.field_size_limit(limit)
 
 
-def read_parquet(path: Path, column: str) -> Iterator[str]:
-    """A column of a parquet file."""
-    from pyarrow import ArrowException
+def read_parquet(path: Path, columns: Sequence[str]) -> Iterator[Row]:
+    """The columns of a parquet file that are there; all of them if none is named."""
+    from pyarrow import ArrowException, types
     from pyarrow.parquet import ParquetFile, read_schema
 
     try:
-        require_column(read_schema(path).names, column, str(path))
+        schema = read_schema(path)
+        names = schema.names
+        for column in columns[:1]:
+            require_column(names, column, str(path))
+        chosen = [name for name in columns if name in names] or names
         # a value that comes again and again is stored once, and stays so in memory
-        batches = ParquetFile(path, read_dictionary=[column]).iter_batches(_ROWS, columns=[column])
-        records = ({column: value.as_py()} for batch in batches for value in batch.column(0))
+        texts = [name for name in chosen if types.is_string(schema.field(name).type)]
+        batches = ParquetFile(path, read_dictionary=texts).iter_batches(_ROWS, columns=chosen)
+        records = (
+            dict(zip(chosen, (value.as_py() for value in row), strict=True))
+            for batch in batches
+            for row in zip(*(batch.column(name) for name in chosen), strict=True)
+        )
         for number, record in enumerate(records, start=1):
-            yield text_of(record, column, f"{path}, row {number:,}")
+            yield record, f"{path}, row {number:,}"
     except ArrowException as error:
         raise InputError(f"{path} is not a parquet file: {error}. Give another file, or another ending.") from error
 
 
 READERS: dict[str, Reader] = {
-    ".csv": lambda path, column: read_separated(path, column, ","),
+    ".csv": lambda path, columns: read_separated(path, columns, ","),
     ".json": read_json,
     ".jsonl": read_lines,
     ".ndjson": read_lines,
     ".parquet": read_parquet,
-    ".tsv": lambda path, column: read_separated(path, column, "\t"),
+    ".tsv": lambda path, columns: read_separated(path, columns, "\t"),
 }
 """How a file that holds a table is read, by its ending."""
 

@@ -143,7 +143,7 @@ def test_buffers_that_a_module_around_them_computes_are_not_whatever_lay_in_memo
         report = sparlow.compress(
             tmp_path, recipe, calibration=WINDOWS, out=tmp_path / "out", evaluate=("builtin",), limit=2
         )
-        plain = evaluate(whole, tiny_tokenizer(), perplexity_on=("builtin",), seqlen=WINDOWS.shape[1], limit=2)
+        plain = evaluate(whole, tiny_tokenizer(), evaluate=("builtin",), seqlen=WINDOWS.shape[1], limit=2)
         assert report.dense["perplexity"]["builtin"] == pytest.approx(plain["perplexity"]["builtin"], rel=1e-6)
 
 
