@@ -165,12 +165,12 @@ def test_a_state_of_training_is_read_by_all_or_by_none(tmp_path, shard, waiting)
     path = tmp_path / shard.file
     path.write_bytes(WHOLE)
     first, second = (Journal(tmp_path, DECIDES, "model.layers", writes=writes) for writes in (True, False))
-    assert first.training(Processes()) is None
+    assert first.training_for(Processes()) is None
     for journal in (first, second):
         journal.record.training = KeptTraining(shard, 1)
-    assert first.training(Processes()) == path
+    assert first.training_for(Processes()) == path
     path.unlink()
-    assert first.training(Processes()) is None
-    assert second.training(Second(told=False)) is None
+    assert first.training_for(Processes()) is None
+    assert second.training_for(Second(told=False)) is None
     waiting(lambda: path.write_bytes(WHOLE))
-    assert second.training(Second(told=True)) == path  # it is late here
+    assert second.training_for(Second(told=True)) == path  # it is late here

@@ -308,7 +308,7 @@ class Job:
         """Where the state of distillation is kept, so that a run that was killed resumes within it."""
         if self.journal is None:
             return None
-        found = self.journal.training(self.processes)
+        found = self.journal.training_for(self.processes)
         return TrainingCheckpoint(found, self.journal.keep_training if self.processes.first else None)
 
     def begin_files(self) -> None:

@@ -146,11 +146,16 @@ class Journal:
             shutil.rmtree(place)
         self._tidy_training()
 
-    def training(self, processes: Processes) -> Path | None:
-        """File of the last state of distillation, if the first process finds it as it was recorded."""
+    @property
+    def training(self) -> Path | None:
+        """File of the last state of distillation, if its checksum is as recorded."""
         kept = self.record.training
-        found = processes.first_finds(lambda: kept is not None and self._is_there(kept.shard))
-        return self._path(kept.shard) if kept and found else None
+        return self.folder / kept.shard.file if kept and self._is_there(kept.shard) else None
+
+    def training_for(self, processes: Processes) -> Path | None:
+        """Return the same in every process if the first one finds it: all go on from it, or none."""
+        found = processes.first_finds(lambda: self.training is not None)
+        return self._path(self.record.training.shard) if self.record.training and found else None
 
     def keep_training(self, tensors: Mapping[str, Tensor]) -> None:
         """Write a state of distillation, and remove the one before it."""
