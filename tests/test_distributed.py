@@ -223,6 +223,8 @@ def test_only_the_first_process_looks_and_all_know():
         return {"seen": 1}
 
     assert Processes().first_finds(find) == {"seen": 1}
+    words = b'{"seen": 1}'
     second = Processes(1, 2)
-    second.all_gather = lambda value: [{"seen": 1}, value]
+    second.totals = lambda numbers: [len(words) + number for number in numbers]
+    second.broadcast = lambda tensor: tensor.copy_(torch.frombuffer(bytearray(words), dtype=torch.uint8))
     assert second.first_finds(lambda: 1 // 0) == {"seen": 1}

@@ -105,13 +105,19 @@ class Processes:
         rows = torch.zeros(self.size, max(sizes), dtype=torch.uint8)
         rows[self.rank, : len(data)] = data
         self.all_reduce(rows)
-        return [json.loads(bytes(row[:n].tolist())) for row, n in zip(rows, sizes, strict=True)]
+        return [json.loads(row[:n].numpy().tobytes()) for row, n in zip(rows, sizes, strict=True)]
 
     def first_finds(self, find: Callable[[], Any]) -> Any:  # noqa: ANN401 - whatever JSON holds
         """Return what the first process finds, however long that takes; the others only wait for it."""
         found = find() if self.first else None
         self.part()
-        return self.all_gather(found)[0]
+        if self.size == 1:
+            return found
+        words = json.dumps(found).encode()
+        (size,) = self.totals([len(words) if self.first else 0])
+        own = torch.frombuffer(bytearray(words), dtype=torch.uint8)
+        data = own if self.first else torch.empty(int(size), dtype=torch.uint8)
+        return json.loads(self.broadcast(data).numpy().tobytes())
 
     def barrier(self) -> None:
         """Wait until all processes have come here."""

@@ -195,9 +195,14 @@ def test_a_head_that_looks_at_other_tokens_is_given_all_of_them(monkeypatch):
     norm = model.model.norm
     forward = norm.forward
     norm.forward = lambda x: forward(x - x.mean(1, keepdim=True))
+    passed = []
+    model.register_forward_hook(lambda _module, _given, output: passed.append(tuple(output.logits.shape[:2])))
     whole = perplexity(model, windows)
+    assert passed == [(2, 40)]
     monkeypatch.setattr(capture, "LOGITS_AT_ONCE", 2 * 7 * VOCABULARY)
-    assert perplexity(model, windows).value == whole.value
+    passed.clear()
+    assert perplexity(model, windows).value == pytest.approx(whole.value, rel=1e-6)
+    assert passed[-2:] == [(1, 40)] * 2  # a window at a time, since less cannot be
 
 
 # what windows begin with, and what a caller may give

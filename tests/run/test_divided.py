@@ -1,6 +1,7 @@
 """The rows of one weight over several processes: what they find together is what one finds."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,9 @@ import torch
 from processes import SERVER, join, together
 from sparlow.algorithms import algorithms, find, solve
 from sparlow.distributed import Processes, joined
+from sparlow.linalg import scales
 from sparlow.linalg.gram import Gram
+from sparlow.linalg.grid import make_grid
 from sparlow.linalg.patterns import parse_pattern
 from sparlow.linalg.shared_rows import Ahead, sharing
 from sparlow.recipe.allocation import Budget
@@ -30,14 +33,18 @@ def problem():
     return W, Gram.damped(X.T @ X / 100, sample=sample)
 
 
-def solved(W, name, pattern, rank, options):
+def solved(W, name, pattern, rank, options, **stored):
     algorithm, _ = find(name)
     gram = problem()[1]
 
     def some(rows):
-        return solve(algorithm, rows, gram, parse_pattern(pattern), rank, algorithm.parse_options(options))
+        return solve(algorithm, rows, gram, parse_pattern(pattern), rank, algorithm.parse_options(options), **stored)
 
     return some if W is None else some(W)
+
+
+def on_grid(values, levels="auto", *, int8_factors=True):
+    return {"grid": make_grid(values, levels, 8), "int8_factors": int8_factors}
 
 
 CASES = {
@@ -50,12 +57,44 @@ CASES = {
     "3basil literal": ("2:4", 4, {"schedule": "literal", "max_steps": 40}),
     "3basil dense": ("dense", 2, {"effort": 0.2}),
     "3basil alone": ("2:4", 0, {"effort": 0.3}),
+    "oats": ("2:4", 4, {"rounds": 5}),
+}
+GRIDS = {
+    "wanda int4": ("2:4", 0, {}, on_grid("int4")),
+    "magnitude int8": ("dense", 0, {}, on_grid("int8")),
+    "alps int3": ("2:4", 0, {}, on_grid("int3", "half")),
+    "sparsegpt int4": ("dense", 0, {}, on_grid("int4")),
+    "sparsegpt int3 2:4": ("2:4", 0, {}, on_grid("int3")),
+    "3basil int8": ("2:4", 4, {"effort": 0.3}, on_grid("int8")),
+    "3basil int3": ("dense", 2, {"effort": 0.2}, on_grid("int3")),
+    "3basil int4 2:4": ("2:4", 4, {"effort": 0.2}, on_grid("int4", int8_factors=False)),
+    "3basil int2 alone": ("dense", 0, {"effort": 0.2}, on_grid("int2")),
+    "3basil factors": ("2:4", 4, {"effort": 0.3}, {"grid": None, "int8_factors": True}),
+    "oats int4": ("2:4", 4, {"rounds": 5}, on_grid("int4")),
 }
 EXACT = ("wanda", "magnitude")
+BOOK_ROWS = 5  # fewer than there are: those that a book is learned from are spread over all processes
+
+
+@pytest.fixture(autouse=True)
+def few_rows_of_a_book(monkeypatch):
+    monkeypatch.setattr(scales, "BOOK_ROWS", BOOK_ROWS)
 
 
 def test_every_method_that_says_it_works_by_rows_is_tried():
-    assert {case.split()[0] for case in CASES} == {algorithm.name for algorithm in algorithms() if algorithm.by_rows}
+    tried = {algorithm.name for algorithm in algorithms() if algorithm.by_rows}
+    assert {case.split()[0] for case in CASES} == {case.split()[0] for case in GRIDS} == tried
+
+
+def told_of(found):
+    """What is stored, as JSON can say it."""
+    values, factors = found.values, found.factors
+    return {
+        "parts": [part.tolist() for part in (found.S, found.U, found.V)],
+        "grid": values and [values.scale.tolist(), values.levels.tolist()],
+        "factors": factors and [factors.U.tolist(), factors.V.tolist()],
+        "error": found.stats.relative_error,
+    }
 
 
 def one_of_several(variables, note):
@@ -68,6 +107,11 @@ def one_of_several(variables, note):
             stats = found.stats
             told[case] = [part.tolist() for part in (found.S, found.U, found.V)]
             told[case] += [stats.relative_error, stats.relative_error_per_token, stats.iterations]
+        scales.BOOK_ROWS = BOOK_ROWS
+        for case, (*asked, stored) in GRIDS.items():
+            pattern, rank, options = asked
+            solving = solved(None, case.split()[0], pattern, rank, options, **stored)
+            told[case] = told_of(solve_together(processes, problem()[0], solving))
         half = solve_together(processes, problem()[0].bfloat16(), solved(None, "wanda", "2:4", 0, {}))
         told["half"] = half.S.float().tolist()
     note.write_text(json.dumps(told))
@@ -99,6 +143,30 @@ def test_several_find_what_one_finds(tmp_path):
             assert per_token == pytest.approx(expected.stats.relative_error_per_token, rel=1e-3), case
             if case in EXACT:
                 assert torch.equal(S, expected.S)
+        for case, (pattern, rank, options, stored) in GRIDS.items():
+            compare_grids(case, told[0][case], solved(W, case.split()[0], pattern, rank, options, **stored))
+
+
+def compare_grids(case, told, expected):
+    """A code may be another where a number lay between two levels, so what is compared is the error of all."""
+    W, gram = problem()
+    wanted = (expected.S, expected.U, expected.V)
+    S, U, V = (torch.tensor(part).view(like.shape) for part, like in zip(told["parts"], wanted, strict=True))
+    assert told["error"] == pytest.approx(expected.stats.relative_error, rel=1e-3), case
+    assert told["error"] == pytest.approx(gram.relative_error(W, W - S - U @ V), rel=1e-4), case  # of the whole weight
+    assert (told["grid"] is None) == (expected.values is None)
+    if expected.values is not None:
+        like = (expected.values.scale, expected.values.levels)
+        scale, levels = (torch.tensor(part).to(one) for part, one in zip(told["grid"], like, strict=True))
+        values = replace(expected.values, scale=scale, levels=levels)
+        assert torch.equal(values.decode(values.encode(S)) * (S != 0), S), case  # every row on the one grid
+        assert scale.shape == expected.values.scale.shape
+        torch.testing.assert_close(levels, expected.values.levels, msg=case)
+    if expected.factors is not None:
+        for part, scale, dim in zip((U, V), told["factors"], (0, 1), strict=True):
+            codes = part / torch.tensor(scale).unsqueeze(dim)
+            torch.testing.assert_close(codes, codes.round(), atol=1e-3, rtol=0, msg=case)
+            assert codes.abs().max() <= 127.001
 
 
 def _shapes(rank):
@@ -115,11 +183,14 @@ def test_layers_that_would_keep_all_others_waiting_are_divided_with_those_that_s
     assert [name for name, rank in two.items() if rank == ALL] == ["down"]
     assert {two["gate"], two["up"]} == {0, 1}
     assert [name for name, rank in many.items() if rank == ALL] == ["gate", "up", "down"]
+    coded = Budget(parse_pattern("2:4"), 2, make_grid("int4"), int8_factors=True)
+    for several in (algorithm, find("oats")[0]):
+        assert who_solves(Processes(0, 2), several, {"down": (Layer(32, 96), coded)}, {}) == {"down": ALL}
     whole = {"rows": Budget(parse_pattern("0.5"), 4), "rank": Budget(parse_pattern("2:4"), 17)}
     for kept in whole.values():
         assert ALL not in who_solves(Processes(0, 2), algorithm, {"down": (Layer(32, 96), kept)}, {}).values()
-    oats = find("oats")[0]  # takes a decomposition of all rows
-    assert who_solves(Processes(0, 2), oats, {"down": (Layer(32, 96), budget)}, {}) == {"down": 0}
+    eora = find("eora")[0]  # takes a decomposition of all rows
+    assert who_solves(Processes(0, 2), eora, {"down": (Layer(32, 96), budget)}, {}) == {"down": 0}
     assert cost((32, 96)) == 96**2 * (32 + 96)
 
 

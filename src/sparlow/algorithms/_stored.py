@@ -12,6 +12,7 @@ from sparlow.linalg.grid import FactorScales, GridValues
 from sparlow.linalg.grid_fit import Fit, fitted_to_grid, measured, rounded_fit
 from sparlow.linalg.grid_target import GridTarget, Storage
 from sparlow.linalg.lowrank import balanced
+from sparlow.linalg.shared_rows import largest
 
 
 def on_grid(W: Tensor, gram: Gram, found: Decomposition, target: GridTarget) -> Decomposition:
@@ -57,8 +58,8 @@ def as_stored(found: Decomposition, dtype: torch.dtype, storage: Storage) -> Dec
 def _stored_values(values: GridValues, storage: Storage) -> GridValues:
     """Return the grid in the weight's units; RunError if its scales leave the range of their type."""
     scale, levels = (values.scale * storage.unit).to(storage.scales), values.levels.to(storage.scales)
-    largest = scale.max().item() if scale.numel() else 0.0
-    if values.scale.any() and not torch.finfo(storage.scales).tiny <= largest < torch.inf:
+    before, after = (largest(s.max().item() if s.numel() else 0.0) for s in (values.scale, scale))
+    if before and not torch.finfo(storage.scales).tiny <= after < torch.inf:
         raise RunError(f"The scales of the grid do not fit {storage.scales}. Give the model in bfloat16 or float32.")
     return replace(values, scale=scale, levels=levels)
 

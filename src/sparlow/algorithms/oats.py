@@ -21,7 +21,7 @@ from sparlow.linalg.patterns import Pattern, within_rows
 SUBSPACE_STEPS = 4  # a round; 1 leaves the objective up to 6 % higher
 
 
-@decomposer("oats", usual=True)
+@decomposer("oats", usual=True, by_rows=True)
 def oats(W: Tensor, gram: Gram, pattern: Pattern, rank: int, *, rounds: Count = 80) -> Decomposition:
     """Alternate truncation to rank r and thresholding, in coordinates scaled by the norms of the inputs.
 

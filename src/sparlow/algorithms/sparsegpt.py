@@ -29,6 +29,7 @@ from sparlow.linalg.grid_fit import rounded
 from sparlow.linalg.grid_target import GridTarget
 from sparlow.linalg.patterns import Pattern
 from sparlow.linalg.scales import learned
+from sparlow.linalg.shared_rows import summed
 from sparlow.linalg.sweep import GridSweep, block_bounds, saliency, sweep
 
 
@@ -64,7 +65,7 @@ def sparsegpt(
     if grid.masked:
         pruned = Pruned.of(sparsegpt(W, gram, pattern, blocksize=blocksize))
         plain = rounded(pruned.S, grid)
-        found = min(found, plain, key=lambda part: gram.objective(W - part[0]).item())
+        found = min(found, plain, key=lambda part: summed(gram.objective(W - part[0]).item()))
     return Pruned(found[0], values=found[1])
 
 

@@ -56,6 +56,7 @@ from sparlow.linalg.grid_projection import GridProjection
 from sparlow.linalg.grid_target import GridTarget
 from sparlow.linalg.lowrank import best_fit, subspace_step
 from sparlow.linalg.patterns import Pattern
+from sparlow.linalg.shared_rows import summed
 
 SETTLED = {
     "joint": 1e-2,
@@ -136,18 +137,18 @@ def _joint_on_grid(
     Where everything is kept, nothing happens before the grid begins, so it begins at once.
     """
     space = gram.coordinates(conditional=True, group=pattern.group)
-    loop = Loop(space.to_scaled(W), space, pattern, rank, rho=RHO if target.masked else ON_GRID)
+    rho, (every, factor) = RHO if target.masked else ON_GRID, pace(effort)
+    loop = Loop(space.to_scaled(W), space, pattern, rank, rho, growth=factor)
     steps = _raise_to(loop, ON_GRID, effort, max_steps)
     points = GridProjection(loop.X, loop.project if target.masked else None, space, target)
     loop.move_to(points)
-    every, factor = pace(effort)
-    change, before = 1.0, loop.D.clone()
+    change, before, entries = 1.0, loop.D.clone(), summed(W.numel())
     while steps < max_steps:
         for _ in range(every):
             loop.fit_jointly()
             loop.update()
         steps += every
-        change = torch.ne(loop.D, before).float().mean().item()
+        change = summed(torch.ne(loop.D, before).count_nonzero().item()) / entries
         loop.looks.append((steps, change))
         if change < SETTLED["joint"]:
             break

@@ -99,7 +99,7 @@ def measure(
         for i, batch in enumerate(batches):
             ids = batch.to(model.device)  # (b, seqlen)
             if width is None:
-                found.add(_losses_together(model, ids))
+                found.add([_losses_together(model, ids)[None]])
             else:
                 form, hidden = behind_blocks(model, Decoder.of(model), ids)
                 found.add(_at_head(model, form, ids, hidden, dense, i))
@@ -110,11 +110,16 @@ def measure(
     return Measured(found.perplexity(), found.agreement() if dense else None), kept
 
 
-def _losses_together(model: PreTrainedModel, ids: Tensor) -> Iterator[Tensor]:
-    """Losses (1, b, n) of a few positions at a time, from the logits of all."""
+def _losses_together(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Losses (b, n), where the logits of a window can only be had together: of as few windows at a time as need be."""
+    windows = tokens_at_once(model, ids.shape[1])  # so many tokens at one place
+    return torch.cat([_losses_of_whole(model, some) for some in ids.split(windows)])
+
+
+def _losses_of_whole(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Losses (b, n) from logits of all positions, looked at a few at a time: copies would take more memory."""
     logits = model(ids, use_cache=False).logits  # (b, seqlen, vocabulary)
-    pieces = _in_pieces(model, ids, logits)  # as copies of all of them would need several times their memory
-    return (_losses(some, after)[None] for _, after, some in pieces)
+    return torch.cat([_losses(some, after) for _, after, some in _in_pieces(model, ids, logits)], 1)
 
 
 def _at_head(

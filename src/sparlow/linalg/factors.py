@@ -7,6 +7,7 @@ from sparlow.linalg.coordinates import cholesky
 from sparlow.linalg.grid import FactorScales
 from sparlow.linalg.grid_target import Storage
 from sparlow.linalg.lowrank import balanced
+from sparlow.linalg.shared_rows import maximum
 
 LARGEST = 127  # in int8; −128 is not used
 
@@ -52,7 +53,9 @@ def fitted_left(M: Tensor, H: Tensor, V: Tensor) -> Tensor:
 
 def _int8(X: Tensor, dim: int, storage: Storage, unit: float) -> tuple[Tensor, Tensor]:
     """Return X rounded to 127 steps each way of a scale for each row or column, and the scales."""
-    scale = storage.rounded(X.abs().amax(dim, keepdim=True) / LARGEST, storage.scales, unit)
+    top = X.abs().amax(dim, keepdim=True)
+    top = top if dim else maximum(top)  # a column of U has rows in every process
+    scale = storage.rounded(top / LARGEST, storage.scales, unit)
     codes = (X / torch.where(scale == 0, 1.0, scale)).round_().clamp_(-LARGEST, LARGEST)
     return codes * scale, scale.flatten()
 
@@ -64,6 +67,6 @@ def _balanced(U: Tensor, V: Tensor, unit: float) -> tuple[Tensor, Tensor]:
 
 def _even(U: Tensor, V: Tensor, unit: float) -> tuple[Tensor, Tensor]:
     """Move powers of two between U and V · unit until their entries are about the same size."""
-    u, v = U.abs().amax(0).log2(), (V.abs() * unit).amax(1).log2()
+    u, v = maximum(U.abs().amax(0)).log2(), (V.abs() * unit).amax(1).log2()
     shift = torch.where((u + v).isfinite(), ((v - u) / 2).round(), 0.0).exp2()
     return U * shift, V / shift[:, None]

@@ -15,6 +15,7 @@ from sparlow.linalg.grid import FactorScales, GridValues
 from sparlow.linalg.grid_target import GridTarget
 from sparlow.linalg.lowrank import subspace_iteration
 from sparlow.linalg.scales import learned, least_squares, unclipped
+from sparlow.linalg.shared_rows import summed
 from sparlow.linalg.sweep import saliency, swept_to_grid
 
 ROUNDS = 2  # of low rank, scales and descent; a third gains less than 1 %
@@ -110,7 +111,7 @@ def finished(W: Tensor, gram: Gram, fit: Fit, target: GridTarget) -> Fit:
         scale = least_squares(C, T, H, scale, target)
         S = C * target.steps(scale, W.shape[1])
         S, errors = descend(S, T, H, scale, target, rounding)
-        fit = Fit(S, target.values(scale, rounding), U, V, factors, errors.sum().item())
+        fit = Fit(S, target.values(scale, rounding), U, V, factors, summed(errors.sum().item()))
         best = fit if fit.error < best.error else best
     return best
 
@@ -123,7 +124,7 @@ def magnitudes(values: GridValues) -> Tensor | None:
 def measured(W: Tensor, gram: Gram, fit: Fit) -> Fit:
     """Return the fit with its error."""
     R = W - fit.S - fit.U @ fit.V
-    return replace(fit, error=((R @ metric(gram)) * R).sum().item())
+    return replace(fit, error=summed(((R @ metric(gram)) * R).sum().item()))
 
 
 def metric(gram: Gram) -> Tensor:

@@ -21,8 +21,8 @@ COMFORTABLE = (-8, 14)  # exponents of 2: a row whose largest entry lies between
 
 def truncated_svd(A: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Return U (out, rank) and V (rank, in) that minimise ‖A − U V‖_F (Eckart and Young)."""
-    P, sigma, Qt = torch.linalg.svd(A, full_matrices=False)
-    return P[:, :rank] * sigma[:rank], Qt[:rank]
+    P, sigma, Qt = torch.linalg.svd(gathered(A), full_matrices=False)
+    return own(P[:, :rank] * sigma[:rank]), Qt[:rank]
 
 
 def weighted_svd(M: Tensor, gram: Gram, rank: int) -> tuple[Tensor, Tensor]:

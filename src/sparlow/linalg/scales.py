@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 
 from sparlow.linalg.grid_target import GridTarget
 from sparlow.linalg.rounding import Rounding, learn_magnitudes, row_blocks, whole_magnitudes
+from sparlow.linalg.shared_rows import of_first, sampled
 
 CANDIDATES = 10  # scales tried for a group, from clipping to the largest entry
 LEAST_SHARE = {2: 0.3, 3: 0.3, 4: 0.45, 8: 0.7}  # of the largest entry: where the search begins, by bits
@@ -92,7 +93,7 @@ def learned(Z: Tensor, weight: Tensor, target: GridTarget) -> Rounding:
     rounding = target.rounding()
     if target.grid.levels != "book":
         return rounding
-    rows = Z[:: max(len(Z) // BOOK_ROWS, 1)].contiguous()
+    rows = sampled(Z, BOOK_ROWS)
     scale = searched(rows, weight, target, rounding)
     if not scale.any():
         return rounding
@@ -102,7 +103,8 @@ def learned(Z: Tensor, weight: Tensor, target: GridTarget) -> Rounding:
         z, w = rows / torch.where(step == 0, 1.0, step), step.square() * weight * counts
         rounding = target.rounding(learn_magnitudes(z, w, rounding.magnitudes))
         scale = followed(rows, weight, target, rounding, scale)
-    return rounding if target.grid.bits == BYTE else target.rounding(whole_magnitudes(rounding.magnitudes))
+    found = of_first(rounding.magnitudes if target.grid.bits == BYTE else whole_magnitudes(rounding.magnitudes))
+    return target.rounding(found)
 
 
 def least_squares(C: Tensor, T: Tensor, H: Tensor, scale: Tensor, target: GridTarget) -> Tensor:

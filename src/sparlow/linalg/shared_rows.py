@@ -102,6 +102,25 @@ def maximum(part: Tensor) -> Tensor:
     return part if rows is None else rows.maximum(part)
 
 
+def of_first(whole: Tensor) -> Tensor:
+    """Return what the first process has: of what all find alike, the same bits whatever their machines."""
+    rows = _rows.get()
+    return whole if rows is None else rows.sent(whole, 0)
+
+
+def sampled(part: Tensor, count: int) -> Tensor:
+    """Return at least so many rows of all (if there are as many), evenly spread, the same in every process."""
+    if _rows.get() is None:
+        return part[:: max(len(part) // count, 1)].contiguous()
+    everyone = torch.arange(int(summed(len(part))), device=part.device)
+    stride = max(len(everyone) // count, 1)
+    mine = own(everyone)
+    chosen = mine % stride == 0
+    found = part.new_zeros(-(-len(everyone) // stride), *part.shape[1:])
+    found[mine[chosen] // stride] = part[chosen]
+    return total(found)
+
+
 def largest(number: float) -> float:
     """Return the largest of a number over all processes."""
     rows = _rows.get()

@@ -31,7 +31,7 @@ LOGITS = 5  # of a piece at a time: as they come and in float32, of two models, 
 LOOKED_AT = 3  # bytes an entry that a look for NaN takes beside a tensor's own copy
 ADAM = 4 * FLOAT  # a number that is trained: itself, its gradient, two moments
 BEST = FLOAT  # the parameters of the best epoch
-MASK = 1  # byte for each entry of S that says whether it is kept
+POSITION = 4  # bytes for each kept entry of S that say where it is
 STATE = 4  # numbers in a state of a training for each that is trained: now, at its best, two moments
 SAVED_LOGITS = 6  # of a piece at a time, while distilling: both models', in two forms, and gradients
 
@@ -312,14 +312,16 @@ class _Counted:
         return self._stage("saving", weights + more, hidden=self._waiting(), where=work.place)
 
     def _trained(self, block: Block) -> int:
-        """Layers while they are trained: numbers, masks or levels, in place of their S and beside their U V."""
-        beside = sum(layer.weights * self._of_entry(layer) for layer in block.compressed)
+        """Layers while they are trained: numbers, positions or levels, in place of their S and beside their U V."""
+        beside = sum(self._beside_numbers(layer) for layer in block.compressed)
         own = sum(layer.weights for layer in block.compressed) * self.size
         return block.low_rank * self.size + block.trained * (ADAM + BEST) + beside - own
 
-    def _of_entry(self, layer: Layer) -> int:
-        """Bytes for each entry of S that say where it is kept, or which level of its grid it has."""
-        return SCALE_BITS // 8 if layer.budget and layer.budget.grid else MASK
+    def _beside_numbers(self, layer: Layer) -> int:
+        """Bytes that say where the kept entries of S are, or which level of its grid each entry has."""
+        if layer.budget and layer.budget.grid:
+            return layer.weights * SCALE_BITS // 8
+        return layer.budget.pattern.kept(layer.shape) * POSITION if layer.budget else 0
 
     def _saved(self, block: Block, tokens: int) -> int:
         """What a pass of a block leaves for its gradients: inputs of layers, S + U V, and levels that scales need."""

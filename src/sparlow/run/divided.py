@@ -97,7 +97,8 @@ def solve_together(processes: Processes, W: Tensor, solving: Callable[[Tensor], 
     processes.part()  # each has solved others by itself
     with sharing(rows):
         found = solving(rows.own(W))
-    return replace(found, S=rows.gathered(found.S), U=rows.gathered(found.U))
+    values = found.values and replace(found.values, scale=rows.gathered(found.values.scale))
+    return replace(found, S=rows.gathered(found.S), U=rows.gathered(found.U), values=values)
 
 
 def who_solves(
@@ -142,9 +143,8 @@ def cost(shape: tuple[int, int]) -> float:
 def _divisible(algorithm: Algorithm, budget: Budget, rows: int, processes: Processes) -> bool:
     """Whether several processes can solve a layer of so many rows together, and find what one would find.
 
-    A pattern that chooses among the entries of all rows would need all of them; so do grids, which learn their levels.
+    A pattern that chooses among the entries of all rows would need all of them.
     """
     alone = budget.pattern.group is not None or budget.pattern.density == 1
-    plain = budget.grid is None and not budget.int8_factors
     fits = processes.size > 1 and rows // processes.size >= max(budget.rank, 1)
-    return algorithm.by_rows and alone and plain and fits
+    return algorithm.by_rows and alone and fits

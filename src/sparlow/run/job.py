@@ -121,10 +121,10 @@ class Job:
         }
         self.runner.folder = folder / HIDDEN
         device = self.weights.device.type
-        self.journal = Journal(folder, decides, self.decoder.name, overwrite=overwrite, device=device)
-        if self.processes.first:
+        first = self.processes.first
+        self.journal = Journal(folder, decides, self.decoder.name, overwrite=overwrite, device=device, writes=first)
+        if first:
             self.journal.settle()
-        self.processes.part()
         self.journal.share(self.processes)
         self.known_dense |= self.journal.record.dense
         self.report.warnings += self.journal.warnings
@@ -180,7 +180,9 @@ class Job:
         new = [name for name, text in texts.items() if text not in known]
         dense = self.runner.dense(evaluation, self.known_dense, self.report.warnings, new)
         if new:
-            journal.require_whole()
+            if self.processes.first:
+                journal.require_whole()
+            self.processes.part()
         for name in (name for name in new if texts[name] not in known):  # two names may be of one text
             known[texts[name]] = self.measure_result(name, evaluation[name])
         measured = {name: known[text] for name, text in texts.items()}
@@ -203,7 +205,7 @@ class Job:
     @property
     def result(self) -> Weights:
         """The compressed model: as it was written if there is a directory, else as it is in memory."""
-        return Written(self.journal.folder, self.decoder, self.weights, self.model) if self.journal else self.weights
+        return Written(self.journal.shard, self.decoder, self.weights, self.model) if self.journal else self.weights
 
     def measure_result(self, name: str, windows: Tensor) -> Measured:
         """Measure the compressed model beside the dense one; RunError if its perplexity is NaN."""
@@ -291,8 +293,7 @@ class Job:
             self.report.distillation = self.journal.record.distillation
         if truth is None or not self.distills:
             return
-        self.processes.part()
-        self.processes.barrier()  # for the last shard
+        self.meet_at_files()
         with self.clock("matching"), all_loaded(self.result, len(self.decoder)):
             blocks = list(self.decoder.blocks)
             found = self.recovery.distill(self.model, blocks, recording, truth, self.notify, self.training_checkpoint())
@@ -307,7 +308,8 @@ class Job:
         """Where the state of distillation is kept, so that a run that was killed resumes within it."""
         if self.journal is None:
             return None
-        return TrainingCheckpoint(self.journal.training, self.journal.keep_training if self.processes.first else None)
+        found = self.journal.training_for(self.processes)
+        return TrainingCheckpoint(found, self.journal.keep_training if self.processes.first else None)
 
     def begin_files(self) -> None:
         """Record what is known before the first block, if there is a directory."""
@@ -341,7 +343,7 @@ class Job:
     def restore_block(self, i: int, block: nn.Module) -> tuple[list[LayerRecord], list[dict[str, Any]]]:
         """Read a block that an earlier run finished from its shard; return its records."""
         journal = cast("Journal", self.journal)
-        read_block(journal.folder, self.decoder, i, block)
+        read_block(journal.shard(journal.record.blocks[i].file), self.decoder, i, block)
         to_compute(block, self.weights)
         done = journal.record.blocks[i]
         return done.layers, done.matching
@@ -401,5 +403,11 @@ class Job:
                     loader=self.with_loader,
                 )
                 self.journal.note_rest(rest, self.recipe.to_toml())
+        self.meet_at_files()
+
+    def meet_at_files(self) -> None:
+        """Wait until the first process has written all shards so far; then each knows their names and sums."""
         self.processes.part()
-        self.processes.barrier()  # the others read what the first has written
+        if self.journal:
+            self.journal.share(self.processes)
+        self.processes.barrier()

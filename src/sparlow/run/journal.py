@@ -15,12 +15,13 @@ from torch import Tensor
 from sparlow.distributed import Processes
 from sparlow.errors import InputError
 from sparlow.evaluation.agreement import Measured
-from sparlow.files import replacing, resolve_inside, sha256, sync_folder, write_json
+from sparlow.files import replacing, resolve_inside, sync_folder, write_json
 from sparlow.machine import differences, machine, versions
 from sparlow.model.artefact.checksums import small_sums
 from sparlow.model.artefact.shards import ShardRecord, write_shard
 from sparlow.recipe.allocation import Budget
 from sparlow.report.records import LayerRecord, Perplexity
+from sparlow.run.arrival import arrived, wrong_with
 from sparlow.run.output_dir import LOCK, NAME
 from sparlow.run.record import BlockRecord, KeptTraining, RunRecord, read_record
 
@@ -37,6 +38,8 @@ class Journal:
         blocks_name: Name of the list of decoder blocks in the model.
         overwrite: Ignore a finished result or another run, and remove it when the first record is written.
         device: Type of the device that computes, such as cpu or cuda. It is recorded with the machine.
+        writes: Whether this process writes the directory. Any other one does not look there before ``share`` has told
+            it what there is, since it may see the directory late.
 
     Raises:
         InputError: The directory holds a run with another fingerprint.
@@ -50,11 +53,13 @@ class Journal:
         *,
         overwrite: bool = False,
         device: str = "cpu",
+        writes: bool = True,
     ) -> None:
-        self.folder = folder
+        self.folder, self._writes = folder, writes
+        self._seen: set[ShardRecord] = set()  # that others wrote, and that are here
         here = machine() | {"device": device, **versions()}
         self.record = RunRecord(dict(fingerprint), blocks_name, machines=[here])
-        if (folder / NAME).exists():
+        if writes and (folder / NAME).exists():
             found = read_record(folder)
             same = found.fingerprint == self.record.fingerprint
             if overwrite and (found.finished or not same):
@@ -75,9 +80,27 @@ class Journal:
         return [f"This run was resumed on a machine that differs ({what}), {so}." for what in changed]
 
     def share(self, processes: Processes) -> None:
-        """Give all processes the record that the first process found on disk."""
+        """Give all processes the record that the first process has, however long it has worked since they met."""
         if processes.size > 1:
-            self.record = RunRecord.from_dict(processes.all_gather(self.record.to_dict())[0])
+            self.record = RunRecord.from_dict(processes.first_finds(self.record.to_dict))
+
+    def shard(self, file: str) -> Path | None:
+        """Return the path of a shard; None if it is not on record.
+
+        In a process that does not write, this waits until the file is here as it was written.
+
+        Raises:
+            RunError: It does not come.
+        """
+        record = self.record.shards.get(file)
+        return self._path(record) if record else None
+
+    def _path(self, shard: ShardRecord) -> Path:
+        if self._writes or shard in self._seen:
+            return resolve_inside(self.folder, shard.file)
+        path = arrived(self.folder, shard)
+        self._seen.add(shard)
+        return path
 
     @property
     def blocks_done(self) -> int:
@@ -90,8 +113,7 @@ class Journal:
 
     def _is_there(self, shard: ShardRecord) -> bool:
         """Whether a file is on disk as it was written."""
-        path = resolve_inside(self.folder, shard.file)
-        return path.exists() and path.stat().st_size == shard.bytes and sha256(path) == shard.sha256
+        return not wrong_with(resolve_inside(self.folder, shard.file), shard)
 
     def require_whole(self) -> None:
         """See that every shard is on disk as it was written, before a finished result is read again.
@@ -129,6 +151,11 @@ class Journal:
         """File of the last state of distillation, if its checksum is as recorded."""
         kept = self.record.training
         return self.folder / kept.shard.file if kept and self._is_there(kept.shard) else None
+
+    def training_for(self, processes: Processes) -> Path | None:
+        """Return the same in every process if the first one finds it: all go on from it, or none."""
+        found = processes.first_finds(lambda: self.training is not None)
+        return self._path(self.record.training.shard) if self.record.training and found else None
 
     def keep_training(self, tensors: Mapping[str, Tensor]) -> None:
         """Write a state of distillation, and remove the one before it."""

@@ -157,7 +157,7 @@ def test_a_block_comes_back_into_a_dense_one(values, pattern, tmp_path):
     write(model, tmp_path / "out")
     (tmp_path / "out" / "config.json").unlink()  # unfinished: nothing but the shard says what the codes mean
     block, decoder = tiny("llama", seed=5).model.layers[1], Decoder.of(model)
-    read_block(tmp_path / "out", decoder, 1, block)
+    read_block(tmp_path / "out" / SHARD, decoder, 1, block)
     assert_same_bits(block, model.model.layers[1])
     again = CheckpointWriter(tmp_path / "again", model, decoder)
     again.write_block(1, block)
@@ -307,7 +307,7 @@ def test_a_shard_that_does_not_say_what_its_codes_mean(model, folder, said):
     tensors = load_file(folder / SHARD)
     save_file(tensors, folder / SHARD, {"format": "pt"} | ({} if said is None else {"sparlow": said}))
     with pytest.raises(InputError, match=r"does not say of which grid|is damaged"):
-        read_block(folder, Decoder.of(model), 1, tiny("llama").model.layers[1])
+        read_block(folder / SHARD, Decoder.of(model), 1, tiny("llama").model.layers[1])
 
 
 def test_of_a_free_pattern_the_header_bounds_the_bytes_and_the_mask_decides():

@@ -188,7 +188,7 @@ def test_a_model_is_given_back_as_it_was_and_measured_as_it_was_written(tmp_path
     assert torch.equal(model.get_input_embeddings().weight, before)
     assert not torch.equal(inside, before)
     assert not hasattr(model.get_input_embeddings(), "stored")
-    result = Written(tmp_path / "out", decoder, InMemory(decoder.blocks, model.dtype), model)
+    result = Written(lambda file: tmp_path / "out" / file, decoder, InMemory(decoder.blocks, model.dtype), model)
     with result.outside_blocks():
         assert torch.equal(model.get_output_embeddings().weight, inside)
         assert torch.equal(model.get_input_embeddings().weight, inside)

@@ -198,25 +198,29 @@ class CheckpointWriter:
             config.to_json_file(partial)
 
     def _path(self, i: int) -> Path:
-        return self._folder / f"model-{i + 1:05d}-of-{len(self._decoder) + 1:05d}.safetensors"
+        return self._folder / shard_of(i, self._decoder)
 
 
-def read_block(folder: str | Path, decoder: Decoder, i: int, block: nn.Module) -> None:
-    """Load block i of a directory, finished or not, into a dense block; its layers become compressed ones.
+def shard_of(i: int, decoder: Decoder) -> str:
+    """Return the name of the file of block i; behind the last block, that of all that is outside of blocks."""
+    return f"model-{i + 1:05d}-of-{len(decoder) + 1:05d}.safetensors"
+
+
+def read_block(path: Path | None, decoder: Decoder, i: int, block: nn.Module) -> None:
+    """Load block i from its shard into a dense block; its layers become compressed ones.
 
     The tensors arrive on the block's device, or on the CPU if that is the meta device, in the dtype of the file.
 
     Raises:
         InputError: There is no such shard, or it does not fit the block.
     """
-    paths = sorted(Path(folder).glob(f"model-{i + 1:05d}-of-*.safetensors"))
-    if len(paths) != 1:
-        raise InputError(f"{folder} must hold one shard of block {i}, but holds {len(paths)}.")
-    headers = read_headers(paths)
+    if path is None:
+        raise InputError(f"There is no shard of block {i} on record. Repeat the command that wrote the others.")
+    headers = read_headers([path])
     prefix = decoder.layer_name(i, "")
     device = next((p.device for p in block.parameters() if not p.is_meta), torch.device("cpu"))
     parts = by_layer({name.removeprefix(prefix): header for name, header in headers.items()})
-    state = {name.removeprefix(prefix): t for name, t in load_file(paths[0], device=str(device)).items()}
+    state = {name.removeprefix(prefix): t for name, t in load_file(path, device=str(device)).items()}
     for stored, record in layer_records(headers).items():
         name, scheme = stored.removeprefix(prefix), record.scheme
         layer = install(block, name, scheme.rank)
@@ -227,31 +231,37 @@ def read_block(folder: str | Path, decoder: Decoder, i: int, block: nn.Module) -
     try:
         block.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as problem:
-        raise InputError(f"{paths[0].name} does not fit block {i} ({' '.join(str(problem).split())}).") from problem
+        raise InputError(f"{path.name} does not fit block {i} ({' '.join(str(problem).split())}).") from problem
 
 
 class Written:
     """The parts of a compressed model, see ``weights.Weights``: as they were written.
 
     Args:
-        folder: Where they were written to.
+        find: Gives the path of a shard by its name; None if it was not written yet.
         decoder: Its blocks.
         dense: The parts of the model that was compressed.
         model: The model, if what is outside of its blocks may have been quantised.
     """
 
-    def __init__(self, folder: Path, decoder: Decoder, dense: Weights, model: PreTrainedModel | None = None) -> None:
+    def __init__(
+        self,
+        find: Callable[[str], Path | None],
+        decoder: Decoder,
+        dense: Weights,
+        model: PreTrainedModel | None = None,
+    ) -> None:
         self.device, self.computing = dense.device, dense.computing
-        self._folder, self._decoder, self._dense, self._model = folder, decoder, dense, model
+        self._find, self._decoder, self._dense, self._model = find, decoder, dense, model
 
     @contextmanager
     def outside_blocks(self, *, stored: bool = False) -> Iterator[None]:
         """See ``Weights``; an embedding and a head that were quantised have the numbers that were written."""
-        last = f"model-{len(self._decoder) + 1:05d}-of-{len(self._decoder) + 1:05d}.safetensors"
         with ExitStack() as stack:
             stack.enter_context(self._dense.outside_blocks(stored=stored))
-            if self._model is not None and (self._folder / last).exists():
-                stack.enter_context(restored(self._model, self._folder / last))
+            last = self._find(shard_of(len(self._decoder), self._decoder)) if self._model is not None else None
+            if self._model is not None and last is not None:
+                stack.enter_context(restored(self._model, last))
             yield
 
     @contextmanager
@@ -259,7 +269,7 @@ class Written:
         """See ``Weights``."""
         with self._dense.block(i, load=False) as block:
             if load and not compressed_layers(block):  # in memory they have stayed
-                read_block(self._folder, self._decoder, i, block)
+                read_block(self._find(shard_of(i, self._decoder)), self._decoder, i, block)
                 to_compute(block, self)
             yield block
 

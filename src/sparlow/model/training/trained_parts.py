@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sparlow.linalg.grid import FactorScales, GridValues
+from sparlow.model.artefact.bitmask import positions_of
 
 LARGEST_POWER = 30  # of two, by which columns of U are scaled
 NARROWEST, WIDEST = 0.5, 2.0  # times a scale was, that it may become: it keeps its sign, and zeros stay zero
@@ -21,25 +22,32 @@ SHRUNK = 0.8  # times its first largest number: with less, the scale of a factor
 
 
 class KeptValues(nn.Module):
-    """S of which the kept entries are parameters, as one vector in float32; zeros stay zero."""
+    """S of which the kept entries are parameters, as one vector in float32; zeros stay zero.
 
-    mask: Tensor
+    Where they are in S is found once. To look for them in every pass takes twenty times as long on a CPU, and makes an
+    accelerator wait until it has counted them.
+    """
+
+    positions: Tensor
 
     def __init__(self, S: Tensor) -> None:
         super().__init__()
-        self.register_buffer("mask", S != 0, persistent=False)  # (out, in)
-        self.values = nn.Parameter(S[self.mask].float())
+        found = positions_of(S != 0)
+        kind = torch.int32 if S.numel() <= torch.iinfo(torch.int32).max else torch.int64
+        self.register_buffer("positions", found.to(kind), persistent=False)  # (kept,) in S as one row
+        self.values = nn.Parameter(S.flatten().index_select(0, found).float())
+        self.shape = S.shape
 
     def forward(self) -> Tensor:
         """Return S (out, in)."""
-        return torch.zeros(self.mask.shape, device=self.mask.device).masked_scatter(self.mask, self.values)
+        S: Tensor = _AtPositions.apply(self.values, self.positions, self.shape)  # type: ignore[no-untyped-call]
+        return S
 
     def result(self, dtype: torch.dtype) -> Tensor:
         """Return S in its type; what rounds to zero takes the smallest number of its sign instead, to stay kept."""
         values = self.values.detach()
         rounded = values.to(dtype)
-        kept = torch.where(rounded == 0, smallest(values, dtype), rounded)
-        return torch.zeros(self.mask.shape, dtype=dtype, device=kept.device).masked_scatter_(self.mask, kept)
+        return _spread(torch.where(rounded == 0, smallest(values, dtype), rounded), self.positions, self.shape)
 
 
 class OnGrid(nn.Module):
@@ -170,6 +178,25 @@ class Int8LowRank(LowRank):
 
 
 PARTS = (KeptValues, OnGrid, LowRank)
+
+
+def _spread(values: Tensor, positions: Tensor, shape: torch.Size) -> Tensor:
+    """Return zeros (out, in) with ``values`` at their positions."""
+    return values.new_zeros(shape.numel()).scatter_(0, positions.long(), values).view(shape)
+
+
+class _AtPositions(torch.autograd.Function):
+    """``_spread``, which keeps no more than the positions for the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, positions: Tensor, shape: torch.Size) -> Tensor:  # noqa: ANN401 - torch's
+        ctx.save_for_backward(positions)
+        return _spread(values, positions, shape)
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN401 - torch's
+        (positions,) = ctx.saved_tensors
+        return outer[0].flatten().index_select(0, positions), None, None
 
 
 class _Through(torch.autograd.Function):
