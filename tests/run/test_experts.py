@@ -167,8 +167,10 @@ def test_a_mixture_goes_the_whole_way(family, tmp_path):
         torch.testing.assert_close(plain(WINDOWS, use_cache=False).logits, expected, rtol=1e-4, atol=1e-4)
         opened.save_pretrained(tmp_path / "again")
         assert torch.equal(sparlow.load(tmp_path / "again")(WINDOWS, use_cache=False).logits, reloaded)
-    with pytest.raises(InputError, match=r"holds the weights of \d+ experts in one tensor.*Export merged"):
-        sparlow.export(tmp_path / "out", tmp_path / "lora", form="lora")
+    for form in ("lora", "compressed-tensors", "gguf"):
+        with pytest.raises(InputError, match=r"holds the weights of \d+ experts in one tensor.*Export merged"):
+            sparlow.export(tmp_path / "out", tmp_path / form, form=form)
+        assert not (tmp_path / form).exists()
 
 
 @pytest.mark.parametrize("family", few_of(("gpt_oss", "dbrx"), "gpt_oss"))  # transposed, and flat too
