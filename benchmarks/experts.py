@@ -42,8 +42,10 @@ from sparlow.linalg.grid import make_grid
 from sparlow.linalg.nearest import nearest
 from sparlow.model.artefact.layers import SparseLowRankLinear, compressed_layers, merged
 from sparlow.model.forward.decoder import Decoder
+from sparlow.planning.plan import plan
 from sparlow.run import experts
 
+BLOCKS = 48  # of Qwen3-30B-A3B
 HELD_OUT = 32  # windows of each part
 CALIBRATED = 32  # windows for methods
 COUNTS = (2, 32)  # windows at which borrowing is compared: half as many tokens an expert as it has features, or 8 times
@@ -62,10 +64,10 @@ ROUNDED = ("int8", "int4", "int3")
 LEFT = (6, 4, 2)  # experts of eight
 
 
-def wide(blocks: int, folder: Path) -> None:
-    """Write a mixture with random weights in bfloat16."""
+def wide(blocks: int, vocabulary: int) -> Qwen3MoeConfig:
+    """Return the config of Qwen3-30B-A3B with so many blocks and tokens."""
     config = Qwen3MoeConfig(
-        vocab_size=4096,
+        vocab_size=vocabulary,
         hidden_size=2048,
         num_hidden_layers=blocks,
         head_dim=128,
@@ -78,6 +80,12 @@ def wide(blocks: int, folder: Path) -> None:
         norm_topk_prob=True,
     )
     config.dtype = torch.bfloat16
+    config.architectures = ["Qwen3MoeForCausalLM"]
+    return config
+
+
+def write(config: Qwen3MoeConfig, folder: Path) -> None:
+    """Write a mixture with random weights in bfloat16."""
     with torch.device("meta"):
         model = Qwen3MoeForCausalLM(config).to(torch.bfloat16)
     model = model.to_empty(device="cpu")
@@ -89,23 +97,26 @@ def wide(blocks: int, folder: Path) -> None:
 
 
 def memory(args: argparse.Namespace) -> dict[str, Any]:
-    """Peak memory of a wide block, as measured and as foreseen."""
+    """Peak memory of wide blocks, as measured and as foreseen; the time foreseen for the whole model."""
     from memory import GB, in_a_process
 
-    from sparlow.planning.plan import plan
-
-    with tempfile.TemporaryDirectory() as scratch:
-        wide(args.blocks, Path(scratch))
+    with tempfile.TemporaryDirectory() as scratch, tempfile.TemporaryDirectory() as whole:
         size = {"samples": args.samples, "seqlen": args.seqlen}
+        wide(BLOCKS, 151936).save_pretrained(whole)  # a plan reads no weights
+        timed = plan(whole, sparlow.Recipe(samples=128, seqlen=2048), evaluate=())
+        print(
+            f"{BLOCKS} blocks, 128 × 2048 tokens, {torch.get_num_threads()} threads, seconds foreseen: {timed.seconds}"
+        )
+        write(wide(args.blocks, 4096), Path(scratch))
         recipe = sparlow.Recipe(rank=64, options={"max_steps": 2}, **size)
         foreseen = plan(scratch, recipe, evaluate=(), timed=False)
         given = SimpleNamespace(**size, algorithm="3basil", brief=True, option=["max_steps=2"])
         found = in_a_process(Path(scratch), given)  # type: ignore[arg-type]  # which has what is asked for
-        timed = plan(scratch, sparlow.Recipe(samples=128, seqlen=2048), evaluate=())
     beyond = foreseen.peak_memory["rss"] - foreseen.baseline
-    found |= {"foreseen_beyond": beyond, "seconds_foreseen": timed.seconds}
+    found |= {"foreseen_beyond": beyond, "seconds_foreseen": timed.seconds, "threads": torch.get_num_threads()}
+    found["peak_foreseen_whole"] = timed.peak_memory["rss"] - timed.baseline
     print(f"peak {found['peak'] / GB:.2f} GB, {(found['peak'] - found['libraries']) / GB:.2f} beyond the libraries,")
-    print(f"of which {beyond / GB:.2f} were foreseen; a run of 128 × 2048 tokens would take {timed.seconds}")
+    print(f"of which {beyond / GB:.2f} were foreseen; of the whole model {found['peak_foreseen_whole'] / GB:.2f} are")
     return found
 
 
