@@ -1,17 +1,19 @@
 """Mixtures of experts: what a wide block takes, and what compressing inside experts is worth beside dropping experts.
 
     python benchmarks/experts.py memory [--blocks 1] [--samples 16] [--json FILE]
-    python benchmarks/experts.py quality [--text FOLDER] [--steps 1500] [--seeds 0,1,2] [--windows 4,32] [--json FILE]
+    python benchmarks/experts.py quality --text c4.jsonl FOLDER --work DIR [--steps 640] [--seeds 0,1,2] [--json FILE]
 
 ``memory`` writes a mixture with random weights whose blocks have the shape of Qwen3-30B-A3B (128 experts of 768 × 2048,
 eight for a token), and hands it to benchmarks/memory.py, which compresses it in a process of its own; beside the peak
-stands what ``sparlow plan`` foresees. ``quality`` trains a small mixture of the same kind (8 experts, two for a token)
-on bytes of local text, with the usual loss that spreads tokens over experts, and compares on text that it never saw, by
-the divergence from the dense model in nats a byte: methods at equal bits; how much an expert borrows from all tokens
-(0: nothing but its own, inf: nothing of its own), at few and many calibration windows; and dropping experts.
+stands what ``sparlow plan`` foresees.
 
-Dropped are the experts of least mean router weight · |output| over the tokens routed to them (REAP, Lasby et al., 2025,
-arXiv 2510.13999, from its description), in every block alike; the router chooses among those that are left.
+``quality`` trains a small mixture of the same kind (_mixture.py: 7 million parameters, 8 experts a block, two for a
+token) on bytes of local text and compresses its experts alone; attention stays dense. Compared are methods at equal
+bits of the experts beside dropping experts, and how much an expert borrows from all tokens (0: nothing but its own,
+inf: nothing of its own) at few and many calibration windows. Everything is judged on two texts that were neither
+learnt nor calibrated on, one to choose by and one to report: the error of the experts' outputs on the tokens that the
+dense model routes to them, the divergence from the dense model in nats a byte, and perplexity a byte. The seeds are
+those of the calibration windows. A run that was killed goes on with the step and the row it was at.
 """
 
 import argparse
@@ -20,38 +22,55 @@ import json
 import math
 import sysconfig
 import tempfile
-import zlib
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from _layers import machine, write_json
+from _mixture import Size, Text, experts_swapped, reduce_experts, shares_of_sources, trained
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import sparlow
+from sparlow.linalg.grid import make_grid
+from sparlow.linalg.nearest import nearest
+from sparlow.model.artefact.layers import SparseLowRankLinear, compressed_layers, merged
+from sparlow.model.forward.decoder import Decoder
+from sparlow.planning import microbenchmarks
+from sparlow.planning.plan import plan
 from sparlow.run import experts
 
-SEQLEN = 256
-BYTES = 256  # tokens there are
-HELD_OUT = 48  # windows
-BORROWED = (0.0, 0.03125, 0.125, 0.5, 2.0, math.inf)
-METHODS = {  # at about the bits of the second column
-    "wanda 16:32": (9.0, {"algorithm": "wanda", "pattern": "16:32", "rank": 0}),
-    "3basil 13:32, rank 8": (9.0, {"pattern": "13:32", "rank": 8}),
-    "--bits 8": (8.0, {"bits": 8.0}),
-    "--bits 4.5": (4.5, {"bits": 4.5}),
+BLOCKS = 48  # of Qwen3-30B-A3B
+HELD_OUT = 32  # windows of each part
+EFFORT = 0.2  # of the solver
+CALIBRATED = 32  # windows for methods
+COUNTS = (2, 32)  # windows at which borrowing is compared: half as many tokens an expert as it has features, or 8 times
+BORROWED = (0.0, 0.03125, 0.125, 0.5, math.inf)
+DENSE = ("*.self_attn.*",)  # what is no expert
+SIXTEEN = {"values": "model"}  # 16 bits, the model's type
+METHODS: Mapping[str, Mapping[str, Any]] = {
+    "S + UV, 16-bit values, 12 bits": {"bits": 12.0, **SIXTEEN},
+    "S + UV, 16-bit values, 8 bits": {"bits": 8.0, **SIXTEEN},
+    "S + UV, 16-bit values, 4 bits": {"bits": 4.0, **SIXTEEN},
+    "--bits 8": {"bits": 8.0},
+    "--bits 4.14": {"bits": 4.14},
+    "--bits 3.14": {"bits": 3.14},
 }
+ROUNDED = ("int8", "int4", "int3")
+LEFT = (6, 4, 2)  # experts of eight
 
 
-def wide(blocks: int, folder: Path) -> None:
-    """Write a mixture with random weights in bfloat16."""
+def wide(blocks: int, vocabulary: int) -> Qwen3MoeConfig:
+    """Return the config of Qwen3-30B-A3B with so many blocks and tokens."""
     config = Qwen3MoeConfig(
-        vocab_size=4096,
+        vocab_size=vocabulary,
         hidden_size=2048,
         num_hidden_layers=blocks,
         head_dim=128,
@@ -64,6 +83,12 @@ def wide(blocks: int, folder: Path) -> None:
         norm_topk_prob=True,
     )
     config.dtype = torch.bfloat16
+    config.architectures = ["Qwen3MoeForCausalLM"]
+    return config
+
+
+def write(config: Qwen3MoeConfig, folder: Path) -> None:
+    """Write a mixture with random weights in bfloat16."""
     with torch.device("meta"):
         model = Qwen3MoeForCausalLM(config).to(torch.bfloat16)
     model = model.to_empty(device="cpu")
@@ -74,192 +99,211 @@ def wide(blocks: int, folder: Path) -> None:
     model.save_pretrained(folder)
 
 
+@contextmanager
+def in_cpu_seconds() -> Iterator[None]:
+    """Within this context, the probe of a plan is timed in seconds of this process's CPU, whatever else runs here."""
+    before = vars(microbenchmarks)["time"]
+    vars(microbenchmarks)["time"] = SimpleNamespace(perf_counter=time.process_time)
+    try:
+        yield
+    finally:
+        vars(microbenchmarks)["time"] = before
+
+
+def whole_model() -> dict[str, Any]:
+    """Return what is foreseen for all of Qwen3-30B-A3B on one core: a plan reads a config and no weights."""
+    torch.set_num_threads(1)  # so that seconds of the CPU are those of a clock
+    with tempfile.TemporaryDirectory() as folder, in_cpu_seconds():
+        wide(BLOCKS, 151936).save_pretrained(folder)
+        found = plan(folder, sparlow.Recipe(samples=128, seqlen=2048), evaluate=())
+    beyond = found.peak_memory["rss"] - found.baseline
+    print(f"{BLOCKS} blocks, 128 × 2048 tokens, one core: {found.seconds}, {beyond / 1e9:.2f} GB", flush=True)
+    return {"seconds": found.seconds, "beyond": beyond}
+
+
 def memory(args: argparse.Namespace) -> dict[str, Any]:
-    """Peak memory of a wide block, as measured and as foreseen."""
+    """Peak memory of wide blocks, as measured and as foreseen; the time foreseen for the whole model."""
     from memory import GB, in_a_process
 
-    from sparlow.planning.plan import plan
-
+    whole = whole_model()
     with tempfile.TemporaryDirectory() as scratch:
-        wide(args.blocks, Path(scratch))
         size = {"samples": args.samples, "seqlen": args.seqlen}
+        write(wide(args.blocks, 4096), Path(scratch))
         recipe = sparlow.Recipe(rank=64, options={"max_steps": 2}, **size)
         foreseen = plan(scratch, recipe, evaluate=(), timed=False)
         given = SimpleNamespace(**size, algorithm="3basil", brief=True, option=["max_steps=2"])
         found = in_a_process(Path(scratch), given)  # type: ignore[arg-type]  # which has what is asked for
-        timed = plan(scratch, sparlow.Recipe(samples=128, seqlen=2048), evaluate=())
     beyond = foreseen.peak_memory["rss"] - foreseen.baseline
-    found |= {"foreseen_beyond": beyond, "seconds_foreseen": timed.seconds}
+    found |= {"foreseen_beyond": beyond, "whole_model": whole}
     print(f"peak {found['peak'] / GB:.2f} GB, {(found['peak'] - found['libraries']) / GB:.2f} beyond the libraries,")
-    print(f"of which {beyond / GB:.2f} were foreseen; a run of 128 × 2048 tokens would take {timed.seconds}")
+    print(f"of which {beyond / GB:.2f} were foreseen")
     return found
 
 
-def text_of(folder: Path) -> Tensor:
-    """Bytes of local Python sources, in an order that mixes them."""
-    files = sorted(folder.rglob("*.py"), key=lambda file: (zlib.crc32(str(file).encode()), file))
-    data = b"".join(file.read_bytes() for file in files[:1500])
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8).long()
-
-
-def trained(text: Tensor, steps: int, seed: int) -> Qwen3MoeForCausalLM:
-    """Return a small mixture, trained until its experts differ."""
-    torch.manual_seed(seed)
-    config = Qwen3MoeConfig(
-        vocab_size=BYTES,
-        hidden_size=192,
-        num_hidden_layers=4,
-        head_dim=32,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        max_position_embeddings=SEQLEN,
-        num_experts=8,
-        num_experts_per_tok=2,
-        moe_intermediate_size=192,
-        norm_topk_prob=True,
-        output_router_logits=True,
-        router_aux_loss_coef=0.01,
-        tie_word_embeddings=True,
-    )
-    model = Qwen3MoeForCausalLM(config)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=steps, pct_start=0.1)
-    for step in range(steps):
-        starts = torch.randint(len(text) - SEQLEN, (8,))
-        ids = torch.stack([text[start : start + SEQLEN] for start in starts])
-        loss = model(ids, labels=ids, use_cache=False).loss
-        optimiser.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-        schedule.step()
-        if step % 100 == 0:
-            print(f"step {step}: loss {loss.item():.3f}", flush=True)
-    model.config.output_router_logits = False
-    return model.eval()
-
-
-def windows_of(text: Tensor, count: int, seed: int) -> Tensor:
-    """Return windows (count, SEQLEN) of a text."""
-    generator = torch.Generator().manual_seed(seed)
-    starts = torch.randint(len(text) - SEQLEN, (count,), generator=generator)
-    return torch.stack([text[start : start + SEQLEN] for start in starts])
-
-
 @torch.no_grad()
-def judged(model: PreTrainedModel, dense: PreTrainedModel, windows: Tensor) -> dict[str, float]:
-    """Divergence from the dense model in nats a byte, and perplexity a byte."""
-    divergence, loss, count = 0.0, 0.0, 0
-    for ids in windows.split(8):
-        p, q = (one(ids, use_cache=False).logits[:, :-1].log_softmax(-1) for one in (dense, model))
-        divergence += functional.kl_div(q, p, reduction="sum", log_target=True).item()
-        loss += functional.nll_loss(q.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").item()
-        count += ids[:, 1:].numel()
-    return {"divergence": divergence / count, "perplexity": math.exp(loss / count)}
+def log_probabilities(model: PreTrainedModel, windows: Tensor) -> Tensor:
+    """Return those of every byte but the first (windows, SEQLEN − 1, BYTES)."""
+    return torch.cat([model(ids, use_cache=False).logits[:, :-1].log_softmax(-1) for ids in windows.split(8)])
+
+
+class Judge:
+    """Judges models beside the dense one on text that was neither learnt nor calibrated on.
+
+    Args:
+        dense: The dense model, in 32 bits.
+        windows: Of the text (windows, SEQLEN).
+        folder: Where the Grams of its layers lie, or are put.
+    """
+
+    def __init__(self, dense: PreTrainedModel, windows: Tensor, folder: Path) -> None:
+        self._windows, self._dense = windows, log_probabilities(dense, windows)
+        if not (folder / "statistics.json").exists():
+            given = sparlow.Recipe(samples=len(windows), seqlen=windows.shape[1], damping=0.0, relative_damping=0.0)
+            sparlow.statistics(dense, given, calibration=windows, out=folder, notify=lambda _: None)
+        held_out = sparlow.Statistics(folder)
+        tokens = {row["layer"]: row["tokens"] for row in held_out.table()}
+        self._layers = {name: held_out[name] for name in held_out if ".experts." in name and tokens[name]}
+
+    def __call__(self, model: PreTrainedModel) -> dict[str, float]:
+        """Return the error on routed tokens (NaN where no expert is compressed), divergence and perplexity."""
+        q, p = log_probabilities(model, self._windows), self._dense
+        loss = functional.nll_loss(q.flatten(0, 1), self._windows[:, 1:].flatten()).item()
+        divergence = functional.kl_div(q, p, reduction="sum", log_target=True).item() / p[..., 0].numel()
+        return {"error": self._error(model), "divergence": divergence, "perplexity": math.exp(loss)}
+
+    def _error(self, model: PreTrainedModel) -> float:
+        """‖(W − Ŵ) X‖² / ‖W X‖² over the experts of one parameter together, and the mean of that over parameters."""
+        sums: dict[str, list[float]] = {}
+        for name, layer in compressed_layers(model).items():
+            if name in self._layers:
+                W, gram = self._layers[name]
+                both = sums.setdefault(name.rpartition(".")[0], [0.0, 0.0])
+                both[0] += gram.objective(W - merged(layer).weight.detach()).item()
+                both[1] += gram.objective(W).item()
+        return sum(left / whole for left, whole in sums.values()) / len(sums) if sums else math.nan
 
 
 @contextmanager
 def borrowing(share: float) -> Iterator[None]:
     """Within this context, experts borrow so many tokens for each feature; inf: they have none of their own."""
     before = experts.BORROWED
-    experts.BORROWED = 1e6 if math.isinf(share) else share
+    experts.BORROWED = 1e9 if math.isinf(share) else share
     try:
         yield
     finally:
         experts.BORROWED = before
 
 
-def compressed(dense: PreTrainedModel, windows: Tensor, **recipe: Any) -> tuple[PreTrainedModel, float]:  # noqa: ANN401 - of a recipe
-    """Return a compressed copy, and its bits a weight."""
+def in_32_bits(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the model in 32 bits, in which everything is judged; transformers refuses this to compressed models."""
+    return nn.Module.float(model)
+
+
+def compressed(dense: PreTrainedModel, windows: Tensor, recipe: Mapping[str, Any]) -> tuple[PreTrainedModel, float]:
+    """Return a copy whose experts are compressed, and their bits a weight."""
     model = copy.deepcopy(dense)
-    asked = sparlow.Recipe(seqlen=SEQLEN, samples=len(windows), **recipe)
-    report = sparlow.compress(model, asked, calibration=windows, evaluate=(), inplace=True)
-    return model, report.bits_per_weight
+    given = {"samples": len(windows), "seqlen": windows.shape[1], "options": {"effort": EFFORT}, "ignore": DENSE}
+    asked = sparlow.Recipe(**given, **recipe)
+    report = sparlow.compress(model, asked, calibration=windows, evaluate=(), inplace=True, notify=lambda _: None)
+    return in_32_bits(model), report.bits_per_weight
 
 
-@torch.no_grad()
-def reduced(dense: PreTrainedModel, windows: Tensor, left: int) -> PreTrainedModel:
-    """Return a copy in which every router chooses among ``left`` experts alone."""
-    model = copy.deepcopy(dense)
-    for block in model.model.layers:
-        block.mlp.kept = torch.ones(block.mlp.experts.num_experts, dtype=torch.bool)
-    for block in model.model.layers:
-        usefulness = _usefulness(model, block.mlp, windows)
-        block.mlp.kept[usefulness.argsort()[: len(usefulness) - left]] = False
-        block.mlp.gate.forward = _router(block.mlp.gate, block.mlp.kept)
-    return model
+def borrowed(
+    dense: PreTrainedModel, windows: Tensor, recipe: Mapping[str, Any], share: float
+) -> tuple[PreTrainedModel, float]:
+    """Return the same, where experts borrow so many tokens for each feature."""
+    with borrowing(share):
+        return compressed(dense, windows, recipe)
 
 
-def _usefulness(model: PreTrainedModel, moe: Any, windows: Tensor) -> Tensor:  # noqa: ANN401 - a module of transformers
-    """Mean router weight times |output| over the tokens routed to each expert."""
-    total = torch.zeros(moe.experts.num_experts, 2)
-
-    def seen(module: Any, args: tuple[Tensor, Tensor, Tensor]) -> None:  # noqa: ANN401 - the same
-        x, chosen, weights = args
-        for number in range(module.num_experts):
-            token, place = (chosen == number).nonzero(as_tuple=True)
-            if len(token):
-                gate, up = functional.linear(x[token], module.gate_up_proj[number]).chunk(2, dim=-1)
-                y = functional.linear(module.act_fn(gate) * up, module.down_proj[number])
-                total[number] += torch.tensor([(weights[token, place] * y.norm(dim=-1)).sum().item(), len(token)])
-
-    hook = moe.experts.register_forward_pre_hook(seen)
-    for ids in windows.split(8):
-        model(ids, use_cache=False)
-    hook.remove()
-    return total[:, 0] / total[:, 1].clamp(min=1)
+def rounded(dense: PreTrainedModel, values: str) -> tuple[PreTrainedModel, float]:
+    """Return a copy whose experts are rounded to the nearest number on a grid in groups of 128, and their bits."""
+    model, grid = copy.deepcopy(dense), make_grid(values, "integer")
+    decoder = Decoder.of(model)
+    for i in range(len(decoder)):
+        for name, weight in decoder.weights(i).items():
+            if ".experts." in f".{name}":
+                S = nearest(weight.read(), grid).to(weight.dtype)
+                weight.put(SparseLowRankLinear(S, S.new_zeros(len(S), 0), S.new_zeros(0, S.shape[1])))
+    return in_32_bits(model), int(values.removeprefix("int")) + 16 / 128
 
 
-def _router(gate: Any, kept: Tensor) -> Any:  # noqa: ANN401 - a module of transformers, and its forward
-    def forward(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        logits = functional.linear(x.reshape(-1, gate.hidden_dim), gate.weight).masked_fill(~kept, -torch.inf)
-        value, index = logits.softmax(-1, dtype=torch.float).topk(min(gate.top_k, int(kept.sum())), dim=-1)
-        return logits, (value / value.sum(-1, keepdim=True)).to(logits.dtype), index
+def reduced(dense: PreTrainedModel, windows: Tensor, left: int) -> tuple[PreTrainedModel, float]:
+    """Return a copy in which routers choose among the most useful experts, and the bits that so many experts take."""
+    model = copy.deepcopy(dense).float()
+    reduce_experts(model, windows, left)
+    return model, 16 * left / model.config.num_experts
 
-    return forward
+
+Made = Callable[[], tuple[PreTrainedModel, float]]
+
+
+def cases(dense: PreTrainedModel, text: Text, seed: int) -> dict[str, Made]:
+    """Return what is tried with the calibration windows of one seed, by name."""
+    windows = {count: text.windows(text.learnt, count, 10**6 + seed) for count in {*COUNTS, CALIBRATED}}
+    many = windows[CALIBRATED]
+    found: dict[str, Made] = {name: partial(compressed, dense, many, recipe) for name, recipe in METHODS.items()}
+    if not seed:  # no data are looked at
+        found |= {f"{values}, rounded to nearest": partial(rounded, dense, values) for values in ROUNDED}
+    found |= {f"{left} of 8 experts left": partial(reduced, dense, many, left) for left in LEFT}
+    for recipe, counts in (({"bits": 8.0, **SIXTEEN}, COUNTS), ({"bits": 3.14}, COUNTS[:1])):
+        for count, share in product(counts, BORROWED):
+            name = f"{recipe['bits']:g} bits, {count} windows, borrowing {share:g}"
+            found[name] = partial(borrowed, dense, windows[count], recipe, share)
+    return found
 
 
 def quality(args: argparse.Namespace) -> dict[str, Any]:
     """Train, compress and judge, for every seed."""
-    text = text_of(args.text)
-    cut = len(text) * 9 // 10
-    learnt, new = text[:cut], text[cut:]
-    rows: list[dict[str, Any]] = []
+    args.work.mkdir(parents=True, exist_ok=True)
+    text = Text(args.text)
+    size = Size(*map(int, args.size.split(",")))
+    dense = trained(text, size, args.steps, args.work / "mixture.pt").to(torch.bfloat16)
+    full = copy.deepcopy(dense).float()
+    parts = {name: text.windows(getattr(text, name), HELD_OUT, 1) for name in ("choosing", "reporting")}
+    judges = {name: Judge(full, windows, args.work / name) for name, windows in parts.items()}
+    about = {
+        "parameters": sum(p.numel() for p in dense.parameters()),
+        "dense": {name: judge(full)["perplexity"] for name, judge in judges.items()},
+        "each token to the next expert": judges["reporting"](experts_swapped(full))["perplexity"],
+        "shares of tokens": shares_of_sources(full, text),
+    }
+    print(json.dumps(about), flush=True)
+    log = args.work / "rows.jsonl"
+    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    known = {(row["seed"], row["what"]) for row in rows}
     for seed in map(int, args.seeds.split(",")):
-        dense = trained(learnt, args.steps, seed)
-        held_out = windows_of(new, HELD_OUT, 1)
-        rows.append({"seed": seed, "what": "dense", "bits": 16.0, **judged(dense, dense, held_out)})
-        counts = [int(count) for count in args.windows.split(",")]
-        calibration = {count: windows_of(learnt, count, seed + 2) for count in counts}
-        for name, (_, recipe) in METHODS.items():
-            model, bits = compressed(dense, calibration[counts[-1]], **recipe)
-            rows.append({"seed": seed, "what": name, "bits": bits, **judged(model, dense, held_out)})
-        for count, share in ((count, share) for count in counts for share in BORROWED):
-            with borrowing(share):
-                model, bits = compressed(dense, calibration[count], pattern="13:32", rank=8)
-            what = f"borrowing {share:g} with {count} windows"
-            rows.append({"seed": seed, "what": what, "bits": bits, **judged(model, dense, held_out)})
-        for left in (6, 4, 2):
-            model = reduced(dense, calibration[counts[-1]], left)
-            found = judged(model, dense, held_out)
-            rows.append({"seed": seed, "what": f"{left} of 8 experts left", "bits": 2.0 * left, **found})
-        for row in rows:
-            if row["seed"] == seed:
-                print(json.dumps(row), flush=True)
-    return {"rows": rows, "summary": summary(rows)}
+        for what, make in cases(dense, text, seed).items():
+            if (seed, what) not in known:
+                model, bits = make()
+                judged = {name: judge(model) for name, judge in judges.items()}
+                rows.append({"seed": seed, "what": what, "bits": bits, **judged})
+                with log.open("a") as file:
+                    print(json.dumps(rows[-1]), file=file)
+    return about | {"rows": rows, "summary": summary(rows)}
 
 
-def summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Mean and spread over seeds."""
-    found = {}
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mean and standard deviation over seeds, on the text to report; the mean on the one to choose by."""
+    found: dict[str, Any] = {}
+    print(f"{'':40}  bits     error on routed tokens        nats a byte          perplexity   (error, nats: to choose)")
     for what in dict.fromkeys(row["what"] for row in rows):
-        values = [row["divergence"] for row in rows if row["what"] == what]
-        mean = sum(values) / len(values)
-        spread = math.sqrt(sum((v - mean) ** 2 for v in values) / max(len(values) - 1, 1))
-        bits = next(row["bits"] for row in rows if row["what"] == what)
-        found[what] = {"bits": bits, "divergence": mean, "spread": spread}
-        print(f"{what:36} {bits:6.2f} bits   {mean:.5f} ± {spread:.5f} nats a byte")
+        own = [row for row in rows if row["what"] == what]
+        values = {
+            f"{part} {key}": _spread([row[part][key] for row in own])
+            for part in ("reporting", "choosing")
+            for key in ("error", "divergence", "perplexity")
+        }
+        found[what] = {"bits": own[0]["bits"], "seeds": len(own), **values}
+        cells = [f"{mean:9.5f} ± {spread:.5f}" for mean, spread in list(values.values())[:3]]
+        choosing = ", ".join(f"{values[f'choosing {key}'][0]:.5f}" for key in ("error", "divergence"))
+        print(f"{what:40} {own[0]['bits']:5.2f}  {'  '.join(cells)}  ({choosing})")
     return found
+
+
+def _spread(values: list[float]) -> tuple[float, float]:
+    mean = sum(values) / len(values)
+    return mean, math.sqrt(sum((value - mean) ** 2 for value in values) / max(len(values) - 1, 1))
 
 
 def main() -> None:
@@ -269,15 +313,21 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=1)
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--seqlen", type=int, default=256)
-    parser.add_argument("--text", type=Path, default=Path(sysconfig.get_path("stdlib")), help="folder of .py files")
-    parser.add_argument("--steps", type=int, default=1500)
+    stdlib = [Path(sysconfig.get_path("stdlib"))]
+    parser.add_argument("--text", type=Path, nargs="+", default=stdlib, help=".jsonl, text, or folders of .py files")
+    parser.add_argument("--work", type=Path, help="folder from which a killed run goes on")
+    parser.add_argument("--size", default="256,4,256", help="width, blocks, width of an expert")
+    parser.add_argument("--steps", type=int, default=640)
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--windows", default="4,32", help="calibration windows")
     parser.add_argument("--json", type=Path, dest="json_file")
     args = parser.parse_args()
+    if args.what == "quality" and args.work is None:
+        parser.error("quality needs --work")
     found = memory(args) if args.what == "memory" else quality(args)
     if args.json_file:
-        arguments = {name: str(value) for name, value in vars(args).items() if name != "json_file"}
+        arguments = {
+            name: str(value) for name, value in vars(args).items() if name not in ("json_file", "work", "text")
+        }
         write_json(args.json_file, {"machine": machine(), "arguments": arguments, "cases": found})
 
 

@@ -190,6 +190,8 @@ class Llama(nn.Module):
             inner = config["intermediate_size"]
             block.mlp.gate_up_proj = Fused(wide, [inner, inner], quantization, f"{at}.mlp.gate_up_proj")
             block.mlp.down_proj = LinearBase(inner, [wide], quantization, f"{at}.mlp.down_proj")
+            if "num_local_experts" in config:  # Mixtral
+                quantization.get_quant_method(RoutedExperts(), f"{at}.block_sparse_moe.experts")
             self.model.layers.append(block)
         self.lm_head = ParallelLMHead(config["vocab_size"], wide, quantization, "lm_head")
         if config["tie_word_embeddings"]:

@@ -104,9 +104,10 @@ def test_two_processes_find_what_one_finds(family, mode, models, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_find_the_same_bits_where_each_passes_as_many_windows_at_a_time(model, tmp_path):
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_two_processes_find_the_same_bits_where_each_passes_as_many_windows_at_a_time(family, models, tmp_path):
     reading = tmp_path / "model"
-    shutil.copytree(model, reading)
+    shutil.copytree(models[family], reading)
     config = json.loads((reading / "config.json").read_text())
     (reading / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 1024}))
     text = tmp_path / "long.txt"
@@ -122,7 +123,9 @@ def test_two_processes_find_the_same_bits_where_each_passes_as_many_windows_at_a
 
 
 @pytest.mark.slow
-def test_a_process_that_dies_ends_all_and_the_run_goes_on(model, tmp_path):
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_a_process_that_dies_ends_all_and_the_run_goes_on(family, models, tmp_path):
+    model = models[family]
     codes, words = ended(started(model, tmp_path / "whole"))
     assert codes == [0, 0], words
     out = tmp_path / "out"

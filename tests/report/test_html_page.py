@@ -11,6 +11,7 @@ from sparlow.errors import InputError
 from sparlow.recipe.recipe import Recipe
 from sparlow.report.charts import charts_of_run
 from sparlow.report.html_page import html, write_reports
+from sparlow.report.layer_rows import HEAD, layer_rows
 from sparlow.report.records import Report
 from sparlow.report.summary import summary_head, summary_rows
 
@@ -101,6 +102,23 @@ def test_the_page_shows_the_run():
     for fact in ("take care", "and more", "lm_head", "4,096"):
         assert fact in shown
     assert shown.count("48 × 32") == 6  # a row a layer
+
+
+def test_layers_that_differ_in_a_number_share_a_row_where_there_are_many():
+    seen = [layer(0, f"mlp.experts.up_proj.{i}", rank=i, tokens=100 * i, relative_error=i / 64) for i in range(64)]
+    rows = [*layer_rows([layer(0, "self_attn.q_proj"), *seen, layer(1, "mlp.experts.up_proj.3", pattern="dense")])]
+    shown = [dict(zip(HEAD, row, strict=True)) for row in rows]
+    assert [(row["block"], row["layer"]) for row in shown] == [
+        ("0", "self_attn.q_proj"),
+        ("0", "mlp.experts.up_proj.* (64)"),
+        ("1", "mlp.experts.up_proj.3"),
+    ]
+    experts = shown[1]
+    assert (experts["rank"], experts["tokens"]) == ("0 to 63", "0 to 6,300")
+    assert (experts["shape"], experts["pattern"]) == ("48 × 32", "2:4")
+    assert experts["relative error"] == "0.492"  # the mean
+    assert experts["time"] == "1 min 20 s"  # of all
+    assert [row[1] for row in layer_rows(seen[:2])] == ["mlp.experts.up_proj.0", "mlp.experts.up_proj.1"]
 
 
 def test_the_four_numbers_are_those_of_the_text_that_does_not_flatter():

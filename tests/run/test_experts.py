@@ -23,7 +23,11 @@ from sparlow.model.forward.input_statistics import Stage, collect_statistics
 from sparlow.progress import Clock
 from sparlow.recipe.budgets import select
 from sparlow.recipe.recipe import Recipe
+from sparlow.recipe.run_options import RunOptions
+from sparlow.report.records import Report
 from sparlow.run import pipeline
+from sparlow.run.cases import recipes_for
+from sparlow.run.compare import compare
 from sparlow.run.experts import BORROWED, Pools, pools_of
 
 WINDOWS = torch.randint(2, 97, (6, 20), generator=torch.Generator().manual_seed(1))
@@ -167,8 +171,10 @@ def test_a_mixture_goes_the_whole_way(family, tmp_path):
         torch.testing.assert_close(plain(WINDOWS, use_cache=False).logits, expected, rtol=1e-4, atol=1e-4)
         opened.save_pretrained(tmp_path / "again")
         assert torch.equal(sparlow.load(tmp_path / "again")(WINDOWS, use_cache=False).logits, reloaded)
-    with pytest.raises(InputError, match=r"holds the weights of \d+ experts in one tensor.*Export merged"):
-        sparlow.export(tmp_path / "out", tmp_path / "lora", form="lora")
+    for form in ("lora", "compressed-tensors", "gguf"):
+        with pytest.raises(InputError, match=r"holds the weights of \d+ experts in one tensor.*Export merged"):
+            sparlow.export(tmp_path / "out", tmp_path / form, form=form)
+        assert not (tmp_path / form).exists()
 
 
 @pytest.mark.parametrize("family", few_of(("gpt_oss", "dbrx"), "gpt_oss"))  # transposed, and flat too
@@ -222,3 +228,24 @@ def test_experts_are_trained_and_allocated_like_other_layers_and_a_run_resumes_t
         one, other = load_file(file), load_file(tmp_path / "parts" / file.name)
         assert one.keys() == other.keys()
         assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+@pytest.mark.slow
+def test_methods_are_compared_on_a_mixture(tmp_path):
+    save_tiny("mixtral", tmp_path / "model")
+    (tmp_path / "text.txt").write_text("".join(chr(32 + (7 * i * i + i // 3) % 95) for i in range(600)))
+    base = Recipe(pattern="0.5", calibration=str(tmp_path / "text.txt"), samples=4, seqlen=16)
+    recipes = recipes_for(base, ("magnitude", "wanda", "sparsegpt"), {})
+    how = RunOptions(evaluate=[str(tmp_path / "text.txt")])
+    found = compare(tmp_path / "model", recipes, out=tmp_path / "out", options=how, force=True)
+    assert [row.name for row in found.rows] == ["magnitude", "wanda", "sparsegpt"]
+    reports = [Report.from_file(tmp_path / "out" / row.name / "report.json") for row in found.rows]
+    seen = [[row["tokens"] for row in report.experts if row["block"] == 0] for report in reports]
+    assert seen[0] == seen[1] == seen[2]  # which the first block sees before any is compressed
+    errors = [
+        [layer.relative_error for layer in report.layers if ".experts." in layer.name and layer.block == 0]
+        for report in reports
+    ]
+    assert all(len(one) == 8 for one in errors)  # four experts of two layers
+    magnitude, wanda, sparsegpt = map(sum, errors)
+    assert magnitude > wanda > sparsegpt > 0

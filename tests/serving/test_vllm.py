@@ -134,13 +134,27 @@ def test_models_are_not_divided_among_processes(tmp_path, vllm):  # noqa: ARG001
         server.serve(tmp_path, tp=2)
 
 
-def test_experts_are_refused_by_name(vllm):  # noqa: ARG001 - loads the plug-in
+@pytest.mark.parametrize(
+    ("name", "around"),
+    [
+        ("model.layers.1.mlp.experts.3.up_proj", "mlp.experts"),
+        ("model.layers.1.mlp.experts.gate_up_proj.3", "mlp.experts"),
+        ("model.layers.1.mlp.experts.gate_up_proj.3", "block_sparse_moe.experts"),  # as vLLM calls it in Mixtral
+    ],
+)
+def test_experts_are_refused_by_name(name, around, vllm):  # noqa: ARG001 - loads the plug-in
     scheme = {"pattern": "2:4", "values": "bf16", "rank": 0, "factors": "bf16"}
-    layers = {"model.layers.0.mlp.experts.3.up_proj": [0, 32]}
-    config = server.CONFIGS["sparlow"].from_config({"format": 2, "schemes": [scheme], "layers": layers})
-    with pytest.raises(InputError, match=r"model.layers.0.mlp.experts.3.up_proj is compressed and part of a RoutedExp"):
-        config.get_quant_method(server.RoutedExperts(), "model.layers.0.mlp.experts")
-    assert config.get_quant_method(nn.Module(), "model.layers.0.self_attn.attn") is None
+    config = server.CONFIGS["sparlow"].from_config({"format": 2, "schemes": [scheme], "layers": {name: [0, 32]}})
+    with pytest.raises(InputError, match=rf"^{name} is compressed and part of a RoutedExperts, which.*--as merged"):
+        config.get_quant_method(server.RoutedExperts(), f"model.layers.1.{around}")
+    assert config.get_quant_method(nn.Module(), "model.layers.1.self_attn.attn") is None
+    assert config.get_quant_method(server.RoutedExperts(), f"model.layers.10.{around}") is None
+
+
+def test_a_mixture_is_refused_before_its_weights_are_read(tmp_path, vllm):  # noqa: ARG001 - loads the plug-in
+    write_result(tmp_path, "mixtral")
+    with pytest.raises(InputError, match=r"^model.layers.0.mlp.experts.down_proj.0 is compressed and part of a"):
+        server.serve(tmp_path, weights=[])
 
 
 def without(name, weights):

@@ -31,11 +31,18 @@ def fused(model: PreTrainedModel, state: dict[str, Tensor]) -> dict[str, Tensor]
     return found
 
 
-def require_no_experts(stored: Stored, model: PreTrainedModel, form: str) -> None:
-    """Raise InputError if the directory has compressed experts, for which a form has no place."""
+def require_no_experts(stored: Stored, model: PreTrainedModel, form: str, instead: str = "Export merged.") -> None:
+    """Raise InputError if the directory has compressed experts, for which a form has no place.
+
+    Args:
+        stored: The directory.
+        model: Its model, which may be without weights.
+        form: For the error.
+        instead: What else can be done.
+    """
     expert: ExpertWeight | None = next(filter(None, (expert_of(model, name) for name in stored.layers)), None)
     if expert is not None:
         raise InputError(
             f"{expert.fused} holds the weights of {expert.layout.experts} experts in one tensor, which {form} has no "
-            "compressed form of. Export merged."
+            f"compressed form of. {instead}"
         )

@@ -12,9 +12,11 @@ from torch import Tensor
 from sparlow.errors import InputError
 from sparlow.exporting._registry import Exported, Writer, form
 from sparlow.exporting.adapter import padded
-from sparlow.exporting.directory import copy_companions
+from sparlow.exporting.directory import copy_companions, meta_model_of
+from sparlow.exporting.experts import require_no_experts
 from sparlow.exporting.gguf_blocks import BITS, byte_shape, converted, exact_blocks, is_exact, type_of
 from sparlow.exporting.gguf_families import (
+    MERGE,
     Family,
     dealt_rows,
     family_of,
@@ -59,6 +61,7 @@ class Entry(NamedTuple):
 )
 def gguf(stored: Stored, *, type: Type = "q8_0", weights: Weights = "merged") -> Writer:  # noqa: A002 - as typed
     """One GGUF file of S + U V with the tokenizer, or S and a GGUF adapter, for llama.cpp and Ollama."""
+    require_no_experts(stored, meta_model_of(stored), "GGUF", MERGE)
     if importlib.util.find_spec("gguf") is None:
         raise InputError("Writing GGUF needs the package gguf. Run: pip install 'sparlow[gguf]'")
     family = family_of(stored.config)

@@ -16,6 +16,7 @@ from sparlow.machine import described
 from sparlow.report.charts import charts_of_run
 from sparlow.report.headline import corpus_on_top, form, sentence, tiles
 from sparlow.report.layer_charts import by_kind
+from sparlow.report.layer_rows import HEAD, layer_rows
 from sparlow.report.records import LayerRecord, Report
 from sparlow.report.summary import perplexities_of_finetuning, remarks, summary_head, summary_rows
 from sparlow.report.value_types import MODEL
@@ -156,7 +157,7 @@ def _details(report: Report) -> Iterable[Part]:
         rows = [(words(name), plain(value)) for name, value in report.finetuning.items() if name not in apart]
         yield Part("Fine-tuning, options", ("option", "value"), rows)
     yield _error_table(report.layers)
-    yield Part("Layers", LAYER_HEAD, [_layer_row(layer) for layer in report.layers], left=4)
+    yield Part("Layers", HEAD, [*layer_rows(report.layers)], left=4)
     trained = [report.distillation] if report.distillation else report.matching
     matched = [
         (_which(row), short(row["loss_before"]), short(row["loss_after"]), plain(row["epochs"])) for row in trained
@@ -182,19 +183,6 @@ def _error_table(layers: Sequence[LayerRecord]) -> Part:
 
 def _cell(layers: Sequence[LayerRecord]) -> str:
     return short(sum(layer.relative_error for layer in layers) / len(layers)) if layers else UNKNOWN
-
-
-LAYER_HEAD = (
-    *("block", "layer", "pattern", "values", "shape", "density", "rank"),
-    *("relative squared error", "each token by its size", "iterations", "time", "tokens"),
-)
-
-
-def _layer_row(layer: LayerRecord) -> tuple[str, ...]:
-    kept = (str(layer.block), layer.name, layer.pattern, layer.shown_values, f"{layer.shape[0]} × {layer.shape[1]}")
-    errors = (short(layer.relative_error), short(layer.relative_error_per_token))
-    cost = (plain(layer.iterations), duration(layer.seconds), plain(layer.tokens))
-    return (*kept, f"{layer.density:.4f}", str(layer.rank), *errors, *cost)
 
 
 def _footer(report: Report) -> list[str]:

@@ -73,7 +73,7 @@ class SparlowConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM's class, 
             if not prefix and not isinstance(layer, ParallelLMHead):  # many models give their embedding no name
                 known = self._embeddings(layer.org_vocab_size, layer.embedding_dim)
             return SparlowEmbeddingMethod({prefix or "the embedding": known}) if known else None
-        inside = next((name for name in self.records if prefix and name.startswith(f"{prefix}.")), None)
+        inside = next((name for name in self.records if prefix and _is_in(name, prefix)), None)
         if inside:
             raise InputError(
                 f"{inside} is compressed and part of a {type(layer).__name__}, which the plug-in cannot serve. "
@@ -95,3 +95,16 @@ class SparlowConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM's class, 
             if outside and record.scheme.pattern == DENSE and record.kept == rows * columns and record not in found:
                 found.append(record)
         return found
+
+
+def _is_in(name: str, prefix: str) -> bool:
+    """Whether a compressed layer is part of one of vLLM's that is neither linear nor an embedding.
+
+    Experts have a number for their last name. What vLLM calls the module around them may be what it is called in the
+    checkpoints of a family, and not in transformers' class; then they are known by the block that they are in.
+    """
+    if name.startswith(f"{prefix}."):
+        return True
+    block = re.match(r".*?\.\d+\.", prefix)
+    experts = block is not None and prefix.endswith(".experts") and name.startswith(block[0])
+    return experts and name.rpartition(".")[2].isdecimal()
