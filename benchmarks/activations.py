@@ -4,8 +4,8 @@
         [--json FILE]
 
 Prompts are multiplied in floats whatever is asked for, so windows go through the model eight at a time and one token
-each, with a cache: every product is that of generation. Printed are both perplexities, and the difference of the losses
-paired over the windows, with its standard error.
+each, with a cache: every product is that of generation. Printed are both perplexities, the difference of the losses
+paired over the windows, with its standard error, and how many layers round their inputs: those whose levels are integers.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from torch.nn import functional
 from transformers import AutoTokenizer, DynamicCache, PreTrainedModel
 
 import sparlow
+from sparlow.runtime.packed import PackedLinear
 from sparlow.text import evaluation_windows
 
 AT_ONCE = 8  # the most tokens that the kernel multiplies without decoding whole tiles
@@ -42,19 +43,21 @@ def compared(folder: str, args: argparse.Namespace) -> dict[str, Any]:
     """Measure one result with both kinds of inputs."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     windows = evaluation_windows(args.text, tokenizer, seqlen=args.seqlen, limit=args.limit)
-    by = {
-        kind: losses(sparlow.load(folder, mode="packed", activations=kind, dtype=torch.float32).eval(), windows)
-        for kind in ("float", "int8")
-    }
+    by, rounding = {}, ""
+    for kind in ("float", "int8"):
+        model = sparlow.load(folder, mode="packed", activations=kind, dtype=torch.float32).eval()
+        by[kind] = losses(model, windows)
+        layers = [module.rounds for module in model.modules() if isinstance(module, PackedLinear)]
+        rounding = f"{sum(layers)} of {len(layers)}"
     apart = by["int8"] - by["float"]
     row = {kind: math.exp(loss.mean()) for kind, loss in by.items()}
     error = (apart.std() / len(apart) ** 0.5).item()
     print(
         f"{Path(folder).name}: {row['float']:.2f} with inputs in floats, {row['int8']:.2f} in int8; "
-        f"loss {apart.mean():+.4f} ± {error:.4f} nats a token over {len(apart)} windows",
+        f"loss {apart.mean():+.4f} ± {error:.4f} nats a token over {len(apart)} windows; {rounding} layers round",
         flush=True,
     )
-    return {"name": Path(folder).name, **row, "difference": apart.mean().item(), "stderr": error}
+    return {"name": Path(folder).name, **row, "difference": apart.mean().item(), "stderr": error, "rounding": rounding}
 
 
 def main() -> None:
