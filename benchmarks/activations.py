@@ -5,7 +5,7 @@
 
 Prompts are multiplied in floats whatever is asked for, so windows go through the model eight at a time and one token
 each, with a cache: every product is that of generation. Printed are both perplexities, the difference of the losses
-paired over the windows, with its standard error, and how many layers round their inputs: those whose levels are integers.
+paired over the windows, with its standard error, and how many layers round their inputs (those with integer levels).
 """
 
 import argparse

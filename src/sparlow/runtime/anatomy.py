@@ -21,8 +21,7 @@ from sparlow.runtime.packed import PackedLinear
 LINEAR = (nn.Linear, PackedLinear, SparseLowRankLinear)
 PROBE = 8  # tokens of a pass: as many as the kernel takes at once
 _LARGE = 1e4  # an input beside whose square the epsilon of a norm is nothing
-_CLOSE = {torch.float32: 1e-4, torch.float64: 1e-4}  # of what is compared; half precision is in _HALF
-_HALF = 0.02
+_CLOSE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.05}  # of what is compared
 
 
 class UnlikeError(InputError):
@@ -243,7 +242,7 @@ def _norm(module: nn.Module, given: Tensor) -> Norm:
 def close(found: Tensor, right: Tensor, dtype: torch.dtype) -> bool:
     """Whether two results agree as well as a model's type lets them: the mean square of what differs."""
     off = (found.float() - right.float()).square().mean().sqrt() / right.float().square().mean().sqrt()
-    return bool(off <= _CLOSE.get(dtype, _HALF))
+    return bool(off <= _CLOSE[dtype])
 
 
 def _rotary(seen: _Seen) -> tuple[Rotary, Tensor]:
