@@ -242,7 +242,7 @@ def _norm(module: nn.Module, given: Tensor) -> Norm:
 def close(found: Tensor, right: Tensor, dtype: torch.dtype) -> bool:
     """Whether two results agree as well as a model's type lets them: the mean square of what differs."""
     off = (found.float() - right.float()).square().mean().sqrt() / right.float().square().mean().sqrt()
-    return bool(off <= _CLOSE[dtype])
+    return bool(off <= _CLOSE.get(dtype, 1e-4))
 
 
 def _rotary(seen: _Seen) -> tuple[Rotary, Tensor]:
