@@ -8,6 +8,7 @@ printed as "other".
 import ast
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,10 +33,11 @@ class Message(NamedTuple):
     text: str
 
 
-def messages() -> list[Message]:
+@cache
+def messages() -> tuple[Message, ...]:
     """Return every message of the package and of run.py, in the order of the files."""
     files = [*sorted((ROOT / "src" / "sparlow").rglob("*.py")), ROOT / "run.py"]
-    return [message for file in files for message in _of(file)]
+    return tuple(message for file in files for message in _of(file))
 
 
 def _of(file: Path) -> Iterator[Message]:

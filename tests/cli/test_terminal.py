@@ -1,6 +1,7 @@
 """What every command has in common: how much it says, JSON, examples, Ctrl-C; and what pipelines require."""
 
 import contextlib
+import io
 import json
 import re
 import shlex
@@ -81,7 +82,20 @@ def test_json_goes_to_a_file_or_stands_alone(words, place, capsys, tmp_path):
     assert "no directory" in run_and_fail(capsys, *words, "--json", tmp_path / "none" / "found.json")
 
 
-def test_no_color():
+def test_no_color(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    shown = []
+    for name in ("FORCE_COLOR", "NO_COLOR"):
+        monkeypatch.setenv(name, "1")
+        file = io.StringIO()
+        display.SafeConsole(file=file).print("[red]error:[/] no")
+        shown.append("\x1b[3" in file.getvalue())
+    assert shown == [True, False]
+
+
+@pytest.mark.slow
+def test_no_color_in_a_process_of_its_own():
     environment = {"NO_COLOR": "1", "FORCE_COLOR": "1", "PATH": "", "PYTHONPATH": ":".join(sys.path)}
     shown = subprocess.run(
         [sys.executable, "-m", "sparlow", "recipes"], env=environment, capture_output=True, text=True, check=True

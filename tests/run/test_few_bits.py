@@ -32,8 +32,13 @@ def dense(tmp_path, family="llama"):
     [
         {"values": "int4", "pattern": "8:16", "rank": 2},
         {"values": "int3", "pattern": "dense", "rank": 2, "group": "row"},
-        {"values": "int8", "pattern": "4:8", "rank": 2, "factors": "model", "levels": "integer"},
-        {"values": "int2", "pattern": "dense", "algorithm": "sparsegpt", "options": {}},
+        pytest.param(
+            {"values": "int8", "pattern": "4:8", "rank": 2, "factors": "model", "levels": "integer"},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {"values": "int2", "pattern": "dense", "algorithm": "sparsegpt", "options": {}}, marks=pytest.mark.slow
+        ),
         {"factors": "int8", "rank": 2},
     ],
 )

@@ -78,7 +78,6 @@ PLAIN, WHOLE, BLOCKS = WANDA, WANDA.changed(match=True), WANDA.changed(match=Tru
     few_of(
         product(["gemma4_text", "gemma3n_text"], [PLAIN, WHOLE, BLOCKS]),
         ("gemma4_text", WHOLE),
-        ("gemma3n_text", BLOCKS),
     ),
 )
 def test_blocks_that_depend_on_the_text_or_share_what_they_write(family, recipe, tmp_path):

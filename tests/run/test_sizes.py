@@ -10,6 +10,7 @@ from safetensors import safe_open
 import sparlow
 from command_line import run
 from families import save_tiny, tiny
+from samples import few_of
 from sparlow.model.forward.decoder import Decoder
 from sparlow.recipe.recipe import Recipe
 from sparlow.report.html_page import html
@@ -25,7 +26,7 @@ def tensors(folder):
                 yield name, file.get_tensor(name)
 
 
-@pytest.mark.parametrize("family", ["llama", "mixtral", "qwen2_moe", "jetmoe"])
+@pytest.mark.parametrize("family", few_of(["llama", "mixtral", "qwen2_moe", "jetmoe"], "llama", "mixtral"))
 def test_the_share_that_is_compressed_and_the_bits_of_the_whole_file_are_said_everywhere(family, tmp_path, capsys):
     model = save_tiny(family, tmp_path / "dense", dtype=torch.bfloat16)
     out = tmp_path / "out"

@@ -402,4 +402,4 @@ def show_export(found: "Exported") -> None:
     for note in found.notes:
         out.print(f"note: {note}", markup=False, highlight=False)
     for line in found.commands:
-        out.print(line, markup=False, highlight=False)
+        out.print(Text(line))  # whole, to be copied
