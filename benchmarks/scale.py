@@ -93,12 +93,12 @@ def solve(out: int, features: int, effort: float, count: int = 1) -> Work:
     """3basil on one layer: iterations, levels of ρ, refits, the final error; 4 bytes a number.
 
     Of several processes that divide its rows, what each has to do: they find the inverses at the next levels for each
-    other, but each factorises what depends on the Gram matrix alone.
+    other, but each factorises what depends on the Gram matrix alone, and makes all of U orthonormal.
     """
-    out = -(-out // count)
-    steps = STEPS * effort
-    dense = 2.0 * out * features**2  # operations of (out, in) times (in, in)
-    skinny = 3 * 2.0 * out * features * RANK + 2.0 * RANK * features**2
+    rows, steps = -(-out // count), STEPS * effort
+    dense = 2.0 * rows * features**2  # operations of (out, in) times (in, in)
+    # what U is made of, V of it, and U V; then V times a matrix (in, in), and two Cholesky QR of all rows of U
+    skinny = 3 * 2.0 * rows * features * RANK + 2.0 * RANK * features**2 + 2 * 4.0 * out * RANK**2
     levels = steps / level(effort)  # each of which costs a factorisation and an inverse
     alternations, refit_steps = refits(effort)
     return Work(
@@ -106,7 +106,7 @@ def solve(out: int, features: int, effort: float, count: int = 1) -> Work:
         rounded=steps * dense,
         # n³/3 for the factor, 2n³/3 for the inverse
         factorisations=(ONCE + -(-levels // count)) * features**3,
-        memory=steps * PASSES * 4.0 * out * features,
+        memory=steps * PASSES * 4.0 * rows * features,
     )
 
 
@@ -161,7 +161,7 @@ class Share:
 
 def shared(shape: Shape, count: int, speed: Speed, space: Workspace, args: argparse.Namespace) -> Share:
     """What the busiest of so many accelerators has to do, solves divided as a run divides them."""
-    tokens = args.samples * args.seqlen
+    own_tokens = -(-args.samples // count) * args.seqlen  # a window is not divided
     load, sent, ahead = [0.0] * count, 0.0, 0.0
     for name, who in divided(shape, count).items():
         out, features = shape.linears[name]
@@ -177,9 +177,9 @@ def shared(shape: Shape, count: int, speed: Speed, space: Workspace, args: argpa
     stored = sum(out * features * 9 / 8 + 2 * RANK * (out + features) for out, features in shape.linears.values())
     sent = shape.blocks * (sent + grams + stored / count) if count > 1 else 0.0
     link = next((rate for most, rate in LINKS.items() if count <= most), min(LINKS.values()))
-    seconds = shape.blocks * (max(load) + passes(shape, tokens).seconds(speed) / count) + sent / link
+    seconds = shape.blocks * (max(load) + passes(shape, own_tokens).seconds(speed)) + sent / link
     weights = sum(2.0 * out * features for out, features in shape.linears.values())
-    at_once = min(args.seqlen, tokens) * (4 * shape.inner * shape.passed + 4 * shape.hidden) * 2.0
+    at_once = args.seqlen * (4 * shape.inner * shape.passed + 4 * shape.hidden) * 2.0
     solving = ahead + max(space.bytes(layer) for layer in shape.linears.values())
     memory = weights + max(grams + at_once, solving)
     return Share(seconds / 3600, memory, sent)

@@ -107,12 +107,16 @@ def test_only_those_that_do_not_write_look_and_each_file_once(tmp_path, shard, w
     assert writer.shard("model-00002-of-00003.safetensors") is None
     looks = []
     monkeypatch.setattr("sparlow.run.journal.arrived", lambda *given: looks.append(given) or arrived(*given))
-    reader = Journal(tmp_path, DECIDES, "model.layers", writes=False)
+    reader = Journal(tmp_path, DECIDES, "model.layers", writes=False, late=True)
     assert reader.shard(shard.file) is None  # nobody has told it yet, and it does not look by itself
     reader.record = writer.record
     waiting()
     assert [reader.shard(shard.file) for _ in range(2)] == [tmp_path / shard.file] * 2
     assert looks == [(tmp_path, shard)]
+    beside = Journal(tmp_path, DECIDES, "model.layers", writes=False)  # on the machine of the first
+    beside.record = writer.record
+    assert beside.shard(shard.file) == tmp_path / shard.file
+    assert len(looks) == 1
 
 
 def one_of_two(variables, folder, note):
@@ -122,7 +126,7 @@ def one_of_two(variables, folder, note):
     clock = Clock(*steps)
     arrival.time.sleep = clock.sleep
     with joined() as processes:
-        journal = Journal(folder, DECIDES, "model.layers", writes=processes.first)
+        journal = Journal(folder, DECIDES, "model.layers", writes=processes.first, late=not processes.first)
         journal.share(processes)
         if processes.first:
             folder.mkdir()
@@ -164,7 +168,7 @@ class Second(Processes):
 def test_a_state_of_training_is_read_by_all_or_by_none(tmp_path, shard, waiting):
     path = tmp_path / shard.file
     path.write_bytes(WHOLE)
-    first, second = (Journal(tmp_path, DECIDES, "model.layers", writes=writes) for writes in (True, False))
+    first, second = (Journal(tmp_path, DECIDES, "model.layers", writes=not late, late=late) for late in (False, True))
     assert first.training_for(Processes()) is None
     for journal in (first, second):
         journal.record.training = KeptTraining(shard, 1)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparlow.algorithms import REVISION, revision_of
-from sparlow.distributed import ALONE, Processes
+from sparlow.distributed import ALONE, Processes, on_this_machine
 from sparlow.errors import InputError, RunError
 from sparlow.evaluation.agreement import Measured
 from sparlow.files import HIDDEN
@@ -121,8 +121,16 @@ class Job:
         }
         self.runner.folder = folder / HIDDEN
         device = self.weights.device.type
-        first = self.processes.first
-        self.journal = Journal(folder, decides, self.decoder.name, overwrite=overwrite, device=device, writes=first)
+        first, one_machine = self.processes.first, on_this_machine() >= self.processes.size
+        self.journal = Journal(
+            folder,
+            decides,
+            self.decoder.name,
+            overwrite=overwrite,
+            device=device,
+            writes=first,
+            late=not (first or one_machine),
+        )
         if first:
             self.journal.settle()
         self.journal.share(self.processes)

@@ -40,6 +40,7 @@ class Journal:
         device: Type of the device that computes, such as cpu or cuda. It is recorded with the machine.
         writes: Whether this process writes the directory. Any other one does not look there before ``share`` has told
             it what there is, since it may see the directory late.
+        late: Whether this process may see files late, because another machine writes them.
 
     Raises:
         InputError: The directory holds a run with another fingerprint.
@@ -54,8 +55,9 @@ class Journal:
         overwrite: bool = False,
         device: str = "cpu",
         writes: bool = True,
+        late: bool = False,
     ) -> None:
-        self.folder, self._writes = folder, writes
+        self.folder, self._late = folder, late
         self._seen: set[ShardRecord] = set()  # that others wrote, and that are here
         here = machine() | {"device": device, **versions()}
         self.record = RunRecord(dict(fingerprint), blocks_name, machines=[here])
@@ -87,7 +89,7 @@ class Journal:
     def shard(self, file: str) -> Path | None:
         """Return the path of a shard; None if it is not on record.
 
-        In a process that does not write, this waits until the file is here as it was written.
+        Where another machine writes, this waits until the file is here as it was written.
 
         Raises:
             RunError: It does not come.
@@ -96,7 +98,7 @@ class Journal:
         return self._path(record) if record else None
 
     def _path(self, shard: ShardRecord) -> Path:
-        if self._writes or shard in self._seen:
+        if not self._late or shard in self._seen:
             return resolve_inside(self.folder, shard.file)
         path = arrived(self.folder, shard)
         self._seen.add(shard)
