@@ -103,22 +103,22 @@ def _parts(pieces: list[bytes]) -> list[Tensor]:
     return [torch.frombuffer(bytearray(part), dtype=torch.uint8) for part in joined]
 
 
-def trained(text: Text, size: Size, steps: int, file: Path) -> Qwen3MoeForCausalLM:
+def trained(text: Text, size: Size, steps: tuple[int, int], file: Path) -> Qwen3MoeForCausalLM:
     """Return a mixture, trained with the usual loss that spreads tokens over experts.
 
     Args:
         text: Whose first part it learns.
         size: Of the model.
-        steps: Of ``BATCH`` windows.
+        steps: Of ``BATCH`` windows: how many are taken, and how many the schedule of the rate has.
         file: Where a run that was killed goes on, and which is read where it is whole.
     """
     torch.manual_seed(0)
     model = Qwen3MoeForCausalLM(size.config())
     optimiser = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, RATE, total_steps=steps, pct_start=WARM_UP)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, RATE, total_steps=steps[1], pct_start=WARM_UP)
     parts: dict[str, Any] = {"model": model, "optimiser": optimiser, "schedule": schedule}
     done = _resumed(parts, file)
-    for step in range(done, steps):
+    for step in range(done, steps[0]):
         ids = text.windows(text.learnt, BATCH, step)
         loss = model(ids, labels=ids, use_cache=False).loss
         optimiser.zero_grad()
@@ -126,7 +126,7 @@ def trained(text: Text, size: Size, steps: int, file: Path) -> Qwen3MoeForCausal
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         schedule.step()
-        if (step + 1) % SAVED_EVERY == 0 or step + 1 == steps:
+        if (step + 1) % SAVED_EVERY == 0 or step + 1 == steps[0]:
             print(f"step {step + 1}: loss {loss.item():.3f}", flush=True)
             _save(parts, step + 1, file)
     model.config.output_router_logits = False

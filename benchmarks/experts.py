@@ -26,7 +26,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -54,14 +53,16 @@ CALIBRATED = 32  # windows for methods
 COUNTS = (2, 32)  # windows at which borrowing is compared: half as many tokens an expert as it has features, or 8 times
 BORROWED = (0.0, 0.03125, 0.125, 0.5, math.inf)
 DENSE = ("*.self_attn.*",)  # what is no expert
-SIXTEEN = {"values": "model"}  # 16 bits, the model's type
+SIXTEEN: Mapping[str, Any] = {"values": "model"}  # 16 bits, the model's type
+EIGHT: Mapping[str, Any] = {"bits": 8.0, **SIXTEEN}
+THREE: Mapping[str, Any] = {"bits": 3.14}
 METHODS: Mapping[str, Mapping[str, Any]] = {
     "S + UV, 16-bit values, 12 bits": {"bits": 12.0, **SIXTEEN},
-    "S + UV, 16-bit values, 8 bits": {"bits": 8.0, **SIXTEEN},
+    "S + UV, 16-bit values, 8 bits": EIGHT,
     "S + UV, 16-bit values, 4 bits": {"bits": 4.0, **SIXTEEN},
     "--bits 8": {"bits": 8.0},
     "--bits 4.14": {"bits": 4.14},
-    "--bits 3.14": {"bits": 3.14},
+    "--bits 3.14": THREE,
 }
 ROUNDED = ("int8", "int4", "int3")
 LEFT = (6, 4, 2)  # experts of eight
@@ -246,10 +247,13 @@ def cases(dense: PreTrainedModel, text: Text, seed: int) -> dict[str, Made]:
     if not seed:  # no data are looked at
         found |= {f"{values}, rounded to nearest": partial(rounded, dense, values) for values in ROUNDED}
     found |= {f"{left} of 8 experts left": partial(reduced, dense, many, left) for left in LEFT}
-    for recipe, counts in (({"bits": 8.0, **SIXTEEN}, COUNTS), ({"bits": 3.14}, COUNTS[:1])):
-        for count, share in product(counts, BORROWED):
-            name = f"{recipe['bits']:g} bits, {count} windows, borrowing {share:g}"
-            found[name] = partial(borrowed, dense, windows[count], recipe, share)
+    few, ends = COUNTS[0], (BORROWED[0], 0.125, BORROWED[-1])
+    compared = [(EIGHT, few, share) for share in BORROWED] + [(THREE, few, share) for share in ends]
+    if not seed:  # with so many tokens little is left to tell apart
+        compared += [(EIGHT, COUNTS[1], share) for share in BORROWED]
+    for recipe, count, share in compared:
+        name = f"{recipe['bits']:g} bits, {count} windows, borrowing {share:g}"
+        found[name] = partial(borrowed, dense, windows[count], recipe, share)
     return found
 
 
@@ -258,7 +262,7 @@ def quality(args: argparse.Namespace) -> dict[str, Any]:
     args.work.mkdir(parents=True, exist_ok=True)
     text = Text(args.text)
     size = Size(*map(int, args.size.split(",")))
-    dense = trained(text, size, args.steps, args.work / "mixture.pt").to(torch.bfloat16)
+    dense = trained(text, size, (args.steps, args.schedule or args.steps), args.work / "mixture.pt").to(torch.bfloat16)
     full = copy.deepcopy(dense).float()
     parts = {name: text.windows(getattr(text, name), HELD_OUT, 1) for name in ("choosing", "reporting")}
     judges = {name: Judge(full, windows, args.work / name) for name, windows in parts.items()}
@@ -318,6 +322,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="folder from which a killed run goes on")
     parser.add_argument("--size", default="256,4,256", help="width, blocks, width of an expert")
     parser.add_argument("--steps", type=int, default=640)
+    parser.add_argument("--schedule", type=int, help="steps after which the rate would be zero; as many if left out")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--json", type=Path, dest="json_file")
     args = parser.parse_args()
