@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from _layers import machine, write_json
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparlow.distributed import joined
@@ -41,9 +42,9 @@ from sparlow.report.records import Report
 from sparlow.run.divided import cost
 
 SHAPES = {  # hidden, intermediate, heads of keys and values beside 8 of queries: the proportions of the model's
-    "Llama-2-7B": (512, 1376, 8),
-    "Llama-3-8B": (512, 1792, 2),
-    "Llama-3-70B": (512, 1792, 1),
+    "Llama-2-7B": (256, 688, 8),
+    "Llama-3-8B": (256, 896, 2),
+    "Llama-3-70B": (256, 896, 1),
 }
 COUNTS = (1, 2, 4)
 ONCE, LEVELS = 2, 11  # factorisations of 3basil at effort 0.5: for its coordinates, and for values of ρ
@@ -112,6 +113,7 @@ def overlaps(seconds: float, file: Path | None) -> None:
 
 def sleeping_block(shape: str, seconds: float) -> None:
     """Compress one block as one of the processes, solves sleeping; the first prints its wall seconds."""
+    from sparlow.linalg import shared_rows
     from sparlow.run import pipeline
 
     hidden, intermediate, heads = SHAPES[shape]
@@ -129,15 +131,21 @@ def sleeping_block(shape: str, seconds: float) -> None:
     decoder, recipe, storage = Decoder.of(model), Recipe(algorithm="magnitude"), StoredDtypes.of(model)
     budgets = select(model, decoder, recipe, storage).budgets
     costs = [cost(weight.shape) for weight in decoder.weights(0).values()]
-    solve = pipeline._solve  # noqa: SLF001 - what is to be slow
+    solver = pipeline._solver  # noqa: SLF001 - what is to be slow
 
-    def sleeping(processes: Any, recipe: Any, budget: Any, W: Any, gram: Any, *, together: bool) -> Any:  # noqa: ANN401 - as it is
-        (out, features), size = W.shape, processes.size if together else 1
-        shared = (ONCE + -(-LEVELS // size)) / (ONCE + LEVELS)
-        time.sleep(seconds * (features**2 * out / size + features**3 * shared) / sum(costs))
-        return solve(processes, recipe, budget, W, gram, together=together)
+    def sleeping(*given: Any) -> Any:  # noqa: ANN401 - as it is
+        solving = solver(*given)
 
-    pipeline._solve = sleeping  # noqa: SLF001 - the same
+        def solve(W: Tensor) -> Any:  # noqa: ANN401 - the same
+            (rows, features), shared = W.shape, shared_rows._rows.get()  # noqa: SLF001 - whether W is a part
+            levels = -(-LEVELS // (shared.size if shared else 1))
+            factorisations = features**3 * (ONCE + levels) / (ONCE + LEVELS)
+            time.sleep(seconds * (features**2 * rows + factorisations) / sum(costs))
+            return solving(W)
+
+        return solve
+
+    pipeline._solver = sleeping  # noqa: SLF001 - the same
     with joined() as processes, torch.no_grad():
         windows = torch.randint(0, hidden, (8, 32), generator=torch.Generator().manual_seed(1))
         recording = capture_block_inputs(model, windows, micro_batch=8, processes=processes)
