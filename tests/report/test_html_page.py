@@ -116,7 +116,7 @@ def test_layers_that_differ_in_a_number_share_a_row_where_there_are_many():
     experts = shown[1]
     assert (experts["rank"], experts["tokens"]) == ("0 to 63", "0 to 6,300")
     assert (experts["shape"], experts["pattern"]) == ("48 × 32", "2:4")
-    assert experts["relative error"] == "0.492"  # the mean
+    assert experts["relative squared error"] == "0.492"  # the mean
     assert experts["time"] == "1 min 20 s"  # of all
     assert [row[1] for row in layer_rows(seen[:2])] == ["mlp.experts.up_proj.0", "mlp.experts.up_proj.1"]
 
