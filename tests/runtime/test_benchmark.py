@@ -125,10 +125,11 @@ def test_the_command_shows_a_table_and_writes_json(folder, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert code == 0, shown
     found = json.loads(json_file.read_text())
-    assert len(found["rows"]) == 8  # both models in two types, by two steps
+    assert len(found["rows"]) == 12  # both models in two types, by two steps, the packed one with both kinds of inputs
+    assert [row["inputs"] for row in found["rows"]] == [""] * 4 + ["float", "float", "int8", "int8"] * 2
     for row in found["rows"]:
         assert row["same_output"]
         assert {batch: len(times) for batch, times in row["decode"].items()} == {"1": 2, "2": 2}
         assert row["peak"]["1"] > row["interpreter"] > 0
-    assert shown.count("yes (") == 16
+    assert shown.count("yes (") == 24
     assert torch.get_num_threads() >= 1
