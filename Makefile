@@ -51,7 +51,7 @@ test-hostile: setup
 # what depends most on transformers, with each of these releases and everything else as it is in $(VENV)
 test-transformers: setup
 	set -e; for release in $(TRANSFORMERS); do \
-		.ci/with-transformers $(VENV) $$release -m pytest -q -m transformers tests/model; \
+		.ci/with-transformers $(VENV) $$release -m pytest -q -m transformers tests/model tests/runtime; \
 	done
 
 check: setup

@@ -34,6 +34,7 @@ def pair(tmp_path_factory):
     return sparlow.load(folder, mode="packed", step="kernel"), sparlow.load(folder, mode="packed")
 
 
+@pytest.mark.transformers
 @pytest.mark.parametrize("least", [0, 8])
 @pytest.mark.parametrize("texts", [1, 3])
 def test_texts_end_where_they_end_in_transformers(pair, texts, least):

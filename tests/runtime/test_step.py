@@ -106,6 +106,7 @@ def pair(folder):
     return model, model.forward.stepping, sparlow.load(folder, mode="packed")
 
 
+@pytest.mark.transformers
 @pytest.mark.parametrize(
     "options",
     [{}, {"num_beams": 3}, {"do_sample": True, "temperature": 0.7, "top_k": 5}, {"repetition_penalty": 1.3}],

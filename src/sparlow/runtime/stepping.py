@@ -18,6 +18,7 @@ from sparlow.runtime.step import Step
 
 _log = logging.getLogger("sparlow")
 _REPLACED = ("forward", "generate")
+CACHES = ("cache", "past_key_values")  # names of the argument, that of transformers from 5.24 on first
 _HARMLESS = ("use_cache", "return_dict", "logits_to_keep", "num_logits_to_keep", "cache_position")  # of one token
 
 
@@ -65,7 +66,8 @@ class Stepping:
 
     def forward(self, arguments: Mapping[str, Any]) -> Any:  # noqa: ANN401 - what a model's forward returns
         """Return the logits of a step in the form that a model gives them, or None if this is no step."""
-        ids, cache, step = arguments.get("input_ids"), arguments.get("past_key_values"), self._step
+        ids, step = arguments.get("input_ids"), self._step
+        cache = next((arguments[name] for name in CACHES if arguments.get(name) is not None), None)
         if step is None or not isinstance(cache, StepCache) or not isinstance(ids, Tensor) or self.model.training:
             return None
         at = cache.length
@@ -81,7 +83,7 @@ class Stepping:
 def _plain(arguments: Mapping[str, Any], at: int) -> bool:
     """Whether nothing is asked for but the logits, and every token before counts and has its own place."""
     for name, value in arguments.items():
-        if name in ("input_ids", "past_key_values", *_HARMLESS) or value is None or value is False:
+        if name in ("input_ids", *CACHES, *_HARMLESS) or value is None or value is False:
             continue
         if name == "attention_mask" and isinstance(value, Tensor):
             if value.ndim != 2 or value.shape[1] != at + 1 or not bool(value.all()):  # noqa: PLR2004 - texts, tokens
@@ -125,13 +127,19 @@ class _Generate:
                 if wanted is not None and step.takes(len(wanted.ids), wanted.ids.shape[1] + wanted.most):
                     with unused(untyped):
                         return self.stepping.written(step, wanted)
-                kwargs["past_key_values"] = step.cache()
+                kwargs[_name_of_cache(untyped)] = step.cache()
         return type(untyped).generate(untyped, *args, **kwargs)
+
+
+def _name_of_cache(model: PreTrainedModel) -> str:
+    """Return what the argument is called to which a cache is given: that depends on the release of transformers."""
+    known = inspect.signature(type(model).forward).parameters
+    return next(name for name in CACHES if name in known or name == CACHES[-1])
 
 
 def _takes_any_cache(model: Any, asked: Mapping[str, Any]) -> bool:  # noqa: ANN401 - a model of transformers
     """Whether nobody has said which cache ``generate`` is to use."""
-    if any(asked.get(name) is not None for name in ("past_key_values", "assistant_model")):
+    if any(asked.get(name) is not None for name in (*CACHES, "assistant_model")):
         return False
     for given in (asked, vars(asked.get("generation_config") or model.generation_config)):
         if given.get("cache_implementation") is not None or given.get("use_cache") is False:
