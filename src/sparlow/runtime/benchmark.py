@@ -251,8 +251,8 @@ def _opened(worker: _Process, row: Row, options: BenchmarkOptions, found: Benchm
         return
     for step in options.step:
         if step == "kernel" and said["no_step"]:
-            what = f"{row.model}, {row.mode}, {row.dtype}"
-            found.notes.append(f"{what}: the kernel has no step for it: {said['no_step']}.")
+            note = f"{row.model}, {row.mode}, {row.dtype}: the kernel has no step for it: {said['no_step']}."
+            found.notes += [note] if note not in found.notes else []
             continue
         bound = ROUNDED if row.inputs == "int8" else BOUNDS[row.dtype]
         measured = {"bytes_read": said["bytes_read"], "interpreter": said["interpreter"], "bound": bound}

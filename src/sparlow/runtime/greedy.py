@@ -114,7 +114,7 @@ def write(model: PreTrainedModel, step: "Step", wanted: Greedy) -> Tensor:
 
 def _first(model: PreTrainedModel, ids: Tensor, cache: object) -> Tensor:
     """Return the logits (texts, vocabulary) behind the prompts."""
-    forward: Any = type(model).forward
-    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(forward).parameters else {}
-    found: Tensor = forward(model, input_ids=ids, past_key_values=cache, use_cache=True, **last).logits[:, -1]
+    own: Any = model
+    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(type(model).forward).parameters else {}
+    found: Tensor = own(input_ids=ids, past_key_values=cache, use_cache=True, **last).logits[:, -1]
     return found.float()

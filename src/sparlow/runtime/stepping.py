@@ -134,7 +134,7 @@ class _Generate:
 def _name_of_cache(model: PreTrainedModel) -> str:
     """Return what the argument is called to which a cache is given: that depends on the release of transformers."""
     known = inspect.signature(type(model).forward).parameters
-    return next(name for name in CACHES if name in known or name == CACHES[-1])
+    return CACHES[0] if CACHES[0] in known else CACHES[1]
 
 
 def _takes_any_cache(model: Any, asked: Mapping[str, Any]) -> bool:  # noqa: ANN401 - a model of transformers

@@ -225,7 +225,7 @@ INL void rounded_book4(cursor *a, bytes x, int T, VI levels, VI *s) {
     dot_rounded(_mm256_shuffle_epi8(levels, _mm256_and_si256(_mm256_srli_epi16(v, 4), low)), x, 64 * k + 32, T, s);
   }
 }
-/* Whether a lane's sums are of the same 4 columns of 8, and not of 8. */
+/* Whether a lane sums four of each run of eight columns, and its neighbour the other four; else a lane sums all eight. */
 INL int in_fours(int way) { return way == R_DENSE8 || way == R_DENSE3 || way == R_DENSE2; }
 
 #define BOTH(...) _mm256_setr_epi8(__VA_ARGS__, __VA_ARGS__)
