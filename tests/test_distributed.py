@@ -14,7 +14,7 @@ from torch import distributed
 from families import save_tiny, tiny
 from processes import SERVER, Run, join, together
 from sparlow.distributed import Processes, joined, local_device, require_one
-from sparlow.errors import InputError
+from sparlow.errors import InputError, RunError
 from sparlow.model.artefact.dtypes import StoredDtypes
 from sparlow.recipe.recipe import Recipe
 from sparlow.report.records import Report
@@ -162,6 +162,32 @@ def test_other_commands_say_that_they_are_for_one_process(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InputError, match="sparlow evaluate works in one process"):
         require_one("sparlow evaluate")
+
+
+@pytest.mark.parametrize(
+    ("variables", "sentence"),
+    [
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two', which is no number of processes"),
+        ({"WORLD_SIZE": "2"}, "2 processes were started together, but they cannot find each other"),
+    ],
+)
+def test_an_environment_that_joins_nobody_is_refused(variables, sentence, monkeypatch):
+    for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=sentence), joined():
+        pass
+
+
+def test_a_process_that_ends_before_all_have_met_is_told_in_a_sentence(monkeypatch):
+    def gone(**_):
+        raise RuntimeError("Connection closed by peer [127.0.0.1]:4711\nmore")
+
+    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed, "new_group", gone)
+    with pytest.raises(RunError, match=r"could not meet the others at the start.*Connection closed by peer"), joined():
+        pass
 
 
 def test_steps_that_more_processes_make_wider_are_told():

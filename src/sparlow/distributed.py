@@ -165,24 +165,52 @@ def joined() -> Iterator[Processes]:
         return
     if not dist.is_available():
         raise InputError("This torch has no torch.distributed. Start one process, without torchrun.")
-    if not given:
-        if torch.cuda.is_available():
-            torch.cuda.set_device(_own_number())  # where memory is counted and NCCL meets
-        dist.init_process_group(timeout=MINUTES)  # by default gloo for tensors on the CPU and NCCL for those on CUDA
-    on_cpu = dist.new_group(timeout=MINUTES, backend="gloo")  # the caller may have opened NCCL alone
+    on_cpu = _opened(given=given)
     yield Processes(dist.get_rank(), dist.get_world_size(), on_cpu)
     dist.destroy_process_group(on_cpu if given else None)
 
 
+def _opened(*, given: bool) -> "dist.ProcessGroup":
+    """Open the process group, unless the caller did; return the one that exchanges what lies on the CPU.
+
+    Raises:
+        InputError: The environment does not say where the others are.
+        RunError: One of them ended before all had met.
+    """
+    try:
+        if not given:
+            if torch.cuda.is_available():
+                torch.cuda.set_device(_own_number())  # where memory is counted and NCCL meets
+            dist.init_process_group(
+                timeout=MINUTES
+            )  # by default gloo for tensors on the CPU and NCCL for those on CUDA
+        return dist.new_group(timeout=MINUTES, backend="gloo")  # the caller may have opened NCCL alone
+    except ValueError as error:
+        raise InputError(
+            f"WORLD_SIZE says that {_started()} processes were started together, but they cannot find each other "
+            f"({first_line(error)}). Start them with torchrun, or unset WORLD_SIZE to start one alone."
+        ) from error
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        raise RunError(
+            "A process could not meet the others at the start; one has ended or cannot be reached "
+            f"({first_line(error)}). Look at its message, and repeat the command."
+        ) from error
+
+
 def _started() -> int:
     """How many processes torchrun started."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    size = os.environ.get("WORLD_SIZE", "1")
+    if not size.isdecimal():
+        raise InputError(f"WORLD_SIZE is {size!r}, which is no number of processes. Unset it, or start torchrun.")
+    return int(size)
 
 
 def require_one(command: str) -> None:
     """Raise InputError if torchrun started several processes for a command that is made for one."""
     if _started() > 1:
-        raise InputError(f"{command} works in one process. Start it without torchrun.")
+        raise InputError(f"{command} works in one process. Start it without torchrun or accelerate launch.")
 
 
 def is_first() -> bool:

@@ -7,7 +7,7 @@ from typing import NoReturn
 
 def alone() -> bool:
     """Whether this process is the only one of its run, not one of those that torchrun started."""
-    return int(os.environ.get("WORLD_SIZE", "1")) == 1
+    return os.environ.get("WORLD_SIZE", "1") == "1"
 
 
 def leave(code: int) -> NoReturn:

@@ -6,10 +6,10 @@ low-rank part. Biases, norms, embeddings and S stay as they are, bit for bit.
 """
 
 import importlib.util
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from sparlow.distributed import require_one
 from sparlow.errors import InputError
 from sparlow.evaluation.texts import require_context, require_tokenizer, require_vocabulary
 from sparlow.exporting.adapter import common_rank
@@ -123,5 +123,4 @@ def _require_packages() -> None:
     for package in ("peft", "accelerate"):
         if importlib.util.find_spec(package) is None:
             raise InputError(f"Fine-tuning needs the package {package}. Run: pip install 'sparlow[finetune]'")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError("Fine-tuning runs in one process. Start it without torchrun or accelerate launch.")
+    require_one("Fine-tuning")

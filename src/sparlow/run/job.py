@@ -140,7 +140,15 @@ class Job:
     def go(self, evaluation: Mapping[str, Tensor]) -> Report:
         """Run, or resume. ``evaluation`` maps names to token windows (n, seqlen) on which perplexity is measured."""
         if self.journal and self.journal.record.finished:
-            return self.remeasure(self.journal, evaluation)
+            report = self.remeasure(self.journal, evaluation)
+        else:
+            report = self.compress(evaluation)
+        self.processes.part()  # only the first one writes
+        self.processes.barrier()  # a process that ends without an error knows that the result is whole
+        return report
+
+    def compress(self, evaluation: Mapping[str, Tensor]) -> Report:
+        """Go through all blocks from where the journal ends, measure the result and record it as finished."""
         if evaluation:
             self.answers.ask_dense(self.weights)
         reset_peak_memory()
