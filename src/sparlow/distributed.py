@@ -184,7 +184,7 @@ def _opened(*, given: bool) -> "dist.ProcessGroup":
             dist.init_process_group(
                 timeout=MINUTES
             )  # by default gloo for tensors on the CPU and NCCL for those on CUDA
-        return dist.new_group(timeout=MINUTES, backend="gloo")  # the caller may have opened NCCL alone
+        on_cpu: dist.ProcessGroup = dist.new_group(timeout=MINUTES, backend="gloo")  # the caller's may be NCCL alone
     except ValueError as error:
         raise InputError(
             f"WORLD_SIZE says that {_started()} processes were started together, but they cannot find each other "
@@ -197,6 +197,7 @@ def _opened(*, given: bool) -> "dist.ProcessGroup":
             "A process could not meet the others at the start; one has ended or cannot be reached "
             f"({first_line(error)}). Look at its message, and repeat the command."
         ) from error
+    return on_cpu
 
 
 def _started() -> int:
