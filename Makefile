@@ -42,7 +42,7 @@ test-slow: setup
 
 # processes killed, disks full, thousands of damaged files; tests/faults/faults.py prints the table of docs/reliability.md
 test-faults: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m faults
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m faults
 
 # damaged models and layers by the thousands, and the kernel under the compiler's sanitizers; after a change of the kernel
 test-hostile: setup
