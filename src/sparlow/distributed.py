@@ -214,11 +214,6 @@ def require_one(command: str) -> None:
         raise InputError(f"{command} works in one process. Start it without torchrun or accelerate launch.")
 
 
-def is_first() -> bool:
-    """Whether this process tells the user what goes on: the only one, or the first of those that torchrun started."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def on_this_machine() -> int:
     """How many processes of this run share its main memory."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

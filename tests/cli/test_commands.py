@@ -719,7 +719,7 @@ def squeezed(text):
     return re.sub(r"[\s│]", "", text)
 
 
-def test_what_compiled_code_makes_of_ctrl_c_still_is_ctrl_c(monkeypatch, capsys):
+def test_what_compiled_code_makes_of_ctrl_c_still_is_ctrl_c(place, tmp_path, monkeypatch, capsys):
     def interrupted(*_, **__):
         with contextlib.suppress(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
@@ -728,7 +728,7 @@ def test_what_compiled_code_makes_of_ctrl_c_still_is_ctrl_c(monkeypatch, capsys)
     monkeypatch.setattr("sparlow.run.compress.compress", interrupted)
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(SystemExit) as stop:
-        main(["compress", "model", "--out", "out"])
+        main(["compress", str(place / "model"), "--out", str(tmp_path / "out")])
     assert stop.value.code == 130
     assert "stopped: the same command resumes" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGINT) is before

@@ -115,6 +115,7 @@ print([name for name in {HEAVY!r} if name in sys.modules])
         (["compress", "model"], "'--out'"),
         (["compress", "model", "--out", "x", "--patern", "2:4"], "--pattern"),
         (["compress", "model", "--out", "x", "--samples", "many"], "'--samples'"),
+        (["compress", "model", "--out", "x", "--samples"], "'--samples' requires an argument"),
         (["squeeze"], "squeeze"),
         (["compress", "model", "--out", "x", "--perplexity", "c4"], "--perplexity is called --evaluate in sparlow com"),
         (
@@ -146,7 +147,8 @@ def test_errors_of_usage_look_like_all_others(arguments, said, capsys):
         ([], ("builtin",)),
     ],
 )
-def test_lists_are_repeated_or_separated_by_commas(given, expected, monkeypatch):
+def test_lists_are_repeated_or_separated_by_commas(given, expected, monkeypatch, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
     seen = []
 
     def noted(_, recipe, **options):
@@ -154,7 +156,7 @@ def test_lists_are_repeated_or_separated_by_commas(given, expected, monkeypatch)
         raise KeyboardInterrupt
 
     monkeypatch.setattr("sparlow.run.compress.compress", noted)
-    assert run("compress", "model", "--out", "x", "--ignore", "k_proj", "--ignore", "a,b", *given) == 130
+    assert run("compress", tmp_path, "--out", tmp_path / "out", "--ignore", "k_proj", "--ignore", "a,b", *given) == 130
     assert seen == [(("k_proj", "a", "b"), expected)]
 
 

@@ -16,8 +16,7 @@ import typer
 from command_line import run, run_and_fail
 from families import save_tiny
 from sparlow.algorithms import _registry
-from sparlow.cli import app as frame
-from sparlow.cli import commands, display, requirements
+from sparlow.cli import ahead, commands, display, requirements
 from sparlow.cli.examples import EXAMPLES
 from sparlow.cli.requirements import parse_requirement, require_all
 from sparlow.errors import InputError, RunError
@@ -176,7 +175,7 @@ def test_ctrl_c_while_libraries_are_imported_is_quiet(monkeypatch, capsys):
             signal.raise_signal(signal.SIGINT)
         raise ImportError("initialization failed")  # what is made of it inside of compiled code
 
-    monkeypatch.setattr(frame, "_quiet_libraries", interrupted)
+    monkeypatch.setattr(ahead, "quieten_libraries", interrupted)
     assert run("recipes") == 130
     assert "Traceback" not in capsys.readouterr().err
 

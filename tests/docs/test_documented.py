@@ -4,6 +4,7 @@ import importlib
 import json
 import re
 import shutil
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -17,6 +18,7 @@ from documented import ROOT, blocks, pages, runnable
 from results import byte_tokenizer
 from sparlow.algorithms import _registry
 from sparlow.model.artefact.layers import compressed_layers
+from sparlow.runtime import benchmark, benchmark_worker
 from sparlow.text import corpora
 from sparlow.text.sources import in_order
 
@@ -32,8 +34,8 @@ CHAT = (
 )
 SMALL = {  # added to a command, so that it takes a second; what it says itself is read all the same
     "compress": ("--samples", "4", "--seqlen", "64"),
-    "compare": ("--samples", "4", "--seqlen", "64"),
-    "plan": ("--samples", "4", "--seqlen", "64"),
+    "compare": ("--samples", "4", "--seqlen", "64", "--no-time"),  # trying the methods takes longer than running them
+    "plan": ("--samples", "4", "--seqlen", "64", "--no-time"),
     "evaluate": ("--seqlen", "64", "--limit", "2"),
     "finetune": ("--steps", "2", "--block-size", "32", "--batch", "1", "--accumulate", "1"),
     "generate": ("--max-tokens", "4"),
@@ -54,6 +56,16 @@ class Words:
     @property
     def identity(self):
         return self.name
+
+
+class Here:
+    """A model of a benchmark in this process: one of its own takes seconds to begin, see tests/runtime."""
+
+    def __init__(self):
+        self._worker = benchmark_worker.Worker()
+
+    def ask(self, what, **request):
+        return json.loads(json.dumps(getattr(self._worker, what)(**request)))
 
 
 @pytest.fixture(scope="session")
@@ -97,6 +109,8 @@ def place(templates, tmp_path, monkeypatch):
         for corpus in corpora._NAMED
     ]
     monkeypatch.setattr(corpora, "_NAMED", tuple(named))
+    monkeypatch.setattr(benchmark, "_process", lambda: nullcontext(Here()))
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)  # by a benchmark, for all tests behind it
     monkeypatch.syspath_prepend(ROOT)
     monkeypatch.chdir(tmp_path)
     return tmp_path

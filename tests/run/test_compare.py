@@ -10,7 +10,7 @@ import sparlow
 from families import save_tiny
 from sparlow.algorithms import algorithms, find, variants
 from sparlow.cli.commands import main
-from sparlow.cli.display import show_comparison
+from sparlow.cli.comparing import show_comparison
 from sparlow.errors import InputError, RunError
 from sparlow.files import RECORD
 from sparlow.recipe.recipe import Recipe

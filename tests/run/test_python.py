@@ -16,7 +16,7 @@ from families import save_tiny
 from sparlow.algorithms import _registry, algorithms, load_plugin
 from sparlow.errors import InputError
 from sparlow.recipe.recipe import GIVEN_TEXTS, Recipe, as_recipe
-from sparlow.tabular import Tabular
+from sparlow.report.tabular import Tabular
 
 TEXT = "".join(chr(32 + (7 * i * i + i // 3) % 95) for i in range(600))
 QUICK = {"algorithm": "magnitude", "pattern": "2:4", "samples": 4, "seqlen": 16}

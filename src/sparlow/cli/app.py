@@ -5,14 +5,14 @@ import logging
 import re
 import sys
 import traceback
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.markup import escape
+from typer.core import TyperCommand
 
-from sparlow.cli import display
+from sparlow.cli import ahead, display, waiting
 from sparlow.cli.examples import epilog
 from sparlow.cli.leaving import alone, leave
 from sparlow.cli.options import expanded
@@ -27,7 +27,6 @@ app = typer.Typer(
     help="Compress pretrained language models into sparse plus low-rank form.",
 )
 UsageError: Any = typer.BadParameter.__mro__[1]  # what typer raises for a command line that it cannot read
-DISTRIBUTED = "compress"  # the command that several processes may share
 
 
 def run(arguments: Sequence[str] | None = None) -> None:
@@ -41,10 +40,10 @@ def run(arguments: Sequence[str] | None = None) -> None:
         sys.exit(0)
     came: list[int] = []
     try:
-        with noted(came):
+        with noted(came), waiting.ended():
             code = app(arguments, prog_name="sparlow", standalone_mode=False)
     except UsageError as error:
-        _fail_usage(error)
+        _fail_usage(error, arguments)
     except SystemExit as error:  # as typer ends after Ctrl-C
         code = error.code
     except Exception as error:
@@ -88,14 +87,22 @@ def _is_bare(arguments: Sequence[str], i: int) -> bool:
 
 def _show_help(arguments: Sequence[str]) -> bool:
     """Show the help of a command if that is asked for; typer would first import pydantic to read the other options."""
-    group: Any = typer.main.get_command(app)
-    found = group.commands.get(arguments[0]) if arguments else None
-    if found is None or not {"-h", "--help"}.intersection(arguments):
+    context = _context(arguments)
+    if context is None or not {"-h", "--help"}.intersection(arguments):
         return False
-    above = group.context_class(group, info_name="sparlow", **group.context_settings)
-    text = found.get_help(found.context_class(found, info_name=found.name, parent=above))
+    text = context.get_help()
     display.out.print(text, end="" if not text else "\n", markup=False, highlight=False)  # rich has printed it, or not
     return True
+
+
+def _context(arguments: Sequence[str]) -> Any:  # noqa: ANN401 - of a class that typer does not export
+    """Return the context of the command that was typed, which knows its usage and its help; None if there is none."""
+    group: Any = typer.main.get_command(app)
+    found = group.commands.get(arguments[0]) if arguments else None
+    if found is None:
+        return None
+    above = group.context_class(group, info_name="sparlow", **group.context_settings)
+    return found.context_class(found, info_name=found.name, parent=above)
 
 
 def _is_foreseen(error: Exception) -> bool:
@@ -114,14 +121,13 @@ def _fail(message: str, code: int) -> NoReturn:
     leave(code)
 
 
-def _fail_usage(error: Any) -> NoReturn:  # noqa: ANN401 - of a class that typer does not export
+def _fail_usage(error: Any, arguments: Sequence[str]) -> NoReturn:  # noqa: ANN401 - of a class that typer does not export
     if type(error).__name__ != "NoArgsIsHelpError":  # making that one has printed the help
-        message, context = error.format_message(), error.ctx
+        message, context = error.format_message(), error.ctx or _context(arguments)
         message = _named_otherwise(error, context) or _plain(message)
         command = context.command_path if context else "sparlow"
         usage = context.get_usage() if context else f"Usage: {command} COMMAND"
         display.err.print(f"[red]error:[/] {escape(message)}", highlight=False)
-        usage = re.sub(r"\{([A-Z]+)\}", r"\1", usage)
         display.err.print(f"{usage}\n`{command} --help` lists the options.", markup=False, highlight=False)
     sys.exit(2)
 
@@ -166,29 +172,14 @@ def _common(
     del version, quiet, verbose, debug  # the callback of one and ``main`` have done all
 
 
+class _Command(TyperCommand):
+    """A command whose usage names an argument as its help does, without the braces of typer: MODEL."""
+
+    def get_usage(self, ctx: Any) -> str:  # noqa: ANN401 - of a class that typer does not export
+        return re.sub(r"\{([A-Z]+)\}", r"\1", super().get_usage(ctx))
+
+
 def command(function: Callable[..., None]) -> Callable[..., None]:
     """Make a command of a function, with the options that ``expanded`` gives it."""
     name = function.__name__
-
-    @functools.wraps(function)
-    def prepared(**values: Any) -> None:  # noqa: ANN401 - options have many types
-        from sparlow.distributed import is_first, require_one
-
-        if name != DISTRIBUTED:
-            require_one(f"sparlow {name}")
-        display.out.quiet = display.silent or not is_first()
-        _quiet_libraries()
-        function(**values)
-
-    return app.command(epilog=epilog(name))(expanded(prepared))
-
-
-def _quiet_libraries() -> None:
-    """Keep the libraries' own bars and notices out of ours."""
-    from datasets.utils import disable_progress_bars
-    from transformers.utils import logging
-
-    warnings.filterwarnings("ignore", category=FutureWarning)  # for their developers
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    disable_progress_bars()
+    return app.command(cls=_Command, epilog=epilog(name))(expanded(function, functools.partial(ahead.prepare, name)))

@@ -3,7 +3,6 @@
 What is heavy is imported inside the commands, so that ``sparlow --help`` needs neither torch nor transformers.
 """
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,21 +11,18 @@ import typer
 from sparlow.cli import display, listing, results
 from sparlow.cli.app import app, command
 from sparlow.cli.app import run as main
-from sparlow.cli.comparing import Foretold, ReportsOnly, Seeds, Sweep, TaskPath, TasksOfAll, tell_times
+from sparlow.cli.comparing import CompareOptions, show_comparison, tell_times
 from sparlow.cli.options import (
     EvaluateOptions,
     Given,
     Without,
     WriteOptions,
     load_plugins,
-    parse_named_pairs,
     parse_pairs,
     split,
 )
-from sparlow.cli.pages import Figures, HtmlFile, require_places, write_figures, write_page
+from sparlow.cli.pages import Figures, HtmlFile, write_figures, write_page
 from sparlow.cli.parameters import (
-    Adapter,
-    Algorithms,
     Directory,
     DirectoryOrNone,
     Dtype,
@@ -36,7 +32,6 @@ from sparlow.cli.parameters import (
     Model,
     Models,
     OptionOfForm,
-    OptionOfOne,
     Out,
     OutOfComparison,
     OutOfExport,
@@ -46,7 +41,7 @@ from sparlow.cli.parameters import (
     Prompt,
     Required,
     Timed,
-    WithMatching,
+    TrainedOptions,
 )
 from sparlow.cli.requirements import parse_requirements, require_for_finetuning, require_only_perplexity
 from sparlow.cli.signals import resumable
@@ -79,8 +74,6 @@ def compress(
     from sparlow.report.charts import charts_of_run
     from sparlow.run.compress import compress as run_compression
 
-    results.prepare(json_file)
-    require_places(figures=figures)
     recipe = given.recipe()
     required = parse_requirements(require or (), measures_text=bool(run.evaluate))
     tell_needs(model, recipe, run, out)
@@ -103,11 +96,11 @@ def plan(
     json_file: JsonFile = None,
 ) -> None:
     """Predict what compress would keep and need with the same options. Reads the config of MODEL and no weights."""
+    from sparlow.cli.planning import show_plan
     from sparlow.planning.plan import plan as foresee
 
-    results.prepare(json_file)
     found = foresee(model, given.recipe(), out=out, **values_of(run), timed=timed)
-    display.show_plan(found)
+    show_plan(found)
     results.put(json_file, found.to_dict())
 
 
@@ -115,34 +108,21 @@ def plan(
 def compare(
     model: Model,
     out: OutOfComparison,
-    given: Annotated[Given, Without(("algorithm",))],
+    options: CompareOptions,
+    given: Annotated[Given, Without(("algorithm", "option", "match"))],
     run: RunOptions,
     write: Annotated[WriteOptions, Without(("with_loader",))],
-    algorithms: Algorithms = ["usual"],  # noqa: B006 - typer copies it
-    option: OptionOfOne = None,
-    match: WithMatching = None,
-    sweep: Sweep = None,
-    seeds: Seeds = None,
-    tasks: TasksOfAll = None,
-    task_path: TaskPath = None,
-    reports_only: ReportsOnly = False,
-    timed: Foretold = True,
     figures: Figures = None,
 ) -> None:
     """Compress MODEL with several algorithms on the same text. Writes a page, tables and figures to --out."""
     from sparlow.evaluation.tasks import load_tasks
     from sparlow.report.compare_page import charts
-    from sparlow.run.cases import names_of, parse_sweep, recipes_for
     from sparlow.run.compare import compare as run_comparison
 
-    if match is not None:
-        given = replace(given, changes={**given.changes, "match": match != "no"})
-    require_places(figures=figures)
-    varied = parse_sweep(sweep or (), split(seeds or ()))
-    loaded = load_tasks(split(tasks or ()), path=task_path)
-    recipes = recipes_for(given.recipe(), names_of(split(algorithms)), parse_named_pairs(option or []), match, varied)
-    if timed:
-        tell_times(model, recipes, out, run, kept=not reports_only)
+    loaded = load_tasks(split(options.tasks or ()), path=options.task_path)
+    recipes = options.recipes(given)
+    if options.timed:
+        tell_times(model, recipes, out, run, kept=not options.reports_only)
     with resumable(), display.progress() as notify:
         found = run_comparison(
             model,
@@ -150,12 +130,12 @@ def compare(
             out=out,
             options=run,
             tasks=loaded,
-            reports_only=reports_only,
+            reports_only=options.reports_only,
             overwrite=write.overwrite,
             force=write.force,
             notify=notify,
         )
-    display.show_comparison(found)
+    show_comparison(found)
     _written(out, f"open {out / 'compare.html'}")
     write_figures(charts(found), figures)
     if found.failed:
@@ -177,17 +157,17 @@ def evaluate(
         measured_beside,
         require_numbers,
         require_of_evaluations,
+        show_evaluations,
         unknown_agreement,
     )
     from sparlow.evaluation.tasks import load_tasks
 
-    results.prepare(json_file)
     required = parse_requirements(require or (), measures_text=bool(options.evaluate))
     require_only_perplexity(required, relative=options.baseline is not None)
     tasks = load_tasks(options.tasks, path=options.task_path, fewshot=options.fewshot)
     found = measured_beside(model, dtype, options, run, tasks)
     in_domain = in_domain_of(found)
-    display.show_evaluations(found, options.seqlen, in_domain, unknown_agreement(found, options.baseline))
+    show_evaluations(found, options.seqlen, in_domain, unknown_agreement(found, options.baseline))
     said: dict[str, Any] = {name: {**found[name]} for name in found}
     for name, texts in in_domain.items():
         said[name] |= {"in_domain": texts} if texts else {}
@@ -203,8 +183,7 @@ def finetune(
     out: Out,
     options: FinetuneOptions,
     run: Annotated[RunOptions, Without(("offload", "evaluate_seqlen"))],
-    peft: Adapter = None,
-    overwrite: Overwrite = False,
+    write: TrainedOptions,
     require: Required = None,
     figures: Figures = None,
     json_file: JsonFile = None,
@@ -214,8 +193,6 @@ def finetune(
     from sparlow.finetuning.finetune import finetune as run_finetuning
     from sparlow.report.charts import charts_of_run
 
-    results.prepare(json_file)
-    require_places(figures=figures)
     required = parse_requirements(require or (), measures_text=bool(run.evaluate))
     if required:
         require_for_finetuning(required, run.evaluate, measured_dense(directory))
@@ -224,19 +201,18 @@ def finetune(
             directory,
             out,
             **values_of(options),
-            peft=peft,
+            peft=write.peft,
             evaluate=run.evaluate,
             limit=run.limit,
             device=run.device,
-            overwrite=overwrite,
+            overwrite=write.overwrite,
             trust_remote_code=run.trust_remote_code,
             notify=notify,
         )
     display.show_finetuning(report)
     _written(out, f"open {out / 'report.html'}")
     write_figures(charts_of_run(report), figures)
-    if peft:
-        display.out.print(f"the adapter lies in {peft}, its base in {peft / 'base'}", markup=False, highlight=False)
+    display.show_adapter(write.peft)
     results.put(json_file, report.to_dict())
     require_of_finetuning(required, report)
 
@@ -252,7 +228,6 @@ def inspect(
     """Show what is in DIRECTORY: pattern, density, rank and bytes of every layer."""
     from sparlow.cli.inspecting import show
 
-    results.prepare(json_file)
     problems = show(directory, json_file, check=verify)
     if problems:
         raise RunError(" ".join(problems))
@@ -278,7 +253,6 @@ def export(
     json_file: JsonFile = None,
 ) -> None:
     """Write DIRECTORY in a form that other programs open: merged, lora, compressed-tensors or gguf."""
-    results.prepare(json_file)
     if show:
         from sparlow.exporting._registry import forms
 
@@ -307,14 +281,13 @@ def benchmark(
     figures: Figures = None,
 ) -> None:
     """Measure how fast MODELS run on the CPU, compressed or not, in turns; what they compute is checked."""
+    from sparlow.cli.benchmarking import show_benchmark
     from sparlow.report.benchmark_page import charts
     from sparlow.runtime.benchmark import benchmark as measure
 
-    results.prepare(json_file)
-    require_places(html_file, figures)
     with display.progress() as notify:
         found = measure(models, options, notify)
-    display.show_benchmark(found)
+    show_benchmark(found)
     write_page(found.to_dict(), html_file)
     write_figures(charts(found.to_dict()), figures)
     results.put(json_file, found.to_dict())
@@ -331,7 +304,6 @@ def algorithms(plugin: Plugins = None, json_file: JsonFile = None) -> None:
     """List the algorithms with their options and defaults."""
     from sparlow.algorithms import algorithms as registered
 
-    results.prepare(json_file)
     load_plugins(plugin or ())
     listing.show_algorithms(registered())
     rows = [
@@ -352,7 +324,6 @@ def recipes(json_file: JsonFile = None) -> None:
     """List the recipes that --recipe takes by name, with what they gave where that was measured."""
     from sparlow.recipe.named import packaged
 
-    results.prepare(json_file)
     listing.show_recipes(packaged())
     results.put(json_file, [*packaged()])
 
@@ -362,7 +333,6 @@ def env(json_file: JsonFile = None) -> None:
     """Show the machine and what is installed, for a report of a bug."""
     from sparlow.cli.environment import environment
 
-    results.prepare(json_file)
     found = environment()
     listing.show_env(found)
     results.put(json_file, found)

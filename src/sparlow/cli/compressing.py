@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sparlow.cli import display
+from sparlow.cli.planning import show_cost
 from sparlow.cli.requirements import Requirement, require_all
 from sparlow.errors import InputError
 from sparlow.files import RECORD
@@ -24,7 +25,7 @@ def tell_needs(model: str, recipe: Recipe, run: RunOptions, out: Path) -> None:
         found = plan(model, recipe, out=out, **values_of(run), timed=TIMED)
     except InputError:
         return
-    display.show_cost(found)
+    show_cost(found)
 
 
 def measured_dense(folder: Path) -> list[str]:

@@ -2,31 +2,27 @@
 
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderableType
+from rich.control import Control
 from rich.markup import escape
 from rich.segment import Segment
 from rich.text import Text
 
-from sparlow.cli.tables import show_wide, table
+from sparlow.cli import waiting
+from sparlow.cli.tables import table
 from sparlow.errors import printable
 from sparlow.files import human_bytes
 
 if TYPE_CHECKING:  # help is shown without torch, which comes with these
-    from sparlow.evaluation.perplexity import Evaluation
     from sparlow.exporting._registry import Exported
-    from sparlow.model.artefact.describe import LayerInfo
-    from sparlow.planning.plan import Plan
     from sparlow.progress import Notify
-    from sparlow.report.comparison import Comparison
     from sparlow.report.records import Report
-    from sparlow.runtime.benchmark import Benchmark
     from sparlow.runtime.running import Clock
 
 WIDE = 200  # columns where nobody looks, as in a pipe: no name is cut
@@ -37,6 +33,8 @@ class SafeConsole(Console):
 
     def print(self, *objects: Any, **options: Any) -> None:  # noqa: ANN401 - rich's signature
         """Print as rich does; on a terminal a sentence that is too long for a line goes on in the next at a word."""
+        if not (objects and isinstance(objects[0], Control)):  # such as what moves the cursor, of the sign itself
+            waiting.end()
         if self.is_terminal and len(objects) == 1 and isinstance(objects[0], str):
             choices = {name: options.pop(name, None) for name in ("markup", "highlight")}
             objects = (at_words(self.render_str(objects[0], **choices), self.width),)
@@ -75,8 +73,9 @@ verbose = False  # set by --verbose: a line a layer, and every warning
 @contextmanager
 def progress() -> "Iterator[Notify]":
     """Show a run as it goes: live on a terminal, otherwise a line a block; nothing with --quiet."""
-    from sparlow.live import Lines, Screen, can_watch
+    from sparlow.progress.live import Lines, Screen, can_watch
 
+    waiting.end()
     if silent:
         yield lambda _: None
     elif verbose or not can_watch(err):
@@ -134,6 +133,7 @@ def matching_said(report: "Report") -> str:
 
 def text(some: str) -> None:
     """A few letters of a text that is being written."""
+    waiting.end()
     sys.stdout.write(printable(some))
     sys.stdout.flush()
 
@@ -144,157 +144,15 @@ def show_pace(clock: "Clock") -> None:
     err.print(f"{len(clock.stamps)} tokens: {clock.first:.2f} s to the first{rate}", highlight=False)
 
 
-def show_benchmark(found: "Benchmark") -> None:
-    """A line a row and number of texts: medians, and half of what lies between the slowest and the fastest run."""
-    from statistics import median
-
-    from sparlow.machine import described
-    from sparlow.runtime.benchmark import spread
-
-    names = {row.model: Path(row.model).name for row in found.rows}
-    head = (
-        "",
-        "model",
-        "mode",
-        "type",
-        "inputs",
-        "step",
-        "texts",
-        "prompt tokens/s",
-        "to first, s",
-        "tokens/s",
-        "×",
-        "peak",
-    )
-    rows: list[tuple[str, ...]] = []
-    for row in found.rows:
-        for batch, rates in row.decode.items():
-            times = found.times(row, batch)
-            rates_said = f"{median(rates):.1f} ± {spread(rates):.0%}"
-            measured = (f"{median(row.prefill[batch]):.0f}", f"{median(row.first[batch]):.2f}", rates_said)
-            memory = (human_bytes(row.peak[batch]), human_bytes(row.interpreter), human_bytes(row.bytes_read))
-            same = f"{'yes' if row.same_output else 'NO'} ({row.difference:.1e})"
-            first = (str(len(rows) + 1), names[row.model], row.mode, row.dtype, row.inputs or "–", row.step, str(batch))
-            rows.append((*first, *measured, "–" if times is None else f"{times:.2f}", *memory, same))
-    show_wide(out, (*head, "before", "read a token", "same output"), rows)
-    for note in found.notes:
-        out.print(f"note: {escape(note)}", highlight=False)
-    about = ", ".join(f"{name} {number}" for name, number in found.versions.items())
-    out.print(f"{escape(described(found.machine))}; {about}", highlight=False)
-
-
 def show_columns(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """A table whose first column says what the others are."""
     out.print(table(head, rows))
 
 
-def show_comparison(found: "Comparison") -> None:
-    """The table of a comparison: the dense model, then a line a method."""
-    from sparlow.report.compare_page import task_table
-    from sparlow.report.perplexities import labelled, shown, with_error
-
-    corpora = shown([found.dense.get("perplexity", {}), *(row.perplexity for row in found.rows)])
-    same = found.evaluation.get("in_domain", ())
-    labels = [labelled(Path(name).name, [Path(name).name] if name in same else ()) for name in corpora]
-    divergences = [name for name in corpora if any(row.agreement.get(name) for row in found.rows)]
-    labels += [f"divergence, {Path(name).name}" for name in divergences]
-    head = ("", *labels, "relative squared error", "values", "seconds", "size", "bits", "bits, whole file", "of blocks")
-    rows = []
-    if found.dense:
-        perplexities = (f"{found.dense['perplexity'][name]:.2f}" for name in corpora)
-        none = ("0",) * len(divergences)
-        rows.append(("dense", *perplexities, *none, "0", "–", "–", human_bytes(found.dense["bytes"]), "–", "–", "–"))
-    for row in found.rows:
-        perplexities = (f"{row.perplexity[name]:.2f}" for name in corpora)
-        known = (row.agreement.get(name) for name in divergences)
-        apart = (with_error(one.divergence, one.divergence_stderr) if one else "–" for one in known)
-        measured = (f"{row.mean_relative_error:.5f}", row.values, f"{row.seconds:.0f}", human_bytes(row.bytes))
-        bits = (f"{row.bits_per_weight:.2f}", f"{row.bits_per_parameter:.2f}", f"{row.share_compressed:.1%}")
-        rows.append((row.name, *perplexities, *apart, *measured, *bits))
-    show_wide(out, head, rows)
-    tasks, scores = task_table(found)
-    if scores:
-        show_wide(out, ("", *tasks[1:]), scores)
-
-
-def show_plan(found: "Plan") -> None:
-    """The result of ``sparlow plan``: layers, sizes, memory and time."""
-    kinds = [
-        (
-            kind.name,
-            str(kind.count),
-            f"{kind.shape[0]} × {kind.shape[1]}",
-            kind.pattern or "–",
-            kind.values,
-            str(kind.rank),
-            f"{kind.parameters:,}",
-            f"{kind.bytes_dense:,}",
-            f"{kind.bytes_kept:,}",
-        )
-        for kind in found.layers
-    ]
-    show_wide(out, ("layer", "count", "shape", "pattern", "values", "rank", "parameters", "bytes", "kept"), kinds)
-    rows = [(row["name"], str(row["count"]), f"{row['parameters']:,}", row["why"]) for row in found.not_compressed]
-    show_wide(out, ("not compressed", "count", "parameters", "why"), rows)
-    _show_sizes(found)
-    _show_choices(found)
-    here = f"of {found.device}" if found.peak_memory["device"] else "of the device"
-    parts = [(stage.name, human_bytes(found.baseline + stage.cpu), human_bytes(stage.device)) for stage in found.stages]
-    parts.append(("peak", human_bytes(found.peak_memory["rss"]), human_bytes(found.peak_memory["device"])))
-    parts.append(("free now", _free(found.available["rss"]), _free(found.available["device"])))
-    out.print(table(("memory at most", "main", here), parts))
-    if found.seconds:
-        times = [(stage, f"{spent:,.0f}") for stage, spent in found.seconds.items() if spent]
-        out.print(table(("time", "seconds"), times))
-    from sparlow.machine import described
-
-    out.print(f"probed for {found.probe['seconds']:.1f} s on {escape(described(found.machine))}", highlight=False)
-    for note in found.notes:
-        out.print(f"note: {escape(note)}", highlight=False)
-
-
-def _show_sizes(found: "Plan") -> None:
-
-    sizes, files = found.bytes, found.disk
-    second = f" ({human_bytes(files.second)} of it for a while, for --match)" if files.second else ""
-    hidden = f"; {human_bytes(files.hidden)} of hidden states in temporary files" if files.hidden else ""
-    out.print(
-        f"whole model {human_bytes(sizes['dense'])} → {human_bytes(sizes['compressed'])}, linear layers "
-        f"{human_bytes(sizes['linears_dense'])} → {human_bytes(sizes['linears_compressed'])}, "
-        f"{found.bits_per_weight:.2f} bits a weight\n"
-        f"{found.share_compressed:.1%} of the parameters of the blocks are compressed; the whole file has "
-        f"{found.bits_per_parameter:.2f} bits a parameter\n"
-        f"disk {human_bytes(files.out)}{second}{hidden}; {_free(found.available['disk'])} are free",
-        highlight=False,
-    )
-
-
-def _show_choices(found: "Plan") -> None:
-    """The forms that the model can take, and what is known of each."""
-    from sparlow.planning.choices import measured
-
-    rows = []
-    for choice in found.choices:
-        fits = {None: "", True: "fits", False: "too large"}[choice.fits]
-        quality = "not measured" if choice.perplexity is None else f"{choice.perplexity:.2f} ×"
-        options = " ".join(f"--{name} {value}" for name, value in choice.recipe.items())
-        sizes = (human_bytes(choice.bytes), f"{choice.bits:.2f}", fits, quality)
-        rows.append((choice.name, *sizes, choice.speed, "; ".join(choice.opened_by), options))
-    head = ("form", "whole file", "bits", "", "perplexity", "on a CPU (packed)", "opened by", "options")
-    show_wide(out, head, rows, left=True)
-    for left in found.left_out:
-        out.print(f"left out: {', '.join(left.names)}: {left.why}", markup=False, highlight=False)
-    about = measured()
-    out.print(
-        f"perplexity as a multiple of the dense model's, measured with {about['model']} ({about['text']}). "
-        "Other models differ: measure yours. Options not shown are the defaults.",
-        markup=False,
-        highlight=False,
-    )
-
-
-def _free(size: int | None) -> str:
-    return "–" if size is None else human_bytes(size)
+def show_adapter(folder: Path | None) -> None:
+    """Where the adapter in PEFT's form lies, if one was asked for."""
+    if folder is not None:
+        out.print(f"the adapter lies in {folder}, its base in {folder / 'base'}", markup=False, highlight=False)
 
 
 def show_finetuning(report: "Report") -> None:
@@ -316,84 +174,6 @@ def show_finetuning(report: "Report") -> None:
             f"{found['windows']:,} chats",
             highlight=False,
         )
-
-
-def show_evaluations(
-    found: "Mapping[str, Evaluation]",
-    seqlen: int,
-    in_domain: Mapping[str, Sequence[str]] = MappingProxyType({}),
-    notes: Sequence[str] = (),
-) -> None:
-    """The result of ``sparlow evaluate``: a column a model, lines a corpus or task, then the mean of the tasks.
-
-    Args:
-        found: By the name of the model.
-        seqlen: Tokens in a window.
-        in_domain: Names of texts that come from the source of the model's calibration text, by the name of the model.
-        notes: Sentences to add.
-    """
-    from sparlow.report.perplexities import FLATTERS, agreement_rows, shown
-
-    first = next(iter(found.values()))
-    same = {name for names in in_domain.values() for name in names}
-    rows = []
-    for name in shown([one["perplexity"] for one in found.values()]):
-        label = f"perplexity (seqlen {seqlen}), {name}"
-        label += f" ({FLATTERS.format('calibration')})" if name in same else ""
-        measured = [(one["perplexity"][name], one["perplexity_stderr"][name]) for one in found.values()]
-        rows.append((label, *(_with_error(*figures) for figures in measured)))
-        beside = [one["agreement"] for one in found.values() if "agreement" in one]  # of the last, if there are two
-        for agreement in beside:
-            rows += [(what, "–", value) for what, value in agreement_rows(name, agreement[name])]
-    for name, result in first.get("tasks", {}).items():
-        label = f"{name}, {result['metric']}" + (f", {result['fewshot']}-shot" if result["fewshot"] else "")
-        results = [one["tasks"][name] for one in found.values()]
-        rows.append((label, *(_with_error(one["value"], one["stderr"]) for one in results)))
-    means = [one.get("average") for one in found.values()]
-    if len(first.get("tasks", {})) > 1 and None not in means:
-        rows.append(("average", *(f"{mean:.4f}" for mean in means)))
-    short = [Path(name).name or name for name in found]
-    out.print(table(("", *(short if len(set(short)) == len(short) else found)), rows))
-    for note in notes:
-        out.print(f"note: {escape(note)}", highlight=False)
-
-
-def _with_error(value: float, stderr: float | None) -> str:
-    return f"{value:.4f}" + ("" if stderr is None else f" ± {stderr:.4f}")
-
-
-def show_layers(layers: "Sequence[LayerInfo]", patterns: Mapping[str, str]) -> None:
-    """The result of ``sparlow inspect``."""
-    rows = [
-        (
-            layer.name,
-            f"{layer.shape[0]} × {layer.shape[1]}",
-            patterns.get(layer.name, "–"),
-            layer.dtype,
-            f"{layer.density:.4f}",
-            str(layer.rank),
-            f"{layer.bytes:,}",
-        )
-        for layer in layers
-    ]
-    out.print(table(("layer", "shape", "pattern", "values", "density", "rank", "bytes"), rows))
-
-
-def show_cost(found: "Plan") -> None:
-    """The first line of a run: what it will take."""
-    from sparlow.linalg.patterns import parse_pattern
-
-    sizes, free = found.bytes, found.available
-    spent = f"about {max(found.seconds['total'] / 60, 1):.0f} minutes, " if found.seconds else ""
-    main = f"at most {human_bytes(found.peak_memory['rss'])} of main memory"
-    main += "" if free["rss"] is None else f" ({human_bytes(free['rss'])} are free)"
-    whole = f"{human_bytes(sizes['dense'])} → {human_bytes(sizes['compressed'])}"
-    out.print(f"this will take {spent}{main}, {whole} on disk", markup=False, highlight=False)
-    patterns = dict.fromkeys(kind.pattern for kind in found.layers if kind.pattern)
-    densities = {pattern: parse_pattern(pattern).density for pattern in patterns}
-    said = {pattern: "every entry" if d == 1 else f"{d:.3g} of the entries" for pattern, d in densities.items()}
-    kept = [f"{pattern} keeps {what} of S" for pattern, what in said.items()]
-    out.print(f"pattern {'; '.join(kept[:3])}", markup=False, highlight=False)
 
 
 def show_export(found: "Exported") -> None:

@@ -1,13 +1,17 @@
-"""What ``sparlow evaluate`` does for each model, and when what it found is a failure."""
+"""What ``sparlow evaluate`` does for each model and shows of it, and when what it found is a failure."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
+
+from rich.markup import escape
 
 from sparlow.cli import display
 from sparlow.cli.options import EvaluateOptions
 from sparlow.cli.requirements import Requirement, require_all
+from sparlow.cli.tables import table
 from sparlow.errors import RunError
 from sparlow.evaluation.perplexity import Baseline, Evaluation
 from sparlow.evaluation.perplexity import evaluate as measure
@@ -18,6 +22,7 @@ from sparlow.machine import pick_device
 from sparlow.model.loading.source import OpenedModel, open_model, upcast_for_cpu
 from sparlow.progress import labelled
 from sparlow.recipe.run_options import RunOptions
+from sparlow.report.perplexities import FLATTERS, agreement_rows, shown
 from sparlow.text import in_domain
 
 
@@ -109,3 +114,45 @@ def require_numbers(found: Mapping[str, Evaluation]) -> None:
                     f"The perplexity of {name} on {corpus} is {value}, not a finite number. Check the model's weights, "
                     "or use --dtype float32."
                 )
+
+
+def show_evaluations(
+    found: Mapping[str, Evaluation],
+    seqlen: int,
+    in_domain: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    notes: Sequence[str] = (),
+) -> None:
+    """The result of ``sparlow evaluate``: a column a model, lines a corpus or task, then the mean of the tasks.
+
+    Args:
+        found: By the name of the model.
+        seqlen: Tokens in a window.
+        in_domain: Names of texts that come from the source of the model's calibration text, by the name of the model.
+        notes: Sentences to add.
+    """
+    first = next(iter(found.values()))
+    same = {name for names in in_domain.values() for name in names}
+    rows = []
+    for name in shown([one["perplexity"] for one in found.values()]):
+        label = f"perplexity (seqlen {seqlen}), {name}"
+        label += f" ({FLATTERS.format('calibration')})" if name in same else ""
+        measured = [(one["perplexity"][name], one["perplexity_stderr"][name]) for one in found.values()]
+        rows.append((label, *(_with_error(*figures) for figures in measured)))
+        beside = [one["agreement"] for one in found.values() if "agreement" in one]  # of the last, if there are two
+        for agreement in beside:
+            rows += [(what, "–", value) for what, value in agreement_rows(name, agreement[name])]
+    for name, result in first.get("tasks", {}).items():
+        label = f"{name}, {result['metric']}" + (f", {result['fewshot']}-shot" if result["fewshot"] else "")
+        results = [one["tasks"][name] for one in found.values()]
+        rows.append((label, *(_with_error(one["value"], one["stderr"]) for one in results)))
+    means = [one.get("average") for one in found.values()]
+    if len(first.get("tasks", {})) > 1 and None not in means:
+        rows.append(("average", *(f"{mean:.4f}" for mean in means)))
+    short = [Path(name).name or name for name in found]
+    display.out.print(table(("", *(short if len(set(short)) == len(short) else found)), rows))
+    for note in notes:
+        display.out.print(f"note: {escape(note)}", highlight=False)
+
+
+def _with_error(value: float, stderr: float | None) -> str:
+    return f"{value:.4f}" + ("" if stderr is None else f" ± {stderr:.4f}")

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
+from typer.models import OptionInfo
 
 from sparlow.errors import InputError
 from sparlow.recipe.recipe import Recipe
@@ -156,6 +157,8 @@ def parameter(option: Option, *, negatable: bool = False) -> inspect.Parameter:
         option: Its declaration.
         negatable: A switch can also be turned off, for what a file has turned on.
     """
+    if option.note(OptionInfo):  # declared as typer reads it, as what follows no rule is
+        return _hand_made(option.name, option.annotation, option.default)
     name = f"--{option.name.replace('_', '-')}"
     kind: Any = list[str] if option.repeatable else option.kind
     doc, panel, unset = option.note(Doc), option.note(Panel), option.note(Unset)
@@ -193,30 +196,42 @@ def recipe_parameters() -> list[inspect.Parameter]:
     pair = "An option of the algorithm, as key=value. Repeat it for several."
     plugin = "Python file with algorithms of your own, under @sparlow.pruner or @sparlow.decomposer. Repeatable."
     return [
-        _hand_made("recipe", str | None, typer.Option(metavar="FILE|NAME", help=file)),
+        _hand_made("recipe", Annotated[str | None, typer.Option(metavar="FILE|NAME", help=file)]),
         *(parameter(option, negatable=True) for option in fields),
-        _hand_made("option", list[str] | None, typer.Option(metavar="KEY=VALUE", help=pair, rich_help_panel="Solver")),
-        _hand_made("plugin", list[Path] | None, typer.Option(metavar="FILE.py", help=plugin, rich_help_panel="Solver")),
+        _hand_made(
+            "option",
+            Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help=pair, rich_help_panel="Solver")],
+        ),
+        _hand_made(
+            "plugin",
+            Annotated[list[Path] | None, typer.Option(metavar="FILE.py", help=plugin, rich_help_panel="Solver")],
+        ),
         _hand_made(
             "owl",
-            bool | None,
-            typer.Option(
-                "--owl/--no-owl", help="Short for --allocate owl, or uniform.", rich_help_panel="What to keep"
-            ),
+            Annotated[
+                bool | None,
+                typer.Option(
+                    "--owl/--no-owl", help="Short for --allocate owl, or uniform.", rich_help_panel="What to keep"
+                ),
+            ],
         ),
     ]
 
 
-def _hand_made(name: str, kind: Any, declaration: object) -> inspect.Parameter:  # noqa: ANN401 - a type
-    return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, declaration]
-    )
+def _hand_made(name: str, annotation: Any, default: object = None) -> inspect.Parameter:  # noqa: ANN401 - a type
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
-def expanded(command: Callable[..., None]) -> Callable[..., None]:
+def expanded(
+    command: Callable[..., None], prepare: Callable[[Mapping[str, Any]], None] = lambda _: None
+) -> Callable[..., None]:
     """Put an option for each field in place of a command's parameters that are ``Given`` or another class of options.
 
     An option that the command has itself, under the same name, is not added. Help shows the panels in their order.
+
+    Args:
+        command: The function.
+        prepare: Called with the value of every option before objects are made of them, for which torch is imported.
     """
     declared = inspect.signature(command).parameters
     own = {name: p for name, p in declared.items() if _class_of(p) is None}
@@ -224,9 +239,10 @@ def expanded(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def wrapper(*, context: typer.Context, **values: Any) -> None:  # noqa: ANN401 - options have many types
+        prepare(values)
         typed = {name for name in values if _source(context, name) in ("COMMANDLINE", "ENVIRONMENT")}
         built = {}
-        for name, (of, members) in groups.items():
+        for name, (of, members) in sorted(groups.items(), key=lambda group: group[1][0] is Given):  # torch comes last
             mine = {p.name: values.pop(p.name) for p in members}
             built[name] = _given(mine, typed) if of is Given else _built(of, mine)
         command(**values, **built)
@@ -270,7 +286,8 @@ def _source(context: typer.Context, name: str) -> str:
 
 
 def _built(of: type, values: Mapping[str, Any]) -> Any:  # noqa: ANN401 - an object of the class
-    lists = {name for name, option in options_of(of).items() if option.repeatable}
+    declared = options_of(of).items()
+    lists = {name for name, option in declared if option.repeatable and not option.note(OptionInfo)}
     return of(
         **{name: tuple(dict.fromkeys(split(value))) if name in lists else value for name, value in values.items()}
     )

@@ -1,5 +1,6 @@
 """Parameters of commands that no class of options declares: where to read and write, and what serves one command."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -71,34 +72,9 @@ OutOfComparison = Annotated[
         metavar="DIRECTORY", rich_help_panel="Output", help="Directory to write. Finished methods in it are reused."
     ),
 ]
-Algorithms = Annotated[
-    list[str],
-    typer.Option(
-        metavar="NAMES",
-        rich_help_panel="Solver",
-        help="Algorithms to compare: usual, all, or names. Repeat it, or separate by commas.",
-    ),
-]
-OptionOfOne = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="ALGORITHM.KEY=VALUE",
-        rich_help_panel="Solver",
-        help="An option of one of the algorithms. Repeat it for several.",
-    ),
-]
 Plugins = Annotated[
     list[Path] | None,
     typer.Option("--plugin", metavar="FILE.py", help="Python file with algorithms of your own. Repeatable."),
-]
-WithMatching = Annotated[
-    str | None,
-    typer.Option(
-        metavar="no|yes|both",
-        rich_help_panel="Matching",
-        help="Train what is kept towards the dense model. both compares every algorithm without and with it.",
-        show_default="no, or the recipe's",
-    ),
 ]
 Dtype = Annotated[
     str,
@@ -106,15 +82,6 @@ Dtype = Annotated[
         rich_help_panel="Machine",
         metavar="TEXT",
         help="Data type of the model's weights: auto (as stored), float32, bfloat16 or float16.",
-    ),
-]
-Adapter = Annotated[
-    Path | None,
-    typer.Option(
-        "--peft",
-        metavar="DIRECTORY",
-        rich_help_panel="Output",
-        help="Also write the adapter in PEFT's form to this directory, with the plain model of all S in base.",
     ),
 ]
 FormName = Annotated[
@@ -132,3 +99,19 @@ OptionOfForm = Annotated[
 ListForms = Annotated[
     bool, typer.Option("--list", help="Show what each form keeps and loses, which programs open it, and its options.")
 ]
+
+
+@dataclass(frozen=True)
+class TrainedOptions:
+    """What ``sparlow finetune`` writes beside its result, and over what."""
+
+    overwrite: Overwrite = False
+    peft: Annotated[
+        Path | None,
+        typer.Option(
+            "--peft",
+            metavar="DIRECTORY",
+            rich_help_panel="Output",
+            help="Also write the adapter in PEFT's form to this directory, with the plain model of all S in base.",
+        ),
+    ] = None

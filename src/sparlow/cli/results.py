@@ -3,17 +3,15 @@
 from pathlib import Path
 from typing import Any
 
-from sparlow.cli import display
+from sparlow.cli import waiting
 from sparlow.errors import InputError
 
 STANDARD_OUTPUT = Path("-")
 
 
-def prepare(file: Path | None) -> None:
-    """Check before the work that its result can be written; what is for people is left out beside JSON for programs."""
-    if file == STANDARD_OUTPUT:
-        display.out.quiet = True
-    elif file is not None and not file.parent.is_dir():
+def require_place(file: Path | None) -> None:
+    """Check before the work that its result can be written."""
+    if file not in (None, STANDARD_OUTPUT) and not file.parent.is_dir():
         raise InputError(f"There is no directory {file.parent} for --json {file.name}. Create it first.")
 
 
@@ -22,6 +20,7 @@ def put(file: Path | None, content: Any) -> None:  # noqa: ANN401 - anything JSO
     from sparlow.files import as_json, write_json
 
     if file == STANDARD_OUTPUT:
+        waiting.end()
         print(as_json(content, indent=2), end="")  # noqa: T201 - for a program
     elif file is not None:
         write_json(file, content, indent=2)

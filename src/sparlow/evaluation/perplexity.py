@@ -21,7 +21,6 @@ from sparlow.errors import InputError
 from sparlow.evaluation.agreement import Dense, Figures, Measured, Predictions, beside
 from sparlow.evaluation.tasks import LoadedTasks, TaskResult, average, load_tasks, measure_tasks
 from sparlow.evaluation.texts import require_context, require_tokenizer, texts_to_measure
-from sparlow.live import watched
 from sparlow.machine import pick_device
 from sparlow.model.forward.activation_store import ActivationStore
 from sparlow.model.forward.attention import unfused_heads, windows_at_once
@@ -35,6 +34,7 @@ from sparlow.model.loading.source import as_tokenizer, open_model, upcast_for_cp
 from sparlow.model.loading.weights import Weights
 from sparlow.own_settings import own_settings
 from sparlow.progress import Notify, counting
+from sparlow.progress.live import watched
 from sparlow.recipe.run_options import listed
 from sparlow.report.records import Agreement, Perplexity
 from sparlow.text import fingerprint as text_fingerprint

@@ -13,10 +13,10 @@ from sparlow.errors import InputError, RunError, reason
 from sparlow.exporting._registry import Exported, find
 from sparlow.exporting.stored import Stored
 from sparlow.files import follow_umask, human_bytes, partial_of, read_json, sync_folder, write_json
-from sparlow.live import watched
 from sparlow.machine import disk_available
 from sparlow.own_settings import own_settings
 from sparlow.progress import Notify
+from sparlow.progress.live import watched
 
 MARK = "sparlow-export.json"  # by which a directory is known as an export, which --overwrite may replace
 

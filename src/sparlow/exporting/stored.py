@@ -20,6 +20,7 @@ from sparlow.model.artefact.hf_quantizer import SparlowConfig
 from sparlow.model.artefact.schemes import METHOD, StoredLayer
 from sparlow.model.artefact.shards import Header, by_layer, check_parts, read_headers, read_index
 from sparlow.model.artefact.stored_form import StoredForm, unpack_weight
+from sparlow.model.loading.place import require_result
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,7 @@ class Stored:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        if not folder.is_dir():
-            raise InputError(f"There is no directory {folder}. Give one that sparlow compress or finetune wrote.")
+        require_result(folder)
         self._config = read_json(folder / CONFIG)
         found = self._config.get("quantization_config")
         if not isinstance(found, dict) or found.get("quant_method") != METHOD:

@@ -16,11 +16,11 @@ from sparlow.exporting.adapter import common_rank
 from sparlow.finetuning.examples import Examples
 from sparlow.finetuning.options import FinetuneOptions
 from sparlow.finetuning.parent import Parent, Paths
-from sparlow.live import watched
 from sparlow.machine import pick_device
 from sparlow.model.loading.source import OpenedModel, open_model
 from sparlow.own_settings import own_settings
 from sparlow.progress import Notify
+from sparlow.progress.live import watched
 from sparlow.recipe.run_options import RunOptions, listed
 from sparlow.report.records import Report
 from sparlow.run.compress import windows_to_evaluate

@@ -8,6 +8,7 @@ from sparlow.errors import InputError
 from sparlow.exporting.adapter import ORIGIN
 from sparlow.model.artefact.checkpoint import read_layers
 from sparlow.model.artefact.describe import in_blocks
+from sparlow.model.loading.place import require_result
 from sparlow.report.records import Report
 from sparlow.run.record import RunRecord, read_record
 
@@ -41,7 +42,7 @@ class Parent:
         """
         state = read_record(folder)
         if not state.finished:
-            raise InputError(f"{folder} holds an unfinished run. Repeat its command first.")
+            raise InputError(f"{folder} is an unfinished run. Repeat the command that began it: it goes on from there.")
         ranks = {name: record.scheme.rank for name, record in in_blocks(read_layers(folder)).items()}
         report = Report.from_file(folder / "report.json")
         shapes = {f"{state.blocks_name}.{row.block}.{row.name}": row.shape for row in report.layers}
@@ -87,8 +88,7 @@ class Paths:
         Raises:
             InputError: A directory is in use for something else.
         """
-        if not self.folder.is_dir():
-            raise InputError(f"There is no directory {self.folder}. Give one that sparlow wrote.")
+        require_result(self.folder)
         folder, out = self.folder.resolve(), self.out.resolve()
         if out in (folder, *folder.parents):
             raise InputError(f"Writing to {self.out} would replace {self.folder}. Choose another --out.")

@@ -23,8 +23,8 @@ from sparlow.planning.microbenchmarks import solver, speed, typical, workspace
 from sparlow.planning.workload import Layer, Workload, workload
 from sparlow.recipe.recipe import RecipeLike, as_recipe, with_calibration
 from sparlow.recipe.run_options import RunOptions, listed
+from sparlow.report.tabular import Tabular
 from sparlow.report.value_types import MODEL
-from sparlow.tabular import Tabular
 
 if TYPE_CHECKING:
     from sparlow.recipe.recipe import Calibration

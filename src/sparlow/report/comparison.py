@@ -9,8 +9,8 @@ from sparlow.errors import InputError
 from sparlow.files import read_json, write_json
 from sparlow.machine import machine, versions
 from sparlow.report.records import Agreement, Report, agreements
+from sparlow.report.tabular import Tabular
 from sparlow.report.value_types import MODEL
-from sparlow.tabular import Tabular
 
 VERSION = 1  # of the keys of compare.json
 NAME = "compare.json"

@@ -8,8 +8,8 @@ from typing import Any
 from sparlow.errors import InputError
 from sparlow.files import as_json, human_bytes, parse_json
 from sparlow.machine import machine, versions
+from sparlow.report.tabular import Tabular
 from sparlow.report.value_types import MODEL, shown_values
-from sparlow.tabular import Tabular
 
 VERSION = 1  # of the keys of report.json
 

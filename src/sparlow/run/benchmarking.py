@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from sparlow.live import watched
 from sparlow.progress import Notify
+from sparlow.progress.live import watched
 from sparlow.recipe.run_options import listed
 from sparlow.runtime.benchmark import Benchmark
 from sparlow.runtime.benchmark import benchmark as measure

@@ -13,7 +13,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sparlow.distributed import Processes, joined
 from sparlow.errors import InputError, RunError, is_out_of_memory, out_of_memory
 from sparlow.evaluation.texts import require_context, require_tokenizer, require_vocabulary, texts_to_measure
-from sparlow.live import watched
 from sparlow.machine import pick_device
 from sparlow.model.artefact.dtypes import StoredDtypes
 from sparlow.model.forward.causality import require_causal
@@ -25,6 +24,7 @@ from sparlow.model.loading.weights import Scan, all_loaded, scan
 from sparlow.own_settings import own_settings
 from sparlow.planning.feasibility import options_that_help, require_feasible
 from sparlow.progress import Notify
+from sparlow.progress.live import watched
 from sparlow.recipe.recipe import (
     GIVEN_TEXTS,
     GIVEN_WINDOWS,

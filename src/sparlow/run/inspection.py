@@ -4,12 +4,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sparlow.errors import InputError
-from sparlow.files import human_bytes, is_unfinished
+from sparlow.files import human_bytes
 from sparlow.model.artefact.describe import LayerInfo, count_parameters, describe
+from sparlow.model.loading.place import require_result
+from sparlow.report.tabular import Tabular
 from sparlow.run.verify import recorded_patterns, verify_artefact
-from sparlow.schema import meant
-from sparlow.tabular import Tabular
 
 
 @dataclass(frozen=True, repr=False)
@@ -96,7 +95,7 @@ def inspect(folder: str | Path) -> Inspection:
     Raises:
         InputError: It is none of sparlow's, or is damaged.
     """
-    folder = require_finished(Path(folder))
+    folder = require_result(Path(folder))
     layers, patterns, counted = describe(folder), recorded_patterns(folder), count_parameters(folder)
     inside = [layer for layer in layers if not layer.outside]
     shards = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
@@ -125,16 +124,5 @@ def verify(folder: str | Path) -> Verification:
     Raises:
         InputError: It is none of sparlow's.
     """
-    found = verify_artefact(require_finished(Path(folder)))
+    found = verify_artefact(require_result(Path(folder)))
     return Verification(str(folder), tuple(found))
-
-
-def require_finished(folder: Path) -> Path:
-    """Return a directory; InputError if there is none, or its run is not at its end."""
-    if not folder.is_dir():
-        near = meant(folder.name, [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else [])
-        hint = f"; did you mean {folder.parent / near}?" if near else "."
-        raise InputError(f"There is no directory {folder}{hint} Give one that sparlow wrote.")
-    if is_unfinished(folder):
-        raise InputError(f"{folder} is an unfinished run. Repeat the command that began it: it goes on from there.")
-    return folder

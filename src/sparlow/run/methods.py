@@ -6,8 +6,8 @@ from typing import Any
 
 from sparlow.errors import InputError
 from sparlow.evaluation.tasks import load_tasks
-from sparlow.live import watched
 from sparlow.progress import Notify
+from sparlow.progress.live import watched
 from sparlow.recipe.recipe import Recipe, RecipeLike, as_recipe
 from sparlow.recipe.run_options import RunOptions, listed
 from sparlow.report.comparison import Comparison

@@ -18,7 +18,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sparlow.errors import InputError, reason
 from sparlow.files import human_bytes, read_json, replacing, shard_filename, write_json
 from sparlow.linalg.gram import Gram, GramAccumulator
-from sparlow.live import watched
 from sparlow.model.forward.attention import unfused_heads, windows_at_once
 from sparlow.model.forward.block_pass import BlockPass
 from sparlow.model.forward.input_statistics import Observation
@@ -26,13 +25,14 @@ from sparlow.model.loading.objects import require_as_it_is, require_usable
 from sparlow.model.loading.source import OpenedModel, as_tokenizer
 from sparlow.own_settings import own_settings
 from sparlow.progress import Clock, Notify, counting
+from sparlow.progress.live import watched
 from sparlow.recipe.recipe import Recipe, RecipeLike, as_recipe, with_calibration
 from sparlow.recipe.run_options import RunOptions
 from sparlow.recipe.training_plan import micro_batch
+from sparlow.report.tabular import Tabular
 from sparlow.run.compress import open_dense, windows_to_calibrate
 from sparlow.run.passes import BlockwiseRunner
 from sparlow.run.sensitivity import DenseWalk
-from sparlow.tabular import Tabular
 
 if TYPE_CHECKING:
     from sparlow.recipe.recipe import Calibration

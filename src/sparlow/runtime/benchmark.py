@@ -22,9 +22,9 @@ from sparlow.errors import InputError, RunError
 from sparlow.machine import described, versions
 from sparlow.model.loading.source import resolve_model_path
 from sparlow.progress import Notify, counting
+from sparlow.report.tabular import Tabular
 from sparlow.runtime.options import BenchmarkOptions
 from sparlow.runtime.running import is_compressed
-from sparlow.tabular import Tabular
 
 BOUNDS = {"float32": 1e-3, "bfloat16": 0.05, "float16": 0.02}  # of the root mean square of logits
 ROUNDED = 0.1  # the same where inputs of layers are rounded to int8

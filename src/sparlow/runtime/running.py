@@ -14,8 +14,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from sparlow.errors import InputError, as_input_error
 from sparlow.model.artefact.schemes import METHOD
+from sparlow.model.loading.place import cannot_open
 from sparlow.model.loading.source import (
-    cannot_open,
     find_tokenizer,
     open_model,
     parse_dtype,

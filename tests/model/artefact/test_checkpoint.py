@@ -484,6 +484,14 @@ def test_a_missing_norm_is_not_made_up(folder):
         load(folder)
 
 
+def test_what_is_not_there_or_not_finished_is_called_so(tmp_path):
+    with pytest.raises(InputError, match="There is no directory"):
+        load(tmp_path / "none")
+    (tmp_path / "sparlow.json").write_text('{"finished": false}')
+    with pytest.raises(InputError, match="is an unfinished run"):
+        load(tmp_path)
+
+
 def test_directories_of_others(tmp_path):
     with pytest.raises(InputError, match="not a finished model"):
         load(tmp_path)

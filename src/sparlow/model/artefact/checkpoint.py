@@ -42,6 +42,7 @@ from sparlow.model.artefact.shards import (
 )
 from sparlow.model.artefact.stored_form import PackedWeight, take_packed
 from sparlow.model.forward.decoder import Decoder, require_own_weights
+from sparlow.model.loading.place import require_place, require_result
 from sparlow.model.loading.source import require_no_kernel
 from sparlow.model.loading.weights import Weights, to_compute
 
@@ -293,7 +294,9 @@ def load(
     if not options.get("trust_remote_code") and (Path(folder) / CONFIG).exists():
         require_no_kernel(str(folder), str(folder))
     if Path(folder).is_dir():
-        _check_before_opening(Path(folder))
+        _check_before_opening(require_result(Path(folder)))
+    else:
+        require_place(str(folder), ask=False)
     way = how()
     with as_input_error(f"Cannot open {folder}"), use(lambda: way):
         loaded: Any = AutoModelForCausalLM.from_pretrained(

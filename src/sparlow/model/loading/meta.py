@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +16,8 @@ from sparlow.model.forward.compressible import CompressibleWeight, compressible,
 from sparlow.model.forward.decoder import Decoder
 from sparlow.model.forward.fused_twin import show_one_expert
 from sparlow.model.forward.weightless import without_weights
-from sparlow.model.loading.source import cannot_open, parse_dtype, require_no_kernel, resolve_model_path
+from sparlow.model.loading.place import GGUF, cannot_open, require_place
+from sparlow.model.loading.source import parse_dtype, require_no_kernel
 
 
 class UnknownAheadError(InputError):
@@ -52,15 +52,13 @@ def meta_model(name: str, *, dtype: str = "auto", trust_remote_code: bool = Fals
 
 
 def _config(name: str, *, trust_remote_code: bool) -> tuple[Any, torch.dtype]:
-    path = Path(name).expanduser()
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise InputError(f"There is no file {path}. Check the path.")
+    place = require_place(name)
+    if place is not None and place.suffix == GGUF:
         with as_input_error(f"Cannot read the header of {name}"):
             return AutoConfig.from_pretrained(
-                str(path.parent), gguf_file=path.name
+                str(place.parent), gguf_file=place.name
             ), torch.float16  # see source._convert
-    where = resolve_model_path(name)
+    where = name if place is None else str(place)
     if not trust_remote_code:
         require_no_kernel(name, where)
     with as_input_error(cannot_open(name)):

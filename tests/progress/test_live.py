@@ -5,9 +5,8 @@ import io
 import pytest
 from rich.console import Console
 
-from sparlow import live
-from sparlow.live import Lines, Screen, watched
-from sparlow.progress import RESTORED, Progress
+from sparlow.progress import RESTORED, Progress, live
+from sparlow.progress.live import Lines, Screen, watched
 from sparlow.report.records import LayerRecord
 
 
