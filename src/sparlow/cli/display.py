@@ -21,11 +21,11 @@ from sparlow.files import human_bytes
 if TYPE_CHECKING:  # help is shown without torch, which comes with these
     from sparlow.evaluation.perplexity import Evaluation
     from sparlow.exporting._registry import Exported
-    from sparlow.model.artefact.describe import LayerInfo
     from sparlow.planning.plan import Plan
     from sparlow.progress import Notify
     from sparlow.report.comparison import Comparison
     from sparlow.report.records import Report
+    from sparlow.run.inspection import Line
     from sparlow.runtime.benchmark import Benchmark
     from sparlow.runtime.running import Clock
 
@@ -362,21 +362,9 @@ def _with_error(value: float, stderr: float | None) -> str:
     return f"{value:.4f}" + ("" if stderr is None else f" ± {stderr:.4f}")
 
 
-def show_layers(layers: "Sequence[LayerInfo]", patterns: Mapping[str, str]) -> None:
-    """The result of ``sparlow inspect``."""
-    rows = [
-        (
-            layer.name,
-            f"{layer.shape[0]} × {layer.shape[1]}",
-            patterns.get(layer.name, "–"),
-            layer.dtype,
-            f"{layer.density:.4f}",
-            str(layer.rank),
-            f"{layer.bytes:,}",
-        )
-        for layer in layers
-    ]
-    out.print(table(("layer", "shape", "pattern", "values", "density", "rank", "bytes"), rows))
+def show_layers(lines: "Sequence[Line]") -> None:
+    """The table of ``sparlow inspect``."""
+    out.print(table(("layer", "shape", "pattern", "values", "density", "rank", "bytes"), lines))
 
 
 def show_cost(found: "Plan") -> None:

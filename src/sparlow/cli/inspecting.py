@@ -16,7 +16,10 @@ def show(directory: Path, json_file: Path | None, *, check: bool) -> list[str]:
         if problems:
             raise RunError(" ".join(problems)) from error
         raise
-    display.show_layers(found.layers, found.patterns)
+    lines = found.lines(every=display.verbose)
+    display.show_layers(lines)
+    if len(lines) < len(found.layers):
+        display.out.print("* stands for numbers, such as those of experts; --verbose shows every layer", markup=False)
     display.out.print(
         f"{len(found.layers)} layers, {found.values:,} of {found.weights:,} values, {found.linear_bytes:,} bytes, "
         f"{found.bits_per_weight:.2f} bits a weight; all shards {found.bytes:,} bytes\n"
