@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from _environments import PROGRAMS, environment, versions
+from _environments import environment, versions
 from transformers import AutoTokenizer
 
 import sparlow
@@ -48,7 +48,8 @@ GGUF = (
     {"type": "f16", "weights": "merged"},
     {"type": "q4_0", "weights": "sparse"},
 )
-PATIENCE = 600  # seconds for a server to be there
+ADAPTED = "compressed"  # name of a base with its adapter
+PATIENCE = 900  # seconds for a server to be there
 Row = dict[str, Any]
 
 
@@ -110,8 +111,12 @@ def likelihoods(logits: np.ndarray, ids: torch.Tensor) -> torch.Tensor:
 
 def run(python: Path, script: str, *words: object) -> None:
     """Run one of the scripts in its environment."""
-    command = [str(python), str(SCRIPTS / script), *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=_bare())  # noqa: S603 - our own
+    command([str(python), str(SCRIPTS / script), *map(str, words)])
+
+
+def command(words: list[str], cwd: Path | None = None) -> None:
+    """Run a program of its own, without what this one imports from."""
+    done = subprocess.run(words, capture_output=True, text=True, check=False, env=_bare(), cwd=cwd)  # noqa: S603 - our own
     if done.returncode:
         print(done.stderr[-3000:], file=sys.stderr)
         raise ProgramError((done.stderr.strip().splitlines() or ["it said nothing"])[-1])
@@ -145,7 +150,29 @@ def in_transformers(python: Path, ours: Ours, scratch: Path) -> Iterator[Row]:
         yield {"form": form, **found, "right": found["rms"] < CLOSE[form]}
 
 
-def in_llama(python: Path, ours: Ours, scratch: Path) -> Iterator[Row]:
+def in_llama(folder: Path, ours: Ours, scratch: Path) -> Iterator[Row]:
+    """GGUF by llama.cpp itself, merged or with an adapter, of each type; and whether it splits text alike."""
+    texts = {"texts": PROMPTS, "prompts": ours.prompts, "tokens": TOKENS, "windows": ours.ids.tolist()}
+    (scratch / "asked.json").write_text(json.dumps(texts))
+    for options in GGUF:
+        out = exported(ours, scratch, "gguf", **options)
+        adapter = [path for path in [out / "adapter.gguf"] if path.exists()]
+        words = [
+            SCRIPTS / "llama_cpp.mjs",
+            out / "model.gguf",
+            scratch / "asked.json",
+            scratch / "found.json",
+            *adapter,
+        ]
+        command(["node", *map(str, words)], cwd=folder)
+        found = json.loads((scratch / "found.json").read_text())
+        row = ours.scored(found, exact=False)
+        alike = found["ids"] == ours.prompts
+        about = {"form": f"gguf {' '.join(options.values())}", "release": found["release"]["release"]}
+        yield {**about, **row, "same_ids": alike, "right": row["right"] and alike}
+
+
+def in_ik_llama(python: Path, ours: Ours, scratch: Path) -> Iterator[Row]:
     """GGUF, merged or with an adapter, of each type."""
     for options in GGUF:
         out = exported(ours, scratch, "gguf", **options)
@@ -191,7 +218,10 @@ def in_vllm(python: Path, ours: Ours, scratch: Path) -> Iterator[Row]:
             "dtype": dtype,
             **ours.scored(json.loads((scratch / "found.json").read_text()), exact=exact),
         }
-    yield {"form": "vllm.entrypoints.openai.api_server, /v1/completions", **served(python, ours)}
+    yield {"form": "its HTTP server, of the directory by the plug-in", **served(python, ours, ours.folder)}
+    rank = json.loads((whole / "adapter_config.json").read_text("utf-8"))["r"]
+    lora = ("--enable-lora", "--max-lora-rank", rank, "--lora-modules", f"{ADAPTED}={whole}")
+    yield {"form": "its HTTP server, of lora", **served(python, ours, whole / "base", *lora, name=ADAPTED)}
 
 
 def agreeing(one: list[int], other: list[int]) -> int:
@@ -199,24 +229,32 @@ def agreeing(one: list[int], other: list[int]) -> int:
     return next((i for i, pair in enumerate(zip(one, other, strict=True)) if pair[0] != pair[1]), len(one))
 
 
-def served(python: Path, ours: Ours) -> Row:
-    """Ask ``vllm serve DIR`` for a completion."""
+def served(python: Path, ours: Ours, model: Path, *more: object, name: str | None = None) -> Row:
+    """Ask vLLM's HTTP server for a completion, in float32, in which the text is known.
+
+    Args:
+        python: That of its environment.
+        ours: What sparlow computes.
+        model: Its directory.
+        more: Further words of the command.
+        name: By which the server knows what is asked for; if left out, its directory.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    words = ["--model", ours.folder, "--port", port, "--dtype", "float32", "--max-model-len", 512, "--max-num-seqs", 2]
+    words = ["--model", model, "--port", port, "--dtype", "float32", "--max-model-len", 512, "--max-num-seqs", 2, *more]
     environ = _bare() | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryFile() as log:
         module = "vllm.entrypoints.openai.api_server"  # the command vllm of vllm-cpu 0.32.0 asks for a package vllm
         command = [str(python), "-m", module, *map(str, words), "--enforce-eager"]
         server = subprocess.Popen(command, stdout=log, stderr=log, env=environ)  # noqa: S603 - our own command
         try:
-            text = _completion(server, f"http://127.0.0.1:{port}", str(ours.folder))
+            text = _completion(server, f"http://127.0.0.1:{port}", name or str(model))
         finally:
             server.terminate()
             server.wait(60)
-    expected = ours.tokenizer.decode(ours.packed_tokens[0][:32])
-    return {"prompt": PROMPTS[0], "text": text, "right": text == expected}
+    expected = ours.tokenizer.decode((ours.tokens if name else ours.packed_tokens)[0][:32])
+    return {"dtype": "float32", "prompt": PROMPTS[0], "text": text, "right": text == expected}
 
 
 def _completion(server: "subprocess.Popen[bytes]", address: str, model: str) -> str:
@@ -237,6 +275,7 @@ def _completion(server: "subprocess.Popen[bytes]", address: str, model: str) -> 
 CHECKS = {
     "transformers": in_transformers,
     "llama.cpp": in_llama,
+    "ik_llama.cpp": in_ik_llama,
     "vllm": in_vllm,
     "mlx": in_mlx,
     "openvino": in_openvino,
@@ -254,6 +293,14 @@ def write(path: Path, rows: list[Row], given: argparse.Namespace) -> None:
     path.write_text(json.dumps({**about, "rows": kept}, indent=1) + "\n", "utf-8")
 
 
+def _rows(program: str, python: Path, ours: Ours, scratch: Path) -> Iterator[Row]:
+    """Yield what was found of a program; what it could not do is the last row, and others still have their turn."""
+    try:
+        yield from CHECKS[program](python, ours, scratch)
+    except ProgramError as problem:
+        yield {"form": "", "problem": str(problem), "right": False}
+
+
 def main() -> int:
     """Run it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -261,7 +308,7 @@ def main() -> int:
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--windows", type=int, default=3)
     parser.add_argument("--seqlen", type=int, default=256)
-    parser.add_argument("--only", default=",".join(PROGRAMS))
+    parser.add_argument("--only", default=",".join(CHECKS))
     parser.add_argument("--environments", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
@@ -272,7 +319,7 @@ def main() -> int:
             python = environment(program, given.environments)
             about = {"program": program, "date": datetime.now(UTC).date().isoformat()}
             about |= {"versions": versions(python, program), "windows": given.windows, "seqlen": given.seqlen}
-            for row in CHECKS[program](python, ours, Path(where)):
+            for row in _rows(program, python, ours, Path(where)):
                 print(f"{program}: {row}", flush=True)
                 rows.append({**about, **row})
             if given.json:

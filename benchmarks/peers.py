@@ -107,15 +107,15 @@ class Worker:
 
 def workers(given: argparse.Namespace, asked: Path) -> dict[str, Worker]:
     """Start all programs, each with its model in memory."""
-    pythons = {name: environment(name, given.environments) for name in ("llama.cpp", "ctranslate2")}
+    pythons = {name: environment(name, given.environments) for name in ("ik_llama.cpp", "ctranslate2")}
     folder = dense(given.model, given.scratch / "dense")
     coded = to_ctranslate2(folder, pythons["ctranslate2"], given.scratch)
     found = {f"sparlow {path.name}": ("sparlow", path, Path(sys.executable)) for path in given.forms}
     found |= {f"{name}, float inputs": ("sparlow-float", *row[1:]) for name, row in [*found.items()]}
     found["CTranslate2 int8"] = "ctranslate2", coded, pythons["ctranslate2"]
     if given.model.suffix == ".gguf":
-        for kind, file in to_llama(given.model, pythons["llama.cpp"], given.scratch).items():
-            found[f"ik_llama.cpp {kind}"] = "llama.cpp", file, pythons["llama.cpp"]
+        for kind, file in to_llama(given.model, pythons["ik_llama.cpp"], given.scratch).items():
+            found[f"ik_llama.cpp {kind}"] = "llama.cpp", file, pythons["ik_llama.cpp"]
     return {name: Worker(*row, asked) for name, row in found.items()}
 
 
@@ -143,7 +143,7 @@ def write(given: argparse.Namespace, rows: list[Row]) -> None:
         return
     about: Row = {"date": datetime.now(UTC).date().isoformat(), "machine": machine(), "sparlow": sparlow.__version__}
     about["versions"] = {
-        name: versions(environment(name, given.environments), name) for name in ("llama.cpp", "ctranslate2")
+        name: versions(environment(name, given.environments), name) for name in ("ik_llama.cpp", "ctranslate2")
     }
     about |= {name: getattr(given, name) for name in ("prompt_tokens", "tokens", "repeats", "windows", "seqlen")}
     given.json.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n", "utf-8")

@@ -1,9 +1,11 @@
 """Tokens a second in vLLM on the CPU, dense and packed, in turns; run it when nothing else runs.
 
-    python benchmarks/served_speed.py DENSE DIR... --json benchmarks/results/served_speed.json
+    python benchmarks/served_speed.py DENSE DIR... --json benchmarks/results/served_speed.json [--rounds 2]
 
 Each model runs in a process of its own, in bfloat16 and as vLLM compiles it by default, one after the other and then
-all over again; the first text of each process does not count. The environment is that of elsewhere.py.
+all over again; the first text of each process does not count. A text is so many tokens behind a prompt of twenty, which
+are always the same ids, so models need no tokenizer and may have random weights. Seconds include the prompt. The
+environment is that of elsewhere.py; what is known so far is in the file after each process.
 """
 
 import argparse
@@ -14,15 +16,42 @@ import subprocess
 import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from _environments import environment
-from transformers import AutoTokenizer
 
 import sparlow
 from sparlow.machine import machine
 
 SCRIPT = Path(__file__).parent / "elsewhere_programs" / "vllm_greedy.py"
-PROMPT = "Once upon a time, in a small village at the foot of the mountains, there lived an old clockmaker"
+PROMPT = [*range(1000, 1020)]
+
+
+def rates_of(python: Path, folder: Path, asked: dict[str, Any], scratch: Path) -> dict[str, Any]:
+    """Return what vllm_greedy.py finds, in a process of its own."""
+    file, out = scratch / "asked.json", scratch / "out.json"
+    file.write_text(json.dumps(asked))
+    environ = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    words = [str(python), str(SCRIPT), str(folder), str(file), str(out)]
+    done = subprocess.run(words, check=False, capture_output=True, text=True, env=environ)  # noqa: S603 - our own
+    if done.returncode:
+        raise SystemExit(f"{folder}: {done.stderr[-3000:]}")
+    found: dict[str, Any] = json.loads(out.read_text())
+    return found
+
+
+def about(found: dict[str, Any], given: argparse.Namespace) -> dict[str, Any]:
+    """Return what belongs to all rows."""
+    where = {"date": datetime.now(UTC).date().isoformat(), "machine": machine(), "sparlow": sparlow.__version__}
+    where |= {"versions": found["versions"], "threads": found["threads"], "prompt_tokens": len(PROMPT)}
+    return where | {name: getattr(given, name) for name in ("tokens", "rounds", "repeats")}
+
+
+def row(folder: Path, rates: list[float]) -> dict[str, Any]:
+    """Return what is said of a model."""
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    spread = {"slowest": min(rates), "fastest": max(rates)}
+    return {"name": folder.name, "bytes": size, "per_second": statistics.median(rates), **spread, "texts": len(rates)}
 
 
 def main() -> None:
@@ -36,31 +65,17 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     python = environment("vllm", given.environments)
-    prompt = AutoTokenizer.from_pretrained(given.folders[-1])(PROMPT).input_ids
-    asked = {"prompts": [prompt], "tokens": given.tokens, "repeats": given.repeats, "windows": []}
-    environ = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    rates: dict[str, list[float]] = {str(folder): [] for folder in given.folders}
+    asked = {"prompts": [PROMPT], "tokens": given.tokens, "repeats": given.repeats, "windows": []}
+    asked |= {"dtype": "bfloat16", "eager": False}
+    rates: dict[Path, list[float]] = {folder: [] for folder in given.folders}
     with tempfile.TemporaryDirectory() as where:
-        file, out = Path(where) / "asked.json", Path(where) / "out.json"
-        file.write_text(json.dumps({**asked, "dtype": "bfloat16", "eager": False}))
-        for _ in range(given.rounds):
-            for folder in rates:
-                words = [str(python), str(SCRIPT), folder, str(file), str(out)]
-                subprocess.run(words, check=True, capture_output=True, env=environ)  # noqa: S603 - our own
-                found = json.loads(out.read_text())
-                rates[folder] += found["per_second"][1:]
-                print(f"{folder}: {found['per_second'][1:]}", flush=True)
-    rows = [
-        {"name": Path(name).name, "per_second": statistics.median(each), "slowest": min(each), "fastest": max(each)}
-        for name, each in rates.items()
-    ]
-    for row in rows:
-        print(f"{row['name']}: {row['per_second']:.1f} tokens a second")
-    if given.json:
-        about = {"date": datetime.now(UTC).date().isoformat(), "machine": machine(), "sparlow": sparlow.__version__}
-        about |= {"versions": found["versions"], "threads": found["threads"], "prompt_tokens": len(prompt)}
-        about |= {"tokens": given.tokens, "rounds": given.rounds, "repeats": given.repeats}
-        given.json.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n", "utf-8")
+        for folder in given.rounds * given.folders:
+            found = rates_of(python, folder, asked, Path(where))
+            rates[folder] += found["per_second"][1:]
+            print(f"{folder}: {found['per_second'][1:]} tokens a second", flush=True)
+            if given.json:
+                rows = [row(*each) for each in rates.items() if each[1]]
+                given.json.write_text(json.dumps({**about(found, given), "rows": rows}, indent=1) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

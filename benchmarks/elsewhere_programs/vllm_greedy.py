@@ -24,9 +24,13 @@ if __name__ == "__main__":
     model, asked, out, *adapters = sys.argv[1:]
     asked = json.loads(Path(asked).read_text("utf-8"))
     lora = {"enable_lora": True, "max_lora_rank": 64} if adapters else {}
-    llm = LLM(model, enforce_eager=asked["eager"], max_model_len=512, max_num_seqs=4, dtype=asked["dtype"], **lora)
+    spoken = any((Path(model) / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
+    options = {"enforce_eager": asked["eager"], "dtype": asked["dtype"], "skip_tokenizer_init": not spoken, **lora}
+    llm = LLM(model, max_model_len=512, max_num_seqs=4, **options)
     request = LoRARequest("compressed", 1, adapters[0]) if adapters else None
-    parameters = SamplingParams(max_tokens=asked["tokens"], min_tokens=asked["tokens"], temperature=0)
+    count = {"max_tokens": asked["tokens"], "min_tokens": asked["tokens"]}
+    count |= {} if spoken else {"min_tokens": 0, "ignore_eos": True, "detokenize": False}
+    parameters = SamplingParams(temperature=0, **count)
     prompts, tokens, rates = [{"prompt_token_ids": ids} for ids in asked["prompts"]], [], []
     for _ in range(asked["repeats"]):
         tokens = []

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import sparlow
 from artefacts import edit
@@ -16,11 +16,14 @@ from results import byte_tokenizer, logits, write_result
 from sparlow.cli import display
 from sparlow.exporting import _registry
 from sparlow.exporting.adapter import RANKS, common_rank, targets
+from sparlow.exporting.directory import with_older_names
 from sparlow.exporting.export import MARK
 from sparlow.files import CONFIG
 
+KINDS = ("sliding_attention", "full_attention")
 FAMILIES = ("llama", "qwen2", "gemma2", "opt", "gpt2", "bloom")
 TRAVEL = {"LICENSE", "chat_template.jinja", "preprocessor_config.json", "generation_config.json", "tokenizer.json"}
+OLDER = {"rope_theta", "rope_scaling", "partial_rotary_factor"}  # names before transformers 5
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +47,8 @@ def require_plain(folder, source):
     assert {path.name for path in folder.iterdir()} >= TRAVEL
     assert not any((folder / name).exists() for name in ("sparlow.json", "recipe.toml", "report.json"))
     kept = json.loads((source / CONFIG).read_text())
-    assert {key: value for key, value in kept.items() if key != "quantization_config"} == {
-        key: value for key, value in config.items() if key != "quantization_config"
-    }
+    assert all(config[key] == value for key, value in kept.items() if key != "quantization_config")
+    assert config.keys() - kept.keys() <= {"quantization_config", *OLDER}
     assert (
         AutoTokenizer.from_pretrained(folder)("Ab").input_ids == AutoTokenizer.from_pretrained(source)("Ab").input_ids
     )
@@ -63,6 +65,35 @@ def test_merged_opens_as_any_model_and_computes_the_same(family, tmp_path):
     require_plain(tmp_path / "out", tmp_path / "in")
     assert found.bytes == sum(file.stat().st_size for file in (tmp_path / "out").iterdir())
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+SCALED = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+ROPES = {
+    "plain": ("llama", {"rope_type": "default", "rope_theta": 1e5}, {"rope_theta": 1e5}),
+    "scaled": (
+        "llama",
+        SCALED | {"rope_theta": 5e5, "original_max_position_embeddings": 8192},
+        {"rope_theta": 5e5, "rope_scaling": SCALED | {"original_max_position_embeddings": 8192}},
+    ),
+    "partial": (
+        "phi3",
+        {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+        {"rope_theta": 1e4, "partial_rotary_factor": 0.5},
+    ),
+    "two of them": ("gemma3_text", {kind: {"rope_type": "default", "rope_theta": 1e6} for kind in KINDS}, {}),
+}
+
+
+@pytest.mark.parametrize("case", ROPES)
+def test_programs_that_know_only_the_older_names_find_the_rotary_embedding(case):
+    kind, rope, older = ROPES[case]
+    config = AutoConfig.for_model(kind, rope_parameters=rope).to_dict()
+    written = with_older_names({**config, "text_config": config})
+    assert {key: written[key] for key in OLDER & written.keys()} == older
+    assert written["text_config"] == {key: value for key, value in written.items() if key != "text_config"}
+    assert all(written[key] == value for key, value in config.items())
+    again = AutoConfig.for_model(**written["text_config"])
+    assert again.rope_parameters == config["rope_parameters"]
 
 
 def test_merged_rounds_once_to_the_type_of_the_model(tmp_path):
@@ -252,7 +283,7 @@ def test_the_command_lists_what_is_registered_and_exports(llama, tmp_path, capsy
             assert text in shown, text
     assert run("export", llama, "--out", tmp_path / "out", "--as", "lora") == 0
     shown = capsys.readouterr().out
-    assert f"vllm serve {tmp_path / 'out'}/base --enable-lora --max-lora-rank 16" in " ".join(shown.split())
+    assert f"api_server --model {tmp_path / 'out'}/base --enable-lora --max-lora-rank 16" in " ".join(shown.split())
     assert run("export", llama, "--as", "lora") == 2
     assert "--out is missing" in capsys.readouterr().err
 

@@ -14,6 +14,7 @@ from sparlow.report.html_page import html, write_reports
 from sparlow.report.layer_rows import HEAD, layer_rows
 from sparlow.report.records import Report
 from sparlow.report.summary import summary_head, summary_rows
+from sparlow.report.wording import short
 
 EVIL = "<script>alert(1)</script>"
 QUOTES = """"><img src=x onerror='alert(2)'>&amp;"""
@@ -116,7 +117,8 @@ def test_layers_that_differ_in_a_number_share_a_row_where_there_are_many():
     experts = shown[1]
     assert (experts["rank"], experts["tokens"]) == ("0 to 63", "0 to 6,300")
     assert (experts["shape"], experts["pattern"]) == ("48 × 32", "2:4")
-    assert experts["relative squared error"] == "0.492"  # the mean
+    assert experts["relative squared error"] == "0.492 (at most 0.984)"  # the mean, and the worst
+    assert shown[0]["relative squared error"] == short(layer(0, "self_attn.q_proj").relative_error)
     assert experts["time"] == "1 min 20 s"  # of all
     assert [row[1] for row in layer_rows(seen[:2])] == ["mlp.experts.up_proj.0", "mlp.experts.up_proj.1"]
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from sparlow.cli import display, pages, results, waiting
+from sparlow.cli.leaving import alone
 from sparlow.model.artefact.registration import when_imported
 from sparlow.model.loading.place import require_place, require_result
 
@@ -23,7 +24,7 @@ def prepare(command: str, values: Mapping[str, Any]) -> None:
     Raises:
         InputError: A place is not there, or in use.
     """
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1  # as torchrun says
+    several = not alone()  # as torchrun says
     if several and command != SHARED:
         from sparlow.distributed import require_one
 

@@ -1,12 +1,10 @@
 """What ``sparlow inspect`` shows."""
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from sparlow.cli import display, results
 from sparlow.cli.tables import table
 from sparlow.errors import InputError, RunError
-from sparlow.model.artefact.describe import LayerInfo
 from sparlow.run.inspection import inspect, verify
 
 
@@ -19,7 +17,10 @@ def show(directory: Path, json_file: Path | None, *, check: bool) -> list[str]:
         if problems:
             raise RunError(" ".join(problems)) from error
         raise
-    _show_layers(found.layers, found.patterns)
+    lines = found.lines(every=display.verbose)
+    display.out.print(table(("layer", "shape", "pattern", "values", "density", "rank", "bytes"), lines))
+    if len(lines) < len(found.layers):
+        display.out.print("* stands for numbers, such as those of experts; --verbose shows every layer", markup=False)
     display.out.print(
         f"{len(found.layers)} layers, {found.values:,} of {found.weights:,} values, {found.linear_bytes:,} bytes, "
         f"{found.bits_per_weight:.2f} bits a weight; all shards {found.bytes:,} bytes\n"
@@ -31,20 +32,3 @@ def show(directory: Path, json_file: Path | None, *, check: bool) -> list[str]:
         display.out.print("verified: checksums, shapes, patterns and densities are as recorded", highlight=False)
     results.put(json_file, found.to_dict() | {"problems": problems if check else None})
     return problems
-
-
-def _show_layers(layers: Sequence[LayerInfo], patterns: Mapping[str, str]) -> None:
-    """A line a layer."""
-    rows = [
-        (
-            layer.name,
-            f"{layer.shape[0]} × {layer.shape[1]}",
-            patterns.get(layer.name, "–"),
-            layer.dtype,
-            f"{layer.density:.4f}",
-            str(layer.rank),
-            f"{layer.bytes:,}",
-        )
-        for layer in layers
-    ]
-    display.out.print(table(("layer", "shape", "pattern", "values", "density", "rank", "bytes"), rows))

@@ -17,7 +17,7 @@ from sparlow.exporting.adapter import BASE, sign
 from sparlow.exporting.directory import checkpoint_names, meta_model_of, write_plain
 from sparlow.exporting.experts import require_no_experts
 from sparlow.exporting.integers import Need, exact_integers, group_of, rounded_integers
-from sparlow.exporting.lora import adapt, adapter_bytes, adapter_commands, require_adapter
+from sparlow.exporting.lora import VLLM, adapt, adapter_bytes, adapter_commands, require_adapter
 from sparlow.exporting.stored import Layer, Stored
 from sparlow.progress import Notify
 from sparlow.schema import Doc
@@ -65,7 +65,7 @@ def compressed_tensors(stored: Stored, *, round: Rounding = "no") -> Writer:  # 
         if rank:
             adapt(stored, folder, parts)
             sign(folder, stored.fingerprint, shards)
-        plain = ['transformers: AutoModelForCausalLM.from_pretrained("OUT")', "vLLM: vllm serve OUT"]
+        plain = ['transformers: AutoModelForCausalLM.from_pretrained("OUT")', f"vLLM: {VLLM} OUT"]
         by_hand = "transformers + PEFT: "  # which needs an option of transformers beside
         found.commands = [line for line in adapter_commands(rank) if by_hand not in line] if rank else plain
         found.notes = _notes(bits, group, rounded, stored)

@@ -86,10 +86,27 @@ def copy_companions(stored: Stored, folder: Path) -> None:
 
 
 def _write_config(stored: Stored, folder: Path, quantization: Mapping[str, Any] | None) -> None:
-    config = remote_code_left(stored.config)
+    config = with_older_names(remote_code_left(stored.config))
     if quantization is not None:
         config["quantization_config"] = dict(quantization)
     write_json(folder / CONFIG, config, indent=2)
+
+
+def with_older_names(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config with the settings of its rotary embedding under the names before transformers 5 too.
+
+    transformers 5 writes them as ``rope_parameters``. Programs that do not know this take their own default instead,
+    without a word: mlx-lm does, for most families. Those that know both prefer ``rope_parameters``, or find the same.
+    """
+    found = {key: with_older_names(value) if isinstance(value, dict) else value for key, value in config.items()}
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, dict) or "rope_theta" not in rope:  # another one for each kind of layer: had no older name
+        return found
+    older = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
+    scaling = {key: value for key, value in rope.items() if key not in older}
+    if scaling.get("rope_type", "default") != "default":
+        older["rope_scaling"] = scaling
+    return found | {key: value for key, value in older.items() if found.get(key) is None}
 
 
 def checkpoint_names(stored: Stored) -> Names:

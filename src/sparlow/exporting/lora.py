@@ -12,6 +12,8 @@ from sparlow.exporting.experts import require_no_experts
 from sparlow.exporting.stored import Layer, Stored
 from sparlow.progress import Notify
 
+VLLM = "python -m vllm.entrypoints.openai.api_server --model"  # vllm serve, where its command runs
+
 
 @form(
     "lora",
@@ -46,12 +48,17 @@ def require_adapter(stored: Stored) -> int:
     """Return the rank of the adapter; InputError if there can be none."""
     if not stored.ranks:
         raise InputError("No layer has a low-rank part, so there is nothing to put into an adapter. Export merged.")
+    if len({stored.layers[name].scheme.transposed for name in stored.ranks}) > 1:
+        raise InputError(
+            "Some layers of this model are stored as (in, out) and others as (out, in), and an adapter knows one order "
+            "only. Export merged."
+        )
     return common_rank(stored.ranks.values())
 
 
 def adapt(stored: Stored, folder: Path, parts: dict[str, tuple[Tensor, Tensor]]) -> None:
     """Write the adapter of a stored model."""
-    transposed = all(stored.layers[name].scheme.transposed for name in parts)
+    transposed = any(stored.layers[name].scheme.transposed for name in parts)  # then all are
     write_adapter(folder, parts, stored.modules(), transposed=transposed)
 
 
@@ -72,6 +79,6 @@ def adapter_commands(rank: int) -> list[str]:
     return [
         'transformers + PEFT, checksums compared: sparlow.open_adapter("OUT")',
         'transformers + PEFT: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("OUT/base"), "OUT")',
-        f"vLLM: vllm serve OUT/base --enable-lora --max-lora-rank {rank} --lora-modules compressed=OUT",
+        f"vLLM: {VLLM} OUT/base --enable-lora --max-lora-rank {rank} --lora-modules compressed=OUT",
         "SGLang: python -m sglang.launch_server --model-path OUT/base --lora-paths compressed=OUT",
     ]

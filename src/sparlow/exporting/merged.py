@@ -6,6 +6,7 @@ from torch import Tensor
 
 from sparlow.exporting._registry import Exported, Writer, form
 from sparlow.exporting.directory import checkpoint_names, write_plain
+from sparlow.exporting.lora import VLLM
 from sparlow.exporting.stored import Layer, Stored
 from sparlow.progress import Notify
 
@@ -30,7 +31,7 @@ def merged(stored: Stored) -> Writer:
         found.notes.append(f"The weights take {size:,.1f} MB, as many as before compression.")
         found.commands = [
             'transformers: AutoModelForCausalLM.from_pretrained("OUT")',
-            "vLLM: vllm serve OUT",
+            f"vLLM: {VLLM} OUT",
             "SGLang: python -m sglang.launch_server --model-path OUT",
             "MLX: mlx_lm.generate --model OUT --prompt Hello",
         ]

@@ -17,7 +17,8 @@ def layer_rows(layers: Sequence[LayerRecord]) -> Iterator[tuple[str, ...]]:
     """Yield the rows below ``HEAD``, by block.
 
     Where there are as many names of layers as a mixture of experts has, those of a block that differ in a number only
-    share a row: means of errors, density and iterations, the whole time, and from which to which the others go.
+    share a row: means of errors, with the worst, of density and iterations, the whole time, and from which to which the
+    others go.
     """
     kinds = by_kind(layers)
     for block in sorted({layer.block for layer in layers}):
@@ -33,10 +34,16 @@ def _row(kind: str, layers: Sequence[LayerRecord]) -> tuple[str, ...]:
     )
     density = fmean(layer.density for layer in layers)
     per_token = [one for layer in layers if (one := layer.relative_error_per_token) is not None]
-    errors = (short(fmean(layer.relative_error for layer in layers)), short(fmean(per_token) if per_token else None))
+    errors = (_mean_and_worst([layer.relative_error for layer in layers]), _mean_and_worst(per_token))
     iterations = plain(round(fmean(layer.iterations for layer in layers)))
     cost = (iterations, duration(sum(layer.seconds for layer in layers)), _range(layer.tokens for layer in layers))
     return (str(layers[0].block), name, *said, f"{density:.4f}", _range(layer.rank for layer in layers), *errors, *cost)
+
+
+def _mean_and_worst(errors: Sequence[float]) -> str:
+    if len(errors) < 2:  # noqa: PLR2004 - a mean of several
+        return short(errors[0] if errors else None)
+    return f"{short(fmean(errors))} (at most {short(max(errors))})"
 
 
 def _one_of(values: Iterable[str]) -> str:

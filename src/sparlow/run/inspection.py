@@ -1,14 +1,31 @@
 """``sparlow.inspect`` and ``sparlow.verify``: what is in a compressed directory, and whether it is what was written."""
 
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import Any, NamedTuple
 
 from sparlow.files import human_bytes
 from sparlow.model.artefact.describe import LayerInfo, count_parameters, describe
 from sparlow.model.loading.place import require_result
 from sparlow.report.tabular import Tabular
 from sparlow.run.verify import recorded_patterns, verify_artefact
+
+MANY = 8  # layers of a block that differ in a number only, such as its experts, from which on they share a line
+
+
+class Line(NamedTuple):
+    """A line of what is shown of a directory, for one layer or for many that differ in a number only."""
+
+    layer: str
+    shape: str
+    pattern: str
+    values: str
+    density: str
+    rank: str
+    bytes: str
 
 
 @dataclass(frozen=True, repr=False)
@@ -53,11 +70,52 @@ class Inspection(Tabular):
         """A row a layer."""
         return [asdict(layer) | {"pattern": self.patterns.get(layer.name)} for layer in self.layers]
 
+    def lines(self, *, every: bool) -> list[Line]:
+        """What is shown of the layers.
+
+        Args:
+            every: A line for each; else those of a block that differ in a number only share one, where there are many.
+        """
+        kinds: dict[tuple[str, tuple[int, int]], list[LayerInfo]] = {}
+        for layer in self.layers:
+            kinds.setdefault((_kind(layer.name), layer.shape), []).append(layer)
+        found: list[Line] = []
+        for (kind, _), layers in kinds.items():
+            if every or len(layers) < MANY:
+                found += [self._line(layer.name, [layer]) for layer in layers]
+            else:
+                found.append(self._line(f"{kind} ({len(layers)})", layers))
+        return found
+
+    def _line(self, name: str, layers: Sequence[LayerInfo]) -> Line:
+        out, columns = layers[0].shape
+        low, high = min(layer.rank for layer in layers), max(layer.rank for layer in layers)
+        return Line(
+            name,
+            f"{out} × {columns}",
+            _all_of(self.patterns.get(layer.name, "–") for layer in layers),
+            _all_of(layer.dtype for layer in layers),
+            f"{fmean(layer.density for layer in layers):.4f}",
+            str(low) if low == high else f"{low} to {high}",
+            f"{sum(layer.bytes for layer in layers):,}",
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """As ``sparlow inspect --json`` prints it."""
         found = super().to_dict() | {"layers": self.table()}
         del found["patterns"], found["directory"]
         return found
+
+
+def _kind(name: str) -> str:
+    """Return a layer's name with a star for each number behind that of its block."""
+    block = re.match(r".*?\.\d+\.", name)
+    end = block.end() if block else len(name)
+    return name[:end] + re.sub(r"\b\d+\b", "*", name[end:])
+
+
+def _all_of(values: Iterable[str]) -> str:
+    return ", ".join(dict.fromkeys(values))
 
 
 @dataclass(frozen=True, repr=False)
