@@ -8,7 +8,7 @@
 
 int sparlow_paths(void);
 int sparlow_products(int, int, int, const layer *, int64_t, const float *, int64_t, float *, int64_t);
-void sparlow_decode(int, int, const matrix *, int64_t, int64_t, float *);
+void sparlow_decode(int, int, const matrix *, int64_t, int64_t, int, void *);
 
 static void take(void *to, size_t size) {
   if (fread(to, 1, size, stdin) != size) exit(2);
@@ -43,7 +43,7 @@ int main(void) {
     float *x = pointed_to(), *y = malloc(4 * (size_t)(tokens * l.S->rows)), *rows = malloc(4 * (size_t)(l.S->rows * l.S->cols));
     if (!(sparlow_paths() >> path & 1)) return 3;
     if (sparlow_products(path, 2, a8, &l, 1, x, tokens, y, l.S->rows)) return 4;
-    sparlow_decode(path, 1, l.S, 0, l.S->rows, rows);
+    sparlow_decode(path, 1, l.S, 0, l.S->rows, 0, rows);
     fwrite(y, 4, (size_t)(tokens * l.S->rows), stdout), fwrite(rows, 4, (size_t)(l.S->rows * l.S->cols), stdout);
   }
   return 0;

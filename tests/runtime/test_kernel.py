@@ -185,6 +185,8 @@ def test_rows_are_decoded_to_the_stored_numbers(path, weight):
         rows = [found.decoded(found.S, r, r + 1) for r in range(shape[0])]
         assert torch.equal(found.decoded(found.S).double(), exact[0])
         assert torch.equal(torch.cat(rows).double(), exact[0])
+        halves = found.decoded(found.S, out=torch.empty(shape, dtype=torch.bfloat16))
+        assert torch.equal(halves, exact[0].float().bfloat16())
 
 
 @path

@@ -193,7 +193,7 @@ def _run(command: list[str]) -> str:
 def _declare(functions: ctypes.CDLL) -> None:
     pointer, number, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
     functions.sparlow_products.argtypes = [number, number, number, pointer, long, pointer, long, pointer, long]
-    functions.sparlow_decode.argtypes = [number, number, pointer, long, long, pointer]
+    functions.sparlow_decode.argtypes = [number, number, pointer, long, long, number, pointer]
     functions.sparlow_rows.argtypes = [number, number, pointer, pointer, long, pointer]
     functions.sparlow_step.argtypes = [number, number, pointer, long, long, pointer, pointer]
     functions.sparlow_step_work.argtypes, functions.sparlow_step_work.restype = [pointer, long], long

@@ -86,9 +86,9 @@ class Operand:
 
     def by_tiles(self, x: Tensor, y: Tensor) -> None:
         """Write the product to y (tokens, out) float32, in which a row may be part of a wider one."""
-        for rows, tile in self.tiles():
+        for rows, tile in self.tiles(x.dtype):
             if x.dtype == torch.bfloat16:
-                y[:, rows] = x @ tile.bfloat16().T
+                y[:, rows] = x @ tile.T
             else:
                 torch.mm(x, tile.T, out=y[:, rows])
         if self.U and self.V:
@@ -116,23 +116,24 @@ class Operand:
             )
         return found
 
-    def tiles(self) -> Iterator[tuple[slice, Tensor]]:
-        """Yield some rows of S after the other in float32, with their place; all have one buffer."""
+    def tiles(self, dtype: torch.dtype = torch.float32) -> Iterator[tuple[slice, Tensor]]:
+        """Yield some rows of S after the other in float32 or bfloat16, with their place; all have one buffer."""
         out, columns = self.S.shape
         size = max(1, min(out, _TILE // max(columns, 1)))
-        buffer = torch.empty(size, columns, **_HERE)
+        buffer = torch.empty(size, columns, dtype=dtype, device="cpu")
         for start in range(0, out, size):
             stop = min(out, start + size)
             yield slice(start, stop), self.decoded(self.S, start, stop, buffer[: stop - start])
 
     def decoded(self, matrix: Matrix, start: int = 0, stop: int | None = None, out: Tensor | None = None) -> Tensor:
-        """Return rows of a matrix in float32."""
+        """Return rows of a matrix in float32, or in the type of ``out``, bfloat16 being rounded to nearest."""
         stop = matrix.shape[0] if stop is None else stop
         found = torch.empty(stop - start, matrix.shape[1], **_HERE) if out is None else out
         if found.numel():
             self.lib.functions.sparlow_decode(
-                path_number(self.lib), torch.get_num_threads(), matrix.at, start, stop, found.data_ptr()
-            )
+                path_number(self.lib), torch.get_num_threads(), matrix.at, start, stop,
+                found.dtype == torch.bfloat16, found.data_ptr(),
+            )  # fmt: skip
         return found
 
 

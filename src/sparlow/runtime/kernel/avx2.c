@@ -6,7 +6,7 @@
      v_block     vpmaddubsw of |x| and w with the sign of x: both within 127, so that no sum of two saturates */
 #include "sparlow.h"
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
-#include <immintrin.h>
+#include "sums.h"
 
 #define W 8
 typedef __m256 VF;
@@ -16,10 +16,13 @@ INL VF v_zero(void) { return _mm256_setzero_ps(); }
 INL VF v_set(float f) { return _mm256_set1_ps(f); }
 INL VF v_fma(VF a, VF b, VF c) { return _mm256_fmadd_ps(a, b, c); }
 INL VF v_add(VF a, VF b) { return _mm256_add_ps(a, b); }
-INL float v_sum(VF a) {
-  __m128 s = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
-  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+INL float v_sum(VF a) { return sum_of(folded(a)); }
+INL void v_sums(const VF *a, float *to) { _mm_storeu_ps(to, sums_of(folded(a[0]), folded(a[1]), folded(a[2]), folded(a[3]))); }
+INL void v_put_bf16(uint16_t *to, VF v) {
+  VI u = _mm256_castps_si256(v), odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1)), none = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+  u = _mm256_srli_epi32(_mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+  u = _mm256_blendv_epi8(u, _mm256_set1_epi32(0x7fc0), none);
+  _mm_storeu_si128((void *)to, _mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(u, u), 8)));
 }
 INL VF v_load(int format, const void *w, int64_t c) {
   if (format == F_FP32) return _mm256_loadu_ps((const float *)w + c);
@@ -310,7 +313,7 @@ INL void step_rounded(int way, cursor *a, bytes x, floats xs, int T, const level
 }
 
 #include "rows.h"
-const path path_avx2 = {product, decode, order, round_inputs, lay_out_bytes, W};
+const path path_avx2 = {product, decode, decode_bf16, order, round_inputs, lay_out_bytes, W};
 #else
 const path path_avx2 = {0};
 #endif

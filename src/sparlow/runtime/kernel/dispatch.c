@@ -76,10 +76,12 @@ static void multiply_all(const path *by, int threads, const job *jobs, int64_t c
   for (int64_t i = 0; i < count; i++) rows += jobs[i].m->rows, entries += jobs[i].m->rows * jobs[i].m->cols;
   if (rows) share(enough(entries, threads), multiply, &(round_of){by, jobs, count}, rows);
 }
-typedef struct { const path *by; const matrix *m; float *out; } expansion;
+typedef struct { const path *by; const matrix *m; int bf16; void *out; } expansion;
 static void expand(void *data, int64_t from, int64_t to) {
   const expansion *e = data;
-  e->by->decode(e->m, from, to, e->out + from * e->m->cols);
+  int64_t first = from * e->m->cols;
+  if (e->bf16) e->by->decode_bf16(e->m, from, to, (uint16_t *)e->out + first);
+  else e->by->decode(e->m, from, to, (float *)e->out + first);
 }
 
 /* Lay out x as order k wants it: of k * lanes columns first 0 k 2k .., then 1 k+1 .., and so on; 0 behind the last column. */
@@ -146,13 +148,13 @@ EXPORT int sparlow_products(int number, int threads, int a8, const layer *layers
   return 0;
 }
 
-/* Rows from .. to of a matrix in float32. */
-EXPORT void sparlow_decode(int number, int threads, const matrix *m, int64_t from, int64_t to, float *out) {
+/* Rows from .. to of a matrix in float32, or rounded to bf16. */
+EXPORT void sparlow_decode(int number, int threads, const matrix *m, int64_t from, int64_t to, int bf16, void *out) {
   matrix some = *m;
   if (m->mask) some.mask = m->mask + from * mask_bytes(m->cols);
   if (m->scale) some.scale = m->scale + from * m->groups;
   some.start = m->start + from, some.each = 0, some.rows = m->rows - from; /* where the tensor ends stays the same */
-  share(enough(m->rows * m->cols, threads), expand, &(expansion){paths[number], &some, out}, to - from);
+  share(enough(m->rows * m->cols, threads), expand, &(expansion){paths[number], &some, bf16, out}, to - from);
 }
 
 /* Where each row begins, in bytes: (rows + 1) from the bits of a kept value. Returns whether two of each four are kept. */

@@ -20,6 +20,12 @@ INL VF v_set(float f) { return vdupq_n_f32(f); }
 INL VF v_fma(VF a, VF b, VF c) { return vfmaq_f32(c, a, b); }
 INL VF v_add(VF a, VF b) { return vaddq_f32(a, b); }
 INL float v_sum(VF a) { return vaddvq_f32(a); }
+INL void v_sums(const VF *a, float *to) { vst1q_f32(to, vpaddq_f32(vpaddq_f32(a[0], a[1]), vpaddq_f32(a[2], a[3]))); }
+INL void v_put_bf16(uint16_t *to, VF v) {
+  uint32x4_t u = vreinterpretq_u32_f32(v), odd = vandq_u32(vshrq_n_u32(u, 16), vdupq_n_u32(1));
+  u = vshrq_n_u32(vaddq_u32(u, vaddq_u32(odd, vdupq_n_u32(0x7fff))), 16);
+  vst1_u16(to, vmovn_u32(vbslq_u32(vceqq_f32(v, v), u, vdupq_n_u32(0x7fc0))));
+}
 INL VI same(void) { return vdupq_n_u8(SAME); }
 INL VF v_load(int format, const void *w, int64_t c) {
   if (format == F_FP32) return vld1q_f32((const float *)w + c);
@@ -202,7 +208,7 @@ INL void step_rounded(int way, cursor *a, bytes x, floats xs, int T, const level
 }
 
 #include "rows.h"
-const path NAME = {product, decode, order, round_inputs, lay_out_bytes, W};
+const path NAME = {product, decode, decode_bf16, order, round_inputs, lay_out_bytes, W};
 #else
 const path NAME = {0};
 #endif

@@ -9,6 +9,8 @@ INL VF v_set(float f) { return (VF){f, f, f, f}; }
 INL VF v_fma(VF a, VF b, VF c) { return a * b + c; }
 INL VF v_add(VF a, VF b) { return a + b; }
 INL float v_sum(VF a) { return (a[0] + a[2]) + (a[1] + a[3]); }
+INL void v_sums(const VF *a, float *to) { for (int k = 0; k < 4; k++) to[k] = v_sum(a[k]); }
+INL void v_put_bf16(uint16_t *to, VF v) { for (int k = 0; k < W; k++) to[k] = to_bf16(v[k]); }
 INL VF v_load(int format, const void *w, int64_t c) {
   return (VF){one(format, w, c), one(format, w, c + 1), one(format, w, c + 2), one(format, w, c + 3)};
 }
@@ -42,4 +44,4 @@ SPREAD(spread16, uint16_t, 0)
 SPREAD(spread32, float, 0)
 
 #include "rows.h"
-const path path_plain = {product, decode, order, round_inputs, lay_out_bytes, W};
+const path path_plain = {product, decode, decode_bf16, order, round_inputs, lay_out_bytes, W};

@@ -2,6 +2,8 @@
 
      VF, W                            a vector of W floats
      v_zero v_set v_fma v_add v_sum   on it
+     v_sums(a, to)                    v_sum of four vectors at once, bit for bit
+     v_put_bf16(to, v)                as to_bf16 does it
      v_load(format, row, c)           columns c .. c + W - 1 of a decoded row
      v_block(w, xq, xs)               W sums of BLOCK products of bytes that stand for level + 128 with rounded inputs, times
                                       their scales, each of which is there twice (inputs.h)
@@ -90,6 +92,12 @@ INL void rounded(int R, int T, const void *const *w, const job *j, int64_t t0, c
   }
 }
 
+/* The sums of n vectors: 1, 4 or 8. */
+INL void sums(int n, const VF *acc, float *to) {
+  if (n == 1) to[0] = v_sum(acc[0]);
+  else v_sums(acc, to);
+  if (n == 8) v_sums(acc + 4, to + 4);
+}
 INL void dots(int F, int A8, int R, int T, const void *const *w, const job *j, int64_t t0, const float *scale, float *found) {
   VF acc[8];
   float tail[8];
@@ -102,8 +110,9 @@ INL void dots(int F, int A8, int R, int T, const void *const *w, const job *j, i
       int64_t end = c + m->group < m->cols ? c + m->group : m->cols;
       segment(F, R, T, w, j->x + t0 * j->ldx, j->ldx, c, end, scale + g, m->groups, acc, tail);
     }
+  sums(R * T, acc, found);
 #pragma GCC unroll 8
-  for (int k = 0; k < R * T; k++) found[k] = v_sum(acc[k]) + tail[k];
+  for (int k = 0; k < R * T; k++) found[k] += tail[k];
 }
 
 INL void low_rank_as(int F, const void *w, const job *j, int64_t t0, int T, float *found) {
@@ -214,26 +223,42 @@ static void product(const job *j, int64_t from, int64_t to) {
   }
 }
 
-INL void floats_as(int F, const matrix *m, const void *w, const float *scale, float *to) {
+/* A decoded row times its scales, in float32 or rounded to bf16. */
+INL void expanded_as(int F, int bf16, const matrix *m, const void *w, const float *scale, void *to) {
+  float *floats = to;
+  uint16_t *halves = to;
   for (int64_t g = 0, c = 0; g < m->groups; g++) {
     int64_t end = c + m->group < m->cols ? c + m->group : m->cols;
-    for (; c < end; c++) to[c] = one(F, w, c) * scale[g];
-  }
-}
-static void decode(const matrix *m, int64_t from, int64_t to, float *out) {
-  buffers b;
-  float *scale;
-  int some = buffers_of(m, 1, &b, &scale);
-  if (!some) memset(out, 0xff, (size_t)((to - from) * m->cols) * 4);
-  for (int64_t r = from; some && r < to; r++, out += m->cols) {
-    const void *w = decoded(m, r, b);
-    scales_of(m, r, scale);
-    switch (format_of(m)) {
-      case F_FP32: floats_as(F_FP32, m, w, scale, out); break;
-      case F_BF16: floats_as(F_BF16, m, w, scale, out); break;
-      case F_FP16: floats_as(F_FP16, m, w, scale, out); break;
-      case F_S8: floats_as(F_S8, m, w, scale, out); break;
-      default: floats_as(F_U8, m, w, scale, out);
+    for (; c + W <= end; c += W) {
+      VF v = v_fma(v_load(F, w, c), v_set(scale[g]), v_zero());
+      if (bf16) v_put_bf16(halves + c, v);
+      else memcpy(floats + c, &v, sizeof v);
+    }
+    for (; c < end; c++) {
+      float f = one(F, w, c) * scale[g];
+      if (bf16) halves[c] = to_bf16(f);
+      else floats[c] = f;
     }
   }
 }
+INL void decoded_to(int bf16, const matrix *m, int64_t from, int64_t to, void *out) {
+  const int64_t bytes = m->cols * (bf16 ? 2 : 4);
+  buffers b;
+  float *scale;
+  int some = buffers_of(m, 1, &b, &scale);
+  if (!some) memset(out, 0xff, (size_t)((to - from) * bytes));
+  for (int64_t r = from; some && r < to; r++, out = (uint8_t *)out + bytes) {
+    const void *w = decoded(m, r, b);
+    if (bf16 && m->kind == BF16) { memcpy(out, w, (size_t)bytes); continue; }
+    scales_of(m, r, scale);
+    switch (format_of(m)) {
+      case F_FP32: expanded_as(F_FP32, bf16, m, w, scale, out); break;
+      case F_BF16: expanded_as(F_BF16, bf16, m, w, scale, out); break;
+      case F_FP16: expanded_as(F_FP16, bf16, m, w, scale, out); break;
+      case F_S8: expanded_as(F_S8, bf16, m, w, scale, out); break;
+      default: expanded_as(F_U8, bf16, m, w, scale, out);
+    }
+  }
+}
+static void decode(const matrix *m, int64_t from, int64_t to, float *out) { decoded_to(0, m, from, to, out); }
+static void decode_bf16(const matrix *m, int64_t from, int64_t to, uint16_t *out) { decoded_to(1, m, from, to, out); }

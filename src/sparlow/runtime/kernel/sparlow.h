@@ -59,6 +59,7 @@ typedef struct {
 typedef struct {
   void (*product)(const job *, int64_t from, int64_t to);
   void (*decode)(const matrix *, int64_t from, int64_t to, float *out);
+  void (*decode_bf16)(const matrix *, int64_t from, int64_t to, uint16_t *out); /* rounded to nearest */
   int (*order)(const job *); /* of xp, see stream.h; 0: not wanted */
   void (*round)(const float *x, int64_t ldx, int64_t tokens, int64_t cols, int8_t *q, float *scales, float *totals); /* inputs.h */
   void (*lay_out)(const int8_t *q, int64_t cols, int order, int8_t *to);                                             /* inputs.h */
@@ -86,6 +87,11 @@ INL float of_bf16(uint16_t h) {
   float f;
   memcpy(&f, &u, 4);
   return f;
+}
+INL uint16_t to_bf16(float f) { /* to nearest, halves to even; NaN stays NaN */
+  uint32_t u;
+  memcpy(&u, &f, 4);
+  return (uint16_t)(f != f ? 0x7fc0 : (u + 0x7fff + (u >> 16 & 1)) >> 16);
 }
 INL float of_fp16(uint16_t h) { /* 2^112 moves the exponent, subnormal numbers included; infinity and NaN stay what they are */
   uint32_t u = (uint32_t)(h & 0x7fff) << 13, big = (h & 0x7c00) == 0x7c00;

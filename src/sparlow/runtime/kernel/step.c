@@ -109,8 +109,10 @@ INL void attend(const attention *a, int64_t from, int64_t to) {
     const float *keys = a->b->keys + i * d->room * head, *values = a->b->values + i * d->room * head;
     const float *q = a->q + i * share_of * head;
     float *scores = a->scores + i * share_of * wide, *out = a->out + i * share_of * head;
-    for (int64_t t = 0; t < n; t++)
+    for (int64_t t = 0; t < n; t++) {
+      for (int64_t k = 0; k < head; k += L) __builtin_prefetch(values + t * head + k); /* wanted when the scores are there */
       for (int64_t r = 0; r < share_of; r++) scores[r * wide + t] = dot(q + r * head, keys + t * head, head) * (float)d->scale;
+    }
     for (int64_t r = 0; r < share_of; r++) softmax(scores + r * wide, n);
     memset(out, 0, (size_t)(share_of * head) * 4);
     for (int64_t t = 0; t < n; t++)

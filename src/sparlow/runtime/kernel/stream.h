@@ -99,6 +99,7 @@ INL void rounded_streams(int way, int R, int T, cursor *a, const job *j, int64_t
     for (int i = 0; i < R; i++) {
       VF s[4];
       __builtin_prefetch(a[i].at + AHEAD);
+      if (way == R_DENSE8) __builtin_prefetch(a[i].at + AHEAD + 64); /* a line for each 64 bytes */
       step_rounded(way, &a[i], x, xs, T, t, s);
 #pragma GCC unroll 4
       for (int k = 0; k < T; k++) {
@@ -119,11 +120,20 @@ INL const uint8_t *signed_bytes(const matrix *m, int64_t r, buffers b) {
 
 /* Adds u times a token's t to the sums of some rows. */
 INL void low_rank_as_rows(int F, int R, const int64_t *r, const job *j, int64_t t, VF *acc, float *tail) {
-  const float one = 1;
+  const float *x = j->t + t * j->ldt;
+  const int64_t rank = j->u->cols;
   const void *w[4];
+  int64_t c = 0;
 #pragma GCC unroll 4
   for (int i = 0; i < R; i++) w[i] = j->u->data + start_of(j->u, r[i]);
-  segment(F, R, 1, w, j->t + t * j->ldt, j->ldt, 0, j->u->cols, &one, 0, acc, tail);
+  for (; c + W <= rank; c += W) {
+    VF v = v_load(F_FP32, x, c);
+#pragma GCC unroll 4
+    for (int i = 0; i < R; i++) acc[i] = v_fma(v_load(F, w[i], c), v, acc[i]);
+  }
+  for (; c < rank; c++)
+#pragma GCC unroll 4
+    for (int i = 0; i < R; i++) tail[i] += one(F, w[i], c) * x[c];
 }
 INL void low_rank_rows(int R, const int64_t *r, const job *j, int64_t t, VF *acc, float *tail) {
   switch (format_of(j->u)) {
@@ -157,21 +167,25 @@ INL void streamed_rows(int way, int R, const int64_t *r, const job *j, const buf
     a[i].at = in_bytes(way) ? signed_bytes(m, r[i], b[i]) : stored(m, r[i], b[i]);
     a[i].mask = m->mask ? m->mask + r[i] * mask_bytes(m->cols) : NULL;
     if (m->scale) __builtin_prefetch(m->scale + (r[i] + 8) * m->groups);
+    if (j->u) __builtin_prefetch(j->u->data + start_of(j->u, r[i]) + AHEAD);
     scales_of(m, r[i], scale + i * m->groups);
   }
   for (; R == 4 && j->tokens - k >= 4; k += 4)
     for (int i = 0; i < 4; i += 2) { /* what they read lies in the cache by now */
       streams_as(way, 2, 4, a + i, j, k, scale + i * m->groups, t, acc);
-#pragma GCC unroll 8
-      for (int n = 0; n < 8; n++) found[n] = v_sum(acc[n]);
+      sums(8, acc, found);
       finish(j, r[i], k, 4, found), finish(j, r[i + 1], k, 4, found + 4);
     }
   for (; k < j->tokens; k++) {
     float tail[4] = {0};
-    streams_as(way, R, 1, a, j, k, scale, t, acc);
-    if (j->u) (R == 4 ? low_rank_of_four : low_rank_of_one)(r, j, k, acc, tail);
+    VF own[4]; /* whose address nobody takes: they stay in registers */
+    streams_as(way, R, 1, a, j, k, scale, t, own);
 #pragma GCC unroll 4
-    for (int i = 0; i < R; i++) put(j, r[i], k, v_sum(acc[i]) + tail[i]);
+    for (int i = 0; i < R; i++) acc[i] = own[i];
+    if (j->u) (R == 4 ? low_rank_of_four : low_rank_of_one)(r, j, k, acc, tail);
+    sums(R, acc, found);
+#pragma GCC unroll 4
+    for (int i = 0; i < R; i++) put(j, r[i], k, found[i] + tail[i]);
   }
 }
 
