@@ -12,6 +12,7 @@ from what they have just done: for as long as it may take where the work was not
 import datetime as dt
 import json
 import os
+import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -233,6 +234,32 @@ def local_device(name: str) -> str:
             raise InputError(f"All processes of this machine would compute on {name}. Give --device {kind}.")
         return name
     return f"{name}:{_own_number()}"
+
+
+def require_own_device(processes: Processes, device: torch.device) -> None:
+    """Raise InputError in every process if several compute on one accelerator, which NCCL would refuse, but late.
+
+    Args:
+        processes: All of them call this.
+        device: Of this one.
+    """
+    if processes.size == 1:
+        return
+    told = processes.all_gather(_identity(device) if "cuda:nccl" in dist.get_backend_config() else "")
+    shared = [rank for rank, own in enumerate(told) if own and told.count(own) > 1]
+    if shared:
+        raise InputError(
+            f"Processes {', '.join(map(str, shared))} would compute on accelerators that others of them compute on. "
+            "Start one process for each accelerator that a machine shows, see --nproc-per-node and "
+            "CUDA_VISIBLE_DEVICES, or give --device cpu."
+        )
+
+
+def _identity(device: torch.device) -> str:
+    """Say which accelerator of all machines a device is; nothing of one that need not be told from others."""
+    if device.type != "cuda":
+        return ""
+    return f"{platform.node()} {torch.cuda.get_device_properties(device).uuid}"
 
 
 def _own_number() -> int:

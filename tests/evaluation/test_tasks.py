@@ -180,6 +180,21 @@ def test_the_batch_does_not_matter(folder):
     assert measured(model, ["both"], folder, batch_size=1) == measured(model, ["both"], folder, batch_size=7)
 
 
+def test_rows_are_fewer_where_their_logits_would_be_many(folder, monkeypatch):
+    from sparlow.evaluation import bounded_harness
+
+    model, seen = tiny("llama"), []
+    model.register_forward_hook(lambda _module, _given, output: seen.append(output.logits.shape[:2]))
+    whole = measured(model, ["both", "written"], folder)
+    assert max(rows for rows, _ in seen) == 8
+    words = model.config.vocab_size
+    monkeypatch.setattr(bounded_harness, "LOGITS_OF_BATCH", words * 16)
+    seen.clear()
+    assert measured(model, ["both"], folder)["tasks"] == {"both": whole["tasks"]["both"]}
+    assert {rows for rows, _ in seen} == {1, 2}  # the longest alone, and shorter ones in more rows
+    assert max(rows * tokens for rows, tokens in seen) <= 16
+
+
 def test_a_limit_takes_the_first_questions(folder):
     model = tiny("llama")
     found = measured(model, ["both"], folder, limit=5)["tasks"]["both"]

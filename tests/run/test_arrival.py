@@ -2,16 +2,20 @@
 
 import errno
 import json
+from types import SimpleNamespace
 
 import pytest
+from made import report
 
 from processes import SERVER, join, together
 from sparlow.distributed import Processes, joined
 from sparlow.errors import RunError
 from sparlow.files import sha256
 from sparlow.model.artefact.shards import ShardRecord
+from sparlow.recipe.recipe import Recipe
 from sparlow.run import arrival
 from sparlow.run.arrival import arrived, wrong_with
+from sparlow.run.job import Job
 from sparlow.run.journal import Journal
 from sparlow.run.record import KeptTraining
 
@@ -163,6 +167,16 @@ class Second(Processes):
 
     def first_finds(self, _):
         return self.told
+
+
+def test_the_report_of_a_finished_run_is_told_to_those_who_do_not_see_it(tmp_path):
+    written = report()
+    told = Second(json.loads(written.to_json()))
+    runner = SimpleNamespace(dense=lambda *_: {})
+    job = SimpleNamespace(processes=told, recipe=Recipe(), runner=runner, known_dense={})
+    found = Job.remeasure(job, SimpleNamespace(folder=tmp_path / "not here yet", measured={}), {})
+    assert found.layers == written.layers
+    assert found.machine == written.machine
 
 
 def test_a_state_of_training_is_read_by_all_or_by_none(tmp_path, shard, waiting):

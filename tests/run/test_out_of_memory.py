@@ -53,6 +53,35 @@ def test_the_sentence_names_options_that_need_much_less(kind, model, tmp_path, m
     assert said.endswith("The same command resumes an unfinished run.")
 
 
+PHASES = {  # what is done: where, and what the recipe needs for it
+    "opening": ("sparlow.run.compress.open_model", {}),
+    "recording": ("sparlow.run.passes.capture_block_inputs", {}),
+    "Grams": ("sparlow.run.pipeline.collect_statistics", {}),
+    "exchanging": ("sparlow.run.pipeline.with_grams", {}),
+    "matching": ("sparlow.run.recovery.match", {"match": True, "match_preset": "blocks", "match_epochs": 1}),
+    "distilling": ("sparlow.run.recovery.distill", {"match": True, "match_epochs": 1}),
+    "passing on": ("sparlow.run.job.pass_through", {}),
+    "saving": ("sparlow.model.artefact.checkpoint.CheckpointWriter.write_block", {}),
+    "finishing": ("sparlow.model.artefact.checkpoint.CheckpointWriter.write_rest", {}),
+}
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_wherever_memory_runs_out_it_is_one_sentence_and_the_run_goes_on(phase, model, tmp_path, monkeypatch):
+    place, more = PHASES[phase]
+    recipe = Recipe(calibration=GIVEN_WINDOWS, samples=4, seqlen=16, algorithm="wanda", **more)
+    windows = torch.randint(0, 64, (4, 16), generator=torch.Generator().manual_seed(0))
+
+    def full(*_, **__):
+        raise KINDS["CPU"]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place, full)
+        with pytest.raises(RunError, match=r"There is too little main memory .*The same command resumes"):
+            compress(model, recipe, calibration=windows, out=tmp_path / "out", evaluate=(), force=True)
+    assert compress(model, recipe, calibration=windows, out=tmp_path / "out", evaluate=(), force=True).layers
+
+
 def test_what_is_named_needs_less_by_the_plan(model):
     options = RunOptions("cpu", "cpu", ())
     found = options_that_help(model, RECIPE, options, out=model.parent / "out")

@@ -105,7 +105,8 @@ def measure_tasks(
         tokenizer: Its tokenizer.
         tasks: See ``load_tasks``.
         limit: At most so many questions of each task, the first ones.
-        batch_size: Sequences in one pass of the model; a question makes as many as it has choices.
+        batch_size: Sequences in one pass of the model, fewer where their logits would be many; a question makes as many
+            as it has choices.
         notify: Told how many questions are answered, at stage "tasks".
 
     Returns:
@@ -115,7 +116,7 @@ def measure_tasks(
         InputError: The tokenizer has no end-of-text token or gives ids that the model lacks, or the model reads fewer
             tokens than a task lets it write.
     """
-    from lm_eval.models.huggingface import HFLM
+    from sparlow.evaluation.bounded_harness import BoundedHarness
 
     for name, value in (("limit", limit), ("batch_size", batch_size)):
         if value is not None and value < 1:
@@ -123,7 +124,7 @@ def measure_tasks(
     results: dict[str, TaskResult] = {}
     with _quiet(), in_eval_mode(model), _own_head(model):
         progress = _TaskProgress(tasks, limit, notify)
-        untyped: Any = HFLM
+        untyped: Any = BoundedHarness
         _require_end(tokenizer)
         # a copy: lm-eval gives a padding token to a tokenizer without one
         lm = untyped(pretrained=model, tokenizer=copy.deepcopy(tokenizer), backend="causal", batch_size=batch_size)

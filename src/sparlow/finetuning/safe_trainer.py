@@ -20,6 +20,8 @@ from transformers import Trainer, TrainerState
 
 from sparlow.errors import RunError
 from sparlow.files import read_json, sync_folder
+from sparlow.finetuning.loss import is_own_loss, loss_in_pieces, needs_pieces
+from sparlow.text.answers import IGNORED
 
 STATE = "trainer_state.json"
 _TENSORS, _NUMBERS = "optimizer.safetensors", "optimizer.json"
@@ -27,11 +29,33 @@ _ADAPTER = "adapter_model.safetensors"
 
 
 class SafeTrainer(Trainer):
-    """Trainer, but for what its checkpoints are made of; for one process and one device."""
+    """Trainer, but for what its checkpoints are made of and how the loss is had; for one process and one device."""
 
     model: Any  # PEFT's
     optimizer: Any  # there whenever a checkpoint is written or read
     lr_scheduler: Any
+    _own_loss: bool | None = None  # whether it can be had in pieces; tried where that is first wanted
+
+    def compute_loss(
+        self,
+        model: Any,  # noqa: ANN401 - as prepared by accelerate
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,  # noqa: ANN401 - the same
+    ) -> Any:  # noqa: ANN401 - the same
+        """The model's own loss, in pieces where the logits of a batch are many."""
+        inner = self.accelerator.unwrap_model(model).get_base_model()
+        options = dict(inputs)
+        ids, labels = options.pop("input_ids"), options.pop("labels")
+        with self.accelerator.autocast():
+            if not return_outputs and needs_pieces(inner, ids):
+                if self._own_loss is None:
+                    self._own_loss = is_own_loss(inner, ids)
+                if self._own_loss:
+                    learnt = (labels[:, 1:] != IGNORED).sum()
+                    known = num_items_in_batch if self.model_accepts_loss_kwargs else None
+                    return loss_in_pieces(inner, ids, labels, options, learnt if known is None else known)
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:  # noqa: ANN401, ARG002 - transformers' signature
         self.store_flos()

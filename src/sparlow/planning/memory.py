@@ -15,7 +15,7 @@ from sparlow.linalg.grid import SCALE_BITS
 from sparlow.machine import lies_in_memory
 from sparlow.model.forward.capture import LOGITS_AT_ONCE
 from sparlow.model.forward.generate import AT_ONCE
-from sparlow.model.training.distillation import PIECES
+from sparlow.model.training.logit_pieces import PIECES
 from sparlow.model.training.loop import BUCKET
 from sparlow.planning.microbenchmarks import FLOAT, Workspace
 from sparlow.planning.workload import Block, Layer, Workload

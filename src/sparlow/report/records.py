@@ -256,23 +256,31 @@ class Report(Tabular):
     @classmethod
     def from_file(cls, path: Path) -> "Report":
         """Read ``report.json``; InputError if it is none, or of a version this sparlow does not know."""
-        try:
-            data = parse_json(Path(path))
-        except InputError as error:
-            raise InputError(f"{path} is not a report of sparlow: {error}") from None
+        return cls.from_dict(_content(Path(path)), path)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any], path: Path) -> "Report":
+        """Read what ``report.json`` at ``path`` holds; InputError as ``from_file``."""
         try:
             if data["version"] != VERSION:
                 raise InputError(
                     f"{path} has version {data['version']}, and this sparlow reads version {VERSION}. Upgrade sparlow."
                 )
-            for which in ("dense", "compressed"):
-                data[which] = _measured(data[which])
-            data["agreement"] = agreements(data.get("agreement", {}))  # older versions did not measure it
-            return cls(**{**data, "layers": [LayerRecord.from_dict(row) for row in data["layers"]]})
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            more: dict[str, Any] = {which: _measured(data[which]) for which in ("dense", "compressed")}
+            more["agreement"] = agreements(data.get("agreement", {}))  # older versions did not measure it
+            return cls(**{**data, **more, "layers": [LayerRecord.from_dict(row) for row in data["layers"]]})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, InputError):
                 raise
             raise InputError(f"{path} is not a report of sparlow: {error}. Choose another directory.") from None
+
+
+def _content(path: Path) -> dict[str, Any]:
+    """The object in ``report.json``; InputError if there is none."""
+    try:
+        return parse_json(path)
+    except InputError as error:
+        raise InputError(f"{path} is not a report of sparlow: {error}") from None
 
 
 def _measured(data: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

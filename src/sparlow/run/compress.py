@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sparlow.distributed import Processes, joined
+from sparlow.distributed import Processes, joined, require_own_device
 from sparlow.errors import InputError, RunError, is_out_of_memory, out_of_memory
 from sparlow.evaluation.texts import require_context, require_tokenizer, require_vocabulary, texts_to_measure
 from sparlow.machine import pick_device
@@ -110,17 +110,18 @@ def compress(
     with kept, joined() as processes, alone(processes), watched(notify) as tell:
         if not force:
             require_feasible(model, {folder: recipe}, options, processes.size)
-        scanning = partial(scanned_by_first, processes)
-        opened, storage = open_dense(model, tokenizer, recipe, options, inplace=inplace, scanning=scanning)
-        windows = windows_to_calibrate(calibration, opened, recipe)
-        # cut before the run, so that a missing file is noticed at once
-        seqlen = evaluate_seqlen or recipe.seqlen
-        evaluation = windows_to_evaluate(options.evaluate, opened, seqlen, limit, recipe.column)
-        job = Job(opened, storage, recipe, windows, tell, offload=offload, processes=processes)
-        if folder is not None:
-            job.with_loader = with_loader
-            job.write_to(folder, overwrite=overwrite)
         with _memory_may_end(model, recipe, options, processes, folder):
+            scanning = partial(scanned_by_first, processes)
+            opened, storage = open_dense(model, tokenizer, recipe, options, inplace=inplace, scanning=scanning)
+            require_own_device(processes, opened.weights.device)
+            windows = windows_to_calibrate(calibration, opened, recipe)
+            # cut before the run, so that a missing file is noticed at once
+            seqlen = evaluate_seqlen or recipe.seqlen
+            evaluation = windows_to_evaluate(options.evaluate, opened, seqlen, limit, recipe.column)
+            job = Job(opened, storage, recipe, windows, tell, offload=offload, processes=processes)
+            if folder is not None:
+                job.with_loader = with_loader
+                job.write_to(folder, overwrite=overwrite)
             return job.go(evaluation)
 
 

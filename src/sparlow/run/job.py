@@ -14,7 +14,7 @@ from sparlow.algorithms import REVISION, revision_of
 from sparlow.distributed import ALONE, Processes, on_this_machine
 from sparlow.errors import InputError, RunError
 from sparlow.evaluation.agreement import Measured
-from sparlow.files import HIDDEN
+from sparlow.files import HIDDEN, parse_json
 from sparlow.machine import reset_peak_memory
 from sparlow.model._transformers import require_format
 from sparlow.model.artefact.checkpoint import CheckpointWriter, Written, read_block
@@ -187,7 +187,8 @@ class Job:
 
     def remeasure(self, journal: Journal, evaluation: Mapping[str, Tensor]) -> Report:
         """Return the report of a finished run on these texts; measure on those not on record."""
-        all_loaded = Report.from_file(journal.folder / "report.json")
+        path = journal.folder / "report.json"  # which another machine may see late
+        all_loaded = Report.from_dict(self.processes.first_finds(lambda: parse_json(path)), path)
         self.report = replace(all_loaded)
         # to both reports, which share their lists
         accounts.tell_in_domain(self.report, self.recipe.calibration, evaluation)

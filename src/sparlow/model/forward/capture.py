@@ -9,7 +9,7 @@ argument that depends on what blocks compute. Arguments that depend on the text 
 """
 
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,10 +109,29 @@ def run_head(model: PreTrainedModel, output: Form, ids: Tensor, hidden: Tensor) 
     device = next(model.get_input_embeddings().parameters()).device
     state = output.around(hidden.to(device))
     with ExitStack() as stack:
+        stack.enter_context(_logits_alone(model))
         for block in Decoder.of(model).blocks:
             stack.enter_context(forward_replaced(block, lambda *_, **__: state))
         logits: Tensor = model(ids.to(device), use_cache=False).logits
         return logits
+
+
+@contextmanager
+def _logits_alone(model: PreTrainedModel) -> Iterator[None]:
+    """Let a model give nothing but logits within this context: what else its config asks for, blocks would give.
+
+    Such as a term for the balance of experts, which fails where none of them runs.
+    """
+    configs = {id(one): one for one in (model.config, model.config.get_text_config())}.values()
+    names = ((one, name) for one in configs for name in vars(one) if name.startswith("output_"))
+    asked = [(one, name) for one, name in names if getattr(one, name) is True]
+    for one, name in asked:
+        setattr(one, name, False)
+    try:
+        yield
+    finally:
+        for one, name in asked:
+            setattr(one, name, True)
 
 
 def tokens_at_once(model: PreTrainedModel, windows: int) -> int:

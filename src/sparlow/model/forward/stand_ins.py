@@ -139,13 +139,16 @@ def run_around_blocks(
     run_with_stand_ins(model, decoder, ids, answer, {})
 
 
-def behind_blocks(model: PreTrainedModel, decoder: Decoder, ids: Tensor) -> tuple[Form, Tensor]:
+def behind_blocks(
+    model: PreTrainedModel, decoder: Decoder, ids: Tensor, options: Mapping[str, Tensor] = NO_OPTIONS
+) -> tuple[Form, Tensor]:
     """Run a whole model, but not its head; return the form of what its last block gave, and its hidden state.
 
     Args:
-        model: In eval mode.
+        model: In the mode in which it shall run.
         decoder: Its blocks.
         ids: (windows, seqlen) int64, on the model's device.
+        options: Of its forward.
 
     Raises:
         InputError: The last block is never called, or gives no hidden state of shape (windows, seqlen, …).
@@ -158,7 +161,7 @@ def behind_blocks(model: PreTrainedModel, decoder: Decoder, ids: Tensor) -> tupl
             if head is not None:
                 stack.enter_context(forward_replaced(head, _stop))
             with suppress(_Stop):
-                model(ids, use_cache=False)
+                model(ids, use_cache=False, **options)
     finally:
         hook.remove()
     if len(found) != 1 or not isinstance(hidden_state(found[0]), Tensor):

@@ -7,10 +7,9 @@ all blocks together do to the answer is only seen here. What is behind the block
 a compression this needs every block in memory at once, with gradients and the two moments of Adam.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +22,9 @@ from sparlow.model.forward.block_pass import run_block
 from sparlow.model.forward.calls import NOTHING, BlockCalls
 from sparlow.model.forward.capture import Recording, run_head, tokens_at_once
 from sparlow.model.forward.stand_ins import Form
+from sparlow.model.training.logit_pieces import PIECES, summed_in_pieces
 from sparlow.model.training.loop import MicroBatches, TrainingPlan, TrainingResult, train
 from sparlow.model.training.resume_state import TrainingCheckpoint
-
-PIECES = 4  # for each that is in memory at once elsewhere: here there are gradients, and two models
 
 
 @dataclass(frozen=True)
@@ -80,20 +78,6 @@ def _run(
     return y
 
 
-class _WithGradient(torch.autograd.Function):
-    """A number whose gradient is known already."""
-
-    @staticmethod
-    def forward(ctx: Any, _at: Tensor, value: Tensor, gradient: Tensor) -> Tensor:  # noqa: ANN401 - torch's
-        ctx.save_for_backward(gradient)
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN401 - torch's
-        (gradient,) = ctx.saved_tensors
-        return outer[0] * gradient, None, None
-
-
 @dataclass(frozen=True)
 class _Divergence:
     """Mean over tokens of the divergence of two models that differ in their blocks only."""
@@ -111,18 +95,10 @@ class _Divergence:
         device = next(self.chain.parameters()).device
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type != "cpu"):
             left = self.chain(i, x)
-        held = left.detach().requires_grad_(left.requires_grad)
-        total = torch.zeros((), device=device)
-        for piece, goal in self._pieces(held, wanted.to(device)):
-            part = self._of(piece, goal)  # divided only in the end: half precision would lose so small a gradient
-            if part.requires_grad:
-                part.backward()
-            total = total + part.detach()
-        tokens: int = left.shape[0] * left.shape[1]
-        if held.grad is None:
-            return total / tokens
-        loss: Tensor = _WithGradient.apply(left, total / tokens, held.grad / tokens)  # type: ignore[no-untyped-call]
-        return loss
+        goal = wanted.to(device)
+        size = tokens_at_once(self.model, len(left) * PIECES)
+        tokens = left.shape[0] * left.shape[1]
+        return summed_in_pieces(left, size, lambda piece, at: self._of(piece, goal[:, at]), tokens)
 
     def _of(self, piece: Tensor, goal: Tensor) -> Tensor:
         found = self._log_probabilities(piece.to(goal.dtype))  # what is behind the blocks keeps the model's own type
@@ -133,10 +109,6 @@ class _Divergence:
     def _log_probabilities(self, state: Tensor) -> Tensor:
         ids = torch.zeros(state.shape[:2], dtype=torch.int64)  # what is behind the blocks does not look at them
         return functional.log_softmax(run_head(self.model, self.output, ids, state).float(), dim=-1)
-
-    def _pieces(self, held: Tensor, wanted: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        n = tokens_at_once(self.model, len(held) * PIECES)
-        return zip(held.split(n, 1), wanted.split(n, 1), strict=True)
 
 
 def distill(
