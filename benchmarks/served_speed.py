@@ -2,10 +2,11 @@
 
     python benchmarks/served_speed.py DENSE DIR... --json benchmarks/results/served_speed.json [--rounds 2]
 
-Each model runs in a process of its own, in bfloat16 and as vLLM compiles it by default, one after the other and then
-all over again; the first text of each process does not count. A text is so many tokens behind a prompt of twenty, which
-are always the same ids, so models need no tokenizer and may have random weights. Seconds include the prompt. The
-environment is that of elsewhere.py; what is known so far is in the file after each process.
+Each model runs in a process of its own, in bfloat16 and as vLLM compiles it by default (or not, with --eager), one
+after the other and then all over again; the first text of each process does not count. A text is so many tokens
+behind a prompt of twenty, which are always the same ids, so models need no tokenizer and may have random weights.
+Seconds include the prompt. The environment is that of elsewhere.py; what is known so far is in the file after each
+process.
 """
 
 import argparse
@@ -44,7 +45,7 @@ def about(found: dict[str, Any], given: argparse.Namespace) -> dict[str, Any]:
     """Return what belongs to all rows."""
     where = {"date": datetime.now(UTC).date().isoformat(), "machine": machine(), "sparlow": sparlow.__version__}
     where |= {"versions": found["versions"], "threads": found["threads"], "prompt_tokens": len(PROMPT)}
-    return where | {name: getattr(given, name) for name in ("tokens", "rounds", "repeats")}
+    return where | {name: getattr(given, name) for name in ("tokens", "rounds", "repeats", "eager")}
 
 
 def row(folder: Path, rates: list[float]) -> dict[str, Any]:
@@ -61,12 +62,15 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=4)
+    parser.add_argument(
+        "--eager", action="store_true", help="do not let vLLM compile the model, which takes it a minute"
+    )
     parser.add_argument("--environments", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     python = environment("vllm", given.environments)
     asked = {"prompts": [PROMPT], "tokens": given.tokens, "repeats": given.repeats, "windows": []}
-    asked |= {"dtype": "bfloat16", "eager": False}
+    asked |= {"dtype": "bfloat16", "eager": given.eager}
     rates: dict[Path, list[float]] = {folder: [] for folder in given.folders}
     with tempfile.TemporaryDirectory() as where:
         for folder in given.rounds * given.folders:

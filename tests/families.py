@@ -118,10 +118,11 @@ BY_TEXT = tuple(_BY_TEXT)  # blocks are given what depends on the text, or what 
 EXTRAS = tuple(_EXTRAS)  # models of which some or all layers are no nn.Linear
 
 
-def tiny(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
-    """A random model of a family in eval mode: 3 or 4 blocks, 32 features, 128 tokens."""
+def tiny(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, blocks: int | None = None) -> PreTrainedModel:
+    """A random model of a family in eval mode: 3 or 4 blocks, or so many, 32 features, 128 tokens."""
     model_type, changes = (_MODELS | _EXTRAS | _BY_TEXT | _STRUCTURES)[name]
-    config = AutoConfig.for_model(model_type, **(_SIZES | changes))
+    fewer = {} if blocks is None else {"num_hidden_layers": blocks}
+    config = AutoConfig.for_model(model_type, **(_SIZES | changes | fewer))
     auto: Any = AutoModelForCausalLM
     with torch.random.fork_rng():  # transformers draws weights of its own first
         model = auto.from_config(config)

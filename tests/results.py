@@ -32,7 +32,16 @@ def random_layer(weight, *, values="model", pattern="2:4", rank=3, seed=0, **gri
 
 
 def write_result(
-    folder, family="llama", *, dtype=torch.float32, ranks=(3,), embedding="keep", tokenizer=None, others=None, **form
+    folder,
+    family="llama",
+    *,
+    dtype=torch.float32,
+    ranks=(3,),
+    embedding="keep",
+    tokenizer=None,
+    others=None,
+    blocks=None,
+    **form,
 ):
     """Write a directory as compress leaves it; return the model.
 
@@ -43,10 +52,11 @@ def write_result(
         ranks: That the layers have in turn.
         embedding: keep, int8 or int4, of the head as well.
         tokenizer: A tiny one of one token a character if left out.
+        blocks: As many, where one shows the same as three.
         others: What is different of layers whose names end so; None leaves them dense.
         form: Values, pattern, levels and group of all layers.
     """
-    model = tiny(family, dtype=dtype)
+    model = tiny(family, dtype=dtype, blocks=blocks)
     decoder = Decoder.of(model)
     count = 0
     for block in decoder.blocks:

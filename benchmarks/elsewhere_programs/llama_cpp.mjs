@@ -38,15 +38,17 @@ async function written(prompt) {
 
 async function likelihoods(window) {
     await sequence.clearHistory();
-    const logits = (i) => ({filter: {tokens: [window[i + 1]], includeMax: true}});
-    const asks = window.map((token, i) =>
-        i < window.length - 1 ? [token, {generateNext: {logits: logits(i), totalLogitWeight: true}}] : token
-    );
-    const found = await sequence.controlledEvaluate(asks);
-    return window.slice(1).map((token, i) => {
-        const {logits, totalLogitWeight} = found[i].next;
-        return logits.get(token) - Math.max(...logits.values()) - Math.log(totalLogitWeight);
+    const found = [];
+    const asks = window.map((token, i) => (i < window.length - 1 ? [token, {generateNext: {logits: true}}] : token));
+    await sequence.controlledEvaluate(asks, {
+        onTokenResult: (i, {next: {logits}}) => {
+            const largest = [...logits.values()].reduce((one, other) => Math.max(one, other));
+            let sum = 0;
+            for (const logit of logits.values()) sum += Math.exp(logit - largest);
+            found[i] = logits.get(window[i + 1]) - largest - Math.log(sum);
+        }
     });
+    return found;
 }
 
 const all = async (each, of) => {

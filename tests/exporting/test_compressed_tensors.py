@@ -71,7 +71,7 @@ def test_s_is_kept_bit_for_bit(form, expected, tmp_path):
     dtype = (torch.bfloat16, torch.float32, torch.float16)[[*FORMS].index(form) % 3]
     values, pattern, levels, group = form
     options = {"values": values, "pattern": pattern, "levels": levels, "group": group}
-    write_result(tmp_path / "in", "qwen2", dtype=dtype, **options)
+    write_result(tmp_path / "in", "qwen2", dtype=dtype, blocks=1, **options)
     sparlow.export(tmp_path / "in", tmp_path / "out", form="compressed-tensors")
     found, model = layers_of(tmp_path / "out" / "base"), sparlow.load(tmp_path / "in")
     assert set(bits_of(tmp_path / "out" / "base")) == expected
@@ -92,7 +92,7 @@ def test_s_is_kept_bit_for_bit(form, expected, tmp_path):
 
 def test_layers_of_any_width_share_one_group_so_that_transformers_opens_all_of_them(tmp_path):
     """Transformers 5.23 opens all layers in floats by the first group that it finds."""
-    write_result(tmp_path / "in", values="int4", levels="integer", group=32, pattern="dense", ranks=(0,))
+    write_result(tmp_path / "in", values="int4", levels="integer", group=32, pattern="dense", ranks=(0,), blocks=1)
     found = sparlow.export(tmp_path / "in", tmp_path / "out", form="compressed-tensors")
     assert bits_of(tmp_path / "out") == {(4, 16): ["Linear"]}  # no adapter, so no base inside
     assert any("16 columns have no kernels" in note for note in found.notes)
@@ -116,7 +116,7 @@ def test_levels_that_are_not_whole_are_refused_or_rounded_when_asked(tmp_path, c
     }
     for levels, (values, message) in said.items():
         folder = tmp_path / levels
-        write_result(folder, values=values, **({} if values == "model" else {"levels": levels, "group": 16}))
+        write_result(folder, values=values, blocks=1, **({} if values == "model" else {"levels": levels, "group": 16}))
         with pytest.raises(sparlow.InputError, match=message):
             sparlow.export(folder, tmp_path / "out", form="compressed-tensors")
         options = {"round": "int8"}

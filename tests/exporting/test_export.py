@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from sparlow.exporting import _registry
 from sparlow.exporting.adapter import RANKS, common_rank, targets
 from sparlow.exporting.directory import with_older_names
 from sparlow.exporting.export import MARK
+from sparlow.exporting.lora import require_adapter
 from sparlow.files import CONFIG
 
 KINDS = ("sliding_attention", "full_attention")
@@ -173,6 +175,17 @@ def test_ranks_are_filled_up_to_one_that_servers_have():
 def test_modules_are_named_by_their_ends_only_where_no_other_ends_alike():
     assert targets(["a.0.q", "a.1.q"], ["a.0.q", "a.1.q", "norm"]) == ["q"]
     assert targets(["a.0.q"], ["a.0.q", "a.1.q", "norm"]) == ["a.0.q"]
+
+
+def test_one_adapter_is_not_for_weights_stored_both_ways():
+    def stored(transposed):
+        layers = {str(i): SimpleNamespace(scheme=SimpleNamespace(transposed=one)) for i, one in enumerate(transposed)}
+        return SimpleNamespace(layers=layers, ranks={name: 3 for name in layers if name != "0"})
+
+    for kinds in ((True, False, False), (False, True, True)):  # the first has no low-rank part
+        assert require_adapter(stored(kinds)) == 8
+    with pytest.raises(sparlow.InputError, match=r"^Some layers of this model are stored as .* only. Export merged.$"):
+        require_adapter(stored((True, True, False)))
 
 
 def test_an_adapter_is_not_joined_to_another_base(llama, tmp_path):

@@ -85,7 +85,7 @@ def test_a_window_becomes_the_context_within_which_it_changes_nothing(tmp_path, 
 @pytest.mark.parametrize("weights", ["merged", "sparse"])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2"])
 def test_every_tensor_is_there_once_in_its_type(family, weights, tmp_path):
-    model, reader, _ = written(tmp_path, family, {"weights": weights}, values="int4", group=16, ranks=(3, 0))
+    model, reader, _ = written(tmp_path, family, {"weights": weights}, values="int4", group=16, ranks=(3, 0), blocks=1)
     kinds = {t.name: t.tensor_type.name for t in reader.tensors}
     assert len(kinds) == len(reader.tensors)
     assert len(kinds) == len({id(p) for p in model.parameters()}) - 2 * len(compressed_layers(model))
@@ -112,7 +112,7 @@ def test_every_tensor_is_there_once_in_its_type(family, weights, tmp_path):
 )
 def test_s_is_exact_where_its_grid_fits_into_blocks(values, levels, kind, exact, tmp_path):
     options = {"type": kind, "weights": "sparse"}
-    model, reader, found = written(tmp_path, "llama", options, values=values, levels=levels, group=32)
+    model, reader, found = written(tmp_path, "llama", options, values=values, levels=levels, group=32, blocks=1)
     config, tensors = model.config, decoded(reader)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     same = total = 0

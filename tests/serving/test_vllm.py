@@ -74,7 +74,7 @@ FORMS = (
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_every_layer_computes_what_sparlow_computes(family, form, tmp_path, vllm):
-    write_result(tmp_path, family, **form)
+    write_result(tmp_path, family, blocks=1, **form)
     model = serve_packed(tmp_path, vllm)
     compare(model, tmp_path)
     held = sum(t.numel() for t in model.state_dict().values())
@@ -99,7 +99,7 @@ def test_layers_that_were_left_dense_are_served_beside_compressed_ones(tmp_path,
 
 
 def test_on_an_accelerator_layers_are_expanded_and_this_is_said(tmp_path, vllm, monkeypatch):
-    write_result(tmp_path, values="int4", embedding="int8")
+    write_result(tmp_path, values="int4", embedding="int8", blocks=1)
     methods = sys.modules["sparlow.serving.vllm_methods"]
     why = methods._why_not_packed
     monkeypatch.setattr(methods, "_why_not_packed", lambda weights, _: why(weights, torch.device("cuda")))
@@ -116,14 +116,14 @@ def test_without_a_kernel_layers_are_expanded_and_this_is_said(tmp_path, vllm, m
     def none():
         raise NoKernelError("There is no C compiler (cc). Install one, such as gcc.")
 
-    write_result(tmp_path, values="int4")
+    write_result(tmp_path, values="int4", blocks=1)
     monkeypatch.setattr("sparlow.runtime.product.library", none)
     compare(server.serve(tmp_path), tmp_path)
     assert any("There is no C compiler" in sentence for sentence in vllm)
 
 
 def test_numbers_of_64_bits_are_expanded(tmp_path, vllm):
-    write_result(tmp_path, dtype=torch.float64)
+    write_result(tmp_path, dtype=torch.float64, blocks=1)
     compare(server.serve(tmp_path), tmp_path)
     assert all("64 bits" in sentence for sentence in vllm)
 
