@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from sparlow.files import human_bytes
 
 if TYPE_CHECKING:  # help is shown without torch, which comes with these
     from sparlow.exporting._registry import Exported
+    from sparlow.model.artefact.describe import LayerInfo
     from sparlow.progress import Notify
     from sparlow.report.records import Report
     from sparlow.runtime.running import Clock
@@ -174,6 +175,23 @@ def show_finetuning(report: "Report") -> None:
             f"{found['windows']:,} chats",
             highlight=False,
         )
+
+
+def show_layers(layers: "Sequence[LayerInfo]", patterns: Mapping[str, str]) -> None:
+    """The result of ``sparlow inspect``."""
+    rows = [
+        (
+            layer.name,
+            f"{layer.shape[0]} × {layer.shape[1]}",
+            patterns.get(layer.name, "–"),
+            layer.dtype,
+            f"{layer.density:.4f}",
+            str(layer.rank),
+            f"{layer.bytes:,}",
+        )
+        for layer in layers
+    ]
+    out.print(table(("layer", "shape", "pattern", "values", "density", "rank", "bytes"), rows))
 
 
 def show_export(found: "Exported") -> None:

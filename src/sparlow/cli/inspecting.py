@@ -1,12 +1,9 @@
 """What ``sparlow inspect`` shows."""
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from sparlow.cli import display, results
-from sparlow.cli.tables import table
 from sparlow.errors import InputError, RunError
-from sparlow.model.artefact.describe import LayerInfo
 from sparlow.run.inspection import inspect, verify
 
 
@@ -19,7 +16,7 @@ def show(directory: Path, json_file: Path | None, *, check: bool) -> list[str]:
         if problems:
             raise RunError(" ".join(problems)) from error
         raise
-    _show_layers(found.layers, found.patterns)
+    display.show_layers(found.layers, found.patterns)
     display.out.print(
         f"{len(found.layers)} layers, {found.values:,} of {found.weights:,} values, {found.linear_bytes:,} bytes, "
         f"{found.bits_per_weight:.2f} bits a weight; all shards {found.bytes:,} bytes\n"
@@ -31,20 +28,3 @@ def show(directory: Path, json_file: Path | None, *, check: bool) -> list[str]:
         display.out.print("verified: checksums, shapes, patterns and densities are as recorded", highlight=False)
     results.put(json_file, found.to_dict() | {"problems": problems if check else None})
     return problems
-
-
-def _show_layers(layers: Sequence[LayerInfo], patterns: Mapping[str, str]) -> None:
-    """A line a layer."""
-    rows = [
-        (
-            layer.name,
-            f"{layer.shape[0]} × {layer.shape[1]}",
-            patterns.get(layer.name, "–"),
-            layer.dtype,
-            f"{layer.density:.4f}",
-            str(layer.rank),
-            f"{layer.bytes:,}",
-        )
-        for layer in layers
-    ]
-    display.out.print(table(("layer", "shape", "pattern", "values", "density", "rank", "bytes"), rows))
