@@ -84,6 +84,18 @@ print(tuple(found.U.shape), int((found.S != 0).sum()))
     assert run(BLOCKED + program) == "(8, 2) 64\n"
 
 
+@pytest.mark.slow
+def test_looking_into_a_result_needs_no_transformers(compressed):
+    program = (
+        BLOCKED.replace("'safetensors', ", "")
+        + """
+import sparlow
+print(len(sparlow.inspect(sys.argv[1]).layers), len(sparlow.verify(sys.argv[1]).problems))
+"""
+    )
+    assert run(program, compressed).split()[1] == "0"
+
+
 def test_importing_alone_brings_neither_torch_nor_transformers():
     heavy = "[m for m in ('torch', 'transformers', 'datasets', 'numpy', 'typer', 'rich') if m in sys.modules]"
     assert run(f"import sparlow; sparlow.InputError; print({heavy})") == "[]\n"

@@ -33,6 +33,7 @@ OUT = ["--out", "out"]
 TOLD = {  # what is typed, and what must be said of it
     "no such model": (["compress", "./zzz", *OUT], "There is no directory ./zzz."),
     "a model that was meant": (["compress", "./modle", *OUT], "did you mean model?"),
+    "no name": (["plan", " "], "No model is named."),
     "no such file": (["plan", "./zzz.gguf"], "There is no file zzz.gguf."),
     "a file that was meant": (["plan", "tny.gguf"], "did you mean tiny.gguf?"),
     "a directory with a file in it": (["generate", "files", "--prompt", "a"], "such as files/tiny.gguf"),
@@ -66,13 +67,17 @@ def said(tmp_path_factory):
     (place / "done" / "sparlow.json").write_text(json.dumps(record | {"finished": True}))
     (place / "begun" / "sparlow.json").write_text('{"finished": false}')
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "HF_HUB_OFFLINE": "1"}
-    typed = json.dumps([words for words, _ in TOLD.values()])
+    typed = json.dumps([words for words, _ in TOLD.values()] + [["recipes", "--quiet"]])
     ended = subprocess.run(
         [sys.executable, "-c", PROGRAM], input=typed, env=environment, cwd=place, capture_output=True, text=True,
         check=True, timeout=120,
     )  # fmt: skip
     assert {path.name for path in place.iterdir()} == {"model", "files", "done", "begun", "tiny.gguf"}
-    return dict(zip(TOLD, map(json.loads, ended.stdout.splitlines()), strict=True))
+    return dict(zip([*TOLD, "recipes"], map(json.loads, ended.stdout.splitlines()), strict=True))
+
+
+def test_the_list_of_recipes_needs_no_torch(said):
+    assert said["recipes"] == [0, ""]
 
 
 @pytest.mark.parametrize("slip", TOLD)

@@ -128,14 +128,29 @@ RECIPE = Recipe(samples=5, seqlen=16, seed=3, pattern="4:8", rank=4, options={"e
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
-def test_options_take_precedence_over_the_recipe_file(given, expected, place, tmp_path):
+def test_options_take_precedence_over_the_recipe_file(given, expected, place, tmp_path, monkeypatch):
+    seen = []
+
+    def noted(_, recipe, **__):
+        seen.append(recipe)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sparlow.run.compress.compress", noted)
     text = str(place / "text.txt")
     (tmp_path / "recipe.toml").write_text(RECIPE.changed(calibration=text).to_toml())
     arguments = ["compress", place / "model", "--out", tmp_path / "out", "--recipe", tmp_path / "recipe.toml"]
-    assert run(*arguments, "--evaluate", "", *given) == 0
-    written = Recipe.from_file(tmp_path / "out" / "recipe.toml")
-    assert written.changed(options={}) == expected.changed(calibration=text, options={})
-    assert written.parsed_options == expected.parsed_options
+    assert run(*arguments, "--quiet", *given) == 130
+    (found,) = seen
+    assert found.changed(options={}) == expected.changed(calibration=text, options={})
+    assert found.parsed_options == expected.parsed_options
+
+
+def test_a_recipe_file_is_what_the_result_says_was_done(place, tmp_path):
+    recipe = RECIPE.changed(calibration=str(place / "text.txt"))
+    (tmp_path / "recipe.toml").write_text(recipe.to_toml())
+    words = ["compress", place / "model", "--out", tmp_path / "out", "--recipe", tmp_path / "recipe.toml"]
+    assert run(*words, "--evaluate", "", "--seed", 7) == 0
+    assert Recipe.from_file(tmp_path / "out" / "recipe.toml") == recipe.changed(seed=7)
 
 
 def test_evaluation_texts_are_separated_by_commas(command, place, tmp_path):

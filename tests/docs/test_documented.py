@@ -41,6 +41,7 @@ SMALL = {  # added to a command, so that it takes a second; what it says itself 
     "generate": ("--max-tokens", "4"),
     "benchmark": ("--prompt-tokens", "8", "--tokens", "4", "--repeats", "1"),
 }
+SOON = {"3basil": "effort=0.1", **dict.fromkeys(("oats", "hassle-free-alps", "hassle-free-sparsegpt"), "rounds=2")}
 EVALUATED = ("--evaluate-seqlen", "64", "--limit", "2")  # of commands that evaluate, too
 
 
@@ -122,6 +123,11 @@ def smaller(words):
     evaluates = not any(option == "--evaluate" and not value for option, value in pairwise(rest))
     if name in ("compress", "compare") and evaluates:
         rest = [*rest, *EVALUATED]
+    if name == "compare":
+        compared = [one for one in rest[rest.index("--algorithms") + 1].split(",") if one in SOON]
+        rest = [*rest, *(word for one in compared for word in ("--option", f"{one}.{SOON[one]}"))]
+    if name == "compress" and not {"--algorithm", "--recipe", "--option"}.intersection(rest):
+        rest = [*rest, "--option", SOON["3basil"]]
     return [name, *rest, *(SMALL.get(name, ()) if evaluates or name != "evaluate" else ())]
 
 

@@ -4,14 +4,12 @@ import math
 
 import pytest
 import torch
-from torch import nn
 
 import sparlow
 from families import save_tiny, tiny
 from samples import few_of
 from sparlow.errors import InputError
 from sparlow.model.artefact.dtypes import StoredDtypes
-from sparlow.model.forward import roles
 from sparlow.model.forward.decoder import Decoder
 from sparlow.model.forward.roles import READ
 from sparlow.recipe.budgets import select
@@ -76,29 +74,6 @@ def test_a_rule_that_names_a_router_wins():
 def test_a_depthwise_convolution_is_no_set_of_experts():
     dense = chosen(tiny("mamba2"), algorithm="magnitude").dense  # the kernel of its convolution has three dimensions
     assert dense == {}
-
-
-def test_a_model_runs_once_until_its_modules_change(monkeypatch):
-    model, runs = tiny("llama"), []
-    run = roles.run_with_stand_ins
-    monkeypatch.setattr(roles, "run_with_stand_ins", lambda *args: (runs.append(args), run(*args)))
-    assert not chosen(model, algorithm="magnitude").dense
-    needed = len(runs)
-    assert needed
-    assert not chosen(model, algorithm="wanda", pattern="2:4").dense
-    assert len(runs) == needed
-    block = model.model.layers[0].mlp
-    block.act_fn = ReadsWeight(block.up_proj)
-    assert chosen(model, algorithm="magnitude").dense == {f"model.layers.{i}.mlp.up_proj": READ for i in range(3)}
-
-
-class ReadsWeight(nn.Module):
-    def __init__(self, layer):
-        super().__init__()
-        self.read = [layer]  # a list, or it would be a part of this one
-
-    def forward(self, x):
-        return x * self.read[0].weight.sum()
 
 
 def test_what_only_looks_at_a_type_or_size_reads_no_weight(monkeypatch):

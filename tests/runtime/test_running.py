@@ -75,6 +75,15 @@ def test_what_is_drawn_follows_the_seed_and_leaves_the_generator_alone(folder):
     assert torch.equal(before, torch.get_rng_state())
 
 
+def test_a_template_that_is_left_unused_is_named(folder, tmp_path, capsys):
+    shutil.copytree(folder, tmp_path / "chats")
+    (tmp_path / "chats" / "chat_template.jinja").write_text("{{ 'Q: ' + messages[0]['content'] + ' A: ' }}")
+    for words, named in (([], True), (["--chat"], False)):
+        code, _, err = said(capsys, tmp_path / "chats", "--prompt", PROMPT, "--max-tokens", 3, *words)
+        assert code == 0
+        assert ("has a template for chats, which --chat uses." in " ".join(err.split())) == named
+
+
 def test_chat_uses_the_template(folder, capsys):
     code, _, err = said(capsys, folder, "--prompt", PROMPT, "--chat")
     assert code == 2

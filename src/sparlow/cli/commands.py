@@ -238,8 +238,11 @@ def generate(model: Model, prompt: Prompt, text: TextOptions, running: RunningOp
     """Let MODEL, compressed or not, go on from --prompt: its text as it comes, then tokens a second."""
     from sparlow.runtime.running import open_to_run, stream
 
-    clock = stream(open_to_run(model, running), prompt, text, display.text)
+    opened = open_to_run(model, running)
+    clock = stream(opened, prompt, text, display.text)
     display.show_pace(clock)
+    if not text.chat and getattr(opened.tokenizer, "chat_template", None):
+        display.err.print(f"{model} has a template for chats, which --chat uses.", markup=False, highlight=False)
 
 
 @command

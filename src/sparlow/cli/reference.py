@@ -3,7 +3,10 @@
 from collections.abc import Iterable
 from typing import Any
 
+from typer.models import OptionInfo
+
 from sparlow.algorithms import algorithms
+from sparlow.cli.comparing import CompareOptions
 from sparlow.cli.options import EvaluateOptions, WriteOptions
 from sparlow.exporting._registry import forms
 from sparlow.finetuning.options import FinetuneOptions
@@ -28,6 +31,7 @@ SECTIONS: tuple[tuple[str, str, type], ...] = (
     ("Recipe", RECIPE, Recipe),
     ("Run options", RUN, RunOptions),
     ("Writing", "Options of `compress` and `compare`, and keywords of `sparlow.compress`.", WriteOptions),
+    ("Comparing", "Options of `compare`.", CompareOptions),
     ("Fine-tuning", "Options of `finetune`, and keywords of `sparlow.finetune`.", FinetuneOptions),
     ("Evaluation", "Options of `evaluate`.", EvaluateOptions),
     ("Running", "Options of `generate`.", RunningOptions),
@@ -62,8 +66,7 @@ def page() -> str:
 def _table(options: Iterable[Option]) -> str:
     lines = ["| group | option | value | default | meaning |", "|---|---|---|---|---|"]
     for option in options:
-        doc = option.note(Doc)
-        cells = (_panel(option), f"`{option.name}`", _value(option), _default(option), doc.text if doc else "")
+        cells = (_panel(option), f"`{_name(option)}`", _value(option), _default(option), _doc(option))
         lines.append(f"| {' | '.join(map(_cell, cells))} |")
     return "\n".join([*lines, ""])
 
@@ -72,13 +75,26 @@ def _panels(record: Any) -> dict[str, None]:  # noqa: ANN401 - any dataclass
     return dict.fromkeys(_panel(option) for option in options_of(record).values())
 
 
+def _name(option: Option) -> str:
+    declared = option.note(OptionInfo)
+    flag = declared.default if declared else None  # where typer keeps the first declaration inside of Annotated
+    return flag.partition("/")[0].removeprefix("--").replace("-", "_") if isinstance(flag, str) else option.name
+
+
 def _panel(option: Option) -> str:
-    panel = option.note(Panel)
-    return panel.title if panel else ""
+    panel, declared = option.note(Panel), option.note(OptionInfo)
+    return panel.title if panel else (declared.rich_help_panel or "") if declared else ""
+
+
+def _doc(option: Option) -> str:
+    doc, declared = option.note(Doc), option.note(OptionInfo)
+    return doc.text if doc else (declared.help or "") if declared else ""
 
 
 def _value(option: Option) -> str:
-    bound = option.note(Bound)
+    bound, declared = option.note(Bound), option.note(OptionInfo)
+    if declared and declared.metavar:
+        return f"`{declared.metavar}`"
     if option.words:
         return ", ".join(f"`{word}`" for word in option.words)
     if option.repeatable:
@@ -90,6 +106,11 @@ def _value(option: Option) -> str:
 
 
 def _default(option: Option) -> str:
+    declared = option.note(OptionInfo)
+    if declared and isinstance(declared.show_default, str):
+        return declared.show_default
+    if declared and option.default is None:
+        return ""
     if option.kind is bool:
         return "on" if option.default else "off"
     return (

@@ -24,7 +24,7 @@ from sparlow.finetuning.options import FinetuneOptions
 from sparlow.finetuning.parent import Parent, Paths
 from sparlow.finetuning.trainer import train
 from sparlow.machine import machine, versions
-from sparlow.model.artefact.checkpoint import CheckpointWriter, read_layers
+from sparlow.model.artefact.checkpoint import CheckpointWriter
 from sparlow.model.artefact.describe import changed_sparse_parts
 from sparlow.model.artefact.dtypes import StoredDtypes
 from sparlow.model.artefact.layers import compressed_layers, own_weights
@@ -38,6 +38,7 @@ from sparlow.model.artefact.peft_adapter import (
     with_lora,
 )
 from sparlow.model.artefact.schemes import FORMAT
+from sparlow.model.artefact.shards import read_layers
 from sparlow.model.forward.decoder import Decoder
 from sparlow.model.loading.source import OpenedModel, upcast_for_cpu
 from sparlow.model.training.unmoved import undone

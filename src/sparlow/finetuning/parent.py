@@ -6,8 +6,8 @@ from pathlib import Path
 
 from sparlow.errors import InputError
 from sparlow.exporting.adapter import ORIGIN
-from sparlow.model.artefact.checkpoint import read_layers
 from sparlow.model.artefact.describe import in_blocks
+from sparlow.model.artefact.shards import read_layers
 from sparlow.model.loading.place import require_result
 from sparlow.report.records import Report
 from sparlow.run.record import RunRecord, read_record

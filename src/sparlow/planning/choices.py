@@ -18,6 +18,7 @@ from sparlow.linalg.grid import Grid, make_grid
 from sparlow.model.artefact.dtypes import StoredDtypes
 from sparlow.model.forward.compressible import expert_of
 from sparlow.model.forward.decoder import Decoder
+from sparlow.model.forward.roles import kept_dense
 from sparlow.recipe.budgets import select
 from sparlow.recipe.recipe import Recipe
 from sparlow.recipe.sizes import parse_size
@@ -85,11 +86,12 @@ def choices(model: PreTrainedModel, recipe: Recipe) -> tuple[tuple[Choice, ...],
         recipe: Says what is left dense, and the bits or the size that is asked for.
     """
     decoder, storage = Decoder.of(model), StoredDtypes.of(model)
+    roles = kept_dense(model, decoder)
     found, left = [], dict[str, list[str]]()
     for row in measured()["form"]:
         try:
             one = recipe.changed(**{**_UNASKED, **row["recipe"]})
-            selection = select(model, decoder, one, storage)
+            selection = select(model, decoder, one, storage, roles)
         except InputError as problem:  # the method has no low-rank part, say, or a pattern does not divide the columns
             left.setdefault(str(problem), []).append(row["name"])
             continue

@@ -62,7 +62,13 @@ class _Layer:
         return self.budget.bytes(self.shape, self.size) / dense if self.budget else 1.0
 
 
-def select(model: PreTrainedModel, decoder: Decoder, recipe: Recipe, storage: StoredDtypes) -> Selection:
+def select(
+    model: PreTrainedModel,
+    decoder: Decoder,
+    recipe: Recipe,
+    storage: StoredDtypes,
+    roles: Mapping[str, str] | None = None,
+) -> Selection:
     """Choose what each layer may keep before the data have a say.
 
     What the recipe says of a layer is obeyed. What follows from its defaults, or from a compression, is fitted to the
@@ -73,11 +79,12 @@ def select(model: PreTrainedModel, decoder: Decoder, recipe: Recipe, storage: St
         decoder: Its blocks.
         recipe: What is done.
         storage: The types that weights are stored in.
+        roles: What ``kept_dense`` says of the model, where that is known: it takes a second to find out.
 
     Raises:
         InputError: Names the first layer that does not fit the recipe, or says that there is nothing to compress.
     """
-    known = _known(model, decoder, recipe, storage)
+    known = _known(model, decoder, recipe, storage, roles)
     layers = _as_layers(known, recipe)
     ends, picked = None, ""
     if layers and recipe.chooses:
@@ -101,13 +108,15 @@ def select(model: PreTrainedModel, decoder: Decoder, recipe: Recipe, storage: St
     return Selection(budgets, dense, tuple(_warnings(found, recipe)), picked, layers, ends)
 
 
-def _known(model: PreTrainedModel, decoder: Decoder, recipe: Recipe, storage: StoredDtypes) -> list[_Layer]:
+def _known(
+    model: PreTrainedModel, decoder: Decoder, recipe: Recipe, storage: StoredDtypes, roles: Mapping[str, str] | None
+) -> list[_Layer]:
     """Return the layers that the recipe does not ignore, with what it says of each; InputError if there is none."""
     named = dict(decoder.layers())
     if not named:
         raise InputError("There is nothing to compress: the model's decoder blocks have no plain linear layer.")
     _require_effect(recipe, [*named])
-    roles = kept_dense(model, decoder)
+    roles = kept_dense(model, decoder) if roles is None else roles
     known = []
     for name, weight in named.items():
         budget = recipe.budget(name, weight.shape)

@@ -14,6 +14,7 @@ from sparlow.evaluation.tasks import NO_TASKS, LoadedTasks, measure_tasks
 from sparlow.evaluation.texts import require_tokenizer
 from sparlow.files import replacing
 from sparlow.machine import free_memory, pick_device
+from sparlow.model.forward.roles import kept_dense
 from sparlow.model.loading.source import OpenedModel, open_model, upcast_for_cpu
 from sparlow.own_settings import own_settings
 from sparlow.planning.feasibility import require_feasible
@@ -117,8 +118,9 @@ class _Runs:
         """Open the dense model, see that every recipe fits it, cut the text, and take over earlier rows."""
         first, options = next(iter(self._recipes.values())), self._options
         self._opened = opened, storage = open_dense(self._model, None, first, options)
+        roles = kept_dense(opened.model, opened.decoder)
         for recipe in self._recipes.values():
-            select(opened.model, opened.decoder, recipe, storage)
+            select(opened.model, opened.decoder, recipe, storage, roles)
         seeds = {recipe.seed: recipe for recipe in self._recipes.values()}
         self._windows = {seed: windows_to_calibrate(None, opened, recipe) for seed, recipe in seeds.items()}
         seqlen = options.evaluate_seqlen or first.seqlen

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from sparlow.errors import InputError
 from sparlow.linalg.patterns import parse_pattern
-from sparlow.model.artefact.checkpoint import read_layers
 from sparlow.model.artefact.describe import verify
+from sparlow.model.artefact.shards import read_layers
 from sparlow.run.output_dir import NAME
 from sparlow.run.record import read_record
 

@@ -11,6 +11,7 @@ from sparlow.model.forward.compressible import experts_apart
 from sparlow.model.forward.decoder import Decoder
 from sparlow.model.forward.input_statistics import collect_statistics
 from sparlow.model.loading.meta import inputs_of, meta_model
+from sparlow.model.loading.source import place_of_converted
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *EXTRAS])
@@ -51,6 +52,17 @@ def test_a_type_can_be_asked_for(tmp_path):
     assert meta_model(str(tmp_path), dtype="float16").dtype == torch.float16
     with pytest.raises(InputError, match="float31"):
         meta_model(str(tmp_path), dtype="float31")
+
+
+def test_the_config_of_a_gguf_file_that_is_converted_is_read_instead_of_its_header(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPARLOW_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "tiny.gguf").write_bytes(b"no header")
+    with pytest.raises(InputError, match="Cannot read the header"):
+        meta_model(str(tmp_path / "tiny.gguf"))
+    model = save_tiny("llama", place_of_converted(tmp_path / "tiny.gguf"), dtype=torch.float16)
+    found = meta_model(str(tmp_path / "tiny.gguf"))
+    assert {name: p.shape for name, p in found.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
+    assert found.dtype == torch.float16
 
 
 @pytest.mark.parametrize("name", ["/no/such/model", "./no.gguf", "nobody/nothing"])

@@ -29,7 +29,7 @@ from sparlow.model.artefact.layers import compressed_layers, install
 from sparlow.model.artefact.loader import write_loader
 from sparlow.model.artefact.opening import Dense, Opening, use
 from sparlow.model.artefact.packing import packed_state, stored_layer, tell_lost
-from sparlow.model.artefact.schemes import METHOD, StoredLayer
+from sparlow.model.artefact.schemes import METHOD
 from sparlow.model.artefact.shards import (
     Header,
     ShardRecord,
@@ -38,6 +38,7 @@ from sparlow.model.artefact.shards import (
     layer_records,
     read_headers,
     read_index,
+    read_layers,
     write_shard,
 )
 from sparlow.model.artefact.stored_form import PackedWeight, take_packed
@@ -327,15 +328,3 @@ def _check_before_opening(folder: Path) -> None:
             raise InputError(f"{folder / RECORD} is not a record of sparlow. Restore it.")
         require_recorded(folder, recorded)
     require_sane(read_json(folder / CONFIG), len(read_index(folder)))
-
-
-def read_layers(folder: Path) -> dict[str, StoredLayer]:
-    """Return how a directory's compressed layers are stored, by name.
-
-    Raises:
-        InputError: It is no finished directory of sparlow, or one of a newer sparlow.
-    """
-    found = read_json(folder / "config.json").get("quantization_config")
-    if not isinstance(found, dict) or found.get("quant_method") != METHOD:
-        raise InputError(f"{folder} is not a model that sparlow compressed.")
-    return SparlowConfig(**found).records

@@ -13,9 +13,16 @@ from torch import Tensor
 from sparlow.errors import InputError
 from sparlow.files import read_json, sha256, shard_filename
 from sparlow.finite import all_finite
-from sparlow.model.artefact.checkpoint import read_layers
 from sparlow.model.artefact.schemes import Scheme, StoredLayer
-from sparlow.model.artefact.shards import Header, by_layer, check_parts, is_packed, read_headers, read_index
+from sparlow.model.artefact.shards import (
+    Header,
+    by_layer,
+    check_parts,
+    is_packed,
+    read_headers,
+    read_index,
+    read_layers,
+)
 from sparlow.model.artefact.stored_form import unpack_weight
 
 

@@ -16,8 +16,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sparlow.errors import InputError, RunError, reason
-from sparlow.files import INDEX, SINGLE, read_json, replacing, require_printable, resolve_inside, sha256, shard_filename
+from sparlow.files import (
+    CONFIG,
+    INDEX,
+    SINGLE,
+    read_json,
+    replacing,
+    require_printable,
+    resolve_inside,
+    sha256,
+    shard_filename,
+)
 from sparlow.model.artefact.schemes import (
+    METHOD,
     Scheme,
     StoredLayer,
     from_config,
@@ -25,6 +36,7 @@ from sparlow.model.artefact.schemes import (
     name_of,
     packed_shapes,
     packed_types,
+    records_from,
     stored_pattern,
     to_config,
 )
@@ -107,6 +119,19 @@ def _apart(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         tensors[name] = t.clone() if t.untyped_storage().data_ptr() in seen else t
         seen.add(t.untyped_storage().data_ptr())
     return tensors
+
+
+def read_layers(folder: Path) -> dict[str, StoredLayer]:
+    """Return how a directory's compressed layers are stored, by name.
+
+    Raises:
+        InputError: It is no finished directory of sparlow, or one of a newer sparlow.
+    """
+    found = read_json(folder / CONFIG).get("quantization_config")
+    if not isinstance(found, dict) or found.get("quant_method") != METHOD:
+        raise InputError(f"{folder} is not a model that sparlow compressed.")
+    rest = {name: value for name, value in found.items() if name != "quant_method"}
+    return records_from({"format": None, "schemes": (), "layers": None, **rest}) if rest else {}
 
 
 def read_index(folder: Path) -> dict[str, Path]:

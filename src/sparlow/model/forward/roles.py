@@ -8,7 +8,6 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +23,6 @@ TOKENS = 8  # of each of two windows that pass around the blocks where there are
 
 FEW = 8  # outputs; a layer with fewer gates or chooses, and holds next to nothing
 READ = "linear layer whose weight other code reads without calling it"
-
-# what was found of a model, and the modules and forwards it had then: a plan asks for every choice that it shows
-_found: WeakKeyDictionary[PreTrainedModel, tuple[list[tuple[str, type, Any]], set[str]]] = WeakKeyDictionary()
 
 
 def kept_dense(model: PreTrainedModel, decoder: Decoder) -> dict[str, str]:
@@ -81,22 +77,10 @@ def _experts(block: nn.Module) -> Iterator[tuple[int, int | None]]:
 
 
 def _read_elsewhere(model: PreTrainedModel) -> set[str]:
-    """Return the names, within their blocks, of layers whose weight something but their own forward computes with."""
-    modules = [
-        (name, type(module), getattr(module.forward, "__func__", module.forward))
-        for name, module in model.named_modules()
-    ]
-    known, names = _found.get(model, (None, set()))
-    if known != modules:
-        names = _watched(model)
-        _found[model] = modules, names
-    return names
+    """Return the names, within their blocks, of layers whose weight something but their own forward computes with.
 
-
-def _watched(model: PreTrainedModel) -> set[str]:
-    """Run every block once without values, and return the same names.
-
-    What stops half-way, as experts that are chosen by values do, has shown what came before.
+    Every block runs once without values. What stops half-way, as experts that are chosen by values do, has shown what
+    came before.
     """
     twin = without_weights(model)
     decoder = Decoder.of(twin)

@@ -17,7 +17,7 @@ from sparlow.model.forward.decoder import Decoder
 from sparlow.model.forward.fused_twin import show_one_expert
 from sparlow.model.forward.weightless import without_weights
 from sparlow.model.loading.place import GGUF, cannot_open, require_place
-from sparlow.model.loading.source import parse_dtype, require_no_kernel
+from sparlow.model.loading.source import parse_dtype, place_of_converted, require_no_kernel
 
 
 class UnknownAheadError(InputError):
@@ -53,6 +53,8 @@ def meta_model(name: str, *, dtype: str = "auto", trust_remote_code: bool = Fals
 
 def _config(name: str, *, trust_remote_code: bool) -> tuple[Any, torch.dtype]:
     place = require_place(name)
+    if place is not None and place.suffix == GGUF and (converted := place_of_converted(place)).is_dir():
+        place = converted  # the header holds the whole vocabulary, and takes seconds to read
     if place is not None and place.suffix == GGUF:
         with as_input_error(f"Cannot read the header of {name}"):
             return AutoConfig.from_pretrained(

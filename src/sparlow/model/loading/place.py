@@ -19,6 +19,8 @@ def require_place(name: str, *, ask: bool = True) -> Path | None:
     Raises:
         InputError: The name means none of these, there is no model in the directory, or the hub has none or is silent.
     """
+    if not name.strip():  # as of a variable of the shell that is not set
+        raise InputError("No model is named. Give a directory, a .gguf file or a hub id.")
     path = Path(name).expanduser()
     if path.suffix == GGUF:
         if not path.is_file():

