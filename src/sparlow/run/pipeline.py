@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sparlow.algorithms import Decomposition, SolveStats, solve
 from sparlow.errors import RunError
 from sparlow.linalg.gram import Gram, GramAccumulator, SquareAccumulator
+from sparlow.machine import give_back
 from sparlow.model.artefact.dtypes import StoredDtypes
 from sparlow.model.artefact.layers import SparseLowRankLinear
 from sparlow.model.artefact.stored_form import StoredForm
@@ -87,6 +88,7 @@ def compress_block(
             found.update(_from_others(through, weights, found, who, storage))
 
     with clock("statistics"):
+        give_back()
         stages, why = _stages(through, recipe, weights)
     who: dict[str, int] = {}  # solves each layer
 
@@ -99,6 +101,7 @@ def compress_block(
         name, full = seen.layer, through.layer_name(seen.layer)
         weight, budget, stored = weights[name], budgets[full], storage.of_layer(full)
         with clock("solve"), _naming(full):
+            give_back()  # what statistics and the solve before have freed
             W = weight.read().to(stored)  # exact: it came in this type
             solver = _solver(recipe, budget, seen.gram)
             answer = solve_together(through.processes, W, solver) if who[name] == ALL else solver(W)
