@@ -94,7 +94,8 @@ def compress_block(
 
     def divide(seen: Observation[GramAccumulator], names: Iterable[str]) -> Mapping[str, int]:
         among = {name: (weights[name], budgets[through.layer_name(name)]) for name in names}
-        who.update(who_solves(through.processes, recipe.found_algorithm, among, seen.owner))
+        by_rows = recipe.found_algorithm.divides_rows(recipe.parsed_options)
+        who.update(who_solves(through.processes, among, seen.owner, by_rows=by_rows))
         return {name: who[name] for name in among}
 
     for seen, alone in _grams_by_stage(through, recipe, weights, stages, outputs, clock, divide, end_stage):
