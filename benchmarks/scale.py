@@ -140,7 +140,7 @@ def divided(shape: Shape, count: int) -> dict[str, int]:
     """Which of so many processes solves each layer of a block, as a run divides them."""
     owner = {name: _input_of(name) for name in shape.linears}
     layers: Any = {name: (Sized(layer), Budget(parse_pattern("2:4"), RANK)) for name, layer in shape.linears.items()}
-    return who_solves(Processes(0, count), find("3basil")[0], layers, owner)
+    return who_solves(Processes(0, count), layers, owner, by_rows=find("3basil")[0].by_rows)
 
 
 def _input_of(name: str) -> str:

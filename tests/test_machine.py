@@ -1,14 +1,16 @@
 """The record of a machine: read from what each system shows, never a reason to fail, compared when a run goes on."""
 
 import json
+import platform
 import subprocess
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
 from sparlow import machine as found_on
-from sparlow.machine import described, differences, from_cpuinfo, from_sysctl, machine
+from sparlow.machine import described, differences, from_cpuinfo, from_sysctl, give_back, machine
 
 INTEL_AMX = """\
 processor\t: 0
@@ -211,3 +213,15 @@ def test_an_accelerator_that_is_used_decides():
 )
 def test_a_machine_in_one_line(record, said):
     assert described(record) == said
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other libraries keep nothing, or cannot be told to")
+def test_freed_memory_goes_back_to_the_system():
+    torch.ones(2**22)  # 16 MB: from now on smaller ones are kept for later
+    tensors = [torch.ones(2**20) for _ in range(20)]  # 4 MB each
+    last = tensors.pop()  # above them, so that nothing shrinks by itself
+    before = psutil.Process().memory_info().rss
+    del tensors
+    give_back()
+    assert before - psutil.Process().memory_info().rss > 50e6
+    assert last.sum() == len(last)

@@ -4,19 +4,20 @@ The bits of a result depend on some of it, because kernels are chosen by instruc
 threads; ``differences`` compares that part. What a system does not tell is None, or left out.
 """
 
+import ctypes
 import gc
 import os
 import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from textwrap import shorten
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import torch
@@ -322,9 +323,29 @@ def peak_memory() -> dict[str, int]:
     return {"rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "device": device}
 
 
+@cache
+def _trim() -> Callable[[int], object] | None:
+    """What glibc gives back freed memory with; other systems have nothing like it, and need nothing."""
+    with suppress(AttributeError, OSError, TypeError):  # TypeError: Windows cannot look into its own process so
+        return cast("Callable[[int], object]", ctypes.CDLL(None).malloc_trim)
+    return None
+
+
+def give_back() -> None:
+    """Give the system the main memory of what was freed.
+
+    glibc keeps tensors of up to 32 MiB for later ones, of which few have the same size. What one phase freed need not
+    lie beside what the next one holds; what is freed within a phase stays (docs/memory.md).
+    """
+    trim = _trim()
+    if trim is not None:
+        trim(0)
+
+
 def free_memory() -> None:
     """Give back what nothing refers to any more, also what torch keeps of an accelerator for its next tensors."""
     gc.collect()
+    give_back()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     elif torch.backends.mps.is_available():

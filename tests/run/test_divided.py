@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from processes import SERVER, join, together
-from sparlow.algorithms import algorithms, find, solve
+from sparlow.algorithms import _registry, algorithms, find, pruner, solve
 from sparlow.distributed import Processes, joined
 from sparlow.linalg import scales
 from sparlow.linalg.gram import Gram
@@ -58,6 +58,8 @@ CASES = {
     "3basil dense": ("dense", 2, {"effort": 0.2}),
     "3basil alone": ("2:4", 0, {"effort": 0.3}),
     "oats": ("2:4", 4, {"rounds": 5}),
+    "hassle-free": ("2:4", 4, {"rounds": 4, "prune_steps": 6}),
+    "hassle-free sparsegpt": ("2:4", 4, {"rounds": 4, "prune": "sparsegpt"}),
 }
 GRIDS = {
     "wanda int4": ("2:4", 0, {}, on_grid("int4")),
@@ -71,6 +73,7 @@ GRIDS = {
     "3basil int2 alone": ("dense", 0, {"effort": 0.2}, on_grid("int2")),
     "3basil factors": ("2:4", 4, {"effort": 0.3}, {"grid": None, "int8_factors": True}),
     "oats int4": ("2:4", 4, {"rounds": 5}, on_grid("int4")),
+    "hassle-free int4": ("2:4", 4, {"rounds": 4, "prune_steps": 6}, on_grid("int4")),
 }
 EXACT = ("wanda", "magnitude")
 BOOK_ROWS = 5  # fewer than there are: those that a book is learned from are spread over all processes
@@ -174,24 +177,35 @@ def _shapes(rank):
 
 
 def test_layers_that_would_keep_all_others_waiting_are_divided_with_those_that_share_their_input():
-    algorithm, budget = find("3basil")[0], Budget(parse_pattern("2:4"), 2)
+    budget = Budget(parse_pattern("2:4"), 2)
     shapes = {"q": (32, 32), "o": (32, 32), "gate": (128, 32), "up": (96, 32), "down": (32, 96)}
     layers = {name: (Layer(*shape), budget) for name, shape in shapes.items()}
     owner = {"up": "gate"}
-    assert ALL not in who_solves(Processes(), algorithm, layers, owner).values()
-    two, many = (who_solves(Processes(0, size), algorithm, layers, owner) for size in (2, 12))
+    assert ALL not in who_solves(Processes(), layers, owner, by_rows=True).values()
+    two, many = (who_solves(Processes(0, size), layers, owner, by_rows=True) for size in (2, 12))
     assert [name for name, rank in two.items() if rank == ALL] == ["down"]
     assert {two["gate"], two["up"]} == {0, 1}
     assert [name for name, rank in many.items() if rank == ALL] == ["gate", "up", "down"]
     coded = Budget(parse_pattern("2:4"), 2, make_grid("int4"), int8_factors=True)
-    for several in (algorithm, find("oats")[0]):
-        assert who_solves(Processes(0, 2), several, {"down": (Layer(32, 96), coded)}, {}) == {"down": ALL}
+    assert who_solves(Processes(0, 2), {"down": (Layer(32, 96), coded)}, {}, by_rows=True) == {"down": ALL}
     whole = {"rows": Budget(parse_pattern("0.5"), 4), "rank": Budget(parse_pattern("2:4"), 17)}
     for kept in whole.values():
-        assert ALL not in who_solves(Processes(0, 2), algorithm, {"down": (Layer(32, 96), kept)}, {}).values()
-    eora = find("eora")[0]  # takes a decomposition of all rows
-    assert who_solves(Processes(0, 2), eora, {"down": (Layer(32, 96), budget)}, {}) == {"down": 0}
+        assert ALL not in who_solves(Processes(0, 2), {"down": (Layer(32, 96), kept)}, {}, by_rows=True).values()
+    assert who_solves(Processes(0, 2), {"down": (Layer(32, 96), budget)}, {}, by_rows=False) == {"down": 0}
     assert cost((32, 96)) == 96**2 * (32 + 96)
+
+
+def test_a_method_divides_rows_if_the_pruner_that_it_calls_does(monkeypatch):
+    found = {}
+    for name in ("3basil", "eora", "hassle-free", "hassle-free-sparsegpt"):
+        algorithm, implied = find(name)
+        found[name] = algorithm.divides_rows(algorithm.parse_options(implied))
+    # EoRA is one decomposition of all rows
+    assert found == {"3basil": True, "eora": False, "hassle-free": True, "hassle-free-sparsegpt": True}
+    monkeypatch.setattr(_registry, "_ALGORITHMS", _registry._ALGORITHMS.copy())
+    pruner("over-all-rows")(lambda W, _, pattern: W * pattern.mask(W.abs()))
+    algorithm = find("hassle-free")[0]
+    assert not algorithm.divides_rows(algorithm.parse_options({"prune": "over-all-rows"}))
 
 
 def test_what_is_needed_next_is_found_ahead_and_each_finds_its_own():

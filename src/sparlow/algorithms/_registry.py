@@ -46,6 +46,14 @@ class Algorithm:
         """Whether the function has a parameter ``grid`` and puts the values of S on it itself."""
         return "grid" in inspect.signature(self.function).parameters
 
+    def divides_rows(self, options: Mapping[str, Any]) -> bool:
+        """Whether several processes can each solve some rows of a weight, with these parsed options.
+
+        A pruner that does a part of the work must be able to, as well.
+        """
+        chosen = [getattr(value, "func", value) for value in options.values() if callable(value)]
+        return self.by_rows and all(a.by_rows for a in _ALGORITHMS.values() if a.function in chosen)
+
     def plain_options(self, given: Mapping[str, object]) -> dict[str, Any]:
         """The options as a file holds them: numbers as numbers, pruners by name; checked as by ``parse_options``."""
         parsed = self.parse_options(given)

@@ -4,6 +4,8 @@
 
 Deviation from the paper: its eigenvectors of H, scaled by the roots of their eigenvalues, are one of many R with
 R Rᵀ = H. All give the same L, so the Cholesky factor of H serves (``weighted_svd``).
+
+Several processes do not share the rows of a weight: the SVD is of all of them, and takes longer than most pruners.
 """
 
 from torch import Tensor

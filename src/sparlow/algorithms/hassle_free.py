@@ -11,6 +11,9 @@ Before, a few steps of subspace iteration from the round before stand in for the
 Every round prunes from scratch, as in the paper. To start the ADMM of ``prune`` from the S of the round before was
 tried and left: from the same ρ it takes as many iterations, for at a low ρ the start is soon forgotten, and from a ρ
 two to five times as high it takes half as many but ends up to 50 % higher. What depends on H alone the Gram keeps.
+
+Several processes can share the rows of a weight: nearly all of the work is in the pruning, which ``prune`` must be able
+to do by rows. The SVD at the end is of all rows, and each process computes it.
 """
 
 import functools
@@ -29,7 +32,9 @@ SUBSPACE_STEPS = 4  # a round; 1 leaves the objective 2 % higher
 
 
 @decomposer(
-    "hassle-free", aliases={"hassle-free-alps": {"prune": "alps"}, "hassle-free-sparsegpt": {"prune": "sparsegpt"}}
+    "hassle-free",
+    aliases={"hassle-free-alps": {"prune": "alps"}, "hassle-free-sparsegpt": {"prune": "sparsegpt"}},
+    by_rows=True,
 )
 def hassle_free(
     W: Tensor,

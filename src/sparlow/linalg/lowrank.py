@@ -30,9 +30,9 @@ def weighted_svd(M: Tensor, gram: Gram, rank: int) -> tuple[Tensor, Tensor]:
 
     M (out, in) is not scaled. It costs one SVD of an (out, in) matrix.
     """
-    P, _, _ = torch.linalg.svd((M * gram.scale) @ gram.cholesky, full_matrices=False)
-    U = P[:, :rank].contiguous()
-    return U, U.T @ M
+    P = torch.linalg.svd(gathered((M * gram.scale) @ gram.cholesky), full_matrices=False).U
+    U = own(P[:, :rank].contiguous())
+    return U, total(U.T @ M)
 
 
 def svd_fit(M: Tensor, root: Tensor, rank: int) -> tuple[Tensor, Tensor]:

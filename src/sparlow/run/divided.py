@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from sparlow.algorithms import Algorithm, Decomposition
+from sparlow.algorithms import Decomposition
 from sparlow.distributed import Processes
 from sparlow.linalg.shared_rows import sharing
 from sparlow.model.forward.compressible import CompressibleWeight
@@ -103,9 +103,10 @@ def solve_together(processes: Processes, W: Tensor, solving: Callable[[Tensor], 
 
 def who_solves(
     processes: Processes,
-    algorithm: Algorithm,
     layers: Mapping[str, tuple[CompressibleWeight, Budget]],
     owner: Mapping[str, str],
+    *,
+    by_rows: bool,
 ) -> dict[str, int]:
     """Return the number of the process that solves each layer, or ``ALL`` for one whose rows are divided.
 
@@ -114,9 +115,9 @@ def who_solves(
 
     Args:
         processes: Those that share the work.
-        algorithm: What solves them.
         layers: Of one stage, by name.
         owner: For each layer that was seen the key of its input.
+        by_rows: Whether what solves them can solve some rows of a weight, see ``Algorithm.divides_rows``.
     """
     costs = {name: cost(weight.shape) for name, (weight, _) in layers.items()}
     fair = sum(costs.values()) / processes.size
@@ -127,8 +128,9 @@ def who_solves(
         name
         for group in groups.values()
         for name in group
-        if max(costs[other] for other in group) > fair
-        and all(_divisible(algorithm, layers[other][1], layers[other][0].shape[0], processes) for other in group)
+        if by_rows
+        and max(costs[other] for other in group) > fair
+        and all(_divisible(layers[other][1], layers[other][0].shape[0], processes) for other in group)
     }
     whole = processes.assign({name: costs[name] for name in layers if name not in together})
     return {name: ALL if name in together else whole[name] for name in layers}
@@ -140,11 +142,11 @@ def cost(shape: tuple[int, int]) -> float:
     return float(features**2 * (out + features))
 
 
-def _divisible(algorithm: Algorithm, budget: Budget, rows: int, processes: Processes) -> bool:
+def _divisible(budget: Budget, rows: int, processes: Processes) -> bool:
     """Whether several processes can solve a layer of so many rows together, and find what one would find.
 
     A pattern that chooses among the entries of all rows would need all of them.
     """
     alone = budget.pattern.group is not None or budget.pattern.density == 1
     fits = processes.size > 1 and rows // processes.size >= max(budget.rank, 1)
-    return algorithm.by_rows and alone and fits
+    return alone and fits

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sparlow.algorithms import Decomposition, SolveStats, solve
 from sparlow.errors import RunError
 from sparlow.linalg.gram import Gram, GramAccumulator, SquareAccumulator
+from sparlow.machine import give_back
 from sparlow.model.artefact.dtypes import StoredDtypes
 from sparlow.model.artefact.layers import SparseLowRankLinear
 from sparlow.model.artefact.stored_form import StoredForm
@@ -87,18 +88,21 @@ def compress_block(
             found.update(_from_others(through, weights, found, who, storage))
 
     with clock("statistics"):
+        give_back()
         stages, why = _stages(through, recipe, weights)
     who: dict[str, int] = {}  # solves each layer
 
     def divide(seen: Observation[GramAccumulator], names: Iterable[str]) -> Mapping[str, int]:
         among = {name: (weights[name], budgets[through.layer_name(name)]) for name in names}
-        who.update(who_solves(through.processes, recipe.found_algorithm, among, seen.owner))
+        by_rows = recipe.found_algorithm.divides_rows(recipe.parsed_options)
+        who.update(who_solves(through.processes, among, seen.owner, by_rows=by_rows))
         return {name: who[name] for name in among}
 
     for seen, alone in _grams_by_stage(through, recipe, weights, stages, outputs, clock, divide, end_stage):
         name, full = seen.layer, through.layer_name(seen.layer)
         weight, budget, stored = weights[name], budgets[full], storage.of_layer(full)
         with clock("solve"), _naming(full):
+            give_back()  # what statistics and the solve before have freed
             W = weight.read().to(stored)  # exact: it came in this type
             solver = _solver(recipe, budget, seen.gram)
             answer = solve_together(through.processes, W, solver) if who[name] == ALL else solver(W)

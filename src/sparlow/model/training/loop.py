@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sparlow.distributed import ALONE, Processes
 from sparlow.errors import RunError
+from sparlow.machine import give_back
 from sparlow.model.training.packed_layer import packed, trained_parameters
 from sparlow.model.training.resume_state import TrainingCheckpoint, TrainingState
 from sparlow.model.training.trained_parts import KeptValues, LowRank, OnGrid
@@ -80,6 +81,7 @@ def train(
     """
     order = torch.Generator().manual_seed(seed)
     with packed(block), torch.enable_grad():
+        give_back()  # what was freed before, S among it
         if not trained_parameters(block):
             loss = data.judge(loss_of)
             _require_finite(block, [loss], f"{label} cannot begin")
