@@ -167,10 +167,10 @@ static void scales_of(const matrix *m, int64_t r, float *to) {
   else for (int64_t g = 0; g < m->groups; g++) to[g] = m->unit * of_fp16(from[g]);
 }
 
-/* Buffers of n rows and their scales; where there is no memory, none. */
-static int buffers_of(const matrix *m, int n, buffers *b, float **scale) {
+/* Buffers of n rows, their scales, and some more floats behind these; where there is no memory, none. */
+static int buffers_of(const matrix *m, int n, int64_t more, buffers *b, float **scale) {
   size_t size = 4 * (size_t)padded(m->cols) + 2 * PAD;
-  uint8_t *p = scratch((size_t)n * (4 * size + 4 * (size_t)m->groups) + 64);
+  uint8_t *p = scratch((size_t)n * (4 * size + 4 * (size_t)m->groups) + 4 * (size_t)more + 64);
   if (!p) return 0;
   p += (64 - (uintptr_t)p % 64) % 64;
   for (int i = 0; i < n; i++, p += 4 * size) b[i] = (buffers){p, p + size, p + 2 * size, p + 3 * size};
@@ -204,7 +204,7 @@ static int order(const job *j) { return (void)j, 0; }
 static void product(const job *j, int64_t from, int64_t to) {
   buffers b[4];
   float *scale;
-  if (!buffers_of(j->m, 4, b, &scale)) { /* seen by the caller: no number is made up */
+  if (!buffers_of(j->m, 4, j->u ? (to - from) * j->tokens : 0, b, &scale)) { /* seen by the caller: no number is made up */
     for (int64_t t = 0; t < j->tokens; t++)
       for (int64_t r = from; r < to; r++) memset(&j->y[t * j->ldy + r], 0xff, 4);
     return;
@@ -245,7 +245,7 @@ INL void decoded_to(int bf16, const matrix *m, int64_t from, int64_t to, void *o
   const int64_t bytes = m->cols * (bf16 ? 2 : 4);
   buffers b;
   float *scale;
-  int some = buffers_of(m, 1, &b, &scale);
+  int some = buffers_of(m, 1, 0, &b, &scale);
   if (!some) memset(out, 0xff, (size_t)((to - from) * bytes));
   for (int64_t r = from; some && r < to; r++, out = (uint8_t *)out + bytes) {
     const void *w = decoded(m, r, b);

@@ -146,6 +146,24 @@ INL void low_rank_rows(int R, const int64_t *r, const job *j, int64_t t, VF *acc
 static void low_rank_of_one(const int64_t *r, const job *j, int64_t t, VF *acc, float *tail) { low_rank_rows(1, r, j, t, acc, tail); }
 static void low_rank_of_four(const int64_t *r, const job *j, int64_t t, VF *acc, float *tail) { low_rank_rows(4, r, j, t, acc, tail); }
 
+/* The same of n rows from r on, in advance (n, tokens): where a row of U is of few bytes, one stream more by itself is quicker than
+   four more beside those of S. */
+static void low_ranks(const job *j, int64_t r, int64_t n, float *to) {
+  const uint8_t *begin = j->u->data + start_of(j->u, r);
+  for (int64_t i = 0; i < n; i += 4) {
+    const int64_t rows[4] = {r + i, r + (i + 1 < n ? i + 1 : i), r + (i + 2 < n ? i + 2 : i), r + (i + 3 < n ? i + 3 : i)};
+    __builtin_prefetch(begin + i * j->u->cols + 4 * AHEAD);
+    for (int64_t k = 0; k < j->tokens; k++) {
+      VF acc[4] = {v_zero(), v_zero(), v_zero(), v_zero()};
+      float found[4], tail[4] = {0};
+      low_rank_as_rows(F_S8, 4, rows, j, k, acc, tail);
+      v_sums(acc, found);
+      for (int e = 0; e < 4 && i + e < n; e++) to[(i + e) * j->tokens + k] = found[e] + tail[e];
+    }
+  }
+}
+INL int in_advance(int way, const job *j) { return way > ROUNDED && j->u && format_of(j->u) == F_S8 && j->tokens < 4; }
+
 /* Sums of R rows and T tokens, still in lanes, times the levels' factor. */
 INL void streams_as(int way, int R, int T, const cursor *from, const job *j, int64_t t0, const float *scale, const levels *t, VF *acc) {
   cursor a[4];
@@ -157,7 +175,8 @@ INL void streams_as(int way, int R, int T, const cursor *from, const job *j, int
 #pragma GCC unroll 8
   for (int k = 0; k < R * T; k++) acc[k] = v_fma(acc[k], v_set(t->factor), v_zero());
 }
-INL void streamed_rows(int way, int R, const int64_t *r, const job *j, const buffers *b, float *scale, const levels *t) {
+/* R rows; low: U times t (rows, tokens), or NULL: not in advance. */
+INL void streamed_rows(int way, int R, const int64_t *r, const job *j, const buffers *b, float *scale, const float *low, const levels *t) {
   const matrix *m = j->m;
   cursor a[4];
   VF acc[8];
@@ -167,7 +186,7 @@ INL void streamed_rows(int way, int R, const int64_t *r, const job *j, const buf
     a[i].at = in_bytes(way) ? signed_bytes(m, r[i], b[i]) : stored(m, r[i], b[i]);
     a[i].mask = m->mask ? m->mask + r[i] * mask_bytes(m->cols) : NULL;
     if (m->scale) __builtin_prefetch(m->scale + (r[i] + 8) * m->groups);
-    if (j->u) __builtin_prefetch(j->u->data + start_of(j->u, r[i]) + AHEAD);
+    if (j->u && !low) __builtin_prefetch(j->u->data + start_of(j->u, r[i]) + AHEAD);
     scales_of(m, r[i], scale + i * m->groups);
   }
   for (; R == 4 && j->tokens - k >= 4; k += 4)
@@ -182,7 +201,8 @@ INL void streamed_rows(int way, int R, const int64_t *r, const job *j, const buf
     streams_as(way, R, 1, a, j, k, scale, t, own);
 #pragma GCC unroll 4
     for (int i = 0; i < R; i++) acc[i] = own[i];
-    if (j->u) (R == 4 ? low_rank_of_four : low_rank_of_one)(r, j, k, acc, tail);
+    if (low) for (int i = 0; i < R; i++) tail[i] = low[r[i] * j->tokens + k];
+    else if (j->u) (R == 4 ? low_rank_of_four : low_rank_of_one)(r, j, k, acc, tail);
     sums(R, acc, found);
 #pragma GCC unroll 4
     for (int i = 0; i < R; i++) put(j, r[i], k, found[i] + tail[i]);
@@ -191,12 +211,15 @@ INL void streamed_rows(int way, int R, const int64_t *r, const job *j, const buf
 
 INL void streamed_as(int way, const job *j, int64_t from, int64_t to, const buffers *b, float *scale) {
   const levels t = levels_of(way, j->m);
+  float *room = scale + 4 * j->m->groups;
+  const float *low = in_advance(way, j) ? room - from * j->tokens : NULL; /* of row 0, if it were there */
   int64_t apart = (to - from) / 4;
+  if (low) low_ranks(j, from, to - from, room);
   for (int64_t q = from; q < from + apart; q++) {
     int64_t r[4] = {q, q + apart, q + 2 * apart, q + 3 * apart};
-    streamed_rows(way, 4, r, j, b, scale, &t);
+    streamed_rows(way, 4, r, j, b, scale, low, &t);
   }
-  for (int64_t q = from + 4 * apart; q < to; q++) streamed_rows(way, 1, &q, j, b, scale, &t);
+  for (int64_t q = from + 4 * apart; q < to; q++) streamed_rows(way, 1, &q, j, b, scale, low, &t);
 }
 
 /* Returns 0 where the product does not go through registers. */
