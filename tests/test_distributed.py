@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import time
+from functools import cache
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import distributed
 
 from families import save_tiny, tiny
 from processes import SERVER, Run, join, together
-from sparlow.distributed import Processes, joined, local_device, require_one
+from sparlow.distributed import Processes, joined, local_device, require_one, require_own_device
 from sparlow.errors import InputError, RunError
 from sparlow.model.artefact.dtypes import StoredDtypes
 from sparlow.recipe.recipe import Recipe
@@ -74,18 +75,28 @@ MODES = {
 }
 
 
+@pytest.fixture(scope="module")
+def finished(models, tmp_path_factory):
+    """Give the directory that so many processes have written, and what each said: one run for all who only read it."""
+
+    @cache
+    def made(family, mode, size):
+        out = tmp_path_factory.mktemp("finished") / "out"
+        codes, words = ended(started(models[family], out, MODES[mode], size=size))
+        assert codes == [0] * size, words
+        return out, words
+
+    return made
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "mode"), [("mixtral", "matching"), *(("llama", mode) for mode in MODES)])
-def test_two_processes_find_what_one_finds(family, mode, models, tmp_path):
-    model = models[family]
-    codes, words = ended(started(model, tmp_path / "alone", MODES[mode], size=1))
-    assert codes == [0], words
-    codes, words = ended(started(model, tmp_path / "two", MODES[mode]))
-    assert codes == [0, 0], words
+def test_two_processes_find_what_one_finds(family, mode, finished):
+    (by_one, _), (by_two, words) = (finished(family, mode, size) for size in (1, 2))
     assert "perplexity" in words[0]
     assert words[1] == ""  # the first one speaks for all
-    assert verify_artefact(tmp_path / "two") == []
-    alone, two = (Report.from_file(tmp_path / name / "report.json") for name in ("alone", "two"))
+    assert verify_artefact(by_two) == []
+    alone, two = (Report.from_file(folder / "report.json") for folder in (by_one, by_two))
     for one, other in zip(alone.layers, two.layers, strict=True):
         assert (one.name, one.pattern, one.rank, one.tokens) == (other.name, other.pattern, other.rank, other.tokens)
         assert other.relative_error == pytest.approx(one.relative_error, rel=1e-3)
@@ -123,12 +134,9 @@ def test_two_processes_find_the_same_bits_where_each_passes_as_many_windows_at_a
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["llama", "mixtral"])
-def test_a_process_that_dies_ends_all_and_the_run_goes_on(family, models, tmp_path):
-    model = models[family]
-    codes, words = ended(started(model, tmp_path / "whole"))
-    assert codes == [0, 0], words
-    out = tmp_path / "out"
+def test_of_experts_a_process_that_dies_ends_all_and_the_run_goes_on(models, finished, tmp_path):
+    """As of linear layers: ``test_one_of_three.py``."""
+    (whole, _), model, out = finished("mixtral", "solves", 2), models["mixtral"], tmp_path / "out"
     processes = started(model, out)
     while not any(out.glob("model-*.safetensors")):
         assert all(run.process.exitcode is None for run in processes), ended(processes)
@@ -141,16 +149,16 @@ def test_a_process_that_dies_ends_all_and_the_run_goes_on(family, models, tmp_pa
     assert not json.loads((out / "sparlow.json").read_text())["finished"]
     codes, words = ended(started(model, out))
     assert codes == [0, 0], words
-    expected, found = shards(tmp_path / "whole"), shards(out)
+    expected, found = shards(whole), shards(out)
     assert expected.keys() == found.keys()
     for name in expected:
         assert all(torch.equal(tensor, found[name][key]) for key, tensor in expected[name].items())
 
 
 @pytest.mark.slow
-def test_a_finished_directory_is_refused_by_all(model, tmp_path):
-    assert ended(started(model, tmp_path / "out"))[0] == [0, 0]
-    codes, words = ended(started(model, tmp_path / "out"))
+def test_a_finished_directory_is_refused_by_all(model, finished, tmp_path):
+    out = shutil.copytree(finished("llama", "solves", 2)[0], tmp_path / "out")
+    codes, words = ended(started(model, out))
     assert codes[0] == 2
     assert codes[1] in (1, 2)
     assert "finished result" in words[0]
@@ -222,6 +230,19 @@ def test_each_process_has_an_accelerator_of_its_own(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     with pytest.raises(InputError, match="would compute on cuda:0"):
         local_device("cuda:0")
+
+
+def test_two_processes_on_one_accelerator_are_refused_before_any_work(monkeypatch):
+    first, everyone = Processes(0, 3), []
+    first.all_gather = lambda own: everyone or [own, own, "another"]
+    monkeypatch.setattr(distributed, "get_backend_config", lambda: "cpu:gloo,cuda:nccl")
+    monkeypatch.setattr("sparlow.distributed._identity", lambda device: f"here {device}")
+    with pytest.raises(InputError, match="Processes 0, 1 would compute on accelerators that others"):
+        require_own_device(first, torch.device("cuda:0"))
+    everyone[:] = ["here cuda:0", "here cuda:1", "there cuda:0"]
+    require_own_device(first, torch.device("cuda:0"))
+    everyone[:] = ["", "", ""]  # none, or one that several may share
+    require_own_device(first, torch.device("cpu"))
 
 
 def with_a_group_of_their_own(variables, note):

@@ -29,11 +29,11 @@ exit ${failed:-0}
 SCONTROL = """#!/bin/bash
 [ "$1 $2 $3" = "show hostnames machine-[1-2]" ] && printf '127.0.0.1\\nmachine-2\\n'
 """
-COMMANDS = {
-    "one machine": "--standalone",
-    "two machines": "--rdzv-endpoint HOST",
-    "slurm and torchrun": "srun torchrun",
-    "slurm alone": "srun bash",
+COMMANDS = {  # what a block of the page holds, and processes in each machine: of one, or of two
+    "one machine": ("--standalone", 2),
+    "two machines": ("--rdzv-endpoint HOST", 1),
+    "slurm and torchrun": ("srun torchrun", 1),
+    "slurm alone": ("srun bash", 2),
 }
 
 pytestmark = pytest.mark.slow
@@ -59,13 +59,13 @@ def said_on_the_page(part):
     return found
 
 
-def made_small(text, model, out):
-    """The same command for two processes a machine, a small model, and a text that is there."""
+def made_small(text, model, out, each):
+    """The same command for so many processes a machine, a small model, and a text that is there."""
     for word, instead in {"MODEL": model, "OUT": out, "c4": f"{model.parent / 'text.txt'} {SMALL}"}.items():
         assert f" {word}" in text
         text = text.replace(f" {word}", f" {instead}")
     text = text.replace(" HOST:", " 127.0.0.1:")
-    return text.replace("--nproc-per-node 8", "--nproc-per-node 2").replace("29500", str(free_port()))
+    return text.replace("--nproc-per-node 8", f"--nproc-per-node {each}").replace("29500", str(free_port()))
 
 
 def environment(folder, tasks):
@@ -82,9 +82,9 @@ def environment(folder, tasks):
 
 @pytest.mark.parametrize("case", COMMANDS)
 def test_a_command_of_the_page_compresses_a_model(case, model, tmp_path):
-    out = tmp_path / "out"
-    text = made_small(said_on_the_page(COMMANDS[case]), model, out)
-    variables = environment(tmp_path, 2 if case == "slurm alone" else 1)
+    out, (part, each) = tmp_path / "out", COMMANDS[case]
+    text = made_small(said_on_the_page(part), model, out, each)
+    variables = environment(tmp_path, each if case == "slurm alone" else 1)
     typed = 2 if case == "two machines" else 1
     (tmp_path / "job.sh").write_text(text)
     command, pipes = ["/bin/bash", tmp_path / "job.sh"], {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
@@ -92,5 +92,5 @@ def test_a_command_of_the_page_compresses_a_model(case, model, tmp_path):
     said = [run.communicate(timeout=300)[0] for run in runs]
     assert [run.returncode for run in runs] == [0] * typed, said
     assert not any("Traceback" in words or "node_rank" in words for words in said), said
-    assert Report.from_file(out / "report.json").processes["count"] == (2 if case == "one machine" else 4)
+    assert Report.from_file(out / "report.json").processes["count"] == (each if case == "one machine" else 2 * each)
     assert verify_artefact(out) == []
