@@ -1,7 +1,7 @@
 """Directories in packed forms without a solver, for measuring how fast they run: what they say is of no worth.
 
     python benchmarks/packed.py MODEL_OR_SHAPE --out DIR [--forms bf16:16:32,int8:16:32,int4:dense] [--rank 64]
-        [--levels integer] [--ends int8] [--blocks 16] [--copies]
+        [--levels integer] [--ends int8] [--blocks 16] [--dtype bfloat16] [--copies]
 
 A form is a type of values, then a pattern. The largest entries of each group stay and are rounded to nearest, U and V
 are random and small, in int8 where the values are. A shape is one of ``_shapes.py``, whose random dense model goes to
@@ -79,7 +79,7 @@ def copy_block(writer: CheckpointWriter, decoder: Decoder, i: int) -> None:
 def write_form(source: str, form: str, given: argparse.Namespace, out: Path) -> None:
     """Write a model in a form, one block after the other."""
     values, _, pattern = form.partition(":")
-    opened = open_model(source)
+    opened = open_model(source, dtype=given.dtype)
     model, decoder = opened.model, Decoder.of(opened.model)
     with quantised(model, given.ends, given.ends):
         writer = CheckpointWriter(out, model, decoder)
@@ -106,6 +106,7 @@ def main() -> None:
     parser.add_argument("--levels", default="auto", choices=("auto", "integer", "half", "book"))
     parser.add_argument("--ends", default="int8", choices=("keep", "int8", "int4"))
     parser.add_argument("--blocks", type=int, default=16)
+    parser.add_argument("--dtype", default="auto", help="in which the model is opened; a .gguf file opens in float16")
     parser.add_argument("--copies", action="store_true")
     given = parser.parse_args()
     source = given.source
