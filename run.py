@@ -18,7 +18,7 @@ from typing import Any
 import sparlow
 from sparlow.algorithms import find
 from sparlow.cli import display
-from sparlow.cli.evaluating import in_domain_of, require_numbers
+from sparlow.cli.evaluating import in_domain_of, require_numbers, show_evaluations
 from sparlow.cli.options import split
 from sparlow.errors import InputError, RunError
 from sparlow.evaluation.tasks import LoadedTasks, load_tasks
@@ -249,7 +249,7 @@ def _evaluate(args: argparse.Namespace, result: str | Path, out: Path, tasks: Lo
     )
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "evaluation.json", {"model": str(result), **found}, indent=2)
-    display.show_evaluations({str(result): found}, args.seqlen, in_domain_of({str(result): found}))
+    show_evaluations({str(result): found}, args.seqlen, in_domain_of({str(result): found}))
     require_numbers({str(result): found})
 
 

@@ -188,8 +188,10 @@ def test_every_documented_argument_is_there(script):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_the_printed_command_stands_for_the_same_recipe(script, name, monkeypatch):
-    seen = []
+def test_the_printed_command_stands_for_the_same_recipe(script, name, monkeypatch, tmp_path):
+    seen, model = [], tmp_path / "a model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
 
     class Enough(Exception):  # noqa: N818 - stops the command once it knows what to do
         pass
@@ -199,7 +201,7 @@ def test_the_printed_command_stands_for_the_same_recipe(script, name, monkeypatc
         raise Enough
 
     monkeypatch.setattr("sparlow.run.compress.compress", noted)
-    words = script.command_of("a model", "out", RECIPES[name])
+    words = script.command_of(str(model), "out", RECIPES[name])
     with pytest.raises(Enough):
         commands.main(shlex.split(shlex.join(words))[1:])
     assert seen == [RECIPES[name]]

@@ -458,16 +458,18 @@ def test_tasks_alone_need_no_window(place, folder, capsys, tmp_path):
 
 
 @pytest.fixture
-def closed(monkeypatch):
+def closed(monkeypatch, tmp_path_factory):
     """A wrong name must be told before any model is opened."""
 
     def refuse(*_, **__):
         raise AssertionError("the model was opened")
 
     monkeypatch.setattr("sparlow.cli.evaluating.open_model", refuse)
+    place = tmp_path_factory.mktemp("closed")
+    (place / "config.json").write_text("{}")
+    return place
 
 
-@pytest.mark.usefixtures("closed")
 @pytest.mark.parametrize(
     ("given", "said"),
     [
@@ -479,11 +481,10 @@ def closed(monkeypatch):
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else None,
 )
-def test_bad_names_are_told_before_the_model_is_opened(given, said, folder, capsys):
-    assert said in run_and_fail(capsys, "evaluate", "model", "--task-path", folder, *given)
+def test_bad_names_are_told_before_the_model_is_opened(given, said, closed, folder, capsys):
+    assert said in run_and_fail(capsys, "evaluate", closed, "--task-path", folder, *given)
 
 
-@pytest.mark.usefixtures("closed")
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -495,17 +496,16 @@ def test_bad_names_are_told_before_the_model_is_opened(given, said, folder, caps
     ],
     ids=["empty", "no YAML", "include", "no data set", "no file"],
 )
-def test_task_files_that_cannot_be_used(text, said, capsys, tmp_path):
+def test_task_files_that_cannot_be_used(text, said, closed, capsys, tmp_path):
     if text is not None:
         (tmp_path / "one.yaml").write_text(text)
-    assert said in run_and_fail(capsys, "evaluate", "model", "--tasks", "one", "--task-path", tmp_path)
+    assert said in run_and_fail(capsys, "evaluate", closed, "--tasks", "one", "--task-path", tmp_path)
 
 
-@pytest.mark.usefixtures("closed")
 @pytest.mark.parametrize("missing", ["lm_eval.tasks", "accelerate"])
-def test_without_lm_eval_it_says_what_to_install(missing, folder, monkeypatch, capsys):
+def test_without_lm_eval_it_says_what_to_install(missing, closed, folder, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, missing, None)
-    line = run_and_fail(capsys, "evaluate", "model", "--tasks", "both", "--task-path", folder)
+    line = run_and_fail(capsys, "evaluate", closed, "--tasks", "both", "--task-path", folder)
     assert "pip install 'sparlow[eval]'" in line
 
 

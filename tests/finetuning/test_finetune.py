@@ -552,7 +552,7 @@ BAD = {
     "no evaluation text": (["--evaluate", "wikitext"], "Did you mean 'wikitext2'"),
     "a reporter": (["--report-to", "pigeons"], "'pigeons' is unknown or not installed. Give --report-to"),
     "itself": (["--out", "{place}/mixed", "--overwrite"], "would replace"),
-    "its parent": (["--out", "{place}", "--overwrite"], "would replace"),
+    "its parent": (["--out", "{place}", "--overwrite"], "holds no run of sparlow"),
     "a foreign directory": (["--out", "{place}/model"], "holds no run of sparlow"),
     "a foreign adapter": (["--peft", "{place}/model", "--overwrite"], "holds no adapter of sparlow"),
     "an unknown error": (["--require", "relative_error<=1"], "does not measure the error of layers"),

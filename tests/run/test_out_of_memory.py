@@ -88,7 +88,7 @@ def test_what_is_named_needs_less_by_the_plan(model):
     (samples,) = (int(words.removeprefix("--samples ")) for words in found if words.startswith("--samples "))
 
     def fullest(recipe):
-        shape = meta_model(model, dtype=recipe.dtype, trust_remote_code=False)
+        shape = meta_model(str(model), dtype=recipe.dtype, trust_remote_code=False)
         work = workload(shape, recipe, options, streamed=True, out=model.parent / "out")
         return max(stage.cpu for stage in memory.stages(work, BOUND))
 

@@ -140,15 +140,7 @@ class Job:
     def go(self, evaluation: Mapping[str, Tensor]) -> Report:
         """Run, or resume. ``evaluation`` maps names to token windows (n, seqlen) on which perplexity is measured."""
         if self.journal and self.journal.record.finished:
-            report = self.remeasure(self.journal, evaluation)
-        else:
-            report = self.compress(evaluation)
-        self.processes.part()  # only the first one writes
-        self.processes.barrier()  # a process that ends without an error knows that the result is whole
-        return report
-
-    def compress(self, evaluation: Mapping[str, Tensor]) -> Report:
-        """Go through all blocks from where the journal ends, measure the result and record it as finished."""
+            return self.once_written(self.remeasure(self.journal, evaluation))
         if evaluation:
             self.answers.ask_dense(self.weights)
         reset_peak_memory()
@@ -183,7 +175,13 @@ class Job:
         elif self.opened.changes:
             untyped: Any = self.model  # a model has no such attribute by itself
             untyped.hf_quantizer.card = card(self.report, base_card(self.report.model))
-        return self.report
+        return self.once_written(self.report)
+
+    def once_written(self, report: Report) -> Report:
+        """Return a report when the first process has written it: exit 0 means that the result is whole."""
+        self.processes.part()
+        self.processes.barrier()
+        return report
 
     def remeasure(self, journal: Journal, evaluation: Mapping[str, Tensor]) -> Report:
         """Return the report of a finished run on these texts; measure on those not on record."""

@@ -43,8 +43,8 @@ def _require_model(name: str, folder: Path) -> None:
         raise InputError(f"{name} is an unfinished run. Repeat the command that began it: it goes on from there.")
     if not (folder / CONFIG).is_file():
         files = sorted(path.name for path in folder.glob(f"*{GGUF}"))
-        more = f" Give a file in it, such as {folder / files[0]}." if files else " Give another directory."
-        raise InputError(f"{name} is not a model directory: it has no config.json.{more}")
+        instead = f"a file in it, such as {folder / files[0]}" if files else "another directory"
+        raise InputError(f"{name} is not a model directory: it has no config.json. Give {instead}.")
     parse_json(folder / CONFIG)  # transformers has no bounds
     if (folder / "adapter_config.json").is_file():  # it may name a base on the hub, which the user did not
         raise InputError(f"{name} holds an adapter, which would be opened with the model. Merge it, or move it away.")
