@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from sparlow.errors import InputError
 from sparlow.exporting._registry import Exported, Writer, form
 from sparlow.exporting.adapter import BASE, sign
-from sparlow.exporting.directory import checkpoint_names, meta_model_of, write_plain
+from sparlow.exporting.directory import VLLM, checkpoint_names, meta_model_of, write_plain
 from sparlow.exporting.experts import require_no_experts
 from sparlow.exporting.integers import Need, exact_integers, group_of, rounded_integers
-from sparlow.exporting.lora import VLLM, adapt, adapter_bytes, adapter_commands, require_adapter
+from sparlow.exporting.lora import adapt, adapter_bytes, adapter_commands, require_adapter
 from sparlow.exporting.stored import Layer, Stored
 from sparlow.progress import Notify
 from sparlow.schema import Doc

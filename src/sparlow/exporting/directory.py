@@ -21,6 +21,7 @@ from sparlow.model.artefact.shards import ShardRecord, write_shard
 from sparlow.progress import Notify, counting
 
 STAGE = "exporting shards"
+VLLM = "python -m vllm.entrypoints.openai.api_server --model"  # the server that was tried, before the directory
 _OURS = re.compile(  # what is of one form only; all else beside the weights travels along
     r".*\.(safetensors|bin|pt|pth|gguf|h5|msgpack|onnx|ckpt|index\.json)|config\.json|sparlow.*\.json|recipe\.toml"
     r"|report\.(json|html)|readme(\..*)?|adapter_.*|\..*",

@@ -7,12 +7,10 @@ from torch import Tensor
 from sparlow.errors import InputError
 from sparlow.exporting._registry import Exported, Writer, form
 from sparlow.exporting.adapter import BASE, common_rank, sign, write_adapter
-from sparlow.exporting.directory import checkpoint_names, meta_model_of, write_plain
+from sparlow.exporting.directory import VLLM, checkpoint_names, meta_model_of, write_plain
 from sparlow.exporting.experts import require_no_experts
 from sparlow.exporting.stored import Layer, Stored
 from sparlow.progress import Notify
-
-VLLM = "python -m vllm.entrypoints.openai.api_server --model"  # vllm serve, where its command runs
 
 
 @form(

@@ -5,8 +5,7 @@ from pathlib import Path
 from torch import Tensor
 
 from sparlow.exporting._registry import Exported, Writer, form
-from sparlow.exporting.directory import checkpoint_names, write_plain
-from sparlow.exporting.lora import VLLM
+from sparlow.exporting.directory import VLLM, checkpoint_names, write_plain
 from sparlow.exporting.stored import Layer, Stored
 from sparlow.progress import Notify
 

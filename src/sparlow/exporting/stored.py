@@ -142,12 +142,6 @@ class Stored:
         """Return the names of all modules that have tensors."""
         return sorted(self._parts)
 
-    def dense_matrices(self) -> list[str]:
-        """Return the modules with a weight of two dimensions that are not compressed linear layers."""
-        plain = [name for name, parts in self._parts.items() if len(getattr(parts.get("weight"), "shape", ())) == 2]  # noqa: PLR2004 - a matrix
-        coded = [name for name in self.records if name not in self.layers]
-        return sorted({*plain, *coded} - self.layers.keys())
-
     def outline(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Yield the name and shape of each tensor of the dense model, in the order in which ``shards`` gives them."""
         for file in self.files:
