@@ -36,7 +36,8 @@ def load(
         activations: Of packed layers: ``float``, or ``int8``, which rounds their inputs where the stored levels are
             integers. If left out, what ``SPARLOW_ACTIVATIONS`` says, else int8 in mode auto and float in others.
         step: What computes a token behind others: ``transformers``; or ``kernel``, one call for all blocks, where the
-            model's structure is one that the kernel knows, which the first ``generate`` finds out and says if not.
+            model's structure is one that the kernel knows, which the first ``generate`` finds out and says if not. It
+            moves the weights to large pages of memory where the system has them.
         options: Of ``from_pretrained``, such as dtype and device_map.
 
     Raises:

@@ -109,6 +109,10 @@ class PackedModule(StillPacked):
             self._operand = operand(packed.parts, packed.shape, packed.grid, packed.bias)
         return self._operand
 
+    def take(self, packed: Packed) -> None:
+        """Hold the same weight at another place in memory."""
+        self.packed, self._operand = packed, None
+
     @property
     def values(self) -> str:
         """The type of the stored values."""

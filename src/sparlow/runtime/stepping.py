@@ -14,6 +14,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from sparlow.runtime.anatomy import UnlikeError
 from sparlow.runtime.cache import StepCache
 from sparlow.runtime.greedy import Greedy, greedy, write
+from sparlow.runtime.pages import use_large_pages
 from sparlow.runtime.step import Step
 
 _log = logging.getLogger("sparlow")
@@ -37,6 +38,7 @@ class Stepping:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model, self.why_not, self.steps = model, "", 0
         self._step: Step | None = None
+        self._moved = False  # whether the weights were moved to where they are read quickest
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_step": None}  # addresses of this process
@@ -49,6 +51,9 @@ class Stepping:
         if self.model.training:
             return None
         before = self.why_not
+        if not self._moved:
+            use_large_pages(self.model)
+            self._moved = True
         with unused(self.model):
             try:
                 self._step, self.why_not = Step(self.model), ""
