@@ -18,6 +18,7 @@ from sparlow.linalg.grid_target import GridTarget
 from sparlow.linalg.scales import learned
 from sparlow.model.artefact.stored_form import StoredForm, Weight, pack_weight
 from sparlow.runtime.build import PATHS, NoKernelError, library
+from sparlow.runtime.openmp import use_torchs_threads
 from sparlow.runtime.product import TOKENS, forced, joined, operand, products
 
 try:
@@ -260,7 +261,24 @@ def two_threads():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(params=["those of torch", "our own"])
+def whose_threads(request):
+    again = use_torchs_threads.__wrapped__
+    if request.param == "our own":
+        library().functions.sparlow_openmp(None, None, None)
+    elif not again(library()):
+        pytest.skip("torch has no OpenMP here")
+    yield
+    again(library())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere OpenMP may be another, or not be found")
+def test_products_between_operations_of_torch_run_in_its_threads():
+    assert use_torchs_threads(library()) == torch.backends.openmp.is_available()
+
+
 @path
+@pytest.mark.usefixtures("whose_threads")
 @pytest.mark.parametrize("rounded", [False, True])
 def test_threads_change_no_bit(path, rounded, two_threads):
     weight, x = large(), inputs(5, 1024, 0)
@@ -273,6 +291,7 @@ def test_threads_change_no_bit(path, rounded, two_threads):
             assert all(torch.equal(y, one) for y in products([weight] * 3, x, rounded=rounded))
 
 
+@pytest.mark.usefixtures("whose_threads")
 def test_threads_of_python_may_call_at_once(two_threads):
     two_threads(2)
     weight = large()

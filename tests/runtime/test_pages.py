@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import sparlow
 from runnable import write
-from sparlow.runtime import pages
+from sparlow.runtime import pages, placement
 from sparlow.runtime.build import NoKernelError, library
 from sparlow.runtime.packed import PackedModule
 from sparlow.runtime.stepping import use_step
@@ -29,6 +29,7 @@ def large(monkeypatch, tmp_path):
     setting.write_text("always [madvise] never\n")
     monkeypatch.setattr(pages, "_SETTING", setting)
     monkeypatch.setattr(pages, "PAGE", SMALL)
+    monkeypatch.setattr(placement, "PAGE", SMALL)
     monkeypatch.setattr(pages, "_BLOCK", 4 * SMALL)
     return setting
 
@@ -56,7 +57,7 @@ def places(model):
 @pytest.mark.usefixtures("large")
 def test_every_weight_moves_and_no_number_changes(packed):
     before, was, state = places(packed), logits(packed), {k: v.clone() for k, v in packed.state_dict().items()}
-    pages.use_large_pages(packed)
+    placement.use_large_pages(packed)
     after = places(packed)
     assert not set(before) & set(after)
     assert len(set(before)) == len(set(after))  # what is tied lies there once
@@ -71,14 +72,14 @@ def test_a_block_begins_with_a_page_and_holds_weights_of_any_size(packed, monkey
     taken = []
     block = pages._block
     monkeypatch.setattr(pages, "_block", lambda size: taken.append(block(size)) or taken[-1])
-    pages.use_large_pages(packed)
+    placement.use_large_pages(packed)
     assert len(taken) > 1
     assert all(memory.data_ptr() % SMALL == 0 for memory in taken)
 
 
 @pytest.mark.usefixtures("large")
 def test_a_moved_model_is_copied_saved_and_changed_as_before(packed, tmp_path):
-    pages.use_large_pages(packed)
+    placement.use_large_pages(packed)
     was = logits(packed)
     other = copy.deepcopy(packed)
     assert torch.equal(logits(other), was)
@@ -119,7 +120,7 @@ def test_a_dense_model_moves_before_its_first_step_and_stays_there():
 @pytest.mark.usefixtures("large")
 def test_gradients_reach_moved_parameters():
     model = dense_llama()
-    pages.use_large_pages(model)
+    placement.use_large_pages(model)
     model(IDS, labels=IDS).loss.backward()
     assert all(p.grad is not None for p in model.parameters())
 
@@ -128,7 +129,7 @@ def test_gradients_reach_moved_parameters():
 def test_without_large_pages_nothing_moves(packed, large, said):
     large.write_text(said) if said else large.unlink()
     before = places(packed)
-    pages.use_large_pages(packed)
+    placement.use_large_pages(packed)
     assert places(packed) == before
 
 
@@ -141,11 +142,11 @@ def test_another_system_has_none(monkeypatch):
 def test_small_models_and_memory_shared_with_other_processes_stay(packed, monkeypatch):
     model = dense_llama().share_memory()
     before = places(model)
-    pages.use_large_pages(model)
+    placement.use_large_pages(model)
     assert places(model) == before
-    monkeypatch.setattr(pages, "PAGE", 1 << 30)
+    monkeypatch.setattr(placement, "PAGE", 1 << 30)
     before = places(packed)
-    pages.use_large_pages(packed)
+    placement.use_large_pages(packed)
     assert places(packed) == before
 
 

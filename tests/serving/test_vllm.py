@@ -81,6 +81,21 @@ def test_every_layer_computes_what_sparlow_computes(family, form, tmp_path, vllm
     assert held <= 2 * model.model.embed_tokens.num_embeddings * model.model.embed_tokens.embedding_dim + 1000
 
 
+def test_inputs_are_rounded_where_the_environment_says_so(tmp_path, vllm, monkeypatch):
+    write_result(tmp_path, values="int4", pattern="dense", levels="integer", ranks=(0,), group=64)
+    monkeypatch.setenv("SPARLOW_ACTIVATIONS", "int8")
+    layer = server.serve(tmp_path).model.layers[0].mlp.down_proj
+    assert any("rounded to int8" in sentence for sentence in vllm)
+    x = torch.randn(2, layer.quant_method.packed.shape[1], generator=torch.Generator().manual_seed(0))
+    monkeypatch.setenv("SPARLOW_ACTIVATIONS", "float")
+    exact = server.serve(tmp_path).model.layers[0].mlp.down_proj(x)
+    off = (layer(x) - exact).norm() / exact.norm()
+    assert 1e-4 < off < 0.03
+    monkeypatch.setenv("SPARLOW_ACTIVATIONS", "int7")
+    with pytest.raises(InputError, match="SPARLOW_ACTIVATIONS cannot be 'int7'"):
+        server.serve(tmp_path)
+
+
 def serve_packed(folder, said):
     model = server.serve(folder)
     assert said

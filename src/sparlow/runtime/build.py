@@ -198,4 +198,6 @@ def _declare(functions: ctypes.CDLL) -> None:
     functions.sparlow_step.argtypes = [number, number, pointer, long, long, pointer, pointer]
     functions.sparlow_step_work.argtypes, functions.sparlow_step_work.restype = [pointer, long], long
     functions.sparlow_starts.argtypes = [pointer, long, long, long, pointer]
-    functions.sparlow_decode.restype = functions.sparlow_rows.restype = None
+    functions.sparlow_openmp.argtypes = [pointer, pointer, pointer]
+    for without in ("decode", "rows", "openmp"):
+        getattr(functions, f"sparlow_{without}").restype = None

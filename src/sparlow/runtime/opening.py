@@ -20,6 +20,7 @@ from sparlow.model.artefact.layers import compressed_layers, merged
 from sparlow.model.artefact.opening import Dense, InFile, Opening
 from sparlow.model.forward.fused_layout import put_together
 from sparlow.runtime.build import NoKernelError, library
+from sparlow.runtime.options import ACTIVATIONS, ACTIVATIONS_VARIABLE
 from sparlow.runtime.which import kernel
 from sparlow.schema import unknown
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:  # transformers imports this file while it is on its way in: s
     from sparlow.runtime.packed import Packed
 
 MODES = ("dense", "packed", "merged", "auto")
-MODE, ACTIVATIONS = "SPARLOW_MODE", "SPARLOW_ACTIVATIONS"
+MODE = "SPARLOW_MODE"
 _log = logging.getLogger("sparlow")
 
 
@@ -129,8 +130,8 @@ def opening_of(mode: str, activations: str = "float") -> Opening:
     """
     if mode not in MODES:
         raise InputError(unknown(f"There is no mode {mode!r}", mode, MODES))
-    if activations not in ("float", "int8"):
-        raise InputError(f"The activations cannot be {activations!r}. Choose float or int8.")
+    if activations not in ACTIVATIONS:
+        raise InputError(unknown(f"There are no activations {activations!r}", activations, ACTIVATIONS))
     return Dense() if mode == "dense" else Opened(mode, activations)
 
 
@@ -142,7 +143,7 @@ def by_environment() -> Opening:
 
 def activations_of(mode: str) -> str:
     """Return the type of the inputs of packed layers where nobody has said: what serves best, in mode auto."""
-    return os.environ.get(ACTIVATIONS) or ("int8" if mode == "auto" else "float")
+    return os.environ.get(ACTIVATIONS_VARIABLE) or ("int8" if mode == "auto" else "float")
 
 
 def _put(model: "PreTrainedModel", name: str, layer: nn.Module) -> None:

@@ -8,6 +8,7 @@ from sparlow.schema import NOT_NEGATIVE, Choices, Doc, Panel, Unset, at_least, c
 
 MODES = ("dense", "packed", "merged", "auto")
 ACTIVATIONS = ("float", "int8")
+ACTIVATIONS_VARIABLE = "SPARLOW_ACTIVATIONS"
 STEPS = ("transformers", "kernel")
 DTYPES = ("float32", "bfloat16", "float16")
 TEXT, MACHINE, MEASURED = Panel("Text"), Panel("Machine"), Panel("Measured")

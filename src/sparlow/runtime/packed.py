@@ -17,10 +17,10 @@ from sparlow.linalg.grid import Grid
 from sparlow.machine import has_bfloat16_arithmetic
 from sparlow.model.artefact.layers import SparseLowRankLinear, StillPacked
 from sparlow.model.artefact.stored_form import PARTS, unpack_weight
+from sparlow.runtime.options import ACTIVATIONS
 from sparlow.runtime.product import Operand, operand
 from sparlow.schema import unknown
 
-ACTIVATIONS = ("float", "int8")
 _BLOCK = 64  # columns, see sparlow.h
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.uint8)  # that the kernel reads
 _numbers = itertools.count()

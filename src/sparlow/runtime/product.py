@@ -20,6 +20,7 @@ from sparlow.finite import all_finite
 from sparlow.linalg.grid import Grid
 from sparlow.runtime.build import PATHS, Library, library
 from sparlow.runtime.matrix import Layer, Matrix, address, factor, sparse_matrix
+from sparlow.runtime.openmp import use_torchs_threads
 from sparlow.runtime.which import PATH
 
 TOKENS = 8  # that one call of the kernel takes; more are quicker by tiles
@@ -223,8 +224,10 @@ def operand(parts: Mapping[str, Tensor], shape: tuple[int, int], grid: Grid | No
     """
     if elsewhere := next((part for part, tensor in parts.items() if not tensor.is_cpu), None):
         raise InputError(f"Its {elsewhere} is not in the CPU's memory. Open the model with mode='dense' there.")
+    lib = library()
+    use_torchs_threads(lib)
     with torch.device("cpu"):  # while a model is opened, the default is the meta device
-        return _operand(library(), parts, shape, grid, bias)
+        return _operand(lib, parts, shape, grid, bias)
 
 
 def _operand(

@@ -14,7 +14,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from sparlow.runtime.anatomy import UnlikeError
 from sparlow.runtime.cache import StepCache
 from sparlow.runtime.greedy import Greedy, greedy, write
-from sparlow.runtime.pages import use_large_pages
+from sparlow.runtime.placement import use_large_pages
 from sparlow.runtime.step import Step
 
 _log = logging.getLogger("sparlow")

@@ -17,12 +17,14 @@ from vllm.model_executor.layers.linear import LinearMethodBase
 from sparlow.errors import InputError
 from sparlow.model.artefact.schemes import StoredLayer, packed_types
 from sparlow.runtime.build import NoKernelError
-from sparlow.serving.weights import Packed, Stored, expanded
+from sparlow.runtime.pages import LargePages
+from sparlow.serving.weights import Packed, Stored, expanded, inputs_by_environment
 
 _log = logging.getLogger("vllm.sparlow")  # shown as vLLM shows its own
 INSTEAD = "Or serve what sparlow export DIR --out OUT --as merged writes."
 _PARTS = {"q": 0, "k": 1, "v": 2}  # what vLLM calls the parts of attention; others have numbers
 _said: set[str] = set()
+_pages = LargePages()
 
 
 def say(sentence: str, level: int = logging.WARNING) -> None:
@@ -102,7 +104,7 @@ class SparlowLinearMethod(LinearMethodBase):  # type: ignore[misc]  # vLLM's cla
             if not isinstance(number, int) or not 0 <= number < len(stored) or (which is None and len(stored) > 1):
                 names = ", ".join(weight.name for weight in stored)
                 raise InputError(f"vLLM gave the {part} of {names} as the part {which!r}, which is not known here.")
-            stored[number].tensors[part] = loaded.detach().to("cpu", copy=True)
+            stored[number].tensors[part] = _pages.copy(loaded)
 
         return load
 
@@ -120,7 +122,7 @@ class SparlowLinearMethod(LinearMethodBase):  # type: ignore[misc]  # vLLM's cla
             say(f"Layers that sparlow compressed are expanded to dense ones: {why}.")
         else:
             try:
-                self.packed = Packed(weights)
+                self.packed = Packed(weights, inputs_by_environment())
             except NoKernelError as problem:
                 say(f"Layers that sparlow compressed are expanded to dense ones. {problem}")
         weight = torch.empty(0) if self.packed else expanded(self.stored, self.dtype, device)
@@ -129,6 +131,8 @@ class SparlowLinearMethod(LinearMethodBase):  # type: ignore[misc]  # vLLM's cla
         if self.packed is not None:
             path = _path(self.packed)
             say(f"Layers that sparlow compressed stay packed, and are computed by its kernel ({path}).", logging.INFO)
+            if self.packed.rounded:
+                say("Inputs of those whose levels are integers are rounded to int8, as the environment says.")
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return x Wᵀ + b (…, out)."""

@@ -1,6 +1,7 @@
 """The weights of one layer of a server: one or several stored ones, left to the kernel or expanded to a dense one."""
 
 import itertools
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,9 @@ from sparlow.errors import InputError
 from sparlow.model.artefact.schemes import StoredLayer
 from sparlow.model.artefact.shards import Header, check_parts
 from sparlow.model.artefact.stored_form import unpack_weight
+from sparlow.runtime.options import ACTIVATIONS, ACTIVATIONS_VARIABLE
 from sparlow.runtime.product import Joined, Operand, joined, operand
+from sparlow.schema import unknown
 
 _numbers = itertools.count()
 _packed: WeakValueDictionary[int, "Packed"] = WeakValueDictionary()  # by number, which a compiled graph can hold
@@ -98,17 +101,31 @@ class Stored:
         return any(t.dtype == torch.float64 for t in self.tensors.values())
 
 
+def inputs_by_environment() -> str:
+    """Return the type of the inputs of packed layers that ``SPARLOW_ACTIVATIONS`` asks for, else float.
+
+    Raises:
+        InputError: It asks for another.
+    """
+    asked = os.environ.get(ACTIVATIONS_VARIABLE) or "float"
+    if asked not in ACTIVATIONS:
+        raise InputError(unknown(f"{ACTIVATIONS_VARIABLE} cannot be {asked!r}", asked, ACTIVATIONS))
+    return asked
+
+
 class Packed:
     """Weights that stay as they are stored and are multiplied by one input, on the CPU.
 
     Args:
         weights: One below the other.
+        inputs: ``float``; or ``int8``: those of up to 8 tokens are rounded, see ``PackedLinear``.
 
     Raises:
         InputError: They are damaged, or there is no kernel on this machine.
     """
 
-    def __init__(self, weights: Sequence[Stored]) -> None:
+    def __init__(self, weights: Sequence[Stored], inputs: str = "float") -> None:
+        self.rounded = inputs == "int8"
         self.joined: Joined = joined([weight.operand() for weight in weights])
         self.shape = (sum(self.joined.sizes), weights[0].shape[1])
         self.decoded = weights[0].decoded
@@ -135,7 +152,7 @@ class Packed:
 
 def _product(x: Tensor, weights: Packed) -> Tensor:
     flat = x.detach().reshape(-1, x.shape[-1]).float().contiguous()
-    return weights.joined.product(flat).view(*x.shape[:-1], weights.shape[0]).to(x.dtype)
+    return weights.joined.product(flat, rounded=weights.rounded).view(*x.shape[:-1], weights.shape[0]).to(x.dtype)
 
 
 def _rows(ids: Tensor, weights: Packed) -> Tensor:

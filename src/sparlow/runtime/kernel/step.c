@@ -212,6 +212,7 @@ EXPORT int sparlow_step(int number, int threads, const decoder *d, int64_t texts
   divide(d, texts, d->work, &p);
   int64_t work = texts * d->groups * (at + 1) * d->head / FEW;
   int some = work < threads ? (work < 1 ? 1 : (int)work) : threads;
+  own_threads(1);
   for (const block *b = d->blocks; b < d->blocks + d->count; b++) {
     for (int64_t t = 0; t < texts; t++) by->normalise(b->before, x + t * d->hidden, d->hidden, p.n + t * d->hidden);
     products(&h, &b->q, 3, p.n, p.q);
@@ -227,5 +228,6 @@ EXPORT int sparlow_step(int number, int threads, const decoder *d, int64_t texts
   }
   for (int64_t t = 0; t < texts; t++) by->normalise(d->last, x + t * d->hidden, d->hidden, p.n + t * d->hidden);
   products(&h, &d->output, 1, p.n, logits);
+  own_threads(0);
   return h.failed;
 }

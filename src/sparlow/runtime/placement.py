@@ -1,0 +1,65 @@
+"""Moves a model's weights to where a core reads them quickest."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from sparlow.runtime.packed import PackedModule
+from sparlow.runtime.pages import PAGE, LargePages, has_large_pages
+
+
+def use_large_pages(model: nn.Module) -> None:
+    """Move a model's weights, packed and dense, to large pages where the system has them.
+
+    No number changes, and what is shared stays shared. Packed weights are then no longer mapped from their file. A
+    model that fills no such page, and weights on accelerators or in memory shared with other processes, stay.
+    """
+    if not has_large_pages() or _bytes(model) < PAGE:
+        return
+    mover = _Mover()
+    for modules in _by_weight(model):
+        packed = modules[0].packed
+        bias = None if packed.bias is None else mover.moved(packed.bias)
+        new = replace(packed, parts={part: mover.moved(tensor) for part, tensor in packed.parts.items()}, bias=bias)
+        for module in modules:
+            module.take(new)
+    for parameter in _dense(model):
+        parameter.data = mover.moved(parameter.data)
+
+
+class _Mover:
+    """Moves each tensor once."""
+
+    def __init__(self) -> None:
+        self._pages = LargePages()
+        self._known: dict[tuple[int, torch.Size, torch.dtype], Tensor] = {}
+
+    def moved(self, t: Tensor) -> Tensor:
+        key = (t.data_ptr(), t.shape, t.dtype)
+        if not t.numel() or not _movable(t):
+            return t
+        if key not in self._known:
+            self._known[key] = self._pages.copy(t)
+        return self._known[key]
+
+
+def _by_weight(model: nn.Module) -> list[list[PackedModule]]:
+    """Return the packed layers, those that are tied side by side."""
+    found: dict[int, list[PackedModule]] = {}
+    for module in model.modules():
+        if isinstance(module, PackedModule):
+            found.setdefault(id(module.packed), []).append(module)
+    return list(found.values())
+
+
+def _dense(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if type(p) is nn.Parameter and _movable(p)]
+
+
+def _movable(t: Tensor) -> bool:
+    return t.is_cpu and t.layout == torch.strided and t.is_contiguous() and not t.is_shared()
+
+
+def _bytes(model: nn.Module) -> int:
+    return sum(p.nbytes for p in _dense(model)) + sum(modules[0].bytes for modules in _by_weight(model))
