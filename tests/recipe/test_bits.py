@@ -94,6 +94,18 @@ def test_ranks_are_the_same_up_to_a_quarter_of_the_shorter_side():
     assert ranks["0.q"] > NARROW // 4
 
 
+def test_beside_values_in_the_models_type_ranks_grow_with_the_layer():
+    choice = pick(LAYERS, Asked(9.74, pattern=NM(13, 32), values="model"))
+    ranks = {name.partition(".")[2]: budget.rank for name, budget in choice.budgets.items()}
+    assert ranks["gate"] == ranks["up"] == ranks["down"]
+    for name, shape in BLOCK.items():
+        size = math.prod(shape) / sum(shape) / (WIDTH * WIDE / (WIDTH + WIDE))
+        assert abs(ranks[name] - ranks["down"] * size**0.6) <= 1.5
+    assert 0.999 * 9.74 < choice.bits <= 9.74
+    small = {"wide": Layer((512, 512), 2), "flat": Layer((8, 512), 2)}  # whose share is small, and whose side is smaller
+    assert pick(small, Asked(9.74, pattern=NM(13, 32), values="model")).budgets["flat"].rank <= 8
+
+
 def test_a_bias_counts_with_its_layer():
     biased = {name: Layer(layer.shape, 2, bias=2 * layer.shape[0]) for name, layer in LAYERS.items()}
     choice = pick(biased, Asked(3.5))
