@@ -102,7 +102,7 @@ def test_beside_values_in_the_models_type_ranks_grow_with_the_layer():
         size = math.prod(shape) / sum(shape) / (WIDTH * WIDE / (WIDTH + WIDE))
         assert abs(ranks[name] - ranks["down"] * size**0.6) <= 1.5
     assert 0.999 * 9.74 < choice.bits <= 9.74
-    small = {"wide": Layer((512, 512), 2), "flat": Layer((8, 512), 2)}  # whose share is small, and whose side is smaller
+    small = {"wide": Layer((512, 512), 2), "flat": Layer((8, 512), 2)}  # whose side is short
     assert pick(small, Asked(9.74, pattern=NM(13, 32), values="model")).budgets["flat"].rank <= 8
 
 
@@ -155,7 +155,7 @@ def test_values_of_the_models_type_want_more_rank_than_values():
     assert choice.form.pattern in (NM(13, 32), NM(14, 32))
     assert choice.form.grid is None
     assert not choice.form.int8
-    assert choice.budgets["0.gate"].rank == pytest.approx(WIDTH / 14, abs=10)
+    assert choice.budgets["0.q"].rank == pytest.approx(WIDTH / 14, abs=10)
 
 
 def test_without_a_low_rank_part_what_is_left_goes_to_smaller_groups():
