@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ def path_number(lib: Library, asked: str | None = None) -> int:
     return PATHS.index(name)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Operand:
     """A weight S + U V with its bias, described for the kernel.
 
@@ -83,7 +84,11 @@ class Operand:
             x: (tokens, in) float32, contiguous; or in bfloat16, see ``Joined.product``.
             rounded: Round x to int8, a scale for each token and 128 columns, where the levels of S are integers.
         """
-        return joined((self,)).product(x, rounded=rounded)
+        return Joined((self,), self._alone, (self.S.shape[0],)).product(x, rounded=rounded)
+
+    @cached_property
+    def _alone(self) -> "ctypes.Array[Layer]":
+        return (Layer * 1)(_layer(self))
 
     def by_tiles(self, x: Tensor, y: Tensor) -> None:
         """Write the product to y (tokens, out) float32, in which a row may be part of a wider one."""
