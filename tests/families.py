@@ -52,6 +52,9 @@ _EXTRAS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("gpt2", {"n_inner": 48}),
     "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
 }
+_WHOLE: dict[str, tuple[str, dict[str, Any]]] = {  # with as many blocks as their kinds of attention take to come round
+    "gemma3": ("gemma3_text", _GEMMA | {"num_hidden_layers": 7}),
+}
 _LAYERS = {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2}
 _PER_LAYER = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY}
 _MAMBA = {"use_mamba_kernels": False, "mamba_d_state": 4, "num_hidden_layers": 4, "pad_token_id": 1}
@@ -120,7 +123,7 @@ EXTRAS = tuple(_EXTRAS)  # models of which some or all layers are no nn.Linear
 
 def tiny(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, blocks: int | None = None) -> PreTrainedModel:
     """A random model of a family in eval mode: 3 or 4 blocks, or so many, 32 features, 128 tokens."""
-    model_type, changes = (_MODELS | _EXTRAS | _BY_TEXT | _STRUCTURES)[name]
+    model_type, changes = (_MODELS | _EXTRAS | _WHOLE | _BY_TEXT | _STRUCTURES)[name]
     fewer = {} if blocks is None else {"num_hidden_layers": blocks}
     config = AutoConfig.for_model(model_type, **(_SIZES | changes | fewer))
     auto: Any = AutoModelForCausalLM

@@ -180,12 +180,13 @@ def test_modules_are_named_by_their_ends_only_where_no_other_ends_alike():
 def test_one_adapter_is_not_for_weights_stored_both_ways():
     def stored(transposed):
         layers = {str(i): SimpleNamespace(scheme=SimpleNamespace(transposed=one)) for i, one in enumerate(transposed)}
-        return SimpleNamespace(layers=layers, ranks={name: 3 for name in layers if name != "0"})
+        return SimpleNamespace(layers=layers)
 
+    ranks = {"1": 3, "2": 3}
     for kinds in ((True, False, False), (False, True, True)):  # the first has no low-rank part
-        assert require_adapter(stored(kinds)) == 8
+        assert require_adapter(stored(kinds), ranks) == 8
     with pytest.raises(sparlow.InputError, match=r"^Some layers of this model are stored as .* only. Export merged.$"):
-        require_adapter(stored((True, True, False)))
+        require_adapter(stored((True, True, False)), ranks)
 
 
 def test_an_adapter_is_not_joined_to_another_base(llama, tmp_path):

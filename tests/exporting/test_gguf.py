@@ -12,7 +12,8 @@ from tokenizers import Tokenizer, models, normalizers
 import sparlow
 from artefacts import edit
 from results import byte_tokenizer, logits, write_result
-from sparlow.exporting.gguf_families import FAMILIES, dealt_rows, rotary_factors
+from samples import few_of
+from sparlow.exporting.gguf_families import FAMILIES, dealt_rows, family_of, rotary_factors, settings
 from sparlow.exporting.gguf_tokenizer import tokenizer_fields
 from sparlow.files import CONFIG
 from sparlow.model.artefact.layers import compressed_layers
@@ -21,7 +22,7 @@ from sparlow.model.loading.source import open_model
 gguf = pytest.importorskip("gguf")
 
 NEWER = hasattr(transformers, "GgufConfig")  # which may leave weights packed unless told otherwise
-READ_BY_TRANSFORMERS = ("llama", "qwen2", "qwen3", "gemma2")
+READ_BY_TRANSFORMERS = ("llama", "qwen2", "qwen3", "phi3", "starcoder2", "gemma2", "gemma3")
 
 
 def written(folder, family="llama", options=None, **form):
@@ -39,7 +40,7 @@ def field(reader, name):
     return reader.fields[name].contents()
 
 
-@pytest.mark.parametrize("family", READ_BY_TRANSFORMERS)
+@pytest.mark.parametrize("family", few_of(READ_BY_TRANSFORMERS, "llama", "qwen2", "phi3", "gemma3"))
 def test_transformers_reads_it_back(family, tmp_path):
     model, reader, _ = written(tmp_path, family, {"type": "f16"}, ranks=(3, 0, 9))
     config = copy.deepcopy(model.config)  # of the settings in the file, its reader leaves out some
@@ -50,26 +51,29 @@ def test_transformers_reads_it_back(family, tmp_path):
     )
     expected = logits(model, vocabulary=100)
     assert (logits(again, vocabulary=100) - expected).abs().max() < 5e-3 * expected.abs().max()
-    arch, size = FAMILIES[family].arch, 8
+    arch, size = FAMILIES[config.model_type].arch, 8
+    everywhere = family in ("phi3", "starcoder2")  # llama.cpp attends to everything there: the same within a window
     for name, value in {
         "attention.head_count": config.num_attention_heads,
         "attention.head_count_kv": config.num_key_value_heads,
         "attention.key_length": size,
         "attention.value_length": size,
         "block_count": config.num_hidden_layers,
-        "context_length": config.max_position_embeddings,
+        "context_length": config.sliding_window if everywhere else config.max_position_embeddings,
         "embedding_length": config.hidden_size,
         "feed_forward_length": config.intermediate_size,
         "rope.dimension_count": size,
         "vocab_size": config.vocab_size,
     }.items():
         assert field(reader, f"{arch}.{name}") == value, name
-    assert field(reader, f"{arch}.rope.freq_base") == pytest.approx(10000.0)
-    assert field(reader, f"{arch}.attention.layer_norm_rms_epsilon") == pytest.approx(config.rms_norm_eps)
+    assert field(reader, f"{arch}.rope.freq_base") == pytest.approx(1e6 if family == "gemma3" else 1e4)
+    norms, epsilon = ("", "norm_epsilon") if family == "starcoder2" else ("rms_", "rms_norm_eps")
+    assert field(reader, f"{arch}.attention.layer_norm_{norms}epsilon") == pytest.approx(getattr(config, epsilon))
     if family == "gemma2":
         assert field(reader, "gemma2.attn_logit_softcapping") == config.attn_logit_softcapping
         assert field(reader, "gemma2.final_logit_softcapping") == config.final_logit_softcapping
-        assert field(reader, "gemma2.attention.sliding_window") == config.sliding_window
+    if family.startswith("gemma"):
+        assert field(reader, f"{arch}.attention.sliding_window") == config.sliding_window
 
 
 def test_a_window_becomes_the_context_within_which_it_changes_nothing(tmp_path, monkeypatch):
@@ -190,6 +194,51 @@ def test_what_gguf_or_llama_cpp_do_not_know_is_refused_by_name(tmp_path):
             sparlow.export(tmp_path / "llama", tmp_path / "out", form="gguf")
         edit(tmp_path / "llama" / CONFIG, lambda config: config.update(hidden_act="silu"))
     assert not (tmp_path / "out").exists()
+
+
+LOCAL, WHOLE = "sliding_attention", "full_attention"
+ALTERNATING = ([LOCAL, WHOLE] * 4)[:7]
+ROTATIONS = {LOCAL: {"rope_type": "default", "rope_theta": 1e4}, WHOLE: {"rope_type": "default", "rope_theta": 1e6}}
+GEMMA = {
+    "head_dim": 8,
+    "query_pre_attn_scalar": 8,
+    "num_hidden_layers": 7,
+    "sliding_window": 4,
+    "rope_parameters": ROTATIONS,
+}
+OTHERS = {
+    "another order": ("gemma3_text", GEMMA | {"layer_types": ALTERNATING}, "local attention in all layers but"),
+    "another scale": ("gemma3_text", GEMMA | {"query_pre_attn_scalar": 9}, "scales queries by the head size alone"),
+    "another base": (
+        "gemma3_text",
+        GEMMA | {"rope_parameters": ROTATIONS | {LOCAL: {"rope_type": "default", "rope_theta": 5e3}}},
+        "rotates local layers by the base 10000 only",
+    ),
+    "scaled local layers": (
+        "gemma3_text",
+        GEMMA | {"rope_parameters": ROTATIONS | {LOCAL: {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e4}}},
+        "rotates local layers by the base 10000 only",
+    ),
+    "caps": ("gemma3_text", GEMMA | {"final_logit_softcapping": 30.0}, "neither soft caps nor attention to both sides"),
+    "both sides": ("gemma3_text", GEMMA | {"use_bidirectional_attention": True}, "nor attention to both sides"),
+    "no caps": ("gemma2", GEMMA | {"final_logit_softcapping": None}, "knows no model without soft caps"),
+    "no biases": ("starcoder2", {"use_bias": False}, "knows no model without biases"),
+    "half rotated": (
+        "phi3",
+        {"rope_parameters": ROTATIONS[LOCAL] | {"partial_rotary_factor": 0.5}},
+        "not written as GGUF",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_a_model_that_llama_cpp_would_compute_otherwise_is_refused(case):
+    kind, changes, message = OTHERS[case]
+    config = transformers.AutoConfig.for_model(kind, **changes).to_dict()
+    if case == "no caps":
+        config["layer_types"] = ALTERNATING
+    with pytest.raises(sparlow.InputError, match=message):
+        settings(config, family_of(config))
 
 
 def test_the_tokenizer_comes_along(tmp_path):

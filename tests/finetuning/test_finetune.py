@@ -17,9 +17,14 @@ from transformers import AutoModelForCausalLM
 import sparlow
 from coded import write_in_codes
 from families import save_tiny, tiny, tiny_tokenizer
+from results import write_result
 from sparlow.cli.commands import main
 from sparlow.errors import InputError, RunError
 from sparlow.evaluation.perplexity import perplexity
+from sparlow.exporting.export import MARK
+from sparlow.exporting.lora import require_base_and_adapter
+from sparlow.exporting.stored import Stored
+from sparlow.files import CONFIG
 from sparlow.finetuning.finetune import Parent
 from sparlow.model.artefact.describe import changed_sparse_parts, describe
 from sparlow.model.artefact.layers import SparseLowRankLinear, compressed_layers
@@ -251,11 +256,43 @@ def test_the_adapter_opens_with_peft_alone(tuned, monkeypatch):
     assert (config["r"], config["lora_alpha"], config["rank_pattern"], config["alpha_pattern"]) == (8, 8, {}, {})
 
 
+def test_the_adapter_is_the_one_that_export_writes_of_the_result(tuned, tmp_path):
+    out, folder, _, _ = tuned
+    sparlow.export(out, tmp_path / "lora", form="lora")
+    (tmp_path / "lora" / MARK).unlink()
+    files, exported = (
+        {str(path.relative_to(top)): path.read_bytes() for path in top.rglob("*") if path.is_file()}
+        for top in (folder, tmp_path / "lora")
+    )
+    assert files == exported
+    assert json.loads(files[f"base/{CONFIG}"])["rope_theta"] == 10000.0  # for readers that know no newer name
+
+
 def test_an_adapter_that_no_server_would_take_is_refused_before_training(place, tmp_path, monkeypatch):
     monkeypatch.setattr("sparlow.exporting.adapter.RANKS", (2,))
     with pytest.raises(sparlow.InputError, match=r"The largest rank is \d, .* Leave out --peft"):
         tune(place, "mixed", tmp_path / "out", peft=tmp_path / "peft")
     assert not (tmp_path / "peft").exists()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "why"),
+    [
+        ("mixtral", {}, "experts in one tensor, which an adapter has no compressed form of"),
+        (
+            "llama",
+            {"auto_map": {"AutoModelForCausalLM": "own.Own"}},
+            "Python code of its own, which export does not run",
+        ),
+    ],
+)
+def test_an_adapter_whose_base_no_other_program_would_open_is_refused_before_training(family, changes, why, tmp_path):
+    write_result(tmp_path / "in", family)
+    config = json.loads((tmp_path / "in" / CONFIG).read_text())
+    (tmp_path / "in" / CONFIG).write_text(json.dumps(config | changes))
+    with pytest.raises(sparlow.InputError, match=rf"{why}\. Leave out --peft\.$"):
+        require_base_and_adapter(Stored(tmp_path / "in"), {}, "Leave out --peft.")
 
 
 def test_the_adapter_and_its_base_have_the_mode_of_new_files(tuned, tmp_path):

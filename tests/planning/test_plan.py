@@ -252,8 +252,12 @@ def test_experts_are_counted_by_the_tokens_that_reach_them(tmp_path, monkeypatch
     assert [len(group.layers) for group in work.blocks[0].stages[0].groups] == [6, 2, 2, 2]
     assert counted(work)["Grams"] < whole
     assert seconds(work, speed, solver)["walk"] > 1.5 * walk
-    kinds = sparlow.plan(tmp_path, RECIPES["rank"], timed=False).layers
-    assert {kind.name: kind.count for kind in kinds if "experts" in kind.name} == {
+    found = sparlow.plan(tmp_path, RECIPES["rank"], timed=False)
+    said = [note for note in found.notes if note.startswith("An expert of mlp.experts.gate_up_proj sees")]
+    assert found.notes.count(said[0]) == len(said) == 1
+    assert f" {work.tokens // 2:,} of the {work.tokens:,} calibration tokens (50.00%) if all see as many" in said[0]
+    assert f" {work.tokens / 64:.2g} for each feature of its input" in said[0]
+    assert {kind.name: kind.count for kind in found.layers if "experts" in kind.name} == {
         "mlp.experts.gate_up_proj.*": 12,
         "mlp.experts.down_proj.*": 12,
     }

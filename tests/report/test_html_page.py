@@ -10,6 +10,7 @@ from pages import Page
 from sparlow.errors import InputError
 from sparlow.recipe.recipe import Recipe
 from sparlow.report.charts import charts_of_run
+from sparlow.report.expert_rows import expert_rows
 from sparlow.report.html_page import html, write_reports
 from sparlow.report.layer_rows import HEAD, layer_rows
 from sparlow.report.records import Report
@@ -121,6 +122,22 @@ def test_layers_that_differ_in_a_number_share_a_row_where_there_are_many():
     assert shown[0]["relative squared error"] == short(layer(0, "self_attn.q_proj").relative_error)
     assert experts["time"] == "1 min 20 s"  # of all
     assert [row[1] for row in layer_rows(seen[:2])] == ["mlp.experts.up_proj.0", "mlp.experts.up_proj.1"]
+
+
+def test_how_many_tokens_experts_saw_is_on_the_page():
+    saw = {"block": 0, "name": "mlp.experts.up_proj", "experts": 4, "tokens": [0, 1500, 300, None]}
+    rows = [
+        saw | {"shares": [0.0, 0.83333, 0.16667, None], "unreached": [0]},
+        saw | {"name": "mlp.experts.w2", "tokens": [None] * 4, "shares": [None] * 4, "unreached": []},
+    ]
+    assert [*expert_rows(rows)] == [
+        ("0", "mlp.experts.up_proj", "4", "0 to 1,500", "0.0 % to 83.3 %", "1"),
+        ("0", "mlp.experts.w2", "4", "–", "–", "0"),
+    ]
+    shown = html(report(experts=rows))
+    assert "<summary>Experts" in shown
+    assert "0.0 % to 83.3 %" in shown
+    assert "<summary>Experts" not in html(report())
 
 
 def test_the_four_numbers_are_those_of_the_text_that_does_not_flatter():

@@ -43,7 +43,7 @@ def compressed_tensors(stored: Stored, *, round: Rounding = "no") -> Writer:  # 
     """S in int4 or int8 in groups of columns, its zeros among the levels, and U V as an adapter beside it."""
     require_no_experts(stored, meta_model_of(stored), "compressed-tensors")
     bits = {name: _bits(stored, name, round) for name in stored.layers}
-    rank = require_adapter(stored) if stored.ranks else 0
+    rank = require_adapter(stored, stored.ranks) if stored.ranks else 0
     group = _common_group(stored)
     dense = [name for name, module in meta_model_of(stored).named_modules() if isinstance(module, nn.Linear)]
     config = _quantization(bits, group, [name for name in dense if name not in bits])

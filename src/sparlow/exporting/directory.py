@@ -28,6 +28,7 @@ _OURS = re.compile(  # what is of one form only; all else beside the weights tra
     re.IGNORECASE,
 )
 _CODE = (".py", ".pyc")
+_BY_HAND = 'Open it with sparlow.load(DIR, mode="merged", trust_remote_code=True) and save_pretrained.'
 
 
 Names = Callable[[dict[str, Tensor]], dict[str, Tensor]]
@@ -125,14 +126,19 @@ def checkpoint_names(stored: Stored) -> Names:
     return lambda state: private.revert_weight_conversion(model, fused(model, state))
 
 
-def meta_model_of(stored: Stored) -> PreTrainedModel:
-    """Return the dense model without weights."""
+def meta_model_of(stored: Stored, instead: str = _BY_HAND) -> PreTrainedModel:
+    """Return the dense model without weights.
+
+    Args:
+        stored: The model.
+        instead: What else can be done, for the error.
+
+    Raises:
+        InputError: It brings code of its own, or its class is not known.
+    """
     untyped: Any = AutoModelForCausalLM
     if "auto_map" in remote_code_left(stored.config):
-        raise InputError(
-            f"{stored.folder} brings Python code of its own, which export does not run. Open it with "
-            'sparlow.load(DIR, mode="merged", trust_remote_code=True) and save_pretrained.'
-        )
+        raise InputError(f"{stored.folder} brings Python code of its own, which export does not run. {instead}")
     with as_input_error(f"Cannot open the config of {stored.folder}"):
         config = AutoConfig.from_pretrained(stored.folder)
         if hasattr(config, "quantization_config"):

@@ -65,7 +65,7 @@ def gguf(stored: Stored, *, type: Type = "q8_0", weights: Weights = "merged") ->
     if importlib.util.find_spec("gguf") is None:
         raise InputError("Writing GGUF needs the package gguf. Run: pip install 'sparlow[gguf]'")
     family = family_of(stored.config)
-    rank = require_adapter(stored) if weights == "sparse" and stored.ranks else 0
+    rank = require_adapter(stored, stored.ranks) if weights == "sparse" and stored.ranks else 0
     file = _File(stored, family, type, sparse=weights == "sparse")
     entries = list(file.outline())
     fields = _fields(stored, family, type)

@@ -17,6 +17,8 @@ from sparlow.errors import InputError
 
 MERGE = "Export merged, and try llama.cpp's convert_hf_to_gguf.py on it."
 Settings = Mapping[str, Any]  # config.json
+_GELU = "gelu_pytorch_tanh"
+_LOCAL_BASE = 10000.0  # of the rotary embedding in local layers, where llama.cpp has one of its own for them
 
 
 @dataclass(frozen=True)
@@ -50,18 +52,44 @@ def _window_is_context(config: Settings) -> dict[str, Any]:
     return {"context_length": min(window, config["max_position_embeddings"])} if window else {}
 
 
-def _soft_caps(config: Settings) -> dict[str, Any]:
-    kinds = ["sliding_attention", "full_attention"] * config["num_hidden_layers"]
-    if config.get("layer_types", kinds[: config["num_hidden_layers"]]) != kinds[: config["num_hidden_layers"]]:
+def _local(config: Settings, every: int) -> dict[str, Any]:
+    """Local attention in all layers but each ``every``-th, and queries that are scaled by the head size."""
+    kind, count = config["model_type"], config["num_hidden_layers"]
+    kinds = ([*["sliding_attention"] * (every - 1), "full_attention"] * count)[:count]
+    if config.get("layer_types", kinds) != kinds:
         raise InputError(
-            f"For {config['model_type']}, llama.cpp knows local attention in every other layer only. {MERGE}"
+            f"For {kind}, llama.cpp knows local attention in all layers but one of {every}, in this order only. {MERGE}"
         )
     if config.get("query_pre_attn_scalar", config["head_dim"]) != config["head_dim"]:
-        raise InputError(f"For {config['model_type']}, llama.cpp scales queries by the head size alone. {MERGE}")
-    caps = {name: config.get(name) or 0.0 for name in ("attn_logit_softcapping", "final_logit_softcapping")}
+        raise InputError(f"For {kind}, llama.cpp scales queries by the head size alone. {MERGE}")
+    return {"attention.sliding_window": config["sliding_window"]}
+
+
+def _caps(config: Settings) -> dict[str, float]:
+    return {name: config.get(name) or 0.0 for name in ("attn_logit_softcapping", "final_logit_softcapping")}
+
+
+def _soft_caps(config: Settings) -> dict[str, Any]:
+    local, caps = _local(config, 2), _caps(config)
     if 0.0 in caps.values():
         raise InputError(f"For {config['model_type']}, llama.cpp knows no model without soft caps. {MERGE}")
-    return {**{name: float(cap) for name, cap in caps.items()}, "attention.sliding_window": config["sliding_window"]}
+    return local | {name: float(cap) for name, cap in caps.items()}
+
+
+def _two_rotations(config: Settings) -> dict[str, Any]:
+    """Local layers have a rotary embedding of their own, which llama.cpp does not read from the file."""
+    kind, found = config["model_type"], config["rope_parameters"].get("sliding_attention") or {}
+    if found.get("rope_type", "default") != "default" or found.get("rope_theta") != _LOCAL_BASE:
+        raise InputError(f"For {kind}, llama.cpp rotates local layers by the base {_LOCAL_BASE:.0f} only. {MERGE}")
+    if any(_caps(config).values()) or config.get("use_bidirectional_attention"):
+        raise InputError(f"For {kind}, llama.cpp knows neither soft caps nor attention to both sides. {MERGE}")
+    return _local(config, 6)
+
+
+def _with_biases(config: Settings) -> dict[str, Any]:
+    if not config.get("use_bias", True):
+        raise InputError(f"For {config['model_type']}, llama.cpp knows no model without biases. {MERGE}")
+    return _window_is_context(config)
 
 
 FAMILIES: Mapping[str, Family] = {  # by model_type of config.json
@@ -69,7 +97,10 @@ FAMILIES: Mapping[str, Family] = {  # by model_type of config.json
     "mistral": Family("llama", dealt=True, more=_window_is_context),
     "qwen2": Family("qwen2", more=_no_window),
     "qwen3": Family("qwen3", more=_no_window),
-    "gemma2": Family("gemma2", ("gelu_pytorch_tanh",), norms_from_zero=True, more=_soft_caps),
+    "phi3": Family("phi3", more=_window_is_context),
+    "starcoder2": Family("starcoder2", (_GELU,), more=_with_biases),
+    "gemma2": Family("gemma2", (_GELU,), norms_from_zero=True, more=_soft_caps),
+    "gemma3_text": Family("gemma3", (_GELU,), norms_from_zero=True, more=_two_rotations),
 }
 
 
@@ -113,7 +144,7 @@ def settings(config: Settings, family: Family) -> dict[str, Any]:
         "attention.head_count_kv": config.get("num_key_value_heads") or heads,
         "attention.key_length": size,
         "attention.value_length": size,
-        "attention.layer_norm_rms_epsilon": float(config["rms_norm_eps"]),
+        **_epsilon(config),
         "rope.dimension_count": size,
         "rope.freq_base": _base(config),
         "vocab_size": config["vocab_size"],
@@ -124,8 +155,15 @@ def settings(config: Settings, family: Family) -> dict[str, Any]:
     return found | family.more(config)
 
 
+def _epsilon(config: Settings) -> dict[str, float]:
+    if "rms_norm_eps" in config:
+        return {"attention.layer_norm_rms_epsilon": float(config["rms_norm_eps"])}
+    return {"attention.layer_norm_epsilon": float(config["norm_epsilon"])}
+
+
 def _rope(config: Settings) -> dict[str, Any]:
     found = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    found = found.get("full_attention") or found  # one of each kind of attention: the family sees to the other
     kind = found.get("rope_type") or found.get("type") or "default"
     if kind not in ("default", "linear", "llama3") or float(found.get("partial_rotary_factor", 1.0)) != 1:
         raise InputError(f"The rotary embedding of this model ({kind}) is not written as GGUF yet. {MERGE}")

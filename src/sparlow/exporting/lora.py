@@ -1,5 +1,6 @@
 """``lora``: plain S, and U V as a LoRA adapter on it."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -21,8 +22,7 @@ from sparlow.progress import Notify
 )
 def lora(stored: Stored) -> Writer:
     """Plain S in base, and U V as an adapter of one rank for all layers, to go on training or to serve."""
-    require_no_experts(stored, meta_model_of(stored), "lora")
-    rank, names = require_adapter(stored), checkpoint_names(stored)
+    rank, names = require_base_and_adapter(stored, stored.ranks), checkpoint_names(stored)
     parts: dict[str, tuple[Tensor, Tensor]] = {}
 
     def plain(layer: Layer) -> dict[str, Tensor]:
@@ -42,16 +42,28 @@ def lora(stored: Stored) -> Writer:
     return Writer(write, sum(stored.dense_bytes.values()) + adapter_bytes(stored, rank))
 
 
-def require_adapter(stored: Stored) -> int:
-    """Return the rank of the adapter; InputError if there can be none."""
-    if not stored.ranks:
-        raise InputError("No layer has a low-rank part, so there is nothing to put into an adapter. Export merged.")
-    if len({stored.layers[name].scheme.transposed for name in stored.ranks}) > 1:
+def require_base_and_adapter(stored: Stored, ranks: Mapping[str, int], instead: str = "Export merged.") -> int:
+    """Return the rank of the adapter; InputError if there can be none, or no plain base.
+
+    Args:
+        stored: The model.
+        ranks: Of the layers that get an adapter, by name.
+        instead: What else can be done, for the error.
+    """
+    require_no_experts(stored, meta_model_of(stored, instead), "an adapter", instead)
+    return require_adapter(stored, ranks, instead)
+
+
+def require_adapter(stored: Stored, ranks: Mapping[str, int], instead: str = "Export merged.") -> int:
+    """Return the rank of the adapter; InputError if there can be none. See ``require_base_and_adapter``."""
+    if not ranks:
+        raise InputError(f"No layer has a low-rank part, so there is nothing to put into an adapter. {instead}")
+    if len({stored.layers[name].scheme.transposed for name in ranks}) > 1:
         raise InputError(
             "Some layers of this model are stored as (in, out) and others as (out, in), and an adapter knows one order "
-            "only. Export merged."
+            f"only. {instead}"
         )
-    return common_rank(stored.ranks.values())
+    return common_rank(ranks.values(), instead)
 
 
 def adapt(stored: Stored, folder: Path, parts: dict[str, tuple[Tensor, Tensor]]) -> None:

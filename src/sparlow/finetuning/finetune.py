@@ -12,7 +12,8 @@ from pathlib import Path
 from sparlow.distributed import require_one
 from sparlow.errors import InputError
 from sparlow.evaluation.texts import require_context, require_tokenizer, require_vocabulary
-from sparlow.exporting.adapter import common_rank
+from sparlow.exporting.lora import require_base_and_adapter
+from sparlow.exporting.stored import Stored
 from sparlow.finetuning.examples import Examples
 from sparlow.finetuning.options import FinetuneOptions
 from sparlow.finetuning.parent import Parent, Paths
@@ -101,7 +102,7 @@ def finetune(
         parent = Parent.read(paths.folder)
         ranks = parent.ranks_to_train(rank)
         if peft is not None:
-            common_rank(ranks.values(), "Leave out --peft.")
+            require_base_and_adapter(Stored(paths.folder), ranks, "Leave out --peft.")
         opened = open_model(str(folder), device=device, trust_remote_code=trust_remote_code)
         examples = _examples(opened, plan)
         evaluation = windows_to_evaluate(listed(evaluate), opened, parent.report.recipe["seqlen"], limit, column)

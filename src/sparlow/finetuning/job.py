@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from sparlow.algorithms import REVISION
 from sparlow.errors import InputError, RunError
 from sparlow.evaluation.agreement import Measured
 from sparlow.evaluation.perplexity import perplexity
-from sparlow.exporting.adapter import BASE, ORIGIN, sign, write_adapter
+from sparlow.exporting.adapter import BASE, ORIGIN, sign
+from sparlow.exporting.lora import lora
+from sparlow.exporting.stored import Stored
 from sparlow.files import follow_umask, read_json
 from sparlow.finetuning.examples import Examples
 from sparlow.finetuning.options import FinetuneOptions
@@ -27,13 +28,12 @@ from sparlow.machine import machine, versions
 from sparlow.model.artefact.checkpoint import CheckpointWriter
 from sparlow.model.artefact.describe import changed_sparse_parts
 from sparlow.model.artefact.dtypes import StoredDtypes
-from sparlow.model.artefact.layers import compressed_layers, own_weights
+from sparlow.model.artefact.layers import compressed_layers
 from sparlow.model.artefact.loader import LOADER
 from sparlow.model.artefact.peft_adapter import (
     LowRank,
     put_together,
     take_apart,
-    to_own_form,
     unwrap,
     with_lora,
 )
@@ -145,7 +145,7 @@ class FineTuning:
             "versions": versions() | {name: version(name) for name in ("peft", "accelerate")},
         }
         if self.paths.peft:
-            self.write_base(self.paths.peft)
+            self.write_adapter(self.paths.peft)
         write_reports(report, self.paths.out)
         write_model_card(report, self.paths.out, self.opened.companions)
         found = {text_fingerprint(text): Measured(after[name]) for name, text in evaluation.items()}
@@ -169,23 +169,10 @@ class FineTuning:
         starts: dict[str, LowRank] = {name: part for name, part in parts.items() if len(part.V)}
         wrapped = with_lora(self.model, starts, self.ranks, self.plan.seed)
         losses = train(wrapped, examples, self.plan, self.paths.out / CHECKPOINTS, self.notify)
-        if self.paths.peft:
-            sign(
-                self.paths.peft, self.journal.record.fingerprint, []
-            )  # first, so that a run that is killed from here on may write it again
         self.model, trained = unwrap(wrapped, self.storage.dtype)
-        if self.paths.peft:
-            self.write_adapter(self.paths.peft, trained)
         put_together(self.model, parts | trained)
         self.undone = self.rounded_away(starts, trained)
         return losses
-
-    def write_adapter(self, peft: Path, trained: Mapping[str, LowRank]) -> None:
-        """Write the trained U and V in the form that every reader of adapters takes, while the model is taken apart."""
-        modules = [name for name, module in self.model.named_modules() if [*module.parameters(recurse=False)]]
-        stored = own_weights(self.model)
-        write_adapter(peft, trained, modules, transposed=all(stored[name].transposed for name in trained))
-        follow_umask(peft)
 
     def rounded_away(self, starts: Mapping[str, LowRank], trained: Mapping[str, LowRank]) -> list[str]:
         """Warn if rounding to the type they are stored in left the numbers where they were."""
@@ -201,7 +188,7 @@ class FineTuning:
         Raises:
             RunError: It cannot be written, or S is not what it was.
         """
-        writer = self.writer(self.paths.out, self.model)
+        writer = CheckpointWriter(self.paths.out, self.model, self.decoder, storage=self.storage)
         for i, (block, record) in enumerate(zip(self.decoder.blocks, self.parent.record.blocks, strict=True)):
             if not self.journal.has(i):
                 layers = [self.with_rank(row) for row in record.layers]
@@ -215,23 +202,12 @@ class FineTuning:
         writer.finish(self.model, self.opened.tokenizer, patterns=patterns, companions=beside, loader=loader)
         self.journal.note_rest(rest, (self.parent.folder / "recipe.toml").read_text("utf-8"))
 
-    def write_base(self, peft: Path) -> None:
-        """Write the plain model of all S that the adapter belongs to; the model is taken apart for it."""
-        to_own_form(self.model, take_apart(self.model))
-        writer = self.writer(peft / BASE, self.model)
-        shards = [writer.write_block(i, block) for i, block in enumerate(self.decoder.blocks)]
-        shards.append(writer.write_rest(self.model, plain=True))
-        writer.finish(self.model, self.opened.tokenizer, plain=True, companions=self.opened.companions)
-        sign(peft, self.journal.record.fingerprint, shards)
-
-    def writer(self, folder: Path, model: PreTrainedModel) -> CheckpointWriter:
-        """A writer in the types that the parent is stored in."""
-        return CheckpointWriter(
-            folder,
-            model,
-            self.decoder,
-            storage=self.storage,
-        )
+    def write_adapter(self, peft: Path) -> None:
+        """Write what was trained as an adapter, with its base, as ``export`` does with a result."""
+        sign(peft, self.journal.record.fingerprint, [])  # first, so that a run that is killed may write it again
+        lora(Stored(self.paths.out)).write(peft, self.notify)
+        for folder in (peft, peft / BASE):
+            follow_umask(folder)
 
     def report(self) -> Report:
         """The parent's report with the sizes as they are now."""

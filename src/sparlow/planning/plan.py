@@ -20,6 +20,7 @@ from sparlow.planning.choices import Choice, LeftOut, choices
 from sparlow.planning.duration import seconds
 from sparlow.planning.memory import Disk, Stage, disk, stages
 from sparlow.planning.microbenchmarks import solver, speed, typical, workspace
+from sparlow.planning.routed import notes_of_experts
 from sparlow.planning.workload import Layer, Workload, workload
 from sparlow.recipe.recipe import RecipeLike, as_recipe, with_calibration
 from sparlow.recipe.run_options import RunOptions, listed
@@ -285,6 +286,7 @@ def _notes(work: Workload) -> list[str]:
         notes.append(f"--allocate {recipe.allocate} moves {moved} between layers, and the total stays about the same.")
     if not work.streamed and not work.there:
         notes.append("A weight of a block is shared with another, so the whole model is held in memory.")
+    notes += notes_of_experts(work)
     if work.recipe.match:
         notes.append("Training may stop early, so it may take less time.")
     if work.evaluation:

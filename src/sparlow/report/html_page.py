@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 from sparlow.files import replacing
 from sparlow.machine import described
 from sparlow.report.charts import charts_of_run
+from sparlow.report.expert_rows import HEAD as EXPERTS
+from sparlow.report.expert_rows import expert_rows
 from sparlow.report.headline import corpus_on_top, form, sentence, tiles
 from sparlow.report.layer_charts import by_kind
 from sparlow.report.layer_rows import HEAD, layer_rows
@@ -158,6 +160,7 @@ def _details(report: Report) -> Iterable[Part]:
         yield Part("Fine-tuning, options", ("option", "value"), rows)
     yield _error_table(report.layers)
     yield Part("Layers", HEAD, [*layer_rows(report.layers)], left=4)
+    yield Part("Experts", EXPERTS, [*expert_rows(report.experts)], left=2)
     trained = [report.distillation] if report.distillation else report.matching
     matched = [
         (_which(row), short(row["loss_before"]), short(row["loss_after"]), plain(row["epochs"])) for row in trained

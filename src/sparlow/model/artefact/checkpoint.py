@@ -9,7 +9,7 @@ import copy
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from sparlow.files import CONFIG, INDEX, RECORD, follow_umask, read_json, replac
 from sparlow.model import _transformers as private
 from sparlow.model.artefact.checksums import require_recorded, require_sane
 from sparlow.model.artefact.dtypes import StoredDtypes
-from sparlow.model.artefact.embedding import dense_again, restored
+from sparlow.model.artefact.embedding import restored
 from sparlow.model.artefact.hf_quantizer import SparlowConfig, transposed_layers
 from sparlow.model.artefact.layers import compressed_layers, install
 from sparlow.model.artefact.loader import write_loader
@@ -97,18 +97,13 @@ class CheckpointWriter:
         state = {label + name: tensor for name, tensor in own.items()}
         return self._write(i, state, {label + name: packed for name, packed in inside.items()})
 
-    def write_rest(self, model: PreTrainedModel, *, plain: bool = False) -> ShardRecord:
+    def write_rest(self, model: PreTrainedModel) -> ShardRecord:
         """Write every tensor outside of the blocks, tied ones once; the file is either whole or not there.
-
-        Args:
-            model: The model.
-            plain: Quantised embeddings are written dense, for a directory that transformers opens without sparlow.
 
         Raises:
             RunError: It cannot be written.
         """
-        with dense_again(model) if plain else nullcontext():
-            state, packs = packed_state(model, without=self._decoder.name, wanted=self._of_layer, told=self._lost)
+        state, packs = packed_state(model, without=self._decoder.name, wanted=self._of_layer, told=self._lost)
         for target, source in self._tied.items():
             if target in state and source in state and state[target].data_ptr() == state[source].data_ptr():
                 del state[target]
@@ -136,7 +131,6 @@ class CheckpointWriter:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
-        plain: bool = False,
         patterns: Mapping[str, str] | None = None,
         companions: Iterable[Path] = (),
         loader: bool = False,
@@ -148,7 +142,6 @@ class CheckpointWriter:
         Args:
             model: The model.
             tokenizer: Its tokenizer.
-            plain: No layer is compressed, and transformers is to open the directory without sparlow.
             patterns: Those that the compressed layers obey, by name.
             companions: Files to copy, such as licences; what is written here anyway stays as it is.
             loader: Also write the file by which transformers imports sparlow under ``trust_remote_code=True``.
@@ -172,8 +165,8 @@ class CheckpointWriter:
                         shutil.copyfile(file, partial)
             follow_umask(self._folder)
             sync_folder(self._folder)  # what was not written by us
-            records = {} if plain else layer_records(headers, patterns, transposed_layers(model))
-            self._write_config(model, None if plain else SparlowConfig.of(records), loader=loader)
+            records = layer_records(headers, patterns, transposed_layers(model))
+            self._write_config(model, SparlowConfig.of(records), loader=loader)
             tell_lost(self._lost)
         except (InputError, OSError) as problem:
             raise RunError(f"Cannot finish {self._folder}: {reason(problem)}.") from problem
@@ -184,12 +177,9 @@ class CheckpointWriter:
         with replacing(self._folder / INDEX) as partial:
             partial.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", "utf-8")
 
-    def _write_config(self, model: PreTrainedModel, quantization: SparlowConfig | None, *, loader: bool) -> None:
+    def _write_config(self, model: PreTrainedModel, quantization: SparlowConfig, *, loader: bool) -> None:
         config = copy.deepcopy(model.config)
-        if quantization is not None:
-            config.quantization_config = quantization.to_dict()
-        elif hasattr(config, "quantization_config"):
-            del config.quantization_config
+        config.quantization_config = quantization.to_dict()
         config.architectures = [type(model).__name__]
         config.dtype = self._storage.dtype
         if model.is_remote_code():

@@ -18,7 +18,6 @@ from sparlow.linalg.grid import GROUP, WHOLE_ROW, Grid, GridValues, make_grid
 from sparlow.model.artefact.bitmask import rows_at_a_time
 from sparlow.model.artefact.dtypes import StoredDtypes
 from sparlow.model.artefact.outside import EMBEDDING, HEAD, Outside, are_tied, check_outside, mark, outside_modules
-from sparlow.model.artefact.packing import stored_form
 from sparlow.model.artefact.shards import by_layer, layer_records, read_headers
 from sparlow.model.artefact.stored_form import SCALE_TYPES, StoredForm, take_packed
 
@@ -116,19 +115,6 @@ def quantised(model: PreTrainedModel, embedding: str, head: str, **options: Any)
         for module, data in before:
             module.weight.data = data
             vars(module).pop("stored", None)
-
-
-@contextmanager
-def dense_again(model: PreTrainedModel) -> Iterator[None]:
-    """Within this context, the embedding and the head are stored in floats: nothing is known of another form."""
-    forms = [(o.module, form) for o in outside_modules(model).values() if (form := stored_form(o.module))]
-    for module, _ in forms:
-        del vars(module)["stored"]
-    try:
-        yield
-    finally:
-        for module, form in forms:
-            vars(module)["stored"] = form
 
 
 @contextmanager

@@ -7,7 +7,7 @@ changes, but for clipping, is that the learning rate of U is 16 / r times that o
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sparlow.errors import RunError
-from sparlow.model.artefact.layers import SparseLowRankLinear, compressed_layers, own_weights
+from sparlow.model.artefact.layers import SparseLowRankLinear, compressed_layers
 from sparlow.model.artefact.stored_form import StoredForm, Weight, pack_weight
 
 if TYPE_CHECKING:
@@ -68,17 +68,6 @@ def _form_left(layer: SparseLowRankLinear, form: StoredForm | None) -> StoredFor
         return form
     lost = pack_weight(Weight(layer.S, layer.U, layer.V), form).lost
     return replace(form, factors=None) if "factors" in lost else form
-
-
-def to_own_form(model: PreTrainedModel, parts: Iterable[str]) -> None:
-    """Give weights that were taken apart the form in which the model's own class stores them, which may be transposed.
-
-    Only for writing a plain model: its layers do not compute with them any more.
-    """
-    own = own_weights(model)
-    for name in parts:
-        linear: Any = model.get_submodule(name)
-        linear.weight = nn.Parameter(own[name].as_stored(linear.weight.detach()), requires_grad=False)
 
 
 def with_lora(model: PreTrainedModel, parts: Mapping[str, LowRank], ranks: Mapping[str, int], seed: int) -> "PeftModel":
