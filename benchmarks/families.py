@@ -232,14 +232,13 @@ def judged(folder: Path, windows: "Tensor", report: "Report") -> dict[str, Any]:
     import torch
 
     import sparlow
-    from sparlow.evaluation.perplexity import perplexity_by_blocks
-    from sparlow.model.forward.capture import capture_block_inputs
     from sparlow.model.loading.source import open_model
+    from sparlow.progress import Clock
+    from sparlow.run.passes import BlockwiseRunner
 
     opened = open_model(str(folder / "dense"), streamed=True)
-    with opened.weights.outside_blocks(), opened.weights.block(0):
-        recording = capture_block_inputs(opened.model, windows, micro_batch=64)
-    found = perplexity_by_blocks(opened.model, recording, opened.weights).value
+    runner = BlockwiseRunner(opened, "auto", Clock(), lambda _: None)
+    found = runner.measure("dense perplexity", windows, opened.weights).perplexity.value
     whole = open_model(str(folder / "dense")).model
     with torch.no_grad():
         losses = []

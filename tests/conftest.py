@@ -1,7 +1,9 @@
 """No test may reach a hub, and two workers must not fight over the cores."""
 
+import functools
 import gc
 import os
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -32,3 +34,25 @@ def short_answers():
     from sparlow.run import answers
 
     answers.TOKENS = 2
+
+
+@pytest.fixture(scope="session", autouse=True)
+def structures_found_once():
+    """Let models of one config share what they show without weights: it is a third of what a tiny run takes."""
+    from sparlow.planning import feasibility
+
+    known, real = {}, feasibility.known_ahead
+
+    @functools.wraps(real)
+    def known_ahead(model, dtype, *, trust_remote_code):
+        config = Path(model) / "config.json" if isinstance(model, str | Path) else None
+        if trust_remote_code or config is None or not config.is_file():
+            return real(model, dtype, trust_remote_code=trust_remote_code)
+        key = config.read_bytes(), dtype
+        if key not in known:
+            known[key] = real(model, dtype, trust_remote_code=False)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(feasibility, "known_ahead", known_ahead)
+        yield

@@ -1,5 +1,9 @@
 """Tiny random models of many families, and a tokenizer that fits them all."""
 
+import copy
+import functools
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +127,11 @@ EXTRAS = tuple(_EXTRAS)  # models of which some or all layers are no nn.Linear
 
 def tiny(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, blocks: int | None = None) -> PreTrainedModel:
     """A random model of a family in eval mode: 3 or 4 blocks, or so many, 32 features, 128 tokens."""
+    return copy.deepcopy(_made(name, dtype, seed, blocks))
+
+
+@functools.cache  # hundreds of tests ask for the same few, and a copy takes a small part of the time
+def _made(name: str, dtype: torch.dtype, seed: int, blocks: int | None) -> PreTrainedModel:
     model_type, changes = (_MODELS | _EXTRAS | _WHOLE | _BY_TEXT | _STRUCTURES)[name]
     fewer = {} if blocks is None else {"num_hidden_layers": blocks}
     config = AutoConfig.for_model(model_type, **(_SIZES | changes | fewer))
@@ -159,7 +168,14 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 def save_tiny(name: str, folder: Path, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
     """Write a tiny model and its tokenizer as an ordinary directory of transformers; return the model."""
-    model = tiny(name, dtype=dtype, seed=seed)
-    model.save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return model
+    written, model = _written(name, dtype, seed)
+    shutil.copytree(Path(written.name) / "model", folder, copy_function=shutil.copy, dirs_exist_ok=True)
+    return copy.deepcopy(model)
+
+
+@functools.cache  # as the models
+def _written(name: str, dtype: torch.dtype, seed: int) -> tuple[tempfile.TemporaryDirectory[str], PreTrainedModel]:
+    folder, model = tempfile.TemporaryDirectory(prefix="tiny-"), tiny(name, dtype=dtype, seed=seed)
+    model.save_pretrained(Path(folder.name) / "model")
+    tiny_tokenizer().save_pretrained(Path(folder.name) / "model")
+    return folder, model

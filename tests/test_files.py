@@ -9,7 +9,7 @@ import sparlow
 from command_line import run_and_fail
 from families import save_tiny
 from sparlow.errors import InputError, RunError, printable
-from sparlow.files import follow_umask, parse_json, partial_of, read_json, replacing, shard_filename
+from sparlow.files import follow_umask, human_bytes, parse_json, partial_of, read_json, replacing, shard_filename
 from sparlow.recipe.recipe import Recipe
 from sparlow.report.records import Report
 
@@ -152,3 +152,9 @@ def test_what_a_table_shows_has_no_escape_sequences(capsys):
     shown = capsys.readouterr()
     assert "\x1b" not in shown.out + shown.err
     assert shown.out.count("verified") == 2
+
+
+def test_no_size_but_nothing_is_shown_as_nothing():
+    """A message compared 0.0 MB with 0.0 MB."""
+    sizes = {0: "0.0 MB", 60: "0.1 KB", 1000: "1.0 KB", 99_900: "99.9 KB", 100_000: "0.1 MB", 10**9: "1.00 GB"}
+    assert {size: human_bytes(size) for size in sizes} == sizes

@@ -74,6 +74,7 @@ sys.meta_path.insert(0, Blocked())
 """
 
 
+@pytest.mark.slow
 def test_one_matrix_needs_no_transformers():
     program = """
 import torch, sparlow
@@ -103,6 +104,7 @@ def test_importing_alone_brings_neither_torch_nor_transformers():
     assert run(f"{recipe}; print({heavy})") == "[]\n"
 
 
+@pytest.mark.slow
 def test_a_transformers_that_has_changed_is_told_of_and_stops_nothing():
     program = """
 import warnings, sparlow

@@ -6,11 +6,12 @@ import torch
 import sparlow
 from families import save_tiny, tiny
 from samples import few_of
-from sparlow.evaluation.perplexity import perplexity, perplexity_by_blocks
+from sparlow.evaluation.perplexity import perplexity
 from sparlow.model.artefact.layers import compressed_layers
-from sparlow.model.forward.capture import capture_block_inputs
 from sparlow.model.loading.source import open_model
+from sparlow.progress import Clock
 from sparlow.recipe.recipe import Recipe
+from sparlow.run.passes import BlockwiseRunner
 
 WINDOWS = torch.randint(2, 97, (6, 20), generator=torch.Generator().manual_seed(1))
 TEN = (
@@ -25,9 +26,8 @@ def test_a_structure_from_end_to_end(family, tmp_path):
     model = save_tiny(family, tmp_path / "dense")
     plain = perplexity(model, WINDOWS).value
     opened = open_model(str(tmp_path / "dense"), streamed=True)
-    with opened.weights.outside_blocks(), opened.weights.block(0):
-        recording = capture_block_inputs(opened.model, WINDOWS, micro_batch=2)
-    found = perplexity_by_blocks(opened.model, recording, opened.weights).value
+    runner = BlockwiseRunner(opened, "auto", Clock(), lambda _: None)
+    found = runner.measure("dense perplexity", WINDOWS, opened.weights).perplexity.value
     assert found == pytest.approx(plain, rel=1e-5)
 
     recipe = Recipe(algorithm="magnitude", pattern="0.5")

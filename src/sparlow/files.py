@@ -229,5 +229,9 @@ def cache_folder() -> Path:
 
 
 def human_bytes(size: float) -> str:
-    """Return bytes as text: in GB of 10⁹ bytes or, below one, in MB of 10⁶ bytes."""
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"  # noqa: PLR2004 - a gigabyte
+    """Return bytes as text: in GB of 10⁹ bytes, below one in MB of 10⁶, and below 0.1 of these in KB of 10³."""
+    if size >= 1e9:  # noqa: PLR2004 - a gigabyte
+        return f"{size / 1e9:.2f} GB"
+    if 0 < size < 1e5:  # noqa: PLR2004 - 0.1 MB
+        return f"{size / 1e3:.1f} KB"
+    return f"{size / 1e6:.1f} MB"

@@ -51,7 +51,7 @@ TOLD = {  # what is typed, and what must be said of it
     "a recipe": (["compress", "model", *OUT, "--recipe", "3basil-2to4-r6"], "did you mean '3basil-2to4-r64'?"),
     "an option": (["compress", "model", *OUT, "--offload", "dsk"], "did you mean 'disk'?"),
     "a number": (["compress", "model", *OUT, "--rank", "many"], "a whole number"),
-    "an unknown option": (["compress", "model", *OUT, "--patern", "2:4"], "No such option"),
+    "an unknown option": (["compress", "model", *OUT, "--patern", "2:4"], "There is no option --patern; did you mean"),
 }
 
 

@@ -112,10 +112,9 @@ print([name for name in {HEAVY!r} if name in sys.modules])
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["compress", "model"], "'--out'"),
         (["compress", "model", "--out", "x", "--patern", "2:4"], "--pattern"),
         (["compress", "model", "--out", "x", "--samples", "many"], "'--samples'"),
-        (["compress", "model", "--out", "x", "--samples"], "'--samples' requires an argument"),
+        (["compress", "model", "--out", "x", "--samples"], "The option --samples has no value. Write one behind it."),
         (["squeeze"], "squeeze"),
         (["compress", "model", "--out", "x", "--perplexity", "c4"], "--perplexity is called --evaluate in sparlow com"),
         (
@@ -124,7 +123,13 @@ print([name for name in {HEAVY!r} if name in sys.modules])
         ),
         (["evaluate", "model", "--perplexity", "c4"], "--perplexity is called --evaluate in sparlow evaluate."),
         (["finetune", "model", "--out", "x", "--seqlen", "8"], "--seqlen is called --block-size in sparlow finetune."),
-        (["algorithms", "--dataset", "c4"], "No such option"),
+        (["algorithms", "--dataset", "c4"], "There is no option --dataset"),
+        (["algorithms", "wanda"], "More arguments than it takes: wanda. Leave them out."),
+        (["compress", "model"], "The option --out is missing. Add it."),
+        (["verify", "out"], "There is no command 'verify'. Write sparlow inspect DIRECTORY --verify."),
+        (["comprss", "model"], "There is no command 'comprss'; did you mean 'compress'? Choose one of: compress, plan"),
+        (["generate", "out", "--prompt", "a", "--max-new-tokens", "9"], "is called --max-tokens in sparlow generate."),
+        (["finetune", "out", "--out", "a", "--data", "c4"], "--data is called --dataset in sparlow finetune."),
     ],
 )
 def test_errors_of_usage_look_like_all_others(arguments, said, capsys):

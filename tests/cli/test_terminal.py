@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import typer
@@ -16,10 +17,11 @@ import typer
 from command_line import run, run_and_fail
 from families import save_tiny
 from sparlow.algorithms import _registry
-from sparlow.cli import ahead, commands, display, requirements
+from sparlow.cli import ahead, commands, display, planning, requirements
 from sparlow.cli.examples import EXAMPLES
 from sparlow.cli.requirements import parse_requirement, require_all
 from sparlow.errors import InputError, RunError
+from sparlow.planning.choices import Choice
 from sparlow.report.records import Report
 
 COMMANDS = typer.main.get_command(commands.app).commands
@@ -47,7 +49,7 @@ def compress(place, out):
 def test_the_first_line_says_what_a_run_takes(place, capsys, tmp_path):
     assert run(*compress(place, tmp_path / "out")) == 0
     first = capsys.readouterr().out.splitlines()[0]
-    size = r"[\d.]+ [MG]B"
+    size = r"[\d.]+ [KMG]B"
     assert re.fullmatch(
         rf"this will take at most {size} of main memory \({size} are free\), {size} → {size} on disk", first
     )
@@ -280,6 +282,19 @@ def test_a_file_of_weights_that_was_cut_is_named(place, capsys, tmp_path):
 def test_what_a_fraction_keeps_is_said(place, capsys, tmp_path):
     assert run(*compress(place, tmp_path / "out"), "--pattern", "0.25") == 0
     assert "pattern 0.25 keeps 0.75 of the entries of S" in capsys.readouterr().out.splitlines()[1]
+
+
+def test_a_form_that_barely_does_not_fit_says_by_how_much(capsys):
+    """4.504 bits are shown as 4.50, which is not more than the 4.5 that were asked for."""
+    shown = [
+        Choice(name, {}, 10**8, bits, bits <= 4.5, None, "", (), max(bits / 4.5 - 1, 0))
+        for name, bits in (("a", 4.4), ("b", 4.5001), ("c", 4.504), ("d", 5.5))
+    ]
+    planning._show_choices(SimpleNamespace(choices=shown, left_out=()))
+    said = {line[0]: line for line in capsys.readouterr().out.splitlines() if re.match("[a-d]  +100.0 MB", line)}
+    assert "fits" in said["a"]
+    assert all("too large by 0.1%" in said[name] for name in "bc")
+    assert re.search(r"too large +not measured", said["d"])
 
 
 def test_an_algorithm_of_ones_own_is_given_as_a_file(place, capsys, tmp_path, monkeypatch):

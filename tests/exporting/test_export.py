@@ -318,7 +318,9 @@ def test_a_full_disk_is_told_before_anything_is_written(form, tmp_path, monkeypa
     options = {"values": "int4", "levels": "integer", "group": 16, "pattern": "dense", "embedding": "int8"}
     write_result(tmp_path / "in", ranks=(3, 0, 9), tokenizer=byte_tokenizer(), **options)
     monkeypatch.setattr("sparlow.exporting.export.disk_available", lambda _: 1000)
-    with pytest.raises(sparlow.InputError, match=r"^The export takes \d+\.\d MB, and 0.0 MB are free for .*out. Free"):
+    with pytest.raises(
+        sparlow.InputError, match=r"^The export takes \d+\.\d [KM]B, and 1.0 KB are free for .*out. Free"
+    ):
         sparlow.export(tmp_path / "in", tmp_path / "out", form=form, options=FORMS[form])
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
     monkeypatch.undo()

@@ -25,7 +25,7 @@ from sparlow.model.artefact.hf_quantizer import SparlowConfig
 from sparlow.model.artefact.layers import compressed_layers
 from sparlow.model.loading.meta import meta_model
 from sparlow.model.loading.source import open_model
-from sparlow.planning.workload import workload
+from sparlow.planning.workload import Structure, workload
 from sparlow.recipe.recipe import Recipe
 from sparlow.recipe.run_options import RunOptions
 
@@ -219,9 +219,9 @@ def test_a_name_that_takes_something_else(name, tmp_path, monkeypatch):
 def test_the_plan_knows_that_a_model_will_be_held_whole(tmp_path, monkeypatch):
     save_tiny("llama", tmp_path)
     recipe, options = QUICK.changed(seqlen=12), RunOptions(device="cpu")
-    assert workload(meta_model(str(tmp_path)), recipe, options).streamed
+    assert workload(Structure(meta_model(str(tmp_path))), recipe, options).streamed
     monkeypatch.setattr("sparlow.planning.workload.NO_STREAMING", "it is another release")
-    assert not workload(meta_model(str(tmp_path)), recipe, options).streamed
+    assert not workload(Structure(meta_model(str(tmp_path))), recipe, options).streamed
 
 
 def test_nothing_is_opened_or_begun_where_the_format_is_not_known(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from sparlow.model.loading.meta import meta_model
 from sparlow.planning import feasibility
 from sparlow.planning.memory import disk, stages
 from sparlow.planning.microbenchmarks import BOUND
-from sparlow.planning.workload import workload
+from sparlow.planning.workload import Structure, workload
 from sparlow.recipe.recipe import GIVEN_WINDOWS, Recipe
 from sparlow.recipe.run_options import RunOptions
 from sparlow.run.compare import compare
@@ -37,7 +37,7 @@ def _on_a_disk(monkeypatch):
 
 
 def worked(folder, recipe=RECIPE, *, offload="cpu", **facts):
-    return workload(meta_model(str(folder)), recipe, RunOptions("cpu", offload, evaluate=()), **facts)
+    return workload(Structure(meta_model(str(folder))), recipe, RunOptions("cpu", offload, evaluate=()), **facts)
 
 
 def needed(folder, recipe=RECIPE, **changes):
@@ -230,7 +230,7 @@ def test_the_plan_passes_as_many_windows_at_a_time_as_the_run(changes, windows, 
 
 def test_the_hidden_states_of_an_evaluation_are_divided_too(folder):
     options = RunOptions("cpu", "cpu", evaluate=("builtin",), evaluate_seqlen=64)
-    alone, shared = (workload(meta_model(str(folder)), RECIPE, options, processes=n) for n in (1, 4))
+    alone, shared = (workload(Structure(meta_model(str(folder))), RECIPE, options, processes=n) for n in (1, 4))
     evaluations = [next(s.cpu for s in stages(work, BOUND) if s.name == "evaluation") for work in (alone, shared)]
     copies = alone.evaluated * 32 * 4
     walked, kept = 3, 2  # copies: on their way through blocks, and the dense model's, which may be two

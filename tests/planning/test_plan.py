@@ -1,6 +1,7 @@
 import json
 import re
 import sys
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -18,13 +19,17 @@ from sparlow.model.forward.decoder import Decoder
 from sparlow.model.loading.meta import meta_model
 from sparlow.model.loading.source import open_model
 from sparlow.model.training.packed_layer import packed, trained_parameters
+from sparlow.planning import feasibility
+from sparlow.planning import workload as planning
 from sparlow.planning.choices import measured, opened_by
 from sparlow.planning.duration import seconds
+from sparlow.planning.feasibility import require_feasible
 from sparlow.planning.memory import disk, stages
 from sparlow.planning.microbenchmarks import BOUND, Solver, Speed
-from sparlow.planning.workload import workload
+from sparlow.planning.workload import Structure, workload
 from sparlow.recipe.recipe import GIVEN_WINDOWS, Recipe
 from sparlow.recipe.run_options import RunOptions
+from sparlow.run.compare import foresee
 
 SIZES = {"samples": 4, "seqlen": 16, "calibration": GIVEN_WINDOWS}
 QUICK = {"options": {"effort": 0.1, "max_steps": 1}, **SIZES}
@@ -140,13 +145,13 @@ def test_what_compress_refuses_the_plan_refuses(changes, said, folder):
 def test_packed_weights_are_not_guessed_at(folder, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "awq"}}))
-    with pytest.raises(InputError, match="packed"):
+    with pytest.raises(InputError, match=r"are packed.*Give the dense model"):
         foreseen(tmp_path, RECIPES["rank"])
 
 
 def worked(folder, recipe, **changes):
     options = RunOptions(device="cpu", offload=changes.pop("offload", "cpu"), evaluate=())
-    return workload(meta_model(str(folder)), recipe, options, **changes)
+    return workload(Structure(meta_model(str(folder))), recipe, options, **changes)
 
 
 def counted(work):
@@ -169,7 +174,7 @@ def test_what_the_dense_model_predicts_is_counted_where_it_waits(folder, tmp_pat
     (tmp_path / "long.txt").write_text("x" * 2**16)
     recipe, texts = RECIPES["rank"].changed(samples=8, seqlen=64), (str(tmp_path / "long.txt"), "novel")
     here, away = (
-        workload(meta_model(str(folder)), recipe, RunOptions("cpu", offload, evaluate=texts, limit=9))
+        workload(Structure(meta_model(str(folder))), recipe, RunOptions("cpu", offload, evaluate=texts, limit=9))
         for offload in ("cpu", "disk")
     )
     states = 2 * sum(here.evaluation.values()) * 64 * 32 * 4
@@ -199,7 +204,7 @@ def test_each_option_that_takes_memory_is_counted(folder):
 GRIDS = ({}, {"values": "int3", "pattern": "dense"}, {"values": "int4", "factors": "model", "group": 16})
 
 
-@pytest.mark.parametrize("changes", GRIDS)
+@pytest.mark.parametrize("changes", few_of(GRIDS, GRIDS[0], GRIDS[2]))
 @pytest.mark.parametrize("family", few_of(["llama", "opt", "mixtral", "gemma2", "mamba2"], "mixtral"))
 def test_what_is_foreseen_as_trained_is_what_is_trained(family, changes, tmp_path):
     save_tiny(family, tmp_path / "model")
@@ -319,6 +324,26 @@ def test_the_choices_are_sorted_say_what_fits_and_have_the_bytes_that_are_writte
     within = foreseen(folder, Recipe(size=f"{every[-2].bytes}B", **QUICK)).choices
     assert [choice.fits for choice in within] == [choice.bytes <= every[-2].bytes for choice in every]
     assert {choice.fits for choice in within} == {True, False}
+
+
+@pytest.mark.parametrize("asking", ["plan", "compare", "estimate"])
+def test_a_model_is_run_without_weights_once_however_many_recipes_and_forms_there_are(
+    asking, folder, tmp_path, monkeypatch
+):
+    counted = Counter()
+    for name in ("kept_dense", "inputs_of"):
+        real = getattr(planning, name)
+        monkeypatch.setattr(planning, name, lambda *a, real=real, name=name: counted.update([name]) or real(*a))
+    monkeypatch.setattr(feasibility, "known_ahead", feasibility.known_ahead.__wrapped__)  # not as in conftest.py
+    recipes = {str(n): Recipe(algorithm="magnitude", pattern=f"{n}:4", **SIZES) for n in (1, 2, 3)}
+    options = RunOptions("cpu", evaluate=())
+    if asking == "plan":
+        assert len(foreseen(folder, RECIPES["rank"]).choices) > 1
+    elif asking == "compare":
+        require_feasible(folder, {tmp_path / name: recipe for name, recipe in recipes.items()}, options)
+    else:
+        assert len(foresee(folder, recipes, out=tmp_path, options=options).seconds) == len(recipes)
+    assert counted == {"kept_dense": 1, "inputs_of": 1}
 
 
 def test_forms_that_a_model_cannot_take_are_named_with_the_reason(folder):

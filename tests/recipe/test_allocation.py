@@ -270,7 +270,9 @@ def test_an_allocation_by_error_needs_something_to_move():
         Recipe(rank=0, allocate="error")
 
 
-@pytest.mark.parametrize("recipe", [OWL, BY_ERROR], ids=["owl", "error"])
+@pytest.mark.parametrize(
+    "recipe", [pytest.param(OWL, id="owl", marks=pytest.mark.slow), pytest.param(BY_ERROR, id="error")]
+)
 def test_what_the_data_decided_is_not_measured_again(recipe, tmp_path, monkeypatch):
     save_tiny("gpt_neox", tmp_path / "model")
     whole = compress(tmp_path / "model", recipe, out=tmp_path / "whole")
@@ -346,7 +348,9 @@ def test_nothing_passes_through_blocks_that_nobody_looks_behind(ignored, passed,
     assert seen == passed
 
 
-@pytest.mark.parametrize("ignored", [("layers.1.*",), ("layers.0.*", "layers.1.*")])
+@pytest.mark.parametrize(
+    "ignored", [("layers.0.*", "layers.1.*"), pytest.param(("layers.1.*",), marks=pytest.mark.slow)]
+)
 def test_a_run_with_whole_blocks_ignored_is_resumed(ignored, tmp_path):
     save_tiny("llama", tmp_path / "model")
     recipe = Recipe(algorithm="magnitude", ignore=ignored)

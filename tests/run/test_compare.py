@@ -347,7 +347,9 @@ def call(arguments):
 def test_the_command_prints_the_table(place, tmp_path, capsys):
     more = ["--algorithms", "wanda,3basil", "--option", "3basil.effort=0.1", "--option", "3basil.max_steps=5"]
     assert call(command(place, tmp_path / "out", *more, "--limit", "9")) == 0
-    shown = capsys.readouterr().out
+    shown, told = capsys.readouterr()
+    assert told.startswith("dense perplexity: ")  # it is no method's
+    assert "\nwanda: blocks: " in told
     rows = {line.split()[0]: line.split() for line in shown.splitlines() if line}
     data = json.loads((tmp_path / "out" / NAME).read_text())
     (corpus,) = data["dense"]["perplexity"]

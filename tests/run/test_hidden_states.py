@@ -14,7 +14,7 @@ from sparlow.model.forward.capture import capture_block_inputs
 from sparlow.model.loading.meta import meta_model
 from sparlow.planning.memory import disk, stages
 from sparlow.planning.microbenchmarks import BOUND
-from sparlow.planning.workload import workload
+from sparlow.planning.workload import Structure, workload
 from sparlow.recipe.recipe import GIVEN_WINDOWS, Recipe
 from sparlow.recipe.run_options import RunOptions
 from sparlow.run import passes
@@ -107,7 +107,9 @@ def test_a_file_system_in_main_memory_is_known(kind, expected, tmp_path, monkeyp
 
 def test_a_tmpfs_counts_as_memory(folder, tmp_path, monkeypatch):
     def counted(offload):
-        work = workload(meta_model(str(folder)), RECIPE, RunOptions("cpu", offload, evaluate=()), out=tmp_path / "out")
+        work = workload(
+            Structure(meta_model(str(folder))), RECIPE, RunOptions("cpu", offload, evaluate=()), out=tmp_path / "out"
+        )
         return work, {stage.name: stage.cpu for stage in stages(work, BOUND)}
 
     mounted(tmp_path, monkeypatch, tmp_path, "ext4")
@@ -135,11 +137,11 @@ def test_a_run_decides_by_the_bytes_that_the_plan_counts(name, tmp_path, monkeyp
     )
     save_tiny(name, tmp_path / "model")
     meta, options = meta_model(str(tmp_path / "model")), RunOptions("cpu", evaluate=())
-    work = workload(meta, RECIPE, options)
+    work = workload(Structure(meta), RECIPE, options)
     compressed(tmp_path / "model", tmp_path / "out")
     compressed(tiny(name), None)
     assert sizes == [work.hidden] * 2
-    assert workload(tiny(name), RECIPE, options).hidden == work.hidden
+    assert workload(Structure(tiny(name)), RECIPE, options).hidden == work.hidden
     assert (work.hidden > 16 * 16 * 32 * 4) == (name != "llama")
 
 

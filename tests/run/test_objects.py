@@ -73,7 +73,7 @@ def test_a_result_that_would_be_lost_is_not_computed(given, folder, tmp_path, mo
 
 @pytest.mark.parametrize(
     ("match", "training"),
-    few_of(product([None, "blocks", "logits"], [True, False]), (None, False), ("blocks", True), ("logits", False)),
+    few_of(product([None, "blocks", "logits"], [True, False]), ("blocks", True), ("logits", False)),
 )
 def test_a_model_object_stays_as_it_is_unless_it_is_said_in_place(match, training, text, tmp_path):
     model = tiny("llama")

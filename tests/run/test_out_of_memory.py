@@ -10,7 +10,7 @@ from sparlow.model.loading.meta import meta_model
 from sparlow.planning import memory
 from sparlow.planning.feasibility import MUCH_LESS, options_that_help
 from sparlow.planning.microbenchmarks import BOUND
-from sparlow.planning.workload import workload
+from sparlow.planning.workload import Structure, workload
 from sparlow.recipe.recipe import GIVEN_WINDOWS, Recipe
 from sparlow.recipe.run_options import RunOptions
 from sparlow.run import pipeline
@@ -89,7 +89,7 @@ def test_what_is_named_needs_less_by_the_plan(model):
 
     def fullest(recipe):
         shape = meta_model(str(model), dtype=recipe.dtype, trust_remote_code=False)
-        work = workload(shape, recipe, options, streamed=True, out=model.parent / "out")
+        work = workload(Structure(shape), recipe, options, streamed=True, out=model.parent / "out")
         return max(stage.cpu for stage in memory.stages(work, BOUND))
 
     assert fullest(RECIPE.changed(samples=samples)) <= MUCH_LESS * fullest(RECIPE)

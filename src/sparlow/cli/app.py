@@ -18,6 +18,7 @@ from sparlow.cli.leaving import alone, leave
 from sparlow.cli.options import expanded
 from sparlow.cli.signals import INTERRUPTED, noted
 from sparlow.errors import InputError, RunError, is_out_of_memory, out_of_memory
+from sparlow.schema import unknown
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -65,7 +66,10 @@ OTHERWISE = {  # what an option is called in other commands, in former versions 
     "--block-size": "--seqlen",
     "--seqlen": "--block-size",
     "--nsamples": "--samples",
+    "--data": "--dataset",
+    "--max-new-tokens": "--max-tokens",
 }
+ELSEWHERE = {"verify": "inspect DIRECTORY --verify", "quantize": "compress", "prune": "compress"}  # commands of peers
 EVERYWHERE = {"--debug": "--debug", "--quiet": "--quiet", "-q": "--quiet", "--verbose": "--verbose", "-v": "--verbose"}
 
 
@@ -140,8 +144,32 @@ def _named_otherwise(error: Any, context: Any) -> str:  # noqa: ANN401 - of clas
     return f"{asked} is called {name} in {context.command_path}. Write that." if name in known else ""
 
 
+USAGE = (  # what typer says, and what is wrong and what to do in our words
+    (r"Got unexpected extra argument(?:s|\(s\))? \((.*)\)", r"More arguments than it takes: \1. Leave them out."),
+    (r"Missing option '(.*)'\.", r"The option \1 is missing. Add it."),
+    (r"Option '(.*)' requires an argument\.", r"The option \1 has no value. Write one behind it."),
+    (r"Missing argument '(.*)'\.", r"\1 is missing. Name it."),
+    (r"No such option: (\S+) \(Possible options: (.*)\)", r"There is no option \1; did you mean one of these: \2?"),
+    (r"No such option: (\S+) Did you mean (\S+)\?", r"There is no option \1; did you mean \2?"),
+    (r"No such option: (\S+)", r"There is no option \1."),
+)
+
+
+def _commands() -> list[str]:
+    group: Any = typer.main.get_command(app)
+    return [*group.commands]
+
+
 def _plain(message: str) -> str:
-    """Say in our words what a library of typer says of a value that is no number."""
+    """Say in our words what typer says of a command line that it cannot read."""
+    command = re.match(r"No such command '(.*?)'", message, flags=re.DOTALL)
+    if command:
+        if command[1] in ELSEWHERE:
+            return f"There is no command {command[1]!r}. Write sparlow {ELSEWHERE[command[1]]}."
+        return unknown(f"There is no command {command[1]!r}", command[1], _commands())
+    for theirs, ours in USAGE:
+        if re.fullmatch(theirs, message, flags=re.DOTALL):
+            return re.sub(theirs, ours, message, flags=re.DOTALL)
     for kind, words in (("integer", "a whole number"), ("number", "a number"), ("boolean", "true or false")):
         message = re.sub(rf"Input should be a valid {kind}.*", f"It must be {words}.", message, flags=re.DOTALL)
     return message

@@ -8,6 +8,7 @@ from sparlow.cli.planning import show_cost
 from sparlow.cli.requirements import Requirement, require_all
 from sparlow.errors import InputError
 from sparlow.files import RECORD
+from sparlow.model.loading.source import resolve_model_path
 from sparlow.planning.plan import plan
 from sparlow.recipe.recipe import Recipe
 from sparlow.recipe.run_options import RunOptions
@@ -22,7 +23,8 @@ def tell_needs(model: str, recipe: Recipe, run: RunOptions, out: Path) -> None:
     if display.out.quiet:  # by --quiet, or as the first of several processes speaks for all: nothing to foresee for
         return
     try:
-        found = plan(model, recipe, out=out, **values_of(run), timed=TIMED)
+        source = resolve_model_path(model)  # a .gguf file is converted now, and its header not read for the plan alone
+        found = plan(source, recipe, out=out, **values_of(run), timed=TIMED)
     except InputError:
         return
     show_cost(found)

@@ -11,6 +11,8 @@ from sparlow.files import human_bytes
 if TYPE_CHECKING:  # help is shown without torch, which comes with it
     from sparlow.planning.plan import Plan
 
+BARELY = 0.01  # of what was asked for: below it figures as they are shown may be the same
+
 
 def show_cost(found: "Plan") -> None:
     """The first line of a run: what it will take."""
@@ -90,7 +92,9 @@ def _show_choices(found: "Plan") -> None:
 
     rows = []
     for choice in found.choices:
-        fits = {None: "", True: "fits", False: "too large"}[choice.fits]
+        # 4.504 bits are shown as 4.50, and are more than 4.5
+        barely = f" by {max(choice.over, 0.001):.1%}" if choice.over < BARELY else ""
+        fits = {None: "", True: "fits", False: f"too large{barely}"}[choice.fits]
         quality = "not measured" if choice.perplexity is None else f"{choice.perplexity:.2f} ×"
         options = " ".join(f"--{name} {value}" for name, value in choice.recipe.items())
         sizes = (human_bytes(choice.bytes), f"{choice.bits:.2f}", fits, quality)

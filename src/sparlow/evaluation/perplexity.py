@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sparlow.distributed import ALONE, Processes
 from sparlow.errors import InputError
 from sparlow.evaluation.agreement import Dense, Figures, Measured, Predictions, beside
 from sparlow.evaluation.tasks import LoadedTasks, TaskResult, average, load_tasks, measure_tasks
@@ -167,30 +166,6 @@ def _width_of_head(model: PreTrainedModel, window: Tensor) -> int | None:
     difference = (piece - whole).masked_fill_(piece == whole, 0).abs().max()  # infinite ones may be the same, too
     largest = whole.nan_to_num(0, 0, 0).abs().max()
     return piece.shape[-1] if bool(difference <= TOLERANCE * largest) else None
-
-
-@torch.no_grad()
-def perplexity_by_blocks(
-    model: PreTrainedModel,
-    recording: Recording,
-    parts: Weights,
-    advance: Callable[[int], None] = lambda _: None,
-    processes: Processes = ALONE,
-) -> Perplexity:
-    """Return the perplexity of a chain of blocks, each of which runs on all windows before the next.
-
-    Args:
-        model: In eval mode; it may be on the meta device.
-        recording: What enters the blocks for the windows to measure on.
-        parts: What is measured.
-        advance: Called with 1 after each block and at the end.
-        processes: Those that each have a part of the recording.
-    """
-    hidden = behind_all(recording, parts, advance)
-    with parts.outside_blocks():
-        found = figures_of(model, recording, hidden).perplexity(processes)
-    advance(1)
-    return found
 
 
 def behind_all(recording: Recording, parts: Weights, advance: Callable[[int], None]) -> ActivationStore:

@@ -10,15 +10,12 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-from transformers import PreTrainedModel
-
 from sparlow.errors import InputError
 from sparlow.exporting.integers import Need
 from sparlow.linalg.grid import Grid, make_grid
 from sparlow.model.artefact.dtypes import StoredDtypes
 from sparlow.model.forward.compressible import expert_of
-from sparlow.model.forward.decoder import Decoder
-from sparlow.model.forward.roles import kept_dense
+from sparlow.planning.workload import Structure
 from sparlow.recipe.budgets import select
 from sparlow.recipe.recipe import Recipe
 from sparlow.recipe.sizes import parse_size
@@ -47,6 +44,7 @@ class Choice:
         perplexity: What was measured, as a multiple of the dense model's; None if nothing was.
         speed: In words.
         opened_by: The programs that open it, or what ``sparlow export`` makes of it.
+        over: By which share of what was asked for it takes more; 0 where it fits, or nothing was asked for.
     """
 
     name: str
@@ -57,6 +55,7 @@ class Choice:
     perplexity: float | None
     speed: str
     opened_by: tuple[str, ...]
+    over: float = 0.0
 
 
 @cache
@@ -78,20 +77,20 @@ class LeftOut:
     why: str
 
 
-def choices(model: PreTrainedModel, recipe: Recipe) -> tuple[tuple[Choice, ...], tuple[LeftOut, ...]]:
+def choices(structure: Structure, recipe: Recipe) -> tuple[tuple[Choice, ...], tuple[LeftOut, ...]]:
     """Return the forms in the order of their bytes, and those that are left out, by reason.
 
     Args:
-        model: It may be on the meta device.
+        structure: Of the model.
         recipe: Says what is left dense, and the bits or the size that is asked for.
     """
-    decoder, storage = Decoder.of(model), StoredDtypes.of(model)
-    roles = kept_dense(model, decoder)
+    model, decoder = structure.model, structure.decoder
+    storage = StoredDtypes.of(model)
     found, left = [], dict[str, list[str]]()
     for row in measured()["form"]:
         try:
             one = recipe.changed(**{**_UNASKED, **row["recipe"]})
-            selection = select(model, decoder, one, storage, roles)
+            selection = select(model, decoder, one, storage, structure.roles)
         except InputError as problem:  # the method has no low-rank part, say, or a pattern does not divide the columns
             left.setdefault(str(problem), []).append(row["name"])
             continue
@@ -104,18 +103,20 @@ def choices(model: PreTrainedModel, recipe: Recipe) -> tuple[tuple[Choice, ...],
         total = storage.bytes_of(model) - dense + kept - selection.ends.saved
         bits = 8 * kept / weights
         ratio = row["perplexity"] / measured()["dense"] if row["perplexity"] else None
-        fits = _fits(recipe, total, bits, storage.bytes_of(model))
+        over = _over(recipe, total, bits, storage.bytes_of(model))
+        fits, more = (None, 0.0) if over is None else (over <= 0, max(over, 0.0))
         grid = make_grid(one.values or "model", one.levels, one.group or "128")
         opened = opened_by(grid, served=not any(expert_of(model, name) for name in layers))
-        found.append(Choice(row["name"], dict(row["recipe"]), total, bits, fits, ratio, row["speed"], opened))
+        found.append(Choice(row["name"], dict(row["recipe"]), total, bits, fits, ratio, row["speed"], opened, more))
     out = tuple(LeftOut(tuple(names), why) for why, names in left.items())
     return tuple(sorted(found, key=lambda choice: choice.bytes)), out
 
 
-def _fits(recipe: Recipe, total: int, bits: float, dense: int) -> bool | None:
+def _over(recipe: Recipe, total: int, bits: float, dense: int) -> float | None:
+    """By which share of what was asked for a form takes more; None where nothing was."""
     if recipe.size is not None:
-        return total <= parse_size(recipe.size, dense)
-    return None if recipe.bits is None else bits <= recipe.bits
+        return total / parse_size(recipe.size, dense) - 1
+    return None if recipe.bits is None else bits / recipe.bits - 1
 
 
 def opened_by(grid: Grid | None, *, served: bool = True) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from sparlow.model.loading.objects import require_usable
 from sparlow.model.loading.source import resolve_model_path
 from sparlow.planning.memory import disk, stages, written_already
 from sparlow.planning.microbenchmarks import BOUND, Workspace, typical, workspace
-from sparlow.planning.workload import Workload, workload
+from sparlow.planning.workload import Structure, Workload, workload
 from sparlow.recipe.recipe import Recipe
 from sparlow.recipe.run_options import RunOptions
 
@@ -40,26 +40,27 @@ def require_feasible(
         processes: Those that share the work.
     """
     works: dict[Path | None, Workload] = {}
-    shapes: dict[str, PreTrainedModel | None] = {}  # by the type of the weights
+    structures: dict[str, Structure | None] = {}  # by the type of the weights
     for folder, recipe in recipes.items():
-        if recipe.dtype not in shapes:
-            shapes[recipe.dtype] = known_ahead(model, recipe.dtype, trust_remote_code=options.trust_remote_code)
-        shape = shapes[recipe.dtype]
-        if shape is not None:
+        if recipe.dtype not in structures:
+            structures[recipe.dtype] = known_ahead(model, recipe.dtype, trust_remote_code=options.trust_remote_code)
+        structure = structures[recipe.dtype]
+        if structure is not None:
             works[folder] = workload(
-                shape, recipe, options, streamed=folder is not None, processes=processes, out=folder
+                structure, recipe, options, streamed=folder is not None, processes=processes, out=folder
             )
     if works:
         require_resources(works)
 
 
-def known_ahead(model: str | Path | PreTrainedModel, dtype: str, *, trust_remote_code: bool) -> PreTrainedModel | None:
-    """Return the model on the meta device, an object as it is; None where only its weights say what it holds."""
+def known_ahead(model: str | Path | PreTrainedModel, dtype: str, *, trust_remote_code: bool) -> Structure | None:
+    """Return the structure of a model without reading weights; None where only these say what it holds."""
     require_usable(model)
     if isinstance(model, PreTrainedModel):
-        return model
+        return Structure(model)
     try:
-        return meta_model(resolve_model_path(str(model)), dtype=dtype, trust_remote_code=trust_remote_code)
+        shape = meta_model(resolve_model_path(str(model)), dtype=dtype, trust_remote_code=trust_remote_code)
+        return Structure(shape)
     except UnknownAheadError:
         return None
 
@@ -106,10 +107,10 @@ def options_that_help(
         processes: Those that shared the work.
         out: The directory that it wrote.
     """
-    shape = known_ahead(model, recipe.dtype, trust_remote_code=options.trust_remote_code)
-    if shape is None:
+    structure = known_ahead(model, recipe.dtype, trust_remote_code=options.trust_remote_code)
+    if structure is None:
         return []
-    work = workload(shape, recipe, options, streamed=out is not None, processes=processes, out=out)
+    work = workload(structure, recipe, options, streamed=out is not None, processes=processes, out=out)
     now = _fullest(work)
     return options_that_fit(
         work, lambda changed: all(less <= MUCH_LESS * most for less, most in zip(_fullest(changed), now, strict=True))

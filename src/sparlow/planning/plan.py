@@ -21,8 +21,8 @@ from sparlow.planning.duration import seconds
 from sparlow.planning.memory import Disk, Stage, disk, stages
 from sparlow.planning.microbenchmarks import solver, speed, typical, workspace
 from sparlow.planning.routed import notes_of_experts
-from sparlow.planning.workload import Layer, Workload, workload
-from sparlow.recipe.recipe import RecipeLike, as_recipe, with_calibration
+from sparlow.planning.workload import Layer, Structure, Workload, workload
+from sparlow.recipe.recipe import Recipe, RecipeLike, as_recipe, with_calibration
 from sparlow.recipe.run_options import RunOptions, listed
 from sparlow.report.tabular import Tabular
 from sparlow.report.value_types import MODEL
@@ -176,17 +176,43 @@ def plan(
         shape, name = model, model.config.name_or_path or type(model).__name__
     else:
         shape, name = meta_model(str(model), dtype=recipe.dtype, trust_remote_code=trust_remote_code), str(model)
+    found = plan_of(name, Structure(shape), recipe, options, out=None if out is None else Path(out), timed=timed)
     here = not isinstance(model, PreTrainedModel) and Path(name).is_dir()  # headers of a hub id would be a download
     lost = left_out(shape, name) if here and any(Path(name).glob("*.safetensors")) else []
-    work = workload(shape, recipe, options, out=None if out is None else Path(out))
-    baseline = psutil.Process().memory_info().rss
-    if not isinstance(timed, bool):
-        timed = sum(layer.parameters for block in work.blocks for layer in block.layers) >= timed
-    found = _planned(name, shape, work, Path(out or "."), baseline, timed=timed)
     return replace(found, notes=(*found.notes, *lost))
 
 
-def _planned(name: str, model: PreTrainedModel, work: Workload, out: Path, baseline: int, *, timed: bool) -> Plan:
+@own_settings()
+def plan_of(
+    name: str,
+    structure: Structure,
+    recipe: Recipe,
+    options: RunOptions,
+    *,
+    out: Path | None = None,
+    timed: bool | int = True,
+) -> Plan:
+    """Plan a model of which the structure is there, as where many recipes are planned for one.
+
+    Args:
+        name: Of the model.
+        structure: Its.
+        recipe: What would be done.
+        options: How.
+        out: As of ``plan``.
+        timed: The same.
+
+    Raises:
+        InputError: The recipe does not fit the model, or an option the machine.
+    """
+    work = workload(structure, recipe, options, out=out)
+    baseline = psutil.Process().memory_info().rss
+    if not isinstance(timed, bool):
+        timed = sum(layer.parameters for block in work.blocks for layer in block.layers) >= timed
+    return _planned(name, work, out or Path(), baseline, timed=timed)
+
+
+def _planned(name: str, work: Workload, out: Path, baseline: int, *, timed: bool) -> Plan:
     start = time.perf_counter()
     like = typical(work.kinds)
     space = workspace(work.recipe, like, work.stored_in)
@@ -200,14 +226,14 @@ def _planned(name: str, model: PreTrainedModel, work: Workload, out: Path, basel
     linears = [layer for block in work.blocks for layer in block.compressed]
     sizes = _sizes(work, linears)
     device = max(stage.device for stage in counted)
-    possible, left = choices(model, work.recipe)
+    possible, left = choices(work.structure, work.recipe)
     return Plan(
         model=name,
         recipe=work.recipe.to_dict(),
         device=str(work.device),
         machine=machine(),
         layers=tuple(_kinds(work)),
-        not_compressed=tuple(_skipped(model, work)),
+        not_compressed=tuple(_skipped(work.structure.model, work)),
         bytes=sizes,
         bits_per_weight=8 * sizes["linears_compressed"] / sum(layer.weights for layer in linears),
         bits_per_parameter=8 * sizes["compressed"] / work.parameters,

@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from sparlow.model.forward.chain_check import carried, require_chain
 from sparlow.model.forward.compressible import CompressibleWeight, ExpertWeight
 from sparlow.model.forward.decoder import Decoder, is_norm, require_own_weights
 from sparlow.model.forward.fused_groups import in_groups
+from sparlow.model.forward.roles import kept_dense
 from sparlow.model.loading.meta import Inputs, inputs_of
 from sparlow.recipe.allocation import Budget, Shape
 from sparlow.recipe.budgets import Selection, select
@@ -29,6 +30,29 @@ from sparlow.recipe.training_plan import Training, micro_batch, training_of
 from sparlow.text import expected_windows
 
 CHOSEN = ("num_experts_per_tok", "moe_topk", "moe_top_k", "top_k_experts", "num_selected_experts")  # in configs
+
+
+class Structure:
+    """What the code of a model shows when it runs without weights.
+
+    That takes seconds where there are many blocks, and is the same for every recipe: each part is found once.
+
+    Args:
+        model: A meta model, else the model itself, which stays where it is.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model, self.decoder = model, Decoder.of(model)
+
+    @cached_property
+    def roles(self) -> Mapping[str, str]:
+        """Layers that stay dense because of what they do, see ``kept_dense``."""
+        return kept_dense(self.model, self.decoder)
+
+    @cached_property
+    def inputs(self) -> Sequence[Inputs]:
+        """What the layers of each block read."""
+        return inputs_of(self.model)
 
 
 @dataclass(frozen=True)
@@ -212,6 +236,7 @@ class Workload:
         evaluate_seqlen: Tokens in each.
         device: Where blocks run.
         selection: What the recipe means for the layers, and for the embedding and the output head.
+        structure: Of the model.
         offload: Where hidden states wait, as asked for.
         streamed: The weights stay on disk, and one part at a time is read.
         there: The whole model is in memory already.
@@ -236,6 +261,7 @@ class Workload:
     evaluate_seqlen: int
     device: torch.device
     selection: Selection
+    structure: Structure = field(repr=False, compare=False)
     offload: str = "auto"
     streamed: bool = True
     there: bool = False
@@ -339,7 +365,7 @@ class Workload:
 
 
 def workload(
-    model: PreTrainedModel,
+    structure: Structure,
     recipe: Recipe,
     options: RunOptions,
     *,
@@ -350,7 +376,7 @@ def workload(
     """Look at the shapes of a model, which may be a meta model.
 
     Args:
-        model: A meta model, else the model itself, which stays where it is.
+        structure: Of the model.
         recipe: What is done.
         options: How it is done.
         streamed: The result is written block by block, and the weights of a meta model are read part by part.
@@ -363,11 +389,12 @@ def workload(
     """
     device, evaluate = pick_device(options.device), options.evaluate
     check_device(device)
+    model, decoder = structure.model, structure.decoder
     there = not next(model.parameters()).is_meta
     where = model.device if there else torch.device(device)
-    decoder, storage = Decoder.of(model), StoredDtypes.of(model)
-    selection = select(model, decoder, recipe, storage)
-    found = _blocks(model, decoder, selection.budgets, recipe)
+    storage = StoredDtypes.of(model)
+    selection = select(model, decoder, recipe, storage, structure.roles)
+    found = _blocks(structure, selection.budgets, recipe)
     seqlen = max(options.evaluate_seqlen or recipe.seqlen, 2)
     _require_possible(model, decoder, [recipe.seqlen, *([seqlen] if evaluate else [])])
     stored, config = storage.dtype, model.config.get_text_config()
@@ -396,6 +423,7 @@ def workload(
         heads=unfused_heads(config),
         out=out,
         selection=selection,
+        structure=structure,
     )
 
 
@@ -408,15 +436,15 @@ def _require_possible(model: PreTrainedModel, decoder: Decoder, lengths: Sequenc
         require_context(model, tokens)
 
 
-def _blocks(model: PreTrainedModel, decoder: Decoder, kept: Mapping[str, Budget], recipe: Recipe) -> tuple[Block, ...]:
-    found = []
-    for i, read in enumerate(inputs_of(model)):
+def _blocks(structure: Structure, kept: Mapping[str, Budget], recipe: Recipe) -> tuple[Block, ...]:
+    found, decoder, config = [], structure.decoder, structure.model.config.get_text_config()
+    for i, read in enumerate(structure.inputs):
         own = {name: kept.get(decoder.layer_name(i, name)) for name in read.owners}
         stages = _stages(read, own, recipe)
         layers = (
             Layer(
                 *(name, weight.shape, read.owners[name], weight.bias is not None, own[name], stages.get(name)),
-                **_of_expert(weight, model.config.get_text_config()),
+                **_of_expert(weight, config),
             )
             for name, weight in decoder.weights(i).items()
         )

@@ -113,6 +113,8 @@ def _known(
 ) -> list[_Layer]:
     """Return the layers that the recipe does not ignore, with what it says of each; InputError if there is none."""
     named = dict(decoder.layers())
+    if not named and getattr(model.config, "quantization_config", None) is not None:
+        raise InputError("There is nothing to compress: the model's weights are packed already. Give the dense model.")
     if not named:
         raise InputError("There is nothing to compress: the model's decoder blocks have no plain linear layer.")
     _require_effect(recipe, [*named])

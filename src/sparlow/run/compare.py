@@ -15,10 +15,12 @@ from sparlow.evaluation.texts import require_tokenizer
 from sparlow.files import replacing
 from sparlow.machine import free_memory, pick_device
 from sparlow.model.forward.roles import kept_dense
+from sparlow.model.loading.meta import meta_model
 from sparlow.model.loading.source import OpenedModel, open_model, upcast_for_cpu
 from sparlow.own_settings import own_settings
 from sparlow.planning.feasibility import require_feasible
-from sparlow.planning.plan import plan
+from sparlow.planning.plan import plan_of
+from sparlow.planning.workload import Structure
 from sparlow.progress import Notify, Progress, labelled
 from sparlow.recipe.budgets import select
 from sparlow.recipe.recipe import Recipe
@@ -65,7 +67,7 @@ def compare(
         reports_only: Keep no model, but its report and recipe in ``out``/reports.
         overwrite: Do everything again.
         force: As of ``sparlow.compress``.
-        notify: Called after every step; stages begin with the run's name.
+        notify: Called after every step; stages begin with the run's name, but for the dense model's.
 
     Returns:
         What ``compare.json`` holds; a method whose run failed is in ``failed``, and did not stop the others.
@@ -152,7 +154,11 @@ class _Runs:
         """Run one method; its row, or why there is none, goes to ``found``."""
         recipe, folder = self._recipes[name], self._out / folder_of(name)
         opened, storage = self._opened or open_dense(self._model, None, recipe, self._options)
-        tell = labelled(self._notify, before=f"{name}: ")
+        own = labelled(self._notify, before=f"{name}: ")
+
+        def tell(step: Progress) -> None:  # the dense model is that of all runs
+            (self._notify if step.stage.startswith("dense ") else own)(step)
+
         job = Job(opened, storage, recipe, self._windows[recipe.seed], tell, offload=self._options.offload)
         with claimed(folder, overwrite=overwrite, finished=True):
             job.write_to(folder, overwrite=overwrite)
@@ -273,20 +279,17 @@ def foresee(
     known = {row.name: row.recipe for row in earlier.rows} if earlier else {}
     new = {name: recipe for name, recipe in recipes.items() if known.get(name) != recipe.to_dict()}
     spent: dict[str, tuple[float, int]] = {}  # by recipe, whatever the seed
+    structures: dict[str, Structure] = {}  # by the type of the weights
     seconds, size = {}, 0
     for done, (name, recipe) in enumerate(new.items(), 1):
         like = str(recipe.changed(seed=0).to_dict())
         if like not in spent:
-            found = plan(
-                model,
-                recipe,
-                evaluate=options.evaluate,
-                evaluate_seqlen=options.evaluate_seqlen,
-                limit=options.limit,
-                device=options.device,
-                offload=options.offload,
-                trust_remote_code=options.trust_remote_code,
-            )
+            if recipe.dtype not in structures:
+                trust = options.trust_remote_code
+                structures[recipe.dtype] = Structure(
+                    meta_model(str(model), dtype=recipe.dtype, trust_remote_code=trust)
+                )
+            found = plan_of(str(model), structures[recipe.dtype], recipe, options)
             spent[like] = found.seconds["total"], found.bytes["compressed"]
         seconds[name] = spent[like][0]
         size += spent[like][1]

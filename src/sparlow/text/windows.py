@@ -55,12 +55,19 @@ def calibration_windows(
     found = find_corpus(corpus, column) if isinstance(corpus, str) else corpus_of(corpus)
     windows, tokens = _draw(found, tokenizer, samples, seqlen, seed, begin)
     if len(windows) < samples:
+        _require_any(found.name, tokens)
         length = _room(seqlen, begin)
         raise InputError(
             f"{found.name} holds {tokens:,} tokens; {samples} samples of {length} need at least {samples * length:,}. "
             "Lower --samples or --seqlen, or give more text."
         )
     return windows
+
+
+def _require_any(corpus: str, tokens: int) -> None:
+    """Raise InputError if a text that is too short holds nothing at all, which no smaller number would help."""
+    if not tokens:
+        raise InputError(f"{corpus} holds no text. Give another one.")
 
 
 def training_windows(
@@ -83,6 +90,7 @@ def training_windows(
     """
     windows, tokens = _draw(find_corpus(corpus, column), tokenizer, samples, seqlen, seed, begin)
     if not len(windows):
+        _require_any(corpus, tokens)
         length = _room(seqlen, begin)
         raise InputError(
             f"{corpus} holds {tokens:,} tokens, one window needs {length:,}. Lower --block-size, or give more text."
@@ -150,6 +158,7 @@ def evaluation_windows(
     found = find_corpus(corpus, column)
     ids = _token_ids(tokenizer, found.evaluation_text(), special=not begin)
     if len(ids) < length:
+        _require_any(corpus, len(ids))
         raise InputError(
             f"{corpus} holds {len(ids):,} tokens, one window needs {length:,}. Lower --seqlen, or give more text."
         )

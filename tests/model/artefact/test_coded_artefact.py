@@ -180,6 +180,7 @@ def test_sizes_are_those_of_the_files(model, folder):
     assert verify(folder) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["model", "body", "pipeline"])
 def test_a_stranger_gets_an_error_and_no_random_weights(how, folder, stranger):
     said = stranger(how, folder)

@@ -211,6 +211,7 @@ def test_sizes_leave_the_embedding_out_of_the_compressed_weights(tmp_path):
     assert in_blocks(dict.fromkeys(["model.embed_tokens", "lm_head", "model.layers.0.x"])) == {"model.layers.0.x": None}
 
 
+@pytest.mark.slow
 def test_a_stranger_gets_an_error(tmp_path, stranger):
     """Even where nothing but the embedding is packed."""
     save_tiny("llama", tmp_path / "dense", dtype=torch.bfloat16)

@@ -10,7 +10,7 @@ from sparlow.evaluation.perplexity import perplexity
 from sparlow.model.forward import attention
 from sparlow.model.forward.attention import SCORES_AT_ONCE, TOKENS_AT_ONCE, unfused_heads, windows_at_once
 from sparlow.model.loading.meta import meta_model
-from sparlow.planning.workload import workload
+from sparlow.planning.workload import Structure, workload
 from sparlow.recipe.recipe import Recipe
 from sparlow.recipe.run_options import RunOptions
 
@@ -61,7 +61,7 @@ def test_the_plan_counts_the_windows_that_pass_at_a_time(changes, tmp_path, monk
     monkeypatch.setattr(attention, "SCORES_AT_ONCE", BOUND)
     save_tiny("gpt_oss", tmp_path)
     options = RunOptions("cpu", "cpu", evaluate=())
-    work = workload(meta_model(str(tmp_path)), RECIPE.changed(**changes), options)
+    work = workload(Structure(meta_model(str(tmp_path))), RECIPE.changed(**changes), options)
     assert work.batch == 3 * 16
     assert work.at_once(16) == 3
 

@@ -13,7 +13,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from families import BY_TEXT, tiny
 from sparlow.errors import InputError
-from sparlow.evaluation.perplexity import perplexity, perplexity_by_blocks
+from sparlow.evaluation.perplexity import perplexity
 from sparlow.model.forward.activation_store import ActivationStore
 from sparlow.model.forward.arguments import containers_in, leaves, rebuilt, tensors_in
 from sparlow.model.forward.block_pass import BlockPass, run_block
@@ -23,7 +23,9 @@ from sparlow.model.forward.chain_check import require_chain
 from sparlow.model.forward.compressible import compressible
 from sparlow.model.forward.decoder import Decoder
 from sparlow.model.forward.input_statistics import collect_statistics
-from sparlow.model.loading.weights import InMemory
+from sparlow.model.loading.source import OpenedModel
+from sparlow.progress import Clock
+from sparlow.run import passes
 
 WINDOWS = torch.randint(2, 97, (6, 16), generator=torch.Generator().manual_seed(1))
 
@@ -81,10 +83,11 @@ def test_three_micro_batches_see_what_one_pass_of_the_model_sees(family, place):
 
 @pytest.mark.parametrize("micro_batch", [2, 4])
 @pytest.mark.parametrize("family", BY_TEXT)
-def test_perplexity_by_blocks_is_that_of_the_model(family, micro_batch):
-    model = tiny(family)
-    recording = capture_block_inputs(model, WINDOWS, micro_batch=micro_batch)
-    found = perplexity_by_blocks(model, recording, InMemory(Decoder.of(model).blocks, torch.float32))
+def test_perplexity_by_blocks_is_that_of_the_model(family, micro_batch, monkeypatch):
+    monkeypatch.setattr(passes, "windows_at_once", lambda *_: micro_batch)
+    opened = OpenedModel(model := tiny(family), None, family, "")
+    runner = passes.BlockwiseRunner(opened, "auto", Clock(), lambda _: None)
+    found = runner.measure("dense perplexity", WINDOWS, opened.weights).perplexity
     assert found.value == pytest.approx(perplexity(model, WINDOWS).value, rel=1e-5)
 
 

@@ -10,12 +10,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
+import sparlow
 from families import save_tiny, tiny, tiny_tokenizer
+from sparlow.cli.compressing import tell_needs
 from sparlow.errors import InputError
 from sparlow.files import cache_folder
 from sparlow.model.loading import source
 from sparlow.model.loading.source import find_embedded_gguf, open_model
 from sparlow.model.loading.weights import scan
+from sparlow.recipe.recipe import GIVEN_WINDOWS, Recipe
+from sparlow.recipe.run_options import RunOptions
 
 
 def fingerprint(model):
@@ -246,6 +250,18 @@ class TestGguf:
         assert first.model.dtype == torch.float16
         assert second.model.dtype == torch.float32
         assert first.name == second.name == str(gguf_file)
+
+    def test_is_read_once_by_all_of_a_command(self, gguf_file, cache, monkeypatch, tmp_path):  # noqa: ARG002 - cache is set
+        done = []
+        for owner, name in ((gguf.GGUFReader, "__init__"), (source, "sha256")):
+            real = getattr(owner, name)
+            monkeypatch.setattr(owner, name, lambda *a, real=real, name=name: done.append(name) or real(*a))
+        recipe = Recipe(algorithm="magnitude", calibration=GIVEN_WINDOWS, samples=2, seqlen=8)
+        tell_needs(str(gguf_file), recipe, RunOptions("cpu", evaluate=()), tmp_path / "out")
+        windows = torch.zeros(2, 8, dtype=torch.int64)
+        sparlow.compress(gguf_file, recipe, calibration=windows, evaluate=(), out=tmp_path / "out")
+        assert sorted(done) == ["__init__", "sha256"]
+        assert gguf.GGUFReader.__name__ == "GGUFReader"  # it is as it was
 
     def test_is_converted_again_when_the_file_changes(self, gguf_file, cache, conversions):
         before = open_model(str(gguf_file)).fingerprint

@@ -296,7 +296,7 @@ def load(
     model: PreTrainedModel = loaded[0]
     info: dict[str, set[str]] = loaded[1]
     if getattr(model, "quantization_method", None) != METHOD and not getattr(way, "used", False):
-        raise InputError(f"{folder} is not a model that sparlow compressed.")
+        raise InputError(f"{folder} is not a model that sparlow compressed. Give one that it wrote.")
     problems = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"])
     if problems:
         raise InputError(f"The tensors in {folder} are not those of the model, for example {problems[0]}.")

@@ -129,7 +129,7 @@ def read_layers(folder: Path) -> dict[str, StoredLayer]:
     """
     found = read_json(folder / CONFIG).get("quantization_config")
     if not isinstance(found, dict) or found.get("quant_method") != METHOD:
-        raise InputError(f"{folder} is not a model that sparlow compressed.")
+        raise InputError(f"{folder} is not a model that sparlow compressed. Give one that it wrote.")
     rest = {name: value for name, value in found.items() if name != "quant_method"}
     return records_from({"format": None, "schemes": (), "layers": None, **rest}) if rest else {}
 

@@ -41,7 +41,9 @@ def meta_model(name: str, *, dtype: str = "auto", trust_remote_code: bool = Fals
     """
     config, stored = _config(name, trust_remote_code=trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
-        raise UnknownAheadError(f"The weights of {name} are packed, so its config alone does not say what it holds.")
+        raise UnknownAheadError(
+            f"The weights of {name} are packed, so its config alone does not say what it holds. Give the dense model."
+        )
     require_decoder_only(config, name)
     wanted = stored if dtype == "auto" else parse_dtype(dtype)
     untyped: Any = AutoModelForCausalLM

