@@ -46,7 +46,7 @@ class Processes:
     size: int = 1
     on_cpu: "dist.ProcessGroup | None" = None
     sent: int = 0
-    _alike: bool = False  # the work since they met last; at first each opens the model
+    _alike: bool = False  # the work since they met last
     _met: float = 0.0
 
     @property
@@ -188,7 +188,7 @@ def joined(told: Mapping[str, Any] | None = None) -> Iterator[Processes]:
     if not dist.is_available():
         raise InputError("This torch has no torch.distributed. Start one process, without torchrun.")
     on_cpu = opened(MINUTES, given=given)
-    processes = Processes(dist.get_rank(), dist.get_world_size(), on_cpu)
+    processes = Processes(dist.get_rank(), dist.get_world_size(), on_cpu, _alike=True, _met=time.monotonic())
     processes.require_alike(told or {})
     yield processes
     dist.destroy_process_group(on_cpu if given else None)
