@@ -26,16 +26,17 @@ TEXT = "".join(chr(32 + (7 * i * i + i // 3) % 95) for i in range(900))
 OPTIONS = ["--samples", "7", "--seqlen", "16", "--rank", "4", "--option", "effort=0.1", "--option", "max_steps=4"]
 
 
-def started(model, out, more=(), size=2):
-    """Start ``size`` processes of one compression."""
+def started(model, out, more=(), size=2, second=((), {})):
+    """Start ``size`` processes of one compression; the second may have options and variables of its own."""
     text = model.parent / "text.txt"
     text.write_text(TEXT)
     command = ["compress", model, "--out", out, "--calibration", text, "--evaluate", text, *OPTIONS, *more]
     found = []
-    for variables in together(size):
+    for rank, variables in enumerate(together(size)):
         log = out.parent / f"{out.name}-{len(list(out.parent.glob('*.log')))}.log"
         log.touch()
-        found.append(Run(command, log, join, variables))
+        options, others = second if rank == 1 else ((), {})
+        found.append(Run([*command, *options], log, join, variables | others))
     return found
 
 
@@ -163,6 +164,25 @@ def test_a_finished_directory_is_refused_by_all(model, finished, tmp_path):
     assert codes[1] in (1, 2)
     assert "finished result" in words[0]
     assert "Traceback" not in words[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("second", "said"),
+    [
+        ((["--samples", "6"], {}), "they differ in samples (7 in the first, 6 in process 1)"),
+        (([], {"WORLD_SIZE": "3"}), "processes were started together, process"),
+    ],
+    ids=["another recipe", "another number of processes"],
+)
+def test_processes_that_were_told_different_things_say_so_before_any_work(second, said, model, tmp_path):
+    out = tmp_path / "out"
+    codes, words = ended(started(model, out, second=second))
+    assert 2 in codes
+    assert set(codes) <= {1, 2}  # the store of keys ends with the first process
+    assert said in " ".join(" ".join(words).split())
+    assert not any("Traceback" in one for one in words)
+    assert not out.exists()
 
 
 def test_other_commands_say_that_they_are_for_one_process(monkeypatch):

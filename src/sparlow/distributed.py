@@ -24,6 +24,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from sparlow.errors import InputError, RunError, first_line, is_out_of_memory
+from sparlow.joining import differences, opened, own_number, started
 
 MINUTES = dt.timedelta(minutes=20)  # to wait for a process that did as much work as this one, beyond SLOWER times that
 SLOWER = 4  # times as long as this process may another one take for the same work
@@ -45,7 +46,7 @@ class Processes:
     size: int = 1
     on_cpu: "dist.ProcessGroup | None" = None
     sent: int = 0
-    _alike: bool = False  # the work since they met last; at first each opens the model
+    _alike: bool = False  # the work since they met last
     _met: float = 0.0
 
     @property
@@ -120,6 +121,19 @@ class Processes:
         data = own if self.first else torch.empty(int(size), dtype=torch.uint8)
         return json.loads(self.broadcast(data).numpy().tobytes())
 
+    def require_alike(self, told: Mapping[str, Any]) -> None:
+        """Raise InputError in every process if not all were told the same.
+
+        Args:
+            told: What decides what they exchange and compute, by the names that users know; whatever JSON holds.
+        """
+        found = differences(self.all_gather(told))
+        if found:
+            raise InputError(
+                f"The processes of this run were not started alike: they differ in {', '.join(found)}. Type the same "
+                "command on every machine, with the same installation."
+            )
+
     def barrier(self) -> None:
         """Wait until all processes have come here."""
         self.totals([0])
@@ -154,64 +168,35 @@ ALONE = Processes()
 
 
 @contextmanager
-def joined() -> Iterator[Processes]:
+def joined(told: Mapping[str, Any] | None = None) -> Iterator[Processes]:
     """Join the processes that torchrun started, if it did, for the time inside.
 
     A process group that the caller has opened already is used, and stays open. Of what is opened here nothing is closed
     after an error: that would wait for the others, which may never come. See ``sparlow.cli.leaving``.
+
+    Args:
+        told: What this process was told to do, see ``Processes.require_alike``.
+
+    Raises:
+        InputError: The others were told something else, or cannot be found.
+        RunError: One of them ended, or does not come.
     """
     given = dist.is_available() and dist.is_initialized()
-    if not given and _started() == 1:
+    if not given and started() == 1:
         yield Processes()
         return
     if not dist.is_available():
         raise InputError("This torch has no torch.distributed. Start one process, without torchrun.")
-    on_cpu = _opened(given=given)
-    yield Processes(dist.get_rank(), dist.get_world_size(), on_cpu)
+    on_cpu = opened(MINUTES, given=given)
+    processes = Processes(dist.get_rank(), dist.get_world_size(), on_cpu, _alike=True, _met=time.monotonic())
+    processes.require_alike(told or {})
+    yield processes
     dist.destroy_process_group(on_cpu if given else None)
-
-
-def _opened(*, given: bool) -> "dist.ProcessGroup":
-    """Open the process group, unless the caller did; return the one that exchanges what lies on the CPU.
-
-    Raises:
-        InputError: The environment does not say where the others are.
-        RunError: One of them ended before all had met.
-    """
-    try:
-        if not given:
-            if torch.cuda.is_available():
-                torch.cuda.set_device(_own_number())  # where memory is counted and NCCL meets
-            dist.init_process_group(
-                timeout=MINUTES
-            )  # by default gloo for tensors on the CPU and NCCL for those on CUDA
-        on_cpu: dist.ProcessGroup = dist.new_group(timeout=MINUTES, backend="gloo")  # the caller's may be NCCL alone
-    except ValueError as error:
-        raise InputError(
-            f"WORLD_SIZE says that {_started()} processes were started together, but they cannot find each other "
-            f"({first_line(error)}). Start them with torchrun, or unset WORLD_SIZE to start one alone."
-        ) from error
-    except RuntimeError as error:
-        if is_out_of_memory(error):
-            raise
-        raise RunError(
-            "A process could not meet the others at the start; one has ended or cannot be reached "
-            f"({first_line(error)}). Look at its message, and repeat the command."
-        ) from error
-    return on_cpu
-
-
-def _started() -> int:
-    """How many processes torchrun started."""
-    size = os.environ.get("WORLD_SIZE", "1")
-    if not size.isdecimal():
-        raise InputError(f"WORLD_SIZE is {size!r}, which is no number of processes. Unset it, or start torchrun.")
-    return int(size)
 
 
 def require_one(command: str) -> None:
     """Raise InputError if torchrun started several processes for a command that is made for one."""
-    if _started() > 1:
+    if started() > 1:
         raise InputError(f"{command} works in one process. Start it without torchrun or accelerate launch.")
 
 
@@ -233,7 +218,7 @@ def local_device(name: str) -> str:
             kind = name.partition(":")[0]
             raise InputError(f"All processes of this machine would compute on {name}. Give --device {kind}.")
         return name
-    return f"{name}:{_own_number()}"
+    return f"{name}:{own_number()}"
 
 
 def require_own_device(processes: Processes, device: torch.device) -> None:
@@ -260,9 +245,3 @@ def _identity(device: torch.device) -> str:
     if device.type != "cuda":
         return ""
     return f"{platform.node()} {torch.cuda.get_device_properties(device).uuid}"
-
-
-def _own_number() -> int:
-    """Return the number of this process's accelerator among those that it sees; if it sees one, the first."""
-    own, seen = int(os.environ.get("LOCAL_RANK", "0")), torch.accelerator.device_count()
-    return own % seen if seen else own

@@ -1,6 +1,8 @@
 """``sparlow.compress``: open the model, cut the text into windows, run the job."""
 
-from collections.abc import Callable, Iterator, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
@@ -13,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sparlow.distributed import Processes, joined, require_own_device
 from sparlow.errors import InputError, RunError, is_out_of_memory, out_of_memory
 from sparlow.evaluation.texts import require_context, require_tokenizer, require_vocabulary, texts_to_measure
-from sparlow.machine import pick_device
+from sparlow.machine import pick_device, versions
 from sparlow.model.artefact.dtypes import StoredDtypes
 from sparlow.model.forward.causality import require_causal
 from sparlow.model.forward.generate import own_windows
@@ -39,6 +41,7 @@ from sparlow.report.records import Report
 from sparlow.run.job import Job
 from sparlow.run.output_dir import claimed
 from sparlow.text import beginning, calibration_windows
+from sparlow.text import fingerprint as text_fingerprint
 
 if TYPE_CHECKING:
     from sparlow.recipe.recipe import Calibration
@@ -107,7 +110,7 @@ def compress(
     folder = None if out is None else Path(out)
     kept = in_eval_mode(model) if isinstance(model, PreTrainedModel) else nullcontext()
     alone = partial(claimed_by_first, folder=folder, overwrite=overwrite)
-    with kept, joined() as processes, alone(processes), watched(notify) as tell:
+    with kept, joined(_told(recipe, options, folder)) as processes, alone(processes), watched(notify) as tell:
         if not force:
             require_feasible(model, {folder: recipe}, options, processes.size)
         with _memory_may_end(model, recipe, options, processes, folder):
@@ -118,11 +121,27 @@ def compress(
             # cut before the run, so that a missing file is noticed at once
             seqlen = evaluate_seqlen or recipe.seqlen
             evaluation = windows_to_evaluate(options.evaluate, opened, seqlen, limit, recipe.column)
+            processes.require_alike(_seen(opened, evaluation))
             job = Job(opened, storage, recipe, windows, tell, offload=offload, processes=processes)
             if folder is not None:
                 job.with_loader = with_loader
                 job.write_to(folder, overwrite=overwrite)
             return job.go(evaluation)
+
+
+def _told(recipe: Recipe, options: RunOptions, folder: Path | None) -> dict[str, Any]:
+    """What each of several processes must have been told alike, and computes with; device and offload need not be."""
+    measured = {"evaluate": options.evaluate, "evaluate_seqlen": options.evaluate_seqlen, "limit": options.limit}
+    return {**recipe.to_dict(), **measured, "writes": folder is not None, **versions()}
+
+
+def _seen(opened: OpenedModel, evaluation: Mapping[str, Tensor]) -> dict[str, str]:
+    """What each of several processes has read of model and texts, which they do not tell each other."""
+    config = opened.model.config.to_dict()
+    config.pop("_name_or_path", None)  # a machine may have it in another place
+    whole = json.dumps(config, sort_keys=True, default=str)
+    read = {f"the text {name}": text_fingerprint(windows) for name, windows in evaluation.items()}
+    return {"the model's config": hashlib.sha256(whole.encode()).hexdigest(), **read}
 
 
 def _require_place(model: object, out: str | Path | None, *, inplace: bool) -> None:
