@@ -41,6 +41,8 @@ def result(folder: Path, text: str) -> Row:
     recipe = report.recipe
     kept = f"{recipe.get('pattern')}, {recipe.get('values') or 'model'}, rank {recipe.get('rank') or 0}"
     kept = f"--bits {recipe['bits']:g}" if recipe.get("bits") else kept
+    if recipe.get("match"):
+        kept += f", matched on {recipe['samples']} windows"
     row = {"name": f"{recipe['algorithm']}, {kept}", "kind": OURS, "bytes": report.bytes["compressed"]}
     agreed = report.agreement.get(text)
     row |= {"divergence": None if agreed is None else agreed.divergence, "bits": report.bits_per_weight}
