@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from sparlow.machine import free_memory
 from sparlow.runtime.packed import PackedModule
 from sparlow.runtime.pages import PAGE, LargePages, has_large_pages
 
@@ -26,6 +27,7 @@ def use_large_pages(model: nn.Module) -> None:
             module.take(new)
     for parameter in _dense(model):
         parameter.data = mover.moved(parameter.data)
+    free_memory()  # where they lay before
 
 
 class _Mover:
