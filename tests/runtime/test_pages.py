@@ -151,6 +151,14 @@ def test_small_models_and_memory_shared_with_other_processes_stay(packed, monkey
 
 
 @pytest.mark.usefixtures("large")
+def test_packed_weights_stay_mapped_where_memory_is_short(packed, monkeypatch):
+    before = places(packed)
+    monkeypatch.setattr(placement, "memory_available", lambda: 10_000)
+    placement.use_large_pages(packed)
+    assert places(packed) == before
+
+
+@pytest.mark.usefixtures("large")
 def test_a_step_that_cannot_be_leaves_the_model_right(folder):
     model = sparlow.load(folder, mode="packed", step="kernel")  # GPT-2 is none that the kernel knows
     plain = sparlow.load(folder, mode="packed")

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from sparlow.machine import free_memory
+from sparlow.machine import free_memory, memory_available
 from sparlow.runtime.packed import PackedModule
 from sparlow.runtime.pages import PAGE, LargePages, has_large_pages
 
@@ -14,9 +14,11 @@ def use_large_pages(model: nn.Module) -> None:
     """Move a model's weights, packed and dense, to large pages where the system has them.
 
     No number changes, and what is shared stays shared. Packed weights are then no longer mapped from their file. A
-    model that fills no such page, and weights on accelerators or in memory shared with other processes, stay.
+    model that fills no such page, one whose packed weights would take more than half of the memory that is free, and
+    weights on accelerators or in memory shared with other processes, stay.
     """
-    if not has_large_pages() or _bytes(model) < PAGE:
+    packed, dense = sum(modules[0].bytes for modules in _by_weight(model)), sum(p.nbytes for p in _dense(model))
+    if not has_large_pages() or packed + dense < PAGE or packed > memory_available() // 2:
         return
     mover = _Mover()
     for modules in _by_weight(model):
@@ -61,7 +63,3 @@ def _dense(model: nn.Module) -> list[nn.Parameter]:
 
 def _movable(t: Tensor) -> bool:
     return t.is_cpu and t.layout == torch.strided and t.is_contiguous() and not t.is_shared()
-
-
-def _bytes(model: nn.Module) -> int:
-    return sum(p.nbytes for p in _dense(model)) + sum(modules[0].bytes for modules in _by_weight(model))
