@@ -50,8 +50,9 @@ def logits(model):
 
 
 def places(model):
+    """Where all lies but GPT-2's embedding of positions, of which a token reads a row."""
     packed = [t for m in model.modules() if isinstance(m, PackedModule) for t in m.packed.tensors.values() if t.numel()]
-    return [t.data_ptr() for t in (*packed, *model.parameters())]
+    return [t.data_ptr() for t in (*packed, *(p for name, p in model.named_parameters() if "wpe" not in name))]
 
 
 @pytest.mark.usefixtures("large")
@@ -115,6 +116,13 @@ def test_a_dense_model_moves_before_its_first_step_and_stays_there():
         model.model.norm.weight.mul_(0)
     assert (model.generate(IDS, max_new_tokens=2, do_sample=False)[:, 7:] == 0).all()  # a step for what it is now
     assert places(model) == after
+
+
+@pytest.mark.usefixtures("large")
+def test_embeddings_alone_stay(packed):
+    positions = packed.transformer.wpe.weight.data_ptr()
+    placement.use_large_pages(packed)
+    assert packed.transformer.wpe.weight.data_ptr() == positions
 
 
 @pytest.mark.usefixtures("large")

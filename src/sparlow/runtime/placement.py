@@ -6,19 +6,19 @@ import torch
 from torch import Tensor, nn
 
 from sparlow.machine import free_memory, memory_available
-from sparlow.runtime.packed import PackedModule
+from sparlow.runtime.packed import PackedLinear, PackedModule
 from sparlow.runtime.pages import PAGE, LargePages, has_large_pages
 
 
 def use_large_pages(model: nn.Module) -> None:
-    """Move a model's weights, packed and dense, to large pages where the system has them.
+    """Move the weights that every token reads, packed and dense, to large pages where the system has them.
 
     No number changes, and what is shared stays shared. Packed weights are then no longer mapped from their file. A
     model that fills no such page, one whose packed weights would take more than half of the memory that is free, and
     weights on accelerators or in memory shared with other processes, stay.
     """
-    packed, dense = sum(modules[0].bytes for modules in _by_weight(model)), sum(p.nbytes for p in _dense(model))
-    if not has_large_pages() or packed + dense < PAGE or packed > memory_available() // 2:
+    stored, dense = sum(modules[0].bytes for modules in _by_weight(model)), sum(p.nbytes for p in _dense(model))
+    if not has_large_pages() or stored + dense < PAGE or stored > memory_available() // 2:
         return
     mover = _Mover()
     for modules in _by_weight(model):
@@ -49,16 +49,18 @@ class _Mover:
 
 
 def _by_weight(model: nn.Module) -> list[list[PackedModule]]:
-    """Return the packed layers, those that are tied side by side."""
+    """Return the packed layers, those that are tied side by side, without embeddings of which a token reads a row."""
     found: dict[int, list[PackedModule]] = {}
     for module in model.modules():
         if isinstance(module, PackedModule):
             found.setdefault(id(module.packed), []).append(module)
-    return list(found.values())
+    return [modules for modules in found.values() if any(isinstance(module, PackedLinear) for module in modules)]
 
 
 def _dense(model: nn.Module) -> list[nn.Parameter]:
-    return [p for p in model.parameters() if type(p) is nn.Parameter and _movable(p)]
+    read = [module for module in model.modules() if not isinstance(module, nn.Embedding)]
+    own = {id(p): p for module in read for p in module.parameters(recurse=False)}
+    return [p for p in own.values() if type(p) is nn.Parameter and _movable(p)]
 
 
 def _movable(t: Tensor) -> bool:
