@@ -54,6 +54,7 @@ LABELS = {  # a row of frontier.json: its label, and where it stands; matched ro
     "3basil, dense, int3, rank 16": ("3.5 bits", (-9, 4, "end")),
     "3basil, dense, int4, rank 0": ("4.1 bits, no U V", (-9, 4, "end")),
     "3basil, dense, int4, rank 16": ("4.5 bits", (-9, 4, "end")),
+    "3basil, --bits 9.74": ("13:32 in 16 bits", (9, 8, "start")),
     "3basil, --bits 5.4": ("5.4 bits", (0, 20, "middle")),
     "int4": ("int4", (9, 4, "start")),
     "Q2_K": ("Q2_K", (9, 4, "start")),
