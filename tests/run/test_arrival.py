@@ -128,8 +128,8 @@ def one_of_two(variables, folder, note):
     join(variables)
     steps = [lambda: (folder / "late").rename(folder / "model-00001-of-00003.safetensors")]
     clock = Clock(*steps)
-    arrival.time.sleep = clock.sleep
     with joined() as processes:
+        arrival.time.sleep = clock.sleep  # of all modules: while they join, they wait for each other in earnest
         journal = Journal(folder, DECIDES, "model.layers", writes=processes.first, late=not processes.first)
         journal.share(processes)
         if processes.first:

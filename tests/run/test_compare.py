@@ -551,7 +551,7 @@ def test_the_command_says_first_what_it_will_cost(place, tmp_path, monkeypatch, 
     class Found:
         seconds, bytes = {"total": 100.0}, {"compressed": 5_000_000}
 
-    monkeypatch.setattr("sparlow.run.compare.plan", lambda *_, **__: Found())
+    monkeypatch.setattr("sparlow.run.compare.plan_of", lambda *_, **__: Found())
     arguments = [word for word in command(place, tmp_path / "out") if word != "--no-time"]
     more = ["--algorithms", "magnitude", "--sweep", "pattern=2:4,0.5", "--reports-only", "--force"]
     assert call([*arguments, *more]) == 0
