@@ -1,6 +1,7 @@
 """Weights in large pages: the same numbers at another place, where the system has such pages."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -116,6 +117,17 @@ def test_a_dense_model_moves_before_its_first_step_and_stays_there():
         model.model.norm.weight.mul_(0)
     assert (model.generate(IDS, max_new_tokens=2, do_sample=False)[:, 7:] == 0).all()  # a step for what it is now
     assert places(model) == after
+
+
+@pytest.mark.usefixtures("large")
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="the system does not say what is mapped")
+def test_no_packed_weight_keeps_its_file_mapped_not_even_one_of_rank_0(tmp_path):
+    folder = write(tmp_path / "model", "llama", ("int8", "int8"), group=8)
+    model = sparlow.load(folder, mode="packed")
+    assert str(folder) in Path("/proc/self/maps").read_text()
+    placement.use_large_pages(model)
+    model.set_input_embeddings(None)  # which stays where it was
+    assert str(folder) not in Path("/proc/self/maps").read_text()
 
 
 @pytest.mark.usefixtures("large")

@@ -40,9 +40,11 @@ class _Mover:
         self._known: dict[tuple[int, torch.Size, torch.dtype], Tensor] = {}
 
     def moved(self, t: Tensor) -> Tensor:
-        key = (t.data_ptr(), t.shape, t.dtype)
-        if not t.numel() or not _movable(t):
+        if not t.numel():
+            return torch.empty_like(t)  # else the part of a rank of 0 would keep its whole file mapped
+        if not _movable(t):
             return t
+        key = (t.data_ptr(), t.shape, t.dtype)
         if key not in self._known:
             self._known[key] = self._pages.copy(t)
         return self._known[key]

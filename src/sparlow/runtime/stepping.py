@@ -41,7 +41,7 @@ class Stepping:
         self._moved = False  # whether the weights were moved to where they are read quickest
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_step": None}  # addresses of this process
+        return self.__dict__ | {"_step": None, "_moved": False}  # addresses and memory of this process
 
     def ready(self) -> Step | None:
         """Return the step for the model as it is now; None if there is none, which is said once."""
