@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from command_line import run
-from sparlow.cli.demo import QUICK
 from sparlow.errors import InputError
 from sparlow.recipe.named import packaged
 from sparlow.recipe.recipe import Recipe
@@ -35,10 +34,6 @@ def test_the_configurations_of_the_paper_are_there():
     for pattern in ("2:4", "3:8", "4:8", "2:8"):
         assert (pattern, 64, "uniform") in kept
     assert {("0.5", 128, "uniform"), ("0.7", 64, "owl")} <= kept
-
-
-def test_the_demo_runs_what_its_recipe_says():
-    assert Recipe.from_file("smollm2-demo") == QUICK
 
 
 @pytest.mark.parametrize("one", [one for one in packaged() if one.measured], ids=lambda one: one.name)

@@ -26,9 +26,10 @@ from sparlow.run.compress import compress
 EVALUATION = "novel"  # not of the source of the calibration text, which would flatter the result
 WINDOWS = 8  # of held-out text, so that measuring takes half a minute
 PROMPT = "The capital of France is"
-TEXT: dict[str, Any] = {"calibration": "builtin", "samples": 8, "seqlen": 512, "options": {"effort": 0.08}}
-QUICK = Recipe(pattern="16:32", rank=16, **TEXT)
-BITS = Recipe(bits=4.5, **TEXT)
+QUICK = Recipe.from_file("smollm2-demo")
+BITS = Recipe(
+    bits=4.5, calibration=QUICK.calibration, samples=QUICK.samples, seqlen=QUICK.seqlen, options=QUICK.options
+)
 SECOND = "-4.5-bits"  # of the second directory, behind the name of the first
 ROUNDED = "int4"  # values of the plain rounding that stands beside them
 
