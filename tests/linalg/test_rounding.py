@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from sparlow.linalg.grid import Grid, GridValues, make_grid
-from sparlow.linalg.rounding import Rounding, learn_magnitudes, whole_magnitudes
+from sparlow.linalg.rounding import FEW, Rounding, learn_magnitudes, whole_magnitudes
 
 GRIDS = [Grid(bits, levels, 8) for bits in (8, 4, 3, 2) for levels in ("integer", "half", "book")]
 
@@ -37,6 +37,17 @@ def test_finds_the_nearest_level(grid, masked):
     assert found[zero].abs().max() <= rounding.magnitudes[0]
     assert not masked or not found[zero].any()
     assert not torch.signbit(found[found == 0]).any()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@masked_or_not
+def test_few_numbers_and_many_are_rounded_to_the_same_bits(bits, masked):
+    grid = Grid(bits, "book")
+    rounding = Rounding(grid, masked=masked, magnitudes=book(grid))
+    thresholds = (rounding.magnitudes[1:] + rounding.magnitudes[:-1]) / 2
+    z = torch.cat([gaussian(3 * FEW) * rounding.top * 0.6, thresholds, -thresholds, torch.zeros(1)])
+    together = rounding(z)  # more than FEW, so thresholds are counted; a part of them is searched
+    assert torch.equal(torch.cat([rounding(part) for part in z.split(FEW // 4)]), together)
 
 
 @every_grid

@@ -1,16 +1,20 @@
 """Rounding to the nearest level of a grid, fast, and the code book that suits given numbers best.
 
-The levels in use lie evenly around zero, ±m_0 … ±m_n. Evenly spaced ones are rounded to by arithmetic, those of a book
-by counting the thresholds that |z| passes, which takes a fifth of the time of ``torch.bucketize``. Where entries are
-pruned, an entry that is zero stays zero, and every other gets a level that is not.
+The levels in use lie evenly around zero, ±m_0 … ±m_n. Evenly spaced ones are rounded to by arithmetic. Those of a book
+are found by a search where numbers are few, a column of a weight or so, or the device is no CPU: each operation costs
+its start there. Many numbers on a CPU are compared with each threshold, which takes a fifth of the time of a search.
+Where entries are pruned, an entry that is zero stays zero, and every other gets a level that is not.
 """
+
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from sparlow.linalg.grid import Grid
 
-COUNTED = 16  # magnitudes of a book up to which counting thresholds is faster than a search
+COUNTED = 16  # magnitudes of a book up to which counting thresholds may be faster than a search
+FEW = 4096  # numbers up to which a search is the faster one in any case
 IN_CACHE = 2**16  # entries that are worked on at a time on a CPU: several operations then find them in its cache
 SAMPLE = 2**17  # numbers that a book is learned from
 LLOYD_ROUNDS = 20
@@ -38,7 +42,12 @@ class Rounding:
         self._even = magnitudes is None
         self._first = self.magnitudes[0].item()
         self._rises = self.magnitudes.diff().tolist()
-        self._thresholds = (self.magnitudes[1:] + self.magnitudes[:-1]).div(2).tolist()
+        self._thresholds = (self.magnitudes[1:] + self.magnitudes[:-1]).div(2)
+        self._counts = len(self.magnitudes) <= COUNTED
+        # added one after the other, as counting does, so that both ways give the same bits
+        summed = accumulate([self._first, *self._rises], lambda m, rise: torch.add(torch.tensor(m), rise).item())
+        self._reached = torch.tensor([*summed]) if self._counts else self.magnitudes
+        self._tables: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     def levels(self) -> Tensor:
         """Return all levels (2^bits,), rising."""
@@ -52,14 +61,22 @@ class Rounding:
         if self._even:
             rounded = a.round_() if self.grid.levels == "integer" else a.floor_().add_(0.5)
             rounded = rounded.clamp_(self._first, self.top)
-        elif len(self.magnitudes) <= COUNTED:
+        elif self._counts and a.numel() > FEW and a.device.type == "cpu":
             rounded, passed = torch.full_like(a, self._first), torch.empty_like(a)
-            for threshold, rise in zip(self._thresholds, self._rises, strict=True):
+            for threshold, rise in zip(self._thresholds.tolist(), self._rises, strict=True):
                 rounded.add_(torch.ge(a, threshold, out=passed), alpha=rise)  # numbers: bools take far longer
         else:
-            magnitudes = self.magnitudes.to(a)
-            rounded = magnitudes[torch.bucketize(a, (magnitudes[1:] + magnitudes[:-1]) / 2, right=True)]
+            rounded = self._searched(a)
         return rounded.mul_(z.sign()) if self.masked else rounded.copysign_(z).add_(0.0)  # no negative zero
+
+    def _searched(self, a: Tensor) -> Tensor:
+        """Return the magnitude nearest to each entry of a, of any shape."""
+        kind = a.device, a.dtype
+        if kind not in self._tables:
+            self._tables[kind] = self._thresholds.to(a), self._reached.to(a)
+        thresholds, magnitudes = self._tables[kind]
+        places = torch.bucketize(a, thresholds, right=True, out_int32=True)
+        return magnitudes.index_select(0, places.flatten()).view_as(a)
 
     def to_grid(self, X: Tensor, step: Tensor, out: Tensor) -> Tensor:
         """Write into ``out`` the points nearest to X (rows, columns) of the grids of ``step``, which broadcasts to X.
