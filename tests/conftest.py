@@ -37,6 +37,14 @@ def short_answers():
 
 
 @pytest.fixture(scope="session", autouse=True)
+def no_waiting_for_the_disk():
+    """Let files be written without waiting for the disk: no test takes the power away. Other processes wait."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def structures_found_once():
     """Let models of one config share what they show without weights: it is a third of what a tiny run takes."""
     from sparlow.planning import feasibility

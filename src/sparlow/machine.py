@@ -188,8 +188,14 @@ def _accelerator() -> str | None:
 
 def versions() -> dict[str, str]:
     """Versions of what computed the result."""
-    packages = {name: version(name) for name in ("torch", "transformers", "safetensors")}
+    packages = {name: _installed(name) for name in ("torch", "transformers", "safetensors")}
     return {"sparlow": own_version(), **packages, "python": platform.python_version()}
+
+
+@cache
+def _installed(name: str) -> str:
+    """Return the version of a package, whose file of metadata is read once: every record of a run asks."""
+    return version(name)
 
 
 def pick_device(name: str) -> str:

@@ -1,6 +1,7 @@
 """What layers keep by default is fitted to them, and what decides instead of computing stays dense."""
 
 import math
+from types import MethodType
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from families import save_tiny, tiny
 from samples import few_of
 from sparlow.errors import InputError
 from sparlow.model.artefact.dtypes import StoredDtypes
+from sparlow.model.forward import roles
 from sparlow.model.forward.decoder import Decoder
 from sparlow.model.forward.roles import READ
 from sparlow.recipe.budgets import select
@@ -89,6 +91,21 @@ def test_what_only_looks_at_a_type_or_size_reads_no_weight(monkeypatch):
     assert chosen(model, algorithm="magnitude").dense == {}
     monkeypatch.setattr(kind, "forward", lambda self, x: plain(self, x) + 0 * self.up_proj.weight.sum())
     assert set(chosen(model, algorithm="magnitude").dense.values()) == {READ}
+
+
+def test_models_of_one_code_and_one_size_are_run_without_weights_once(monkeypatch):
+    looked, real = [], roles._read_elsewhere
+    monkeypatch.setattr(roles, "_KNOWN", {})
+    monkeypatch.setattr(roles, "_read_elsewhere", lambda model: looked.append(model) or real(model))
+    for blocks in (None, None, 2, None):
+        assert chosen(tiny("llama", blocks=blocks), algorithm="magnitude").dense == {}
+    assert len(looked) == 2
+    for _ in range(2):
+        model = tiny("llama")
+        mlp = model.model.layers[0].mlp
+        mlp.forward = MethodType(lambda own, x: type(own).forward(own, x) + 0 * own.up_proj.weight.sum(), mlp)
+        assert set(chosen(model, algorithm="magnitude").dense.values()) == {READ}
+    assert len(looked) == 4  # code of its own is none of its class
 
 
 def test_the_default_rank_never_stops_a_model_and_never_takes_more_than_dense(tmp_path):

@@ -5,7 +5,7 @@ other code reads, instead of calling it, never shows what it is multiplied by.
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -33,7 +33,7 @@ def kept_dense(model: PreTrainedModel, decoder: Decoder) -> dict[str, str]:
         decoder: Its blocks.
     """
     found: dict[str, str] = {}
-    read = _read_elsewhere(model)
+    read = _known_read(model)
     for i, block in enumerate(decoder.blocks):
         experts = set(_experts(block))
         for name, weight in decoder.weights(i).items():
@@ -74,6 +74,34 @@ def _experts(block: nn.Module) -> Iterator[tuple[int, int | None]]:
                     count, rest = divmod(p.shape[0], number)
                     if not rest and count in numbers and count < number:
                         yield count, p.shape[1]
+
+
+_KNOWN: dict[Hashable, frozenset[str]] = {}  # of models seen in this process: a command looks at one several times
+MOST_KNOWN = 64
+
+
+def _known_read(model: PreTrainedModel) -> frozenset[str]:
+    """Return what ``_read_elsewhere`` finds, from before if a model with the same code and sizes was looked at."""
+    key = _code_and_sizes(model)
+    if key is None:
+        return frozenset(_read_elsewhere(model))
+    if key not in _KNOWN:
+        if len(_KNOWN) >= MOST_KNOWN:
+            _KNOWN.clear()
+        _KNOWN[key] = frozenset(_read_elsewhere(model))
+    return _KNOWN[key]
+
+
+def _code_and_sizes(model: PreTrainedModel) -> Hashable | None:
+    """Return all that decides on what a model computes but its weights; None where a module has code of its own."""
+    code = []
+    for name, module in model.named_modules():
+        if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:  # noqa: SLF001 - torch has no other way to ask
+            return None
+        code.append((name, type(module), type(module).forward))
+    sizes = tuple((name, p.shape, p.dtype) for name, p in model.named_parameters())
+    ways = tuple(getattr(model.config, f"_{part}_implementation", None) for part in ("attn", "experts"))
+    return type(model), model.config.to_json_string(use_diff=False), ways, tuple(code), sizes
 
 
 def _read_elsewhere(model: PreTrainedModel) -> set[str]:

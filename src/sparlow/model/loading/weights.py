@@ -95,6 +95,9 @@ def one_by_one(parts: Weights, count: int) -> Iterator[nn.Module]:
             yield block
 
 
+WORTH_A_THREAD = 2**18  # bytes from which on hashing takes longer than handing it to a thread
+
+
 @dataclass(frozen=True)
 class Scan:
     """What one pass over every stored tensor shows.
@@ -123,7 +126,9 @@ def scan(states: Iterable[Mapping[str, Tensor]]) -> Scan:
             for name, tensor in sorted(state.items()):
                 once.setdefault(id(tensor), (name, tensor.detach()))
             tensors = dict(once.values())
-            for (name, tensor), digest in zip(tensors.items(), pool.map(_digest, tensors.values()), strict=True):
+            large = {name: pool.submit(_digest, x) for name, x in tensors.items() if x.nbytes >= WORTH_A_THREAD}
+            for name, tensor in tensors.items():
+                digest = large[name].result() if name in large else _digest(tensor)
                 lines[name] = f"{name} {tensor.dtype} {tuple(tensor.shape)} {digest}\n"
                 if tensor.is_floating_point() and not all_finite(tensor):
                     damaged.add(name)
