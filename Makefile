@@ -85,4 +85,4 @@ docs-options: setup
 	$(BIN)/python -m sparlow.cli.cautions > docs/warnings.md
 
 clean:
-	rm -rf $(VENV) $(VENV)-docs $(VENV)-transformers-* dist site $(DEMO) $(DEMO)-4.5-bits
+	rm -rf $(VENV) $(VENV)-docs $(VENV)-transformers-* dist site $(DEMO)

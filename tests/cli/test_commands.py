@@ -665,7 +665,8 @@ def test_the_demo_compresses_evaluates_and_generates(place, monkeypatch, capsys,
     assert re.search(rf"^dense: +{demo.PROMPT}", shown, re.MULTILINE)
     for name in (r"16:32 \+ rank 0", "6 bits", "rounded to int4"):
         assert re.search(rf"^{name}: +{demo.PROMPT}", shown, re.MULTILINE)
-    for folder in (tmp_path / "demo", tmp_path / f"demo{demo.SECOND}"):
+    assert (tmp_path / "demo" / "compare.html").is_file()
+    for folder in (tmp_path / "demo" / name for name in ("magnitude_rank=0", "magnitude_bits=6.0")):
         assert len([layer for layer in describe(folder) if "layers" in layer.name]) == 12
         assert str(folder / "report.html") in shown
     table = [line for line in shown.splitlines() if re.search(r"[a-z)](  +[\d.]+){4}$", line.strip())]

