@@ -1,7 +1,7 @@
 """Products by the kernel of packed layers beside torch's dense ones: milliseconds, GB/s, and ratios.
 
     python benchmarks/kernel.py [--shapes 2048x2048,8192x2048] [--forms int8:2:4,int4:dense] [--tokens 1] [--rank 0]
-        [--path avx2] [--activations float] [--repeats 15] [--json FILE]
+        [--path avx2] [--activations float] [--inputs bf16] [--repeats 15] [--json FILE]
 
 A form is a type of values (bf16, fp16, fp32, int8, int4, int3, int2), then a pattern (2:4, 16:32, free or dense). Calls
 take turns: torch in float32, torch in bfloat16, then each form, over as many copies of a weight as are larger than the
@@ -90,7 +90,7 @@ def measured(calls: dict[str, tuple[Callable[[], Any], int]], repeats: int) -> I
 
 def rows_of(given: argparse.Namespace, shape: tuple[int, int]) -> list[dict[str, Any]]:
     """Measure all forms at one shape."""
-    x = torch.randn(given.tokens, shape[1], generator=torch.Generator().manual_seed(1))
+    x = torch.randn(given.tokens, shape[1], generator=torch.Generator().manual_seed(1)).to(FLOATS[given.inputs])
     calls = {f"torch {name}": dense_call(shape, x, FLOATS[name]) for name in ("fp32", "bf16")}
     for form in given.forms.split(","):
         calls[form] = packed_call(form, shape, x, given.rank, rounded=given.activations == "int8")
@@ -117,6 +117,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=0)
     parser.add_argument("--path", default=None, help="instruction set; the best if left out")
     parser.add_argument("--activations", default="float", choices=("float", "int8"))
+    parser.add_argument("--inputs", default="fp32", choices=FLOATS, help="their type, before any rounding")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--json", type=Path, default=None)
     given = parser.parse_args()

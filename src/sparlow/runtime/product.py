@@ -25,7 +25,9 @@ from sparlow.runtime.openmp import use_torchs_threads
 from sparlow.runtime.which import PATH
 
 TOKENS = 8  # that one call of the kernel takes; more are quicker by tiles
-_TILE = 1 << 19  # entries of a tile, 2 MB: it stays in the cache until it is multiplied
+# entries of a tile, which stays in a cache until it is multiplied; each tile reads all of the inputs again, so it is
+# larger for many tokens (measured by benchmarks/kernel.py --tokens 512 --inputs bf16)
+_TILE, _LARGE_TILE, _MANY_TOKENS = 1 << 20, 1 << 21, 256
 _HERE: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever the caller has set as defaults
 _forced: ContextVar[str | None] = ContextVar("path", default=None)
 
@@ -92,7 +94,7 @@ class Operand:
 
     def by_tiles(self, x: Tensor, y: Tensor) -> None:
         """Write the product to y (tokens, out) float32, in which a row may be part of a wider one."""
-        for rows, tile in self.tiles(x.dtype):
+        for rows, tile in self.tiles(len(x), x.dtype):
             if x.dtype == torch.bfloat16:
                 y[:, rows] = x @ tile.T
             else:
@@ -106,7 +108,7 @@ class Operand:
     def back(self, dy: Tensor) -> Tensor:
         """Return dy W (tokens, in) for dy (tokens, out) float32."""
         dx = torch.zeros(len(dy), self.S.shape[1], **_HERE)
-        for rows, tile in self.tiles():
+        for rows, tile in self.tiles(len(dy)):
             dx.addmm_(dy[:, rows], tile)
         if self.U and self.V:
             t = dy @ self.decoded(self.U)
@@ -122,10 +124,11 @@ class Operand:
             )
         return found
 
-    def tiles(self, dtype: torch.dtype = torch.float32) -> Iterator[tuple[slice, Tensor]]:
+    def tiles(self, tokens: int, dtype: torch.dtype = torch.float32) -> Iterator[tuple[slice, Tensor]]:
         """Yield some rows of S after the other in float32 or bfloat16, with their place; all have one buffer."""
         out, columns = self.S.shape
-        size = max(1, min(out, _TILE // max(columns, 1)))
+        entries = _TILE if tokens < _MANY_TOKENS else _LARGE_TILE
+        size = max(1, min(out, entries // max(columns, 1)))
         buffer = torch.empty(size, columns, dtype=dtype, device="cpu")
         for start in range(0, out, size):
             stop = min(out, start + size)
