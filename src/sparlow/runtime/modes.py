@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from sparlow.errors import InputError
 from sparlow.model.artefact.opening import use
-from sparlow.runtime.opening import MODE, activations_of, opening_of
+from sparlow.runtime.opening import MODE, opening_of
+from sparlow.runtime.options import activations_of
 from sparlow.schema import unknown
 
 if TYPE_CHECKING:

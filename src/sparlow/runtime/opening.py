@@ -20,7 +20,7 @@ from sparlow.model.artefact.layers import compressed_layers, merged
 from sparlow.model.artefact.opening import Dense, InFile, Opening
 from sparlow.model.forward.fused_layout import put_together
 from sparlow.runtime.build import NoKernelError, library
-from sparlow.runtime.options import ACTIVATIONS, ACTIVATIONS_VARIABLE
+from sparlow.runtime.options import ACTIVATIONS, activations_of
 from sparlow.runtime.which import kernel
 from sparlow.schema import unknown
 
@@ -139,11 +139,6 @@ def by_environment() -> Opening:
     """Return how a model is opened where nobody has said: as the environment says, else for training."""
     taken = os.environ.get(MODE) or "dense"
     return opening_of(taken, activations_of(taken))
-
-
-def activations_of(mode: str) -> str:
-    """Return the type of the inputs of packed layers where nobody has said: what serves best, in mode auto."""
-    return os.environ.get(ACTIVATIONS_VARIABLE) or ("int8" if mode == "auto" else "float")
 
 
 def _put(model: "PreTrainedModel", name: str, layer: nn.Module) -> None:

@@ -1,5 +1,6 @@
 """What ``sparlow generate`` and ``sparlow benchmark`` are asked for. None of this imports torch."""
 
+import os
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -12,6 +13,18 @@ ACTIVATIONS_VARIABLE = "SPARLOW_ACTIVATIONS"
 STEPS = ("transformers", "kernel")
 DTYPES = ("float32", "bfloat16", "float16")
 TEXT, MACHINE, MEASURED = Panel("Text"), Panel("Machine"), Panel("Measured")
+
+
+def activations_of(mode: str) -> str:
+    """Return the type of the inputs of packed layers where nobody has said: what serves best, in mode auto.
+
+    Raises:
+        InputError: ``SPARLOW_ACTIVATIONS`` asks for a type that does not exist.
+    """
+    asked = os.environ.get(ACTIVATIONS_VARIABLE) or ("int8" if mode == "auto" else "float")
+    if asked not in ACTIVATIONS:
+        raise InputError(unknown(f"{ACTIVATIONS_VARIABLE} cannot be {asked!r}", asked, ACTIVATIONS))
+    return asked
 
 
 @dataclass(frozen=True)

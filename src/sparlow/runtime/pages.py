@@ -30,11 +30,12 @@ class LargePages:
     """Holds copies of tensors, one behind the other, in large pages where the system has them."""
 
     def __init__(self) -> None:
+        self._there = has_large_pages()
         self._room = torch.empty(0, dtype=torch.uint8, device="cpu")
 
     def copy(self, t: Tensor) -> Tensor:
         """Return a copy on the CPU, contiguous and without a gradient."""
-        if not t.numel() or not has_large_pages():
+        if not t.numel() or not self._there:
             return t.detach().to("cpu", copy=True).contiguous()
         if len(self._room) < t.nbytes:
             self._room = _block(max(t.nbytes, _BLOCK))

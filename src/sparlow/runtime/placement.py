@@ -17,17 +17,18 @@ def use_large_pages(model: nn.Module) -> None:
     model that fills no such page, one whose packed weights would take more than half of the memory that is free, and
     weights on accelerators or in memory shared with other processes, stay.
     """
-    stored, dense = sum(modules[0].bytes for modules in _by_weight(model)), sum(p.nbytes for p in _dense(model))
+    packed_ones, parameters = _by_weight(model), _dense(model)
+    stored, dense = sum(modules[0].bytes for modules in packed_ones), sum(p.nbytes for p in parameters)
     if not has_large_pages() or stored + dense < PAGE or stored > memory_available() // 2:
         return
     mover = _Mover()
-    for modules in _by_weight(model):
+    for modules in packed_ones:
         packed = modules[0].packed
         bias = None if packed.bias is None else mover.moved(packed.bias)
         new = replace(packed, parts={part: mover.moved(tensor) for part, tensor in packed.parts.items()}, bias=bias)
         for module in modules:
             module.take(new)
-    for parameter in _dense(model):
+    for parameter in parameters:
         parameter.data = mover.moved(parameter.data)
     free_memory()  # where they lay before
 

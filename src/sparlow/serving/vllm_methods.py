@@ -17,8 +17,9 @@ from vllm.model_executor.layers.linear import LinearMethodBase
 from sparlow.errors import InputError
 from sparlow.model.artefact.schemes import StoredLayer, packed_types
 from sparlow.runtime.build import NoKernelError
+from sparlow.runtime.options import activations_of
 from sparlow.runtime.pages import LargePages
-from sparlow.serving.weights import Packed, Stored, expanded, inputs_by_environment
+from sparlow.serving.weights import Packed, Stored, expanded
 
 _log = logging.getLogger("vllm.sparlow")  # shown as vLLM shows its own
 INSTEAD = "Or serve what sparlow export DIR --out OUT --as merged writes."
@@ -122,7 +123,7 @@ class SparlowLinearMethod(LinearMethodBase):  # type: ignore[misc]  # vLLM's cla
             say(f"Layers that sparlow compressed are expanded to dense ones: {why}.")
         else:
             try:
-                self.packed = Packed(weights, inputs_by_environment())
+                self.packed = Packed(weights, activations_of("packed"))
             except NoKernelError as problem:
                 say(f"Layers that sparlow compressed are expanded to dense ones. {problem}")
         weight = torch.empty(0) if self.packed else expanded(self.stored, self.dtype, device)

@@ -1,7 +1,6 @@
 """The weights of one layer of a server: one or several stored ones, left to the kernel or expanded to a dense one."""
 
 import itertools
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,9 +13,7 @@ from sparlow.errors import InputError
 from sparlow.model.artefact.schemes import StoredLayer
 from sparlow.model.artefact.shards import Header, check_parts
 from sparlow.model.artefact.stored_form import unpack_weight
-from sparlow.runtime.options import ACTIVATIONS, ACTIVATIONS_VARIABLE
 from sparlow.runtime.product import Joined, Operand, joined, operand
-from sparlow.schema import unknown
 
 _numbers = itertools.count()
 _packed: WeakValueDictionary[int, "Packed"] = WeakValueDictionary()  # by number, which a compiled graph can hold
@@ -99,18 +96,6 @@ class Stored:
     def wide(self) -> bool:
         """Whether it has numbers of 64 bits, which the kernel does not read."""
         return any(t.dtype == torch.float64 for t in self.tensors.values())
-
-
-def inputs_by_environment() -> str:
-    """Return the type of the inputs of packed layers that ``SPARLOW_ACTIVATIONS`` asks for, else float.
-
-    Raises:
-        InputError: It asks for another.
-    """
-    asked = os.environ.get(ACTIVATIONS_VARIABLE) or "float"
-    if asked not in ACTIVATIONS:
-        raise InputError(unknown(f"{ACTIVATIONS_VARIABLE} cannot be {asked!r}", asked, ACTIVATIONS))
-    return asked
 
 
 class Packed:
