@@ -5,6 +5,7 @@ other code reads, instead of calling it, never shows what it is multiplied by.
 """
 
 import itertools
+import json
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -101,7 +102,8 @@ def _code_and_sizes(model: PreTrainedModel) -> Hashable | None:
         code.append((name, type(module), type(module).forward))
     sizes = tuple((name, p.shape, p.dtype) for name, p in model.named_parameters())
     ways = tuple(getattr(model.config, f"_{part}_implementation", None) for part in ("attn", "experts"))
-    return type(model), model.config.to_json_string(use_diff=False), ways, tuple(code), sizes
+    config = json.dumps(model.config.to_dict(), sort_keys=True, default=str)
+    return type(model), config, ways, tuple(code), sizes
 
 
 def _read_elsewhere(model: PreTrainedModel) -> set[str]:
