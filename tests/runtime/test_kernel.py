@@ -17,6 +17,7 @@ from sparlow.linalg.grid import GridValues, make_grid
 from sparlow.linalg.grid_target import GridTarget
 from sparlow.linalg.scales import learned
 from sparlow.model.artefact.stored_form import StoredForm, Weight, pack_weight
+from sparlow.runtime import product
 from sparlow.runtime.build import PATHS, NoKernelError, library
 from sparlow.runtime.openmp import use_torchs_threads
 from sparlow.runtime.product import TOKENS, forced, joined, operand, products
@@ -138,6 +139,20 @@ def test_inputs_in_bfloat16_round_the_weight_only_where_tokens_are_many(weight, 
     assert y.dtype == torch.float32
     # bfloat16 holds 8 bits, and rounds the weight and then the product
     assert ((y - right).abs() <= (ROUNDING if tokens <= TOKENS else 1.01 * 2**-7) * size).all()
+
+
+@quick
+@given(weights(), st.sampled_from([TOKENS + 1, 300]), st.integers(1, 2**9), st.integers(0, 2**31))
+def test_a_weight_may_take_several_tiles(weight, tokens, entries, seed):
+    packed, shape, exact = weight
+    x, found = inputs(tokens, shape[1], seed), operand(packed.tensors, shape, packed.grid, exact[3])
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("_TILE", "_LARGE_TILE"):
+            patch.setattr(product, name, entries)
+        y, back = found.product(x), found.back(torch.ones(tokens, shape[0]))
+    right, size = expected(exact, x.double())
+    assert ((y - right).abs() <= ROUNDING * size).all()
+    torch.testing.assert_close(back, found.back(torch.ones(tokens, shape[0])))
 
 
 @path
