@@ -97,6 +97,19 @@ def test_both_pictures_have_arrows_from_every_method_to_its_matched_one():
         assert found[name].svg.count('class="arrow"') == 4
 
 
+def test_runs_of_one_method_are_told_apart_where_each_has_a_line():
+    rows = [row("3basil pattern=2:4"), row("3basil+match pattern=2:4"), row("3basil bits=4.5", perplexity=30.0)]
+    found = comparison(rows=rows)
+    assert ": 3 runs" in Page(html(found)).shown
+    assert ": 8 methods" in Page(html(comparison())).shown
+    keys = {chart.name: dict(chart.key) for chart in charts(found)}
+    assert list(keys["relative_error"].values()) == ["3basil pattern=2:4", "3basil bits=4.5"]
+    assert list(keys["perplexity_against_time"].values()) == ["3basil"]
+    many = [row(f"3basil rank={rank}") for rank in range(9)]  # more than there are colours
+    (errors,) = (chart for chart in charts(comparison(rows=many)) if chart.name == "relative_error")
+    assert [name for _, name in errors.key] == ["3basil"]
+
+
 def test_a_paired_difference_is_over_windows():
     first, second = [1.0, 2.0, 3.5], [0.5, 1.0, 3.0]
     apart = [0.5, 1.0, 0.5]

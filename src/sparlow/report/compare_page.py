@@ -15,7 +15,7 @@ from sparlow.report.headline import Tile
 from sparlow.report.html_page import Part, page
 from sparlow.report.perplexities import FLATTERS, shown, with_error
 from sparlow.report.scatter import Mark, scatter
-from sparlow.report.svg import Axis, Chart, Plot, as_file, colour, counted
+from sparlow.report.svg import COLOURS, Axis, Chart, Plot, as_file, colour, counted
 from sparlow.report.wording import UNKNOWN, duration, model_name, number, percent, plain, short, size, words
 
 KINDS = 8  # of layers that have a panel of their own
@@ -43,9 +43,10 @@ def html(found: Comparison) -> str:
     in_domain = found.evaluation.get("in_domain", ())
     warnings = [f"{name} failed: {why}" for name, why in found.failed.items()]
     warnings += [f"{model_name(text)} is {FLATTERS.format('calibration')}." for text in texts if text in in_domain]
+    what = "methods" if len(_series(found)) == len(_variants(found)) else "runs"
     return page(
         "comparison.html",
-        f"{model_name(found.model)}: {len(some)} methods",
+        f"{model_name(found.model)}: {len(some)} {what}",
         sentence=_sentence(found, texts),
         tiles=_tiles(found, texts),
         warnings=warnings,
@@ -101,7 +102,7 @@ def _tiles(found: Comparison, texts: Sequence[str]) -> list[Tile]:
 def charts(found: Comparison) -> list[Chart]:
     """Perplexity against time and bytes for each text, the error of each kind of layer, tasks."""
     made: list[Chart] = []
-    series = {name: i for i, name in enumerate(dict.fromkeys(row.series for row in found.rows))}
+    series = _series(found)
     key = tuple((colour(i), name) for name, i in series.items())
     some, texts = groups(found.rows), corpora(found)
     for i, text in enumerate(texts):
@@ -114,7 +115,7 @@ def charts(found: Comparison) -> list[Chart]:
             about = "Lower and further left is better. The dotted line joins what no other method beats in both"
             about += "; arrows lead from a method to the same with matching." if any(mark.to for mark in marks) else "."
             made.append(Chart(f"perplexity_against_{what}{more}", title, about, picture, key))
-    errors = _errors(found, series, key)
+    errors = _errors(found, series)
     scored = {row.name: row.tasks for row in found.rows if row.tasks}
     if scored:
         dense_tasks = {"dense": found.dense["tasks"]} if found.dense.get("tasks") else {}
@@ -135,8 +136,21 @@ def _marks(some: Sequence[Group], series: Mapping[str, int], text: str, what: st
     return marks
 
 
-def _errors(found: Comparison, series: Mapping[str, int], key: tuple[tuple[str, str], ...]) -> Chart | None:
-    """The mean relative error of each block, a line a method."""
+def _series(found: Comparison) -> dict[str, int]:
+    """The methods, each with the number of its colour."""
+    return {name: i for i, name in enumerate(dict.fromkeys(row.series for row in found.rows))}
+
+
+def _variants(found: Comparison) -> dict[str, int]:
+    """The same of what was run of each, without seeds and matching."""
+    return {name: i for i, name in enumerate(dict.fromkeys(row.without_matching for row in found.rows))}
+
+
+def _errors(found: Comparison, series: Mapping[str, int]) -> Chart | None:
+    """The mean relative error of each block, a line a run; colours tell runs apart while there are enough of them."""
+    runs = _variants(found)
+    apart = len(runs) <= COLOURS
+    colours = runs if apart else series
     lines = {}
     for row in found.rows:
         blocks: dict[int, list[float]] = {}
@@ -152,8 +166,10 @@ def _errors(found: Comparison, series: Mapping[str, int], key: tuple[tuple[str, 
     )
     for row in found.rows:
         thin = "" if row.with_matching else "thin "
-        plot.line(lines[row.name], f"{thin}{colour(series[row.series])}", row.name)
-    about = "The mean over the layers of each block, a line a method, thin with matching: tr(R H Rᵀ) / tr(W H Wᵀ)."
+        own = colours[row.without_matching if apart else row.series]
+        plot.line(lines[row.name], f"{thin}{colour(own)}", row.name)
+    about = "The mean over the layers of each block, a line a run, thin with matching: tr(R H Rᵀ) / tr(W H Wᵀ)."
+    key = tuple((colour(i), name) for name, i in colours.items())
     return Chart("relative_error", "Error against depth", about, plot.picture("Relative error against depth"), key)
 
 

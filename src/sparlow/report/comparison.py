@@ -75,6 +75,12 @@ class Row:
         return "" if head.endswith(MATCHED) else " ".join([f"{head}{MATCHED}", *rest])
 
     @property
+    def without_matching(self) -> str:
+        """The name without the seed, the same with matching and without."""
+        head, *rest = self.group.split(" ")
+        return " ".join([head.removesuffix(MATCHED), *rest])
+
+    @property
     def about(self) -> dict[str, Any]:
         """What a table shows of its recipe."""
         return {name: self.recipe.get(name) for name in ABOUT}
