@@ -14,7 +14,7 @@ inf: nothing of its own) at few and many calibration windows. Everything is judg
 learnt nor calibrated on, one to choose by and one to report: the error of the experts' outputs on the tokens that the
 dense model routes to them, the divergence from the dense model in nats a byte, and perplexity a byte. The seeds are
 those of the calibration windows; every row has all of them, and the next row begins when it has. A run that was killed
-goes on with the step and the row it was at.
+goes on with the step and the row it was at; one that has no more ``--minutes`` leaves out the rows that are not whole.
 """
 
 import argparse
@@ -249,8 +249,9 @@ def cases(dense: PreTrainedModel, text: Text, seed: int) -> dict[str, Made]:
     found |= {f"{left} of 8 experts left": partial(reduced, dense, useful, left) for left in LEFT}
     if not seed:  # no data are looked at
         found |= {f"{values}, rounded to nearest": partial(rounded, dense, values) for values in ROUNDED}
-    compared = [(recipe, few, share) for recipe in (EIGHT, THREE) for share in ENDS]
+    compared = [(EIGHT, few, share) for share in ENDS]
     compared += [(EIGHT, many, share) for share in ENDS if share != experts.BORROWED]  # which is a row of METHODS
+    compared += [(THREE, few, share) for share in ENDS]
     compared += [(EIGHT, windows, share) for windows in (few, many) for share in BETWEEN]
     for recipe, windows, share in compared:
         name = f"{recipe['bits']:g} bits, {len(windows)} windows, borrowing {share:g}"
@@ -274,18 +275,36 @@ def quality(args: argparse.Namespace) -> dict[str, Any]:
         "shares of tokens": shares_of_sources(full, text),
     }
     print(json.dumps(about), flush=True)
-    log = args.work / "rows.jsonl"
-    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    known = {(row["seed"], row["what"]) for row in rows}
     tried = {seed: cases(dense, text, seed) for seed in map(int, args.seeds.split(","))}
-    for what in dict.fromkeys(what for own in tried.values() for what in own):
-        for seed in (seed for seed in tried if what in tried[seed] and (seed, what) not in known):
-            model, bits = tried[seed][what]()
-            judged = {name: judge(model) for name, judge in judges.items()}
-            rows.append({"seed": seed, "what": what, "bits": bits, **judged})
-            with log.open("a") as file:
-                print(json.dumps(rows[-1]), file=file)
+    rows = judged(tried, judges, args.work / "rows.jsonl", 60 * args.minutes)
     return about | {"rows": rows, "summary": summary(rows)}
+
+
+def judged(
+    tried: Mapping[int, Mapping[str, Made]], judges: Mapping[str, Judge], log: Path, seconds: float
+) -> list[dict[str, Any]]:
+    """Make and judge what is not in a log yet, and return the rows of all that every seed has that tries it.
+
+    Args:
+        tried: By seed and name.
+        judges: By the text they judge on.
+        log: Takes every row as soon as it is there.
+        seconds: After which nothing more is begun.
+    """
+    before = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    known = {(row["seed"], row["what"]): row for row in before}
+    end, whole = time.monotonic() + seconds, []
+    for what in dict.fromkeys(what for own in tried.values() for what in own):
+        keys = [(seed, what) for seed in tried if what in tried[seed]]
+        for seed, _ in (key for key in keys if key not in known):
+            if time.monotonic() < end:
+                model, bits = tried[seed][what]()
+                found = {name: judge(model) for name, judge in judges.items()}
+                known[seed, what] = {"seed": seed, "what": what, "bits": bits, **found}
+                with log.open("a") as file:
+                    print(json.dumps(known[seed, what]), file=file)
+        whole += [known[key] for key in keys if all(other in known for other in keys)]
+    return whole
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -325,6 +344,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--schedule", type=int, help="steps after which the rate would be zero; as many if left out")
     parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="after which no case is begun")
     parser.add_argument("--json", type=Path, dest="json_file")
     args = parser.parse_args()
     if args.what == "quality" and args.work is None:
@@ -332,7 +352,9 @@ def main() -> None:
     found = memory(args) if args.what == "memory" else quality(args)
     if args.json_file:
         arguments = {
-            name: str(value) for name, value in vars(args).items() if name not in ("json_file", "work", "text")
+            name: str(value)
+            for name, value in vars(args).items()
+            if name not in ("json_file", "work", "text", "minutes")
         }
         write_json(args.json_file, {"machine": machine(), "arguments": arguments, "cases": found})
 
