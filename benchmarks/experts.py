@@ -1,19 +1,20 @@
 """Mixtures of experts: what a wide block takes, and what compressing inside experts is worth beside dropping experts.
 
     python benchmarks/experts.py memory [--blocks 1] [--samples 16] [--json FILE]
-    python benchmarks/experts.py quality --text c4.jsonl FOLDER --work DIR [--steps 640] [--seeds 0,1,2] [--json FILE]
+    python benchmarks/experts.py quality --text c4.jsonl FOLDER --work DIR [--steps 1200] [--seeds 0,1,2] [--json FILE]
 
 ``memory`` writes a mixture with random weights whose blocks have the shape of Qwen3-30B-A3B (128 experts of 768 × 2048,
 eight for a token), and hands it to benchmarks/memory.py, which compresses it in a process of its own; beside the peak
 stands what ``sparlow plan`` foresees.
 
-``quality`` trains a small mixture of the same kind (_mixture.py: 7 million parameters, 8 experts a block, two for a
+``quality`` trains a small mixture of the same kind (_mixture.py: 22 million parameters, 8 experts a block, two for a
 token) on bytes of local text and compresses its experts alone; attention stays dense. Compared are methods at equal
 bits of the experts beside dropping experts, and how much an expert borrows from all tokens (0: nothing but its own,
 inf: nothing of its own) at few and many calibration windows. Everything is judged on two texts that were neither
 learnt nor calibrated on, one to choose by and one to report: the error of the experts' outputs on the tokens that the
 dense model routes to them, the divergence from the dense model in nats a byte, and perplexity a byte. The seeds are
-those of the calibration windows. A run that was killed goes on with the step and the row it was at.
+those of the calibration windows; every row has all of them, and the next row begins when it has. A run that was killed
+goes on with the step and the row it was at; one that has no more ``--minutes`` leaves out the rows that are not whole.
 """
 
 import argparse
@@ -25,14 +26,14 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from _layers import machine, write_json
-from _mixture import Size, Text, experts_swapped, reduce_experts, shares_of_sources, trained
+from _mixture import Size, Text, experts_swapped, reduce_experts, shares_of_sources, trained, usefulness
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -50,8 +51,9 @@ BLOCKS = 48  # of Qwen3-30B-A3B
 HELD_OUT = 32  # windows of each part
 EFFORT = 0.2  # of the solver
 CALIBRATED = 32  # windows for methods
-COUNTS = (2, 32)  # windows at which borrowing is compared: half as many tokens an expert as it has features, or 8 times
-BORROWED = (0.0, 0.03125, 0.125, 0.5, math.inf)
+FEW = 2  # windows: an expert sees fewer tokens than it has features
+ENDS = (0.0, 0.125, math.inf)
+BETWEEN = (0.03125, 0.5)
 DENSE = ("*.self_attn.*",)  # what is no expert
 SIXTEEN: Mapping[str, Any] = {"values": "model"}  # 16 bits, the model's type
 EIGHT: Mapping[str, Any] = {"bits": 8.0, **SIXTEEN}
@@ -229,10 +231,10 @@ def rounded(dense: PreTrainedModel, values: str) -> tuple[PreTrainedModel, float
     return in_32_bits(model), int(values.removeprefix("int")) + 16 / 128
 
 
-def reduced(dense: PreTrainedModel, windows: Tensor, left: int) -> tuple[PreTrainedModel, float]:
+def reduced(dense: PreTrainedModel, useful: Callable[[], list[Tensor]], left: int) -> tuple[PreTrainedModel, float]:
     """Return a copy in which routers choose among the most useful experts, and the bits that so many experts take."""
     model = copy.deepcopy(dense).float()
-    reduce_experts(model, windows, left)
+    reduce_experts(model, useful(), left)
     return model, 16 * left / model.config.num_experts
 
 
@@ -241,19 +243,19 @@ Made = Callable[[], tuple[PreTrainedModel, float]]
 
 def cases(dense: PreTrainedModel, text: Text, seed: int) -> dict[str, Made]:
     """Return what is tried with the calibration windows of one seed, by name."""
-    windows = {count: text.windows(text.learnt, count, 10**6 + seed) for count in {*COUNTS, CALIBRATED}}
-    many = windows[CALIBRATED]
+    many, few = (text.windows(text.learnt, count, 10**6 + seed) for count in (CALIBRATED, FEW))
     found: dict[str, Made] = {name: partial(compressed, dense, many, recipe) for name, recipe in METHODS.items()}
+    useful = cache(partial(usefulness, copy.deepcopy(dense).float(), many))
+    found |= {f"{left} of 8 experts left": partial(reduced, dense, useful, left) for left in LEFT}
     if not seed:  # no data are looked at
         found |= {f"{values}, rounded to nearest": partial(rounded, dense, values) for values in ROUNDED}
-    found |= {f"{left} of 8 experts left": partial(reduced, dense, many, left) for left in LEFT}
-    few, ends = COUNTS[0], (BORROWED[0], 0.125, BORROWED[-1])
-    compared = [(EIGHT, few, share) for share in BORROWED] + [(THREE, few, share) for share in ends]
-    if not seed:  # with so many tokens little is left to tell apart
-        compared += [(EIGHT, COUNTS[1], share) for share in BORROWED]
-    for recipe, count, share in compared:
-        name = f"{recipe['bits']:g} bits, {count} windows, borrowing {share:g}"
-        found[name] = partial(borrowed, dense, windows[count], recipe, share)
+    compared = [(EIGHT, few, share) for share in ENDS]
+    compared += [(EIGHT, many, share) for share in ENDS if share != experts.BORROWED]  # which is a row of METHODS
+    compared += [(THREE, few, share) for share in ENDS]
+    compared += [(EIGHT, windows, share) for windows in (few, many) for share in BETWEEN]
+    for recipe, windows, share in compared:
+        name = f"{recipe['bits']:g} bits, {len(windows)} windows, borrowing {share:g}"
+        found[name] = partial(borrowed, dense, windows, recipe, share)
     return found
 
 
@@ -273,18 +275,36 @@ def quality(args: argparse.Namespace) -> dict[str, Any]:
         "shares of tokens": shares_of_sources(full, text),
     }
     print(json.dumps(about), flush=True)
-    log = args.work / "rows.jsonl"
-    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    known = {(row["seed"], row["what"]) for row in rows}
-    for seed in map(int, args.seeds.split(",")):
-        for what, make in cases(dense, text, seed).items():
-            if (seed, what) not in known:
-                model, bits = make()
-                judged = {name: judge(model) for name, judge in judges.items()}
-                rows.append({"seed": seed, "what": what, "bits": bits, **judged})
-                with log.open("a") as file:
-                    print(json.dumps(rows[-1]), file=file)
+    tried = {seed: cases(dense, text, seed) for seed in map(int, args.seeds.split(","))}
+    rows = judged(tried, judges, args.work / "rows.jsonl", 60 * args.minutes)
     return about | {"rows": rows, "summary": summary(rows)}
+
+
+def judged(
+    tried: Mapping[int, Mapping[str, Made]], judges: Mapping[str, Judge], log: Path, seconds: float
+) -> list[dict[str, Any]]:
+    """Make and judge what is not in a log yet, and return the rows of all that every seed has that tries it.
+
+    Args:
+        tried: By seed and name.
+        judges: By the text they judge on.
+        log: Takes every row as soon as it is there.
+        seconds: After which nothing more is begun.
+    """
+    before = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    known = {(row["seed"], row["what"]): row for row in before}
+    end, whole = time.monotonic() + seconds, []
+    for what in dict.fromkeys(what for own in tried.values() for what in own):
+        keys = [(seed, what) for seed in tried if what in tried[seed]]
+        for seed, _ in (key for key in keys if key not in known):
+            if time.monotonic() < end:
+                model, bits = tried[seed][what]()
+                found = {name: judge(model) for name, judge in judges.items()}
+                known[seed, what] = {"seed": seed, "what": what, "bits": bits, **found}
+                with log.open("a") as file:
+                    print(json.dumps(known[seed, what]), file=file)
+        whole += [known[key] for key in keys if all(other in known for other in keys)]
+    return whole
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -320,10 +340,11 @@ def main() -> None:
     stdlib = [Path(sysconfig.get_path("stdlib"))]
     parser.add_argument("--text", type=Path, nargs="+", default=stdlib, help=".jsonl, text, or folders of .py files")
     parser.add_argument("--work", type=Path, help="folder from which a killed run goes on")
-    parser.add_argument("--size", default="256,4,256", help="width, blocks, width of an expert")
-    parser.add_argument("--steps", type=int, default=640)
+    parser.add_argument("--size", default="320,6,448", help="width, blocks, width of an expert")
+    parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--schedule", type=int, help="steps after which the rate would be zero; as many if left out")
     parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="after which no case is begun")
     parser.add_argument("--json", type=Path, dest="json_file")
     args = parser.parse_args()
     if args.what == "quality" and args.work is None:
@@ -331,7 +352,9 @@ def main() -> None:
     found = memory(args) if args.what == "memory" else quality(args)
     if args.json_file:
         arguments = {
-            name: str(value) for name, value in vars(args).items() if name not in ("json_file", "work", "text")
+            name: str(value)
+            for name, value in vars(args).items()
+            if name not in ("json_file", "work", "text", "minutes")
         }
         write_json(args.json_file, {"machine": machine(), "arguments": arguments, "cases": found})
 

@@ -268,6 +268,13 @@ def test_experts_are_counted_by_the_tokens_that_reach_them(tmp_path, monkeypatch
     }
 
 
+def test_how_many_experts_a_token_goes_to_may_be_said_in_a_config_of_their_own(tmp_path):
+    save_tiny("dbrx", tmp_path)
+    layers = worked(tmp_path, RECIPES["rank"]).blocks[0].layers
+    assert {layer.share for layer in layers if layer.role} == {2 / 12}
+    assert {layer.share for layer in layers if not layer.role} == {1}
+
+
 def test_layers_behind_each_other_take_more_passes_and_fewer_grams_at_a_time(tmp_path):
     save_tiny("llama", tmp_path)
     recipe = RECIPES["rank"].changed(samples=64)

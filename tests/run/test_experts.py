@@ -10,6 +10,7 @@ from families import save_tiny, tiny
 from samples import few_of
 from sparlow.distributed import ALONE
 from sparlow.errors import InputError
+from sparlow.linalg.error_curves import error_curve
 from sparlow.linalg.gram import GramAccumulator
 from sparlow.model.artefact.dtypes import StoredDtypes
 from sparlow.model.artefact.layers import compressed_layers
@@ -25,7 +26,7 @@ from sparlow.recipe.budgets import select
 from sparlow.recipe.recipe import Recipe
 from sparlow.recipe.run_options import RunOptions
 from sparlow.report.records import Report
-from sparlow.run import pipeline
+from sparlow.run import pipeline, sensitivity
 from sparlow.run.cases import recipes_for
 from sparlow.run.compare import compare
 from sparlow.run.experts import BORROWED, Pools, pools_of
@@ -148,6 +149,22 @@ def test_experts_that_no_token_reached_are_said_once_a_block_and_compressed_like
         assert len(told) == 1
         assert f"{len(row['unreached'])} of 12 experts" in told[0]
     assert all(layer.S.isfinite().all() for layer in compressed_layers(model).values())
+
+
+def test_an_allocation_by_error_sees_what_an_expert_without_tokens_borrows(monkeypatch):
+    seen = []
+
+    def noted(W, gram, *rest):
+        seen.append(gram.H)
+        return error_curve(W, gram, *rest)
+
+    monkeypatch.setattr(sensitivity, "error_curve", noted)
+    recipe = QUICK.changed(allocate="error", seqlen=4, samples=1)
+    model = tiny("hunyuan_v1_moe", blocks=1)
+    sparlow.compress(model, recipe, calibration=torch.arange(3, 7)[None], evaluate=(), inplace=True)
+    without = [len(H) for H in seen if torch.equal(H, torch.eye(len(H)))]
+    assert len(without) >= 4
+    assert {*without} == {48}  # of down_proj: what others compute within themselves is nothing to borrow
 
 
 @pytest.mark.parametrize("family", few_of(SIX, "mixtral"))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from sparlow.evaluation.texts import require_context
 from sparlow.machine import check_device, computing_dtype, pick_device
@@ -457,7 +457,9 @@ def _blocks(structure: Structure, kept: Mapping[str, Budget], recipe: Recipe) ->
 def _of_expert(weight: CompressibleWeight, config: Any) -> dict[str, Any]:  # noqa: ANN401 - a foreign config
     if not isinstance(weight, ExpertWeight):
         return {}
-    chosen = next((n for name in CHOSEN if type(n := getattr(config, name, None)) is int), weight.layout.experts)
+    parts = (config, *(part for part in vars(config).values() if isinstance(part, PreTrainedConfig)))
+    found = (getattr(part, name, None) for part in parts for name in CHOSEN)
+    chosen = next((n for n in found if type(n) is int), weight.layout.experts)
     share = min(chosen / weight.layout.experts, 1.0)
     return {"role": weight.fused, "share": share, "routed": weight.layout.routed}
 

@@ -19,7 +19,7 @@ from sparlow.model.forward.fused import FusedWeight
 from sparlow.model.forward.fused_layout import caller_of
 from sparlow.model.forward.input_statistics import Observation, Pool
 
-BORROWED = 0.125  # tokens for each feature of an expert's input; docs/experts.md compares 0, 1/32, 1/2 and shared Grams
+BORROWED = 0.125  # tokens for each feature of an expert's input; docs/experts.md compares 0, 1/2 and shared Grams
 
 
 def _role(name: str) -> str:

@@ -18,9 +18,10 @@ from sparlow.model.forward.capture import Recording
 from sparlow.model.forward.compressible import compressible, experts_apart
 from sparlow.model.forward.decoder import Decoder
 from sparlow.model.forward.fused_layout import put_together
-from sparlow.model.forward.input_statistics import Kind, Observation, collect_statistics
+from sparlow.model.forward.input_statistics import Kind, Observation, Stage, collect_statistics
 from sparlow.recipe.allocation import Budget, Offer, cost, error_driven, offered, owl_densities, require_total
 from sparlow.recipe.recipe import Recipe
+from sparlow.run.experts import pools_of
 from sparlow.run.pipeline import with_grams
 
 
@@ -42,14 +43,18 @@ class DenseWalk:
     advance: Callable[[int], None]
     processes: Processes = ALONE
 
-    def observed(self, statistic: Callable[[int, torch.device], Kind]) -> Iterator[tuple[BlockPass, Observation[Kind]]]:
-        """Yield each block with its inputs, and the statistics of one pass."""
+    def observed(
+        self, statistic: Callable[[int, torch.device], Kind], *, pooled: bool = False
+    ) -> Iterator[tuple[BlockPass, Observation[Kind]]]:
+        """Yield each block with its inputs and the statistics of one pass, ``pooled`` with what experts borrow from."""
         hidden = self.recording.hidden
         for i, block in enumerate(self.blocks):
             outputs = hidden.fresh()
-            experts_apart(block, compressible(block))
+            names = compressible(block)
+            experts_apart(block, names)
+            stage = Stage(tuple(names), pools=pools_of(block, names) if pooled else ())
             through = BlockPass(block, self.recording.calls[i], hidden, self.decoder.label(i), i, self.processes)
-            yield through, collect_statistics(through, statistic, outputs)
+            yield through, collect_statistics(through, statistic, outputs, stage)
             put_together(block)
             hidden = outputs
             self.advance(1)
@@ -112,7 +117,7 @@ def _error_driven(
     low_rank = recipe.found_algorithm.kind != "pruner"
     offers: dict[str, list[Offer]] = {}
     costs: dict[str, Callable[[Budget], int]] = {}
-    for through, seen in walk.observed(EvenGramAccumulator):
+    for through, seen in walk.observed(EvenGramAccumulator, pooled=True):
         names = {n: through.layer_name(n) for n in through.weights}
         free = {n: w for n, w in through.weights.items() if names[n] in budgets and not recipe.has_rule(names[n])}
         sizes = {n: storage.of_layer(names[n]).itemsize for n in free}

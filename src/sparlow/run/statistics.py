@@ -1,7 +1,8 @@
 """``sparlow.statistics``: every weight of a dense model with the Gram of its inputs, kept for trying solvers on them.
 
 The directory holds a file for each block: the weights, H of each distinct input, and a sample of its tokens. H is what
-``compress`` sees before any layer is compressed; in a run, blocks behind the first read what compressed ones gave.
+``compress`` sees before any layer is compressed; in a run, blocks behind the first read what compressed ones gave. That
+of an expert is of its own tokens alone, without those that ``compress`` lets it borrow.
 """
 
 from collections.abc import Iterator, Mapping

@@ -106,6 +106,18 @@ def test_experts_are_found_and_taken_apart_and_the_model_computes_what_it_did(fa
     assert torch.equal(logits(model), before)
 
 
+def test_matrices_of_one_shape_hold_as_many_experts_as_their_module_says():
+    counts = {}
+    for experts in (12, 8):
+        config = copy.deepcopy(tiny("dbrx").config)
+        config.ffn_config.moe_num_experts, config.ffn_config.ffn_hidden_size = experts, 288 // experts
+        block = Decoder.of(AutoModelForCausalLM.from_config(config)).blocks[0]
+        assert {len(p) for name, p in block.named_parameters() if ".experts." in name} == {288}
+        found = layouts(block, "ffn.experts.mlp", block.get_submodule("ffn.experts.mlp"))
+        counts[experts] = [layout.experts for layout in found.values()]
+    assert counts == {12: [12] * 3, 8: [8] * 3}
+
+
 def test_a_parameter_that_is_no_set_of_experts_is_left_alone():
     class Stack(nn.Module):
         """Adds its slices up, and multiplies by one of them and by all."""

@@ -48,10 +48,15 @@ def layouts(root: nn.Module, name: str, module: nn.Module) -> dict[str, Layout]:
     callers = _callers(root, name)
     every = candidates | _apart(module)  # what is true of one part does not depend on whether another is taken apart
     shapes = sorted((part, tuple(weight.shape)) for part, weight in every.items())
-    key = (*(type(caller) for caller in callers), *shapes)
+    key = (*(type(caller) for caller in callers), *shapes, *_numbers(module))
     if key not in _known:
         _known[key] = _tried(callers, candidates)
     return {part: layout for part, layout in _known[key].items() if part in candidates}
+
+
+def _numbers(module: nn.Module) -> list[tuple[str, int]]:
+    """Return the whole numbers that a module keeps: its code divides a matrix into experts by one of them."""
+    return sorted((name, value) for name, value in vars(module).items() if type(value) is int)
 
 
 def _apart(module: nn.Module) -> dict[str, FusedWeight]:
@@ -132,7 +137,7 @@ def _candidates(module: nn.Module) -> dict[str, nn.Parameter]:
     stacks = {name: p for name, p in own.items() if p.ndim == STACK and min(p.shape) > 1}
     if stacks or any(not part.flat for part in _apart(module).values()):
         return stacks
-    numbers = {value for value in vars(module).values() if type(value) is int and value > 1}
+    numbers = {value for _, value in _numbers(module) if value > 1}
     return {
         name: p
         for name, p in own.items()
