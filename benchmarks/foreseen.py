@@ -1,8 +1,9 @@
 """The memory that a plan foresees beside the peak of the run, for ten small models and recipes.
 
-    python benchmarks/foreseen.py [--only pruning,mixture] [--json FILE]
+    python benchmarks/foreseen.py [--only pruning,mixture] [--json FILE [--plans]]
 
-Models have random weights, texts are random tokens. All plans are made in one process, each run in one of its own.
+Cases that are left out with --only stay in FILE as they were. Models have random weights, texts are random tokens. All
+plans are made in one process, each run in one of its own.
 Foreseen and measured is what a run takes beyond Python and its libraries, in main memory, hidden states included
 (``--offload cpu``), but for the case that says otherwise. What each case is there for, CASES says.
 
@@ -179,29 +180,41 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(CASES), help="cases, separated by commas")
     parser.add_argument("--glibc", action="store_true", help="leave to glibc when freed memory is given back")
     parser.add_argument("--json", type=Path, dest="json_file")
+    parser.add_argument("--plans", action="store_true", help="plan anew, and take what FILE says of the runs")
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         what, *words = args.child
         print(json.dumps({"foreseen": foreseen, "measured": measured}[what](*words)))
         return
+    known = kept(args)
+    if args.plans and not known.keys() >= {*args.only.split(",")}:
+        parser.error("the file of --json has not measured all these cases with the same rule")
     with tempfile.TemporaryDirectory() as scratch:
         models, out = Path(scratch) / "models", Path(scratch) / "out"
         for name in args.only.split(","):
             save(CASES[name], models / name)
-        plans, found = in_a_process("foreseen", str(models)), {}
+        plans, found = in_a_process("foreseen", str(models), glibc=args.glibc), {}
         print("| case | what takes the memory | foreseen | measured | measured of foreseen |\n|---|---|---|---|---|")
         for name in args.only.split(","):
-            run = in_a_process("measured", str(models / name), str(out / name), glibc=args.glibc)
+            words = str(models / name), str(out / name)
+            run = known[name] if args.plans else in_a_process("measured", *words, glibc=args.glibc)
             expected = max(plans[name].values())
-            found[name] = {"stages": plans[name], "foreseen": expected, **run, "ratio": run["peak"] / expected}
+            now = {"stages": plans[name], "foreseen": expected, "ratio": run["peak"] / expected}
+            found[name] = run | now
             print(
                 f"| {name} | {CASES[name].shows} | {expected / MB:.0f} MB | {run['peak'] / MB:.0f} MB | "
                 f"{run['peak'] / expected:.2f} |",
                 flush=True,
             )
     if args.json_file:
-        write_json(args.json_file, {"machine": machine(), "glibc": args.glibc, "cases": found})
+        write_json(args.json_file, {"machine": machine(), "glibc": args.glibc, "cases": known | found})
+
+
+def kept(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the cases that the file has already, if memory was given back in the same way."""
+    known = json.loads(args.json_file.read_text()) if args.json_file and args.json_file.exists() else {}
+    return known["cases"] if known.get("glibc") == args.glibc else {}
 
 
 if __name__ == "__main__":

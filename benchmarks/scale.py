@@ -15,7 +15,7 @@ Assumptions, which are printed too: every layer takes STEPS·effort iterations i
 SmolLM2 take 56 to 84 at effort 0.5, benchmarks/results/solver_speed.json), then the refit; accelerators reach SHARE of
 their peaks, TF32 in the loop's dense product and float32 in all others, and a tenth of the latter in factorisations;
 what is sent passes LINKS; experts see equal shares of the text; reading, writing and everything that is not counted
-are free. It is a prediction, not a measurement. The block that was measured on an H200 at effort 1 took 13 s where 31
+are free. It is a prediction, not a measurement. The block that was measured on an H100 at effort 1 took 13 s where 31
 were predicted (benchmarks/results/scale.json).
 """
 
