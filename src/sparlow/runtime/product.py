@@ -94,16 +94,21 @@ class Operand:
 
     def by_tiles(self, x: Tensor, y: Tensor) -> None:
         """Write the product to y (tokens, out) float32, in which a row may be part of a wider one."""
+        left = self._left(x, self.U, self.V) if self.U and self.V else None
         for rows, tile in self.tiles(len(x), x.dtype):
+            part = x @ tile.T if x.dtype == torch.bfloat16 else torch.mm(x, tile.T, out=y[:, rows])
+            if left is not None:
+                part.addmm_(left[0], left[1][rows].T)
             if x.dtype == torch.bfloat16:
-                y[:, rows] = x @ tile.T
-            else:
-                torch.mm(x, tile.T, out=y[:, rows])
-        if self.U and self.V:
-            t = x.float() @ self.decoded(self.V).T
-            y.addmm_(t if self.fold is None else t * self.fold, self.decoded(self.U).T)
+                y[:, rows] = part
         if self.bias is not None:
             y.add_(self.bias)
+
+    def _left(self, x: Tensor, U: Matrix, V: Matrix) -> tuple[Tensor, Tensor]:
+        """Return x Vᵀ (tokens, rank), folded, and U (out, rank), in the type of x, which multiplies faster."""
+        left, right = (self.decoded(m, out=torch.empty(m.shape, dtype=x.dtype, device="cpu")) for m in (U, V))
+        t = x @ right.T
+        return t if self.fold is None else (t.float() * self.fold).to(x.dtype), left
 
     def back(self, dy: Tensor) -> Tensor:
         """Return dy W (tokens, in) for dy (tokens, out) float32."""
@@ -164,7 +169,7 @@ class Joined:
         """Return x Wᵀ + b (tokens, rows of all) in float32, that of each weight beside the one before.
 
         Args:
-            x: (tokens, in) float32, contiguous; or in bfloat16, where S is rounded to it if there are many tokens.
+            x: (tokens, in) float32, contiguous; or in bfloat16, to which S, U, V and V x are rounded for many tokens.
             rounded: Round x to int8, a scale for each token and 128 columns, where the levels of an S are integers.
         """
         if len(x) <= TOKENS:
