@@ -138,12 +138,16 @@ def _marks(some: Sequence[Group], series: Mapping[str, int], text: str, what: st
 
 def _series(found: Comparison) -> dict[str, int]:
     """The methods, each with the number of its colour."""
-    return {name: i for i, name in enumerate(dict.fromkeys(row.series for row in found.rows))}
+    return _numbered(row.series for row in found.rows)
 
 
 def _variants(found: Comparison) -> dict[str, int]:
-    """The same of what was run of each, without seeds and matching."""
-    return {name: i for i, name in enumerate(dict.fromkeys(row.without_matching for row in found.rows))}
+    """The runs, whatever their seeds and with or without matching, each with the number of its colour."""
+    return _numbered(row.without_matching for row in found.rows)
+
+
+def _numbered(names: Iterable[str]) -> dict[str, int]:
+    return {name: i for i, name in enumerate(dict.fromkeys(names))}
 
 
 def _errors(found: Comparison, series: Mapping[str, int]) -> Chart | None:
