@@ -6,6 +6,8 @@ import shutil
 import signal
 import time
 from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,11 +16,17 @@ from torch import distributed
 
 from families import save_tiny, tiny
 from processes import SERVER, Run, join, together
-from sparlow.distributed import Processes, joined, local_device, require_one, require_own_device
+from sparlow.cli import pages, results
+from sparlow.distributed import LostError, Processes, joined, local_device, require_one, require_own_device
 from sparlow.errors import InputError, RunError
+from sparlow.joining import differences
 from sparlow.model.artefact.dtypes import StoredDtypes
+from sparlow.model.training.loop import _Training
+from sparlow.model.training.resume_state import TrainingCheckpoint, TrainingState
 from sparlow.recipe.recipe import Recipe
 from sparlow.report.records import Report
+from sparlow.run.compress import _seen, _windows_for_all
+from sparlow.run.pipeline import _naming
 from sparlow.run.recovery import Recovery
 from sparlow.run.verify import verify_artefact
 
@@ -210,12 +218,106 @@ def test_an_environment_that_joins_nobody_is_refused(variables, sentence, monkey
 
 def test_a_process_that_ends_before_all_have_met_is_told_in_a_sentence(monkeypatch):
     def gone(**_):
-        raise RuntimeError("Connection closed by peer [127.0.0.1]:4711\nmore")
+        raise RuntimeError("[/x/pair.cc:1] Connection closed by peer [127.0.0.1]:4711\nmore")
 
     monkeypatch.setattr(distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(distributed, "new_group", gone)
     with pytest.raises(RunError, match=r"could not meet the others at the start.*Connection closed by peer"), joined():
         pass
+
+
+PASSED = (
+    "[Rank 0]: Rank {} failed to pass monitoredBarrier in 172800000 ms\n Original exception: \n[/x/tcp/pair.cc:553] "
+)
+CLOSED = "Connection closed by peer [127.0.0.1]:6557"
+LATE = "Timed out waiting 172800000ms for recv operation to complete"
+
+
+@pytest.mark.parametrize(
+    ("said", "sentence"),
+    [
+        (
+            f"{PASSED.format(2)}{CLOSED}. This is typically caused by a remote worker crashing. GLHF!",
+            f"waited for process 2, which ended or cannot be reached ({CLOSED}).",
+        ),
+        (f"{PASSED.format(1)}{LATE}", f"waited for process 1, which does not come ({LATE})."),
+        (f"[/x/tcp/pair.cc:5] {CLOSED}\nframe #0", f"another one, which ended or cannot be reached ({CLOSED})."),
+    ],
+    ids=["one that ended after a second", "one that hangs", "within an exchange"],
+)
+def test_the_sentence_of_one_that_is_lost_names_no_time_that_was_not_waited_and_no_source(said, sentence, monkeypatch):
+    def lost(*_):
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(distributed, "monitored_barrier", lost)
+    with pytest.raises(LostError) as error, _naming("model.layers.0.mlp.down_proj"):
+        Processes(0, 3).barrier()
+    assert sentence in str(error.value)
+    assert str(error.value).startswith("Process 0 of 3 waited for")  # no fault of the layer's
+    assert "repeat the command" in str(error.value)
+
+
+def test_one_process_tells_the_user_and_writes_what_he_asks_for(monkeypatch, tmp_path, capsys):
+    figure = SimpleNamespace(name="one", svg="<svg></svg>")
+
+    def told(folder):
+        results.put(Path("-"), {"a": 1})
+        results.put(folder.with_suffix(".json"), {"a": 1})
+        pages.write_figures([figure], folder)
+        return capsys.readouterr().out.startswith("{"), folder.with_suffix(".json").exists(), folder.exists()
+
+    for variables, speaks in (({"WORLD_SIZE": "2", "RANK": "1"}, False), ({"RANK": "0"}, True)):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        assert told(tmp_path / f"{speaks}") == (speaks,) * 3
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.setenv("RANK", "1")  # left by something else
+    assert told(tmp_path / "alone") == (True,) * 3
+
+
+def test_what_the_model_writes_itself_comes_from_the_first_process():
+    windows = torch.tensor([[1, 2], [3, 4]])
+    second = Processes(1, 2)
+    second.first_finds = lambda _: windows.tolist()
+    recipe = Recipe(calibration="self", samples=2, seqlen=2)
+    assert torch.equal(_windows_for_all(second, None, None, recipe), windows)  # without a model
+
+
+def test_a_process_that_found_no_accelerator_is_told_before_any_exchange_on_one():
+    def seen(device):
+        model = tiny("llama")
+        return _seen(SimpleNamespace(model=model, weights=SimpleNamespace(device=torch.device(device))), {})
+
+    assert differences([seen("cuda:1"), seen("cuda:0"), seen("cpu")]) == [
+        "--device (cuda in the first, cpu in process 2)"
+    ]
+
+
+def test_while_the_first_keeps_a_state_of_training_all_are_patient():
+    """It may write for long; they would take it for one that hangs."""
+    done = []
+
+    class Second(Processes):
+        def totals(self, numbers):
+            return [1.0 + number for number in numbers]  # it is time in the first
+
+        def part(self):
+            done.append("part")
+
+    keeping = SimpleNamespace(
+        _data=SimpleNamespace(processes=Second(1, 2)),
+        _checkpoint=TrainingCheckpoint(None, lambda _: done.append("kept")),
+        _optimiser=torch.optim.Adam([torch.zeros(1, requires_grad=True)]),
+        _trained={},
+        _best={},
+        state=TrainingState(1.0, 1.0),
+        seconds=lambda: 0.0,
+    )
+    _Training._keep(keeping)
+    assert done == ["part", "kept"]
+    keeping._checkpoint = TrainingCheckpoint()  # of a block by itself: nobody writes
+    _Training._keep(keeping)
+    assert len(done) == 2
 
 
 def test_steps_that_more_processes_make_wider_are_told():
@@ -263,6 +365,31 @@ def test_two_processes_on_one_accelerator_are_refused_before_any_work(monkeypatc
     require_own_device(first, torch.device("cuda:0"))
     everyone[:] = ["", "", ""]  # none, or one that several may share
     require_own_device(first, torch.device("cpu"))
+
+
+def twice(variables, note):
+    """Be one of two that share two runs, one after the other; the first is slow to end the one."""
+    join(variables)
+    if variables["RANK"] == "0":
+        end = distributed.destroy_process_group
+        distributed.destroy_process_group = lambda *given: (time.sleep(1), end(*given))
+    found = []
+    for _ in range(2):
+        with joined() as processes:
+            found.append(processes.totals([processes.rank + 1.0]))
+    note.write_text(json.dumps(found))
+
+
+@pytest.mark.slow
+def test_the_same_processes_may_share_another_run_afterwards(tmp_path):
+    notes = [tmp_path / "0", tmp_path / "1"]
+    runs = [SERVER.Process(target=twice, args=given) for given in zip(together(2), notes, strict=True)]
+    for run in runs:
+        run.start()
+    for run in runs:
+        run.join(120)
+    assert [run.exitcode for run in runs] == [0, 0]
+    assert [json.loads(note.read_text()) for note in notes] == [[[3.0], [3.0]]] * 2
 
 
 def with_a_group_of_their_own(variables, note):

@@ -13,6 +13,7 @@ import datetime as dt
 import json
 import os
 import platform
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,12 +24,17 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from sparlow.errors import InputError, RunError, first_line, is_out_of_memory
-from sparlow.joining import differences, opened, own_number, started
+from sparlow.errors import InputError, RunError, is_out_of_memory
+from sparlow.joining import cause, differences, opened, own_number, started
 
 MINUTES = dt.timedelta(minutes=20)  # to wait for a process that did as much work as this one, beyond SLOWER times that
 SLOWER = 4  # times as long as this process may another one take for the same work
+GONE = "ended or cannot be reached"
 PATIENCE = dt.timedelta(days=2)  # where one solves or writes, and others have nothing to do
+
+
+class LostError(RunError):
+    """Another process ended, or does not come: no fault of what this one was doing."""
 
 
 @dataclass(eq=False)
@@ -151,10 +157,9 @@ class Processes:
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
-            raise RunError(
-                f"Process {self.rank} of {self.size} waited for another one, which ended or cannot be reached "
-                f"({first_line(error)}). Look at its message, and repeat the command: it resumes from the last "
-                "finished block."
+            raise LostError(
+                f"Process {self.rank} of {self.size} waited for {_lost(error)} ({cause(error)}). Look at its message, "
+                "and repeat the command: it resumes from the last finished block."
             ) from error
 
     def _meet(self) -> None:
@@ -162,6 +167,13 @@ class Processes:
         longest = MINUTES + dt.timedelta(seconds=SLOWER * (time.monotonic() - self._met)) if self._alike else PATIENCE
         dist.monitored_barrier(self.on_cpu, min(longest, PATIENCE))
         self._alike, self._met = True, time.monotonic()
+
+
+def _lost(error: RuntimeError) -> str:
+    """Say which process is missing, as far as that is known, and whether it is still there."""
+    named = re.search(r"Rank (\d+) failed to pass", str(error))
+    late = "timed out" in str(error).lower()
+    return f"{f'process {named[1]}' if named else 'another one'}, which {'does not come' if late else GONE}"
 
 
 ALONE = Processes()

@@ -5,8 +5,10 @@ contradict each other, some would wait for others that were never started, or le
 """
 
 import datetime as dt
+import functools
 import itertools
 import os
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +19,8 @@ from torch import distributed as dist
 
 from sparlow.errors import InputError, RunError, first_line, is_out_of_memory
 
+WHERE = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")  # variables that say where the others are
+ORIGIN = "Original exception:"  # what gloo puts before the reason that it was given
 PAUSE = 0.05  # seconds between looks
 REFUSED = "refused"  # key of the sentence with which one of them ends all
 
@@ -78,12 +82,13 @@ def opened(timeout: dt.timedelta, *, given: bool) -> "dist.ProcessGroup":
         if not given:
             if torch.cuda.is_available():
                 torch.cuda.set_device(own_number())  # where memory is counted and NCCL meets
-            from torch.distributed.rendezvous import rendezvous
-
-            store, rank, size = next(rendezvous("env://", timeout=timeout))
-            agree(Own(store, f"sparlow {next(_times)} "), rank, size, timeout)
+            store, rank, size = _met(*(os.environ.get(name) for name in WHERE), timeout)
+            prefix = f"sparlow {next(_times)} "
+            agree(Own(store, prefix), rank, size, timeout)
             # by default gloo for tensors on the CPU and NCCL for those on CUDA
-            dist.init_process_group(store=store, rank=rank, world_size=size, timeout=timeout)
+            stores: Any = dist  # which does not say that it exports them
+            own = stores.PrefixStore(prefix, store)
+            dist.init_process_group(store=own, rank=rank, world_size=size, timeout=timeout)
         on_cpu: dist.ProcessGroup = dist.new_group(timeout=timeout, backend="gloo")  # the caller's may be NCCL alone
     except ValueError as error:
         raise InputError(
@@ -95,9 +100,20 @@ def opened(timeout: dt.timedelta, *, given: bool) -> "dist.ProcessGroup":
             raise
         raise RunError(
             "A process could not meet the others at the start; one has ended or cannot be reached "
-            f"({first_line(error)}). Look at its message, and repeat the command."
+            f"({cause(error)}). Look at its message, and repeat the command."
         ) from error
     return on_cpu
+
+
+@functools.cache
+def _met(_address: str | None, _port: str | None, _rank: str | None, _size: str | None, timeout: dt.timedelta) -> Any:  # noqa: ANN401 - a store and two numbers
+    """Meet the others where the environment says; what is opened for that stays open for the next time.
+
+    The first process would else close it while another one that is quicker has come for the next run already.
+    """
+    from torch.distributed.rendezvous import rendezvous
+
+    return next(rendezvous("env://", timeout=timeout))
 
 
 def agree(keys: Own, rank: int, size: int, timeout: dt.timedelta) -> None:
@@ -156,6 +172,12 @@ def differences(told: Sequence[Mapping[str, Any]]) -> list[str]:
             if first != own:
                 found.setdefault(name, f"{name} ({first} in the first, {own} in process {rank})")
     return [*found.values()]
+
+
+def cause(error: Exception) -> str:
+    """Return what torch.distributed says of a failure in several lines, without places in its sources and advice."""
+    said = first_line(error) if ORIGIN not in str(error) else str(error).partition(ORIGIN)[2].strip().splitlines()[0]
+    return re.sub(r"^\[\S+:\d+\]\s*", "", said).partition(". This is typically")[0].rstrip(".")
 
 
 def started() -> int:

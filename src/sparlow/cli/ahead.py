@@ -1,12 +1,11 @@
 """What a command checks first, by what was typed alone: names and places. Torch, which takes seconds, comes after."""
 
-import os
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from sparlow.cli import display, pages, results, waiting
-from sparlow.cli.leaving import alone
+from sparlow.cli.leaving import alone, speaks
 from sparlow.model.artefact.registration import when_imported
 from sparlow.model.loading.place import require_place, require_result
 
@@ -29,7 +28,7 @@ def prepare(command: str, values: Mapping[str, Any]) -> None:
         from sparlow.distributed import require_one
 
         require_one(f"sparlow {command}")
-    first = os.environ.get("RANK", "0") == "0"  # the only one, or the one of several that tells the user what goes on
+    first = speaks()
     file = values.get("json_file")
     display.out.quiet = display.silent or not first or file == results.STANDARD_OUTPUT
     quieten_libraries()

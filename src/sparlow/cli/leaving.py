@@ -1,4 +1,4 @@
-"""How a process ends: at once where others may be waiting for it, or it for them."""
+"""What one of several processes does otherwise: who of them speaks, and how each ends, for others may wait for it."""
 
 import os
 import sys
@@ -8,6 +8,11 @@ from typing import NoReturn
 def alone() -> bool:
     """Whether this process is the only one of its run, not one of those that torchrun started."""
     return os.environ.get("WORLD_SIZE", "1") == "1"
+
+
+def speaks() -> bool:
+    """Whether this process tells the user what goes on, and writes what he asks for: the first of several."""
+    return alone() or os.environ.get("RANK", "0") == "0"
 
 
 def leave(code: int) -> NoReturn:

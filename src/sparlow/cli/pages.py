@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sparlow.cli import display
+from sparlow.cli.leaving import speaks
 from sparlow.errors import InputError
 
 if TYPE_CHECKING:
@@ -50,8 +51,8 @@ def write_page(found: Mapping[str, Any], file: Path | None) -> None:
 
 
 def write_figures(charts: "Iterable[Chart]", folder: Path | None) -> None:
-    """Write charts as files, if they are wanted."""
-    if folder is None:
+    """Write charts as files, if they are wanted; of several processes one is enough."""
+    if folder is None or not speaks():
         return
     from sparlow.files import replacing
     from sparlow.report.svg import as_file

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from sparlow.cli import waiting
+from sparlow.cli.leaving import speaks
 from sparlow.errors import InputError
 
 STANDARD_OUTPUT = Path("-")
@@ -16,9 +17,11 @@ def require_place(file: Path | None) -> None:
 
 
 def put(file: Path | None, content: Any) -> None:  # noqa: ANN401 - anything JSON holds
-    """Write a result, if that is asked for."""
+    """Write a result, if that is asked for; of several processes one is enough."""
     from sparlow.files import as_json, write_json
 
+    if not speaks():
+        return
     if file == STANDARD_OUTPUT:
         waiting.end()
         print(as_json(content, indent=2), end="")  # noqa: T201 - for a program

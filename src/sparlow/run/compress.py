@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -117,7 +118,7 @@ def compress(
             scanning = partial(scanned_by_first, processes)
             opened, storage = open_dense(model, tokenizer, recipe, options, inplace=inplace, scanning=scanning)
             require_own_device(processes, opened.weights.device)
-            windows = windows_to_calibrate(calibration, opened, recipe)
+            windows = _windows_for_all(processes, calibration, opened, recipe)
             # cut before the run, so that a missing file is noticed at once
             seqlen = evaluate_seqlen or recipe.seqlen
             evaluation = windows_to_evaluate(options.evaluate, opened, seqlen, limit, recipe.column)
@@ -130,7 +131,7 @@ def compress(
 
 
 def _told(recipe: Recipe, options: RunOptions, folder: Path | None) -> dict[str, Any]:
-    """What each of several processes must have been told alike, and computes with; device and offload need not be."""
+    """What each of several processes must have been told alike, and computes with; offload need not be."""
     measured = {"evaluate": options.evaluate, "evaluate_seqlen": options.evaluate_seqlen, "limit": options.limit}
     return {**recipe.to_dict(), **measured, "writes": folder is not None, **versions()}
 
@@ -140,8 +141,9 @@ def _seen(opened: OpenedModel, evaluation: Mapping[str, Tensor]) -> dict[str, st
     config = opened.model.config.to_dict()
     config.pop("_name_or_path", None)  # a machine may have it in another place
     whole = json.dumps(config, sort_keys=True, default=str)
+    device = opened.weights.device.type  # others could not exchange with one that has found no accelerator
     read = {f"the text {name}": text_fingerprint(windows) for name, windows in evaluation.items()}
-    return {"the model's config": hashlib.sha256(whole.encode()).hexdigest(), **read}
+    return {"--device": device, "the model's config": hashlib.sha256(whole.encode()).hexdigest(), **read}
 
 
 def _require_place(model: object, out: str | Path | None, *, inplace: bool) -> None:
@@ -240,6 +242,19 @@ def scanned_by_first(processes: Processes, scanning: Callable[[], Scan]) -> Scan
     if "problem" in told:
         raise CannotStreamError(told["problem"])
     return Scan(told["fingerprint"], frozenset(told["damaged"]))
+
+
+def _windows_for_all(
+    processes: Processes, calibration: "Calibration | None", opened: OpenedModel, recipe: Recipe
+) -> Tensor:
+    """Return the calibration windows. The model's own text one process writes for all: it takes long, but for a cache.
+
+    Only that process then needs room for the whole model.
+    """
+    if recipe.calibration != OWN_TEXT:
+        return windows_to_calibrate(calibration, opened, recipe)
+    told = processes.first_finds(lambda: windows_to_calibrate(calibration, opened, recipe).tolist())
+    return torch.tensor(told, dtype=torch.int64)
 
 
 def windows_to_calibrate(calibration: "Calibration | None", opened: OpenedModel, recipe: Recipe) -> Tensor:

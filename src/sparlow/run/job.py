@@ -324,7 +324,7 @@ class Job:
         if self.journal is None:
             return None
         found = self.journal.training_for(self.processes)
-        return TrainingCheckpoint(found, self.journal.keep_training if self.processes.first else None)
+        return TrainingCheckpoint(found, self.journal.keep_training if self.processes.first else lambda _: None)
 
     def begin_files(self) -> None:
         """Record what is known before the first block, if there is a directory."""

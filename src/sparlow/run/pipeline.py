@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparlow.algorithms import Decomposition, SolveStats, solve
+from sparlow.distributed import LostError
 from sparlow.errors import RunError
 from sparlow.linalg.gram import Gram, GramAccumulator, SquareAccumulator
 from sparlow.machine import give_back
@@ -188,6 +189,8 @@ def _naming(layer: str) -> Iterator[None]:
     """Say which layer it was whose solve failed."""
     try:
         yield
+    except LostError:  # no fault of the layer's
+        raise
     except RunError as error:
         raise RunError(f"{layer}: {error}") from error
 

@@ -257,6 +257,11 @@ class _Training:
             target[name].copy_(p)
 
     def _keep(self) -> None:
+        """Keep the state from time to time. All processes do so at once, since all wait for the one that writes."""
+        processes = self._data.processes
+        if not self._checkpoint.keeps or not any(processes.totals([self._checkpoint.is_due()])):
+            return
+        processes.part()
         now = replace(self.state, seconds=self.seconds())
         self._checkpoint.keep(now, self._trained, self._optimiser, self._best)
 

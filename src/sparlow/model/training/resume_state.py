@@ -48,6 +48,15 @@ class TrainingCheckpoint:
     def __init__(self, found: Path | None = None, keep: Callable[[Mapping[str, Tensor]], None] | None = None) -> None:
         self._found, self._keep, self._kept_at = found, keep, time.monotonic()
 
+    @property
+    def keeps(self) -> bool:
+        """Whether states are kept at all."""
+        return self._keep is not None
+
+    def is_due(self) -> bool:
+        """Whether the last time is long enough ago."""
+        return time.monotonic() - self._kept_at >= EVERY
+
     def keep(
         self,
         stand: TrainingState,
@@ -55,7 +64,7 @@ class TrainingCheckpoint:
         optimiser: torch.optim.Optimizer,
         best: Mapping[str, Tensor],
     ) -> None:
-        """Keep everything that the steps to come depend on, if the last time is long enough ago.
+        """Keep everything that the steps to come depend on.
 
         Args:
             stand: Numbers.
@@ -63,7 +72,7 @@ class TrainingCheckpoint:
             optimiser: Its state is tensors.
             best: The parameters that the best epoch left.
         """
-        if self._keep is None or time.monotonic() - self._kept_at < EVERY:
+        if self._keep is None:
             return
         *counts, losses = astuple(stand)
         numbers = torch.tensor([*counts, *losses], dtype=torch.float64)
