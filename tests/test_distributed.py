@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import distributed
 
 from families import save_tiny, tiny
@@ -224,6 +224,20 @@ def test_a_process_that_ends_before_all_have_met_is_told_in_a_sentence(monkeypat
     monkeypatch.setattr(distributed, "new_group", gone)
     with pytest.raises(RunError, match=r"could not meet the others at the start.*Connection closed by peer"), joined():
         pass
+
+
+def test_a_training_that_other_processes_go_on_with_is_at_the_same_part_of_its_epoch(tmp_path):
+    """More processes take wider steps: 40 of 64 are 20 of 32, where to skip 40 would end the epoch at once."""
+    values = torch.nn.Parameter(torch.ones(2))
+    file, optimiser = tmp_path / "state.safetensors", torch.optim.Adam([values])
+    checkpoint = TrainingCheckpoint(file, lambda tensors: save_file(dict(tensors), file))
+    kept = TrainingState(1.0, 0.5, epochs=1, steps=40, updates=104, per_epoch=64, losses=[0.5])
+    checkpoint.keep(kept, {"v": values.detach()}, optimiser, {"v": torch.zeros(2)})
+    state, _ = checkpoint.resume({"v": values}, optimiser)
+    assert (state.per_epoch, state.losses) == (64, [0.5])
+    for steps, expected in ((64, (40, 104)), (32, (20, 52)), (64, (40, 104))):
+        state.divide(steps)
+        assert (state.steps, state.updates) == expected
 
 
 PASSED = (

@@ -62,6 +62,16 @@ def test_one_that_does_not_come_is_named():
     assert [str(error) for error in meet((0, 2), timeout=SHORT)] == ["process 1 of 2 did not come"]
 
 
+def test_one_that_ended_while_others_were_awaited_is_not_waited_for(monkeypatch):
+    """As after Ctrl-C: what it said of itself is still there."""
+    monkeypatch.setattr("sparlow.joining.AT_ONCE", 0.3)
+    keys = Own(dist.HashStore(), "")
+    keys.add("number 1", 1)
+    keys.set("size of 1", "2")
+    with pytest.raises(RuntimeError, match="one that had come has ended"):
+        agree(keys, 0, 2, LONG)
+
+
 def test_keys_of_an_earlier_meeting_do_not_count():
     store = dist.HashStore()
     for number in range(2):

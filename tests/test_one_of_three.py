@@ -4,12 +4,14 @@ import datetime as dt
 import errno
 import json
 import os
+import re
 import signal
 import time
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from families import save_tiny
 from processes import Run, join, together
@@ -41,7 +43,7 @@ def disturbed(argument):
     join(variables)
     from sparlow import distributed
     from sparlow.model.artefact import shards
-    from sparlow.run import job, pipeline
+    from sparlow.run import divided, job, pipeline
 
     def fail(*_, **__):
         note.write_text(str(time.time()))
@@ -56,7 +58,9 @@ def disturbed(argument):
                 shards.save_file = fail
             elif how == "hangs" and rank == 2:
                 pipeline.collect_statistics = fail
-            elif how not in ("disk full", "hangs") and rank == 1:
+            elif how == "is killed" and rank == 1:
+                divided.DividedRows.total = fail  # of a layer that all solve together
+            elif how not in ("disk full", "hangs", "is killed") and rank == 1:
                 pipeline.solve = fail
         return compress_block(through, *args, **kwargs)
 
@@ -81,8 +85,12 @@ def shards_of(folder):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
+    """Of which one layer costs more than a third of a block, so that its rows are divided."""
     folder = tmp_path_factory.mktemp("three") / "model"
-    save_tiny("llama", folder)
+    config = save_tiny("llama", folder).config
+    config.intermediate_size = 96
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
 
 
@@ -135,8 +143,10 @@ def one_fails(how, model, out, note):
     assert codes == [1, 1], (how, [run.said for run in others])
     assert taken < SOON, how
     assert all(word in runs[who].said for word in words), runs[who].said
+    if who:
+        assert f"waited for process {who}, which {'does not come' if how == 'hangs' else 'ended'}" in others[0].said
     for run in others:
-        assert "waited for another one" in run.said
+        assert re.search(r"^error: Process \d of 3 waited for .*, which", run.said, flags=re.MULTILINE), run.said
         assert "repeat the command" in run.said
         assert "Traceback" not in run.said
     return taken

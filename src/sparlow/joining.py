@@ -22,6 +22,8 @@ from sparlow.errors import InputError, RunError, first_line, is_out_of_memory
 WHERE = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")  # variables that say where the others are
 ORIGIN = "Original exception:"  # what gloo puts before the reason that it was given
 PAUSE = 0.05  # seconds between looks
+AT_ONCE = 60  # seconds within which all know that the last one has come: each looks all the time
+READY = "ready"  # key of how many know that all have come
 REFUSED = "refused"  # key of the sentence with which one of them ends all
 
 _times = itertools.count()  # that this process has joined others: keys of an earlier time may still be there
@@ -127,7 +129,7 @@ def agree(keys: Own, rank: int, size: int, timeout: dt.timedelta) -> None:
 
     Raises:
         InputError: They contradict each other; all that are there say so.
-        RuntimeError: One does not come.
+        RuntimeError: One does not come, or has gone again.
     """
     if not 0 <= rank < size:
         _refuse(keys, f"A process was told that it is number {rank} of {size}, counted from 0 (RANK, WORLD_SIZE)")
@@ -143,6 +145,12 @@ def agree(keys: Own, rank: int, size: int, timeout: dt.timedelta) -> None:
                 f"Process {rank} was told that {size} processes were started together, process {other} that {theirs} "
                 "were (WORLD_SIZE)",
             )
+    keys.add(READY, 1)
+    end = time.monotonic() + AT_ONCE
+    while keys.add(READY, 0) < size:
+        if time.monotonic() > end:
+            raise RuntimeError("one that had come has ended while others were waited for")
+        time.sleep(PAUSE)
 
 
 def _told(keys: Own, key: str, end: float, otherwise: str) -> str:

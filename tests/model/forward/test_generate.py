@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from torch.nn import functional
 
 import sparlow
@@ -48,6 +48,22 @@ def test_windows_are_kept_for_the_run_that_is_resumed(monkeypatch):
     first = draw(model)
     monkeypatch.setattr(generate, "_draw", lambda *_: pytest.fail("written again"))
     assert torch.equal(draw(model), first)
+
+
+def test_another_run_may_write_the_same_text_at_the_same_time(tmp_path, monkeypatch):
+    """As several processes of one machine did."""
+    write, quicker, file = generate.save_file, [], tmp_path / "cache" / "self.safetensors"
+
+    def interleaved(tensors, partial):
+        write(tensors, partial)
+        if not quicker:
+            quicker.append(1)
+            generate._keep(tensors["windows"], file)
+
+    monkeypatch.setattr(generate, "save_file", interleaved)
+    generate._keep(torch.arange(4), file)
+    assert torch.equal(load_file(file)["windows"], torch.arange(4))
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
 
 
 def test_a_broken_or_foreign_file_in_the_cache_is_not_believed(tmp_path):

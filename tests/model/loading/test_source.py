@@ -1,6 +1,8 @@
 import hashlib
 import importlib.util
 import json
+import shutil
+from pathlib import Path
 
 import gguf
 import huggingface_hub.constants
@@ -250,6 +252,17 @@ class TestGguf:
         assert first.model.dtype == torch.float16
         assert second.model.dtype == torch.float32
         assert first.name == second.name == str(gguf_file)
+
+    def test_another_process_may_be_quicker(self, gguf_file, cache, conversions, monkeypatch):
+        rename = Path.rename
+
+        def late(made, entry):
+            shutil.copytree(made, entry)
+            return rename(made, entry)
+
+        monkeypatch.setattr(Path, "rename", late)
+        assert open_model(str(gguf_file)).tokenizer is not None
+        assert (len(conversions), len(list(cache.iterdir()))) == (1, 1)
 
     def test_is_read_once_by_all_of_a_command(self, gguf_file, cache, monkeypatch, tmp_path):  # noqa: ARG002 - cache is set
         done = []

@@ -1,5 +1,6 @@
 """Calibration text that the model writes itself, for when no data can be used (Williams et al., arXiv 2410.17170)."""
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,10 @@ def _devices(model: PreTrainedModel) -> list[int]:
 
 
 def _keep(windows: Tensor, file: Path) -> None:
+    """Put windows into the cache, where another run may be doing the same."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(file) as partial:
-        save_file({"windows": windows.contiguous()}, partial)
+    with tempfile.TemporaryDirectory(dir=file.parent, prefix=".writing-") as scratch:
+        own = Path(scratch) / file.name
+        with replacing(own) as partial:
+            save_file({"windows": windows.contiguous()}, partial)
+        own.replace(file)

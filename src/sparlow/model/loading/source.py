@@ -308,14 +308,17 @@ def _converted(file: Path) -> Path:
     entry = place_of_converted(file)
     if not entry.is_dir():
         entry.parent.mkdir(parents=True, exist_ok=True)
-        # Only a whole conversion gets the entry's name; another process may have been quicker.
+        # only a whole conversion gets the entry's name
         with tempfile.TemporaryDirectory(dir=entry.parent, prefix=".converting-") as scratch:
             made = Path(scratch) / entry.name
             _convert(file, made)
             follow_umask(made)
             sync_folder(made)
-            if not entry.is_dir():
+            try:
                 made.rename(entry)
+            except OSError:
+                if not entry.is_dir():  # else another process was quicker
+                    raise
     return entry
 
 

@@ -219,6 +219,7 @@ class _Training:
         """The steps of an epoch that are left, and the judgement; return the loss at each, and that."""
         state, losses = self.state, []
         steps = list(self._data.steps(shuffled, self._plan.batch))
+        state.divide(len(steps))
         for step in steps[state.steps :]:
             losses.append(self._step(step, state.updates / (self._plan.epochs * len(steps))))
             state.steps, state.updates = state.steps + 1, state.updates + 1

@@ -10,6 +10,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 EVERY = 300.0  # seconds between one state that is kept and the next
+PER_EPOCH = "per_epoch"  # a tensor of its own, so that older states can be read
 
 
 @dataclass
@@ -24,6 +25,7 @@ class TrainingState:
         updates: Steps of all epochs together.
         waited: Epochs since the best.
         seconds: Taken so far.
+        per_epoch: Steps that an epoch has; 0 where that is not known, as of a state that an older version kept.
         losses: After each of the epochs; fewer where an older version kept a state.
     """
 
@@ -34,7 +36,15 @@ class TrainingState:
     updates: int = 0
     waited: int = 0
     seconds: float = 0.0
+    per_epoch: int = 0
     losses: list[float] = field(default_factory=list)
+
+    def divide(self, steps: int) -> None:
+        """Go on at the same part of an epoch that has so many steps: other processes may take wider ones."""
+        if self.per_epoch not in (0, steps):
+            self.steps = round(self.steps * steps / self.per_epoch)
+            self.updates = self.epochs * steps + self.steps
+        self.per_epoch = steps
 
 
 class TrainingCheckpoint:
@@ -74,12 +84,12 @@ class TrainingCheckpoint:
         """
         if self._keep is None:
             return
-        *counts, losses = astuple(stand)
+        *counts, per_epoch, losses = astuple(stand)
         numbers = torch.tensor([*counts, *losses], dtype=torch.float64)
         moments = {f"{i}.{name}": t for i, part in optimiser.state_dict()["state"].items() for name, t in part.items()}
         parts = {"now": trained, "best": best, "adam": moments}
         named = {f"{part}.{name}": t for part, tensors in parts.items() for name, t in tensors.items()}
-        self._keep({"stand": numbers, **named})
+        self._keep({"stand": numbers, PER_EPOCH: torch.tensor(per_epoch), **named})
         self._kept_at = time.monotonic()
 
     @torch.no_grad()
@@ -98,7 +108,7 @@ class TrainingCheckpoint:
             keys = list(file.keys())
             if {key.removeprefix("now.") for key in keys if key.startswith("now.")} != trained.keys():
                 return None
-            stand = _stand(file.get_tensor("stand"))
+            stand = _stand(file.get_tensor("stand"), int(file.get_tensor(PER_EPOCH)) if PER_EPOCH in keys else 0)
             for key in keys:
                 part, _, name = key.partition(".")
                 if part == "now":
@@ -112,6 +122,6 @@ class TrainingCheckpoint:
         return stand, best
 
 
-def _stand(numbers: Tensor) -> TrainingState:
+def _stand(numbers: Tensor, per_epoch: int) -> TrainingState:
     before, best, epochs, steps, updates, waited, seconds, *losses = numbers.tolist()
-    return TrainingState(before, best, int(epochs), int(steps), int(updates), int(waited), seconds, losses)
+    return TrainingState(before, best, int(epochs), int(steps), int(updates), int(waited), seconds, per_epoch, losses)
