@@ -1,6 +1,7 @@
 """Runs of two processes beside runs of one: the same model within rounding, and nothing written twice."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -19,13 +20,17 @@ from processes import SERVER, Run, join, together
 from sparlow.cli import pages, results
 from sparlow.distributed import LostError, Processes, joined, local_device, require_one, require_own_device
 from sparlow.errors import InputError, RunError
+from sparlow.evaluation.agreement import Measured
 from sparlow.joining import differences
 from sparlow.model.artefact.dtypes import StoredDtypes
+from sparlow.model.loading.source import OpenedModel
 from sparlow.model.training.loop import _Training
 from sparlow.model.training.resume_state import TrainingCheckpoint, TrainingState
+from sparlow.progress import Clock
 from sparlow.recipe.recipe import Recipe
-from sparlow.report.records import Report
+from sparlow.report.records import Perplexity, Report
 from sparlow.run.compress import _seen, _windows_for_all
+from sparlow.run.passes import BlockwiseRunner
 from sparlow.run.pipeline import _naming
 from sparlow.run.recovery import Recovery
 from sparlow.run.verify import verify_artefact
@@ -167,11 +172,12 @@ def test_of_experts_a_process_that_dies_ends_all_and_the_run_goes_on(models, fin
 @pytest.mark.slow
 def test_a_finished_directory_is_refused_by_all(model, finished, tmp_path):
     out = shutil.copytree(finished("llama", "solves", 2)[0], tmp_path / "out")
-    codes, words = ended(started(model, out))
-    assert codes[0] == 2
-    assert codes[1] in (1, 2)
-    assert "finished result" in words[0]
-    assert "Traceback" not in words[1]
+    record = json.loads((out / "sparlow.json").read_text())
+    for more, said in (([], "finished result"), (["--seed", "5"], "another run")):
+        codes, words = ended(started(model, out, more))
+        assert codes == [2, 2]
+        assert all(said in one for one in words)  # what to do about it, not that another one ended
+        (out / "sparlow.json").write_text(json.dumps(record | {"finished": False}))
 
 
 @pytest.mark.slow
@@ -179,9 +185,13 @@ def test_a_finished_directory_is_refused_by_all(model, finished, tmp_path):
     ("second", "said"),
     [
         ((["--samples", "6"], {}), "they differ in samples (7 in the first, 6 in process 1)"),
+        (
+            (["--json", "nowhere/x.json"], {}),
+            "Process 1 of 2 failed before it had met the others: There is no directory",
+        ),
         (([], {"WORLD_SIZE": "3"}), "processes were started together, process"),
     ],
-    ids=["another recipe", "another number of processes"],
+    ids=["another recipe", "a place that is not there", "another number of processes"],
 )
 def test_processes_that_were_told_different_things_say_so_before_any_work(second, said, model, tmp_path):
     out = tmp_path / "out"
@@ -224,6 +234,17 @@ def test_a_process_that_ends_before_all_have_met_is_told_in_a_sentence(monkeypat
     monkeypatch.setattr(distributed, "new_group", gone)
     with pytest.raises(RunError, match=r"could not meet the others at the start.*Connection closed by peer"), joined():
         pass
+
+
+def test_a_process_without_text_finds_the_block_that_overflows_as_the_others_do():
+    model = tiny("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.fill_(3e38)
+    opened, second = OpenedModel(model, None, "tiny", ""), Processes(1, 2)
+    runner = BlockwiseRunner(opened, "cpu", Clock(), lambda _: None, second)
+    runner.measure = lambda *_, **__: Measured(Perplexity(math.nan, 0.0, 0), None)
+    with pytest.raises(InputError, match=r"model\.layers\.1: the output is not finite"):
+        runner.dense({"one window": torch.arange(16)[None]}, {}, [])
 
 
 def test_a_training_that_other_processes_go_on_with_is_at_the_same_part_of_its_epoch(tmp_path):

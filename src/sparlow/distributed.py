@@ -127,6 +127,20 @@ class Processes:
         data = own if self.first else torch.empty(int(size), dtype=torch.uint8)
         return json.loads(self.broadcast(data).numpy().tobytes())
 
+    def first_does(self, act: Callable[[], object]) -> None:
+        """Let the first process do something; if it raises InputError, all do, so that each says what to do."""
+
+        def problem() -> str:
+            try:
+                act()
+            except InputError as error:
+                return str(error)
+            return ""
+
+        found = self.first_finds(problem)
+        if found:
+            raise InputError(found)
+
     def require_alike(self, told: Mapping[str, Any]) -> None:
         """Raise InputError in every process if not all were told the same.
 

@@ -11,6 +11,7 @@ import os
 import re
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol
 
@@ -22,6 +23,7 @@ from sparlow.errors import InputError, RunError, first_line, is_out_of_memory
 WHERE = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")  # variables that say where the others are
 ORIGIN = "Original exception:"  # what gloo puts before the reason that it was given
 PAUSE = 0.05  # seconds between looks
+SHORTLY = dt.timedelta(seconds=10)  # to tell others that this process will not come
 AT_ONCE = 60  # seconds within which all know that the last one has come: each looks all the time
 READY = "ready"  # key of how many know that all have come
 REFUSED = "refused"  # key of the sentence with which one of them ends all
@@ -84,8 +86,8 @@ def opened(timeout: dt.timedelta, *, given: bool) -> "dist.ProcessGroup":
         if not given:
             if torch.cuda.is_available():
                 torch.cuda.set_device(own_number())  # where memory is counted and NCCL meets
+            prefix = _prefix(next(_times))
             store, rank, size = _met(*(os.environ.get(name) for name in WHERE), timeout)
-            prefix = f"sparlow {next(_times)} "
             agree(Own(store, prefix), rank, size, timeout)
             # by default gloo for tensors on the CPU and NCCL for those on CUDA
             stores: Any = dist  # which does not say that it exports them
@@ -105,6 +107,24 @@ def opened(timeout: dt.timedelta, *, given: bool) -> "dist.ProcessGroup":
             f"({cause(error)}). Look at its message, and repeat the command."
         ) from error
     return on_cpu
+
+
+def will_not_come(why: str) -> None:
+    """Tell those that wait at the start that this process has failed before it joined them, if they can be reached.
+
+    Args:
+        why: One sentence.
+    """
+    if next(_times) or own_rank() == 0:  # it has been there; or it would keep the store, which ends with it
+        return
+    with suppress(ValueError, RuntimeError):  # whatever is the matter, this process ends for another reason
+        store, rank, size = _met(*(os.environ.get(name) for name in WHERE), SHORTLY)
+        sentence = f"Process {rank} of {size} failed before it had met the others: {why}"
+        Own(store, _prefix(0)).set(REFUSED, sentence)
+
+
+def _prefix(time: int) -> str:
+    return f"sparlow {time} "
 
 
 @functools.cache
@@ -186,6 +206,12 @@ def cause(error: Exception) -> str:
     """Return what torch.distributed says of a failure in several lines, without places in its sources and advice."""
     said = first_line(error) if ORIGIN not in str(error) else str(error).partition(ORIGIN)[2].strip().splitlines()[0]
     return re.sub(r"^\[\S+:\d+\]\s*", "", said).partition(". This is typically")[0].rstrip(".")
+
+
+def own_rank() -> int:
+    """Return the number of this process among those that were started together; 0 where it is alone."""
+    rank = os.environ.get("RANK", "0")
+    return int(rank) if rank.isdecimal() else 0
 
 
 def started() -> int:

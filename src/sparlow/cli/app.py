@@ -14,7 +14,7 @@ from typer.core import TyperCommand
 
 from sparlow.cli import ahead, display, waiting
 from sparlow.cli.examples import epilog
-from sparlow.cli.leaving import alone, leave
+from sparlow.cli.leaving import alone, leave, tell_others
 from sparlow.cli.options import expanded
 from sparlow.cli.signals import INTERRUPTED, noted
 from sparlow.errors import InputError, RunError, is_out_of_memory, out_of_memory
@@ -51,7 +51,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
         if came and not debug:  # compiled code that is interrupted may raise something of its own
             leave(INTERRUPTED)
         if not debug and _is_foreseen(error):
-            _fail(*_said(error))
+            _fail(*_said(error), shared=arguments[:1] == [ahead.SHARED])
         if alone():
             raise
         traceback.print_exc()
@@ -120,8 +120,10 @@ def _said(error: Exception) -> tuple[str, int]:
     return str(error), 2 if isinstance(error, InputError) else 1
 
 
-def _fail(message: str, code: int) -> NoReturn:
+def _fail(message: str, code: int, *, shared: bool = False) -> NoReturn:
     display.err.print(f"[red]error:[/] {escape(message)}", highlight=False)
+    if shared:
+        tell_others(message)
     leave(code)
 
 

@@ -15,6 +15,14 @@ def speaks() -> bool:
     return alone() or os.environ.get("RANK", "0") == "0"
 
 
+def tell_others(why: str) -> None:
+    """Tell the other processes, if they wait for this one at the start, why it will not come."""
+    if not alone():
+        from sparlow.joining import will_not_come
+
+        will_not_come(why)
+
+
 def leave(code: int) -> NoReturn:
     """End this process, whose contexts have all been left.
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -173,11 +173,13 @@ def _memory_may_end(
         raise RunError(out_of_memory(error, helpful)) from error
 
 
-def claimed_by_first(processes: Processes, folder: Path | None, *, overwrite: bool) -> AbstractContextManager[None]:
+@contextmanager
+def claimed_by_first(processes: Processes, folder: Path | None, *, overwrite: bool) -> Iterator[None]:
     """Claim the output directory, if there is one, in the first process; see ``output_dir.claimed``."""
-    if folder is None or not processes.first:
-        return nullcontext()
-    return claimed(folder, overwrite=overwrite)
+    with ExitStack() as stack:
+        if folder is not None:
+            processes.first_does(lambda: stack.enter_context(claimed(folder, overwrite=overwrite)))
+        yield
 
 
 def open_dense(

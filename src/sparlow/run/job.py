@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -121,18 +122,15 @@ class Job:
         }
         self.runner.folder = folder / HIDDEN
         device = self.weights.device.type
-        first, one_machine = self.processes.first, on_this_machine() >= self.processes.size
-        self.journal = Journal(
-            folder,
-            decides,
-            self.decoder.name,
-            overwrite=overwrite,
-            device=device,
-            writes=first,
-            late=not (first or one_machine),
-        )
-        if first:
+        journal = partial(Journal, folder, decides, self.decoder.name, overwrite=overwrite, device=device)
+
+        def begin() -> None:
+            self.journal = journal()
             self.journal.settle()
+
+        self.processes.first_does(begin)
+        one_machine = on_this_machine() >= self.processes.size
+        self.journal = self.journal or journal(writes=False, late=not one_machine)
         self.journal.share(self.processes)
         self.known_dense |= self.journal.record.dense
         self.report.warnings += self.journal.warnings

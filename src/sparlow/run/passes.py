@@ -151,7 +151,10 @@ class BlockwiseRunner:
             found[name] = known[text]
             value = found[name].value
             if math.isnan(value):
-                name_what_is_not_finite(self._decoder, self.dense_blocks, self.recorded(windows[:1], 1))
+                size = self._processes.size  # each looks at the same window
+                name_what_is_not_finite(
+                    self._decoder, self.dense_blocks, self.recorded(windows[:1].repeat(size, 1), size)
+                )
                 raise InputError(
                     "The dense model's perplexity is not a number, so its head or embedding is damaged. "
                     "Fetch the model anew."
