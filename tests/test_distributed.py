@@ -199,6 +199,7 @@ def test_processes_that_were_told_different_things_say_so_before_any_work(second
     assert 2 in codes
     assert set(codes) <= {1, 2}  # the store of keys ends with the first process
     assert said in " ".join(" ".join(words).split())
+    assert not any("cannot find each other" in one for one in words)  # they have, and one says what is wrong
     assert not any("Traceback" in one for one in words)
     assert not out.exists()
 

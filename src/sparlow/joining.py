@@ -23,7 +23,7 @@ from sparlow.errors import InputError, RunError, first_line, is_out_of_memory
 WHERE = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")  # variables that say where the others are
 ORIGIN = "Original exception:"  # what gloo puts before the reason that it was given
 PAUSE = 0.05  # seconds between looks
-SHORTLY = dt.timedelta(seconds=10)  # to tell others that this process will not come
+SHORTLY = dt.timedelta(seconds=5)  # to tell others that this process will not come
 AT_ONCE = 60  # seconds within which all know that the last one has come: each looks all the time
 READY = "ready"  # key of how many know that all have come
 REFUSED = "refused"  # key of the sentence with which one of them ends all
@@ -94,6 +94,8 @@ def opened(timeout: dt.timedelta, *, given: bool) -> "dist.ProcessGroup":
             own = stores.PrefixStore(prefix, store)
             dist.init_process_group(store=own, rank=rank, world_size=size, timeout=timeout)
         on_cpu: dist.ProcessGroup = dist.new_group(timeout=timeout, backend="gloo")  # the caller's may be NCCL alone
+    except InputError:
+        raise
     except ValueError as error:
         raise InputError(
             f"WORLD_SIZE says that {started()} processes were started together, but they cannot find each other "
@@ -117,14 +119,16 @@ def will_not_come(why: str) -> None:
     """
     if next(_times) or own_rank() == 0:  # it has been there; or it would keep the store, which ends with it
         return
-    with suppress(ValueError, RuntimeError):  # whatever is the matter, this process ends for another reason
+    with suppress(
+        KeyError, ValueError, RuntimeError, OSError
+    ):  # whatever is the matter, this process ends for another reason
         store, rank, size = _met(*(os.environ.get(name) for name in WHERE), SHORTLY)
         sentence = f"Process {rank} of {size} failed before it had met the others: {why}"
         Own(store, _prefix(0)).set(REFUSED, sentence)
 
 
-def _prefix(time: int) -> str:
-    return f"sparlow {time} "
+def _prefix(number: int) -> str:
+    return f"sparlow {number} "
 
 
 @functools.cache

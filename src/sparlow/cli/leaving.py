@@ -16,10 +16,12 @@ def speaks() -> bool:
 
 
 def tell_others(why: str) -> None:
-    """Tell the other processes, if they wait for this one at the start, why it will not come."""
+    """Tell the other processes, if they wait for this one at the start, why it will not come: its last words."""
     if not alone():
         from sparlow.joining import will_not_come
 
+        sys.stderr.flush()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # torch has many for each look in vain
         will_not_come(why)
 
 
