@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from sparlow.errors import is_out_of_memory
 from sparlow.model.forward.arguments import tensors_in
 from sparlow.model.forward.fused import (
     DENSE,
@@ -194,7 +195,9 @@ def _noted(
     with derived:
         try:
             twin(*given)
-        except Exception:  # noqa: BLE001 - foreign code may fail in any way, and by then has shown what it does
+        except Exception as error:  # foreign code may fail in any way, and by then has shown what it does
+            if is_out_of_memory(error):
+                raise
             return notes
     return notes
 
