@@ -8,6 +8,7 @@ import copy
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from importlib.metadata import version
 from typing import Any
 
@@ -153,6 +154,30 @@ def raising_out_of_memory() -> Iterator[None]:
         yield
     finally:
         loading.log_conversion_errors = listing
+
+
+_unpacked: ContextVar[bool] = ContextVar("unpacked", default=False)
+
+
+@contextmanager
+def texts_of_their_own() -> Iterator[None]:
+    """Within this context, transformers does not look whether a row holds several texts: a device is waited for then.
+
+    Only in this thread, and only where no attention is computed, or positions are those of one text.
+    """
+    from transformers import masking_utils as masks
+
+    looking: Any = getattr(masks, "find_packed_sequence_indices", None)
+    if looking is None:
+        yield
+        return
+    masks.find_packed_sequence_indices = lambda positions: None if _unpacked.get() else looking(positions)
+    token = _unpacked.set(True)
+    try:
+        yield
+    finally:
+        _unpacked.reset(token)
+        masks.find_packed_sequence_indices = looking
 
 
 def require_format() -> None:
