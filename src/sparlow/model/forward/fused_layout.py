@@ -115,9 +115,11 @@ def _layer(matrix: Tensor, like: nn.Parameter, layout: Layout) -> nn.Module:
     weight = nn.Parameter(matrix, like.requires_grad)
     if layout.transposed:
         return TransposedLinear(weight)
-    rows, columns = matrix.shape
-    layer = nn.Linear(columns, rows, bias=False, device="meta")
+    layer = object.__new__(nn.Linear)  # its own way draws numbers, even of a model without any
+    nn.Module.__init__(layer)
+    layer.out_features, layer.in_features = matrix.shape
     layer.weight = weight
+    layer.register_parameter("bias", None)
     return layer
 
 
