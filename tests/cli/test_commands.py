@@ -24,6 +24,7 @@ import sparlow.version
 from command_line import run, run_and_fail
 from families import save_tiny, tiny_tokenizer
 from sparlow import machine
+from sparlow.__main__ import main as begin
 from sparlow.algorithms import algorithms
 from sparlow.cli import app as framing
 from sparlow.cli import commands, demo, display
@@ -65,6 +66,17 @@ def finished(place):
     text = str(place / "text.txt")
     report = sparlow.compress(place / "model", recipe, calibration=text, out=place / "out", evaluate=(text,))
     return place / "out", report
+
+
+def test_memory_that_runs_out_before_anything_is_imported_is_one_sentence(monkeypatch):
+    class Full:
+        def __getattr__(self, name):
+            raise MemoryError
+
+    monkeypatch.setitem(sys.modules, "sparlow.cli.commands", Full())
+    with pytest.raises(SystemExit) as stop:
+        begin()
+    assert str(stop.value).startswith("error: There is too little main memory")  # which Python prints, and ends with 1
 
 
 def test_what_a_command_says_when_memory_runs_out_names_options_that_it_has(monkeypatch, capsys):
