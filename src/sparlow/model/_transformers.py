@@ -168,9 +168,10 @@ def texts_of_their_own() -> Iterator[None]:
 
     Only in this thread, and only where no attention is computed, or positions are those of one text.
     """
-    from transformers import masking_utils as masks
+    from transformers import masking_utils
 
-    looking: Any = getattr(masks, "find_packed_sequence_indices", None)
+    masks: Any = masking_utils
+    looking = getattr(masks, "find_packed_sequence_indices", None)
     if looking is None:
         yield
         return
