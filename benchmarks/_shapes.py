@@ -42,9 +42,12 @@ class Shape:
         """(out, in) of the linear layers of a block."""
         d, query, key, inner = self.hidden, self.query, self.key, self.inner
         attention = {"q_proj": (query, d), "k_proj": (key, d), "v_proj": (key, d), "o_proj": (d, query)}
-        mlp = {"gate_proj": (inner, d), "up_proj": (inner, d), "down_proj": (d, inner)}
-        places = [f"mlp.experts.{i}." for i in range(self.experts)] if self.experts > 1 else ["mlp."]
         named = {f"self_attn.{name}": shape for name, shape in attention.items()}
+        if self.experts > 1:  # in one parameter each, as transformers has them
+            mlp, places = {"gate_up_proj": (2 * inner, d)}, [f"mlp.experts.{i}." for i in range(self.experts)]
+        else:
+            mlp, places = {"gate_proj": (inner, d), "up_proj": (inner, d)}, ["mlp."]
+        mlp["down_proj"] = (d, inner)
         return named | {f"{place}{name}": shape for place in places for name, shape in mlp.items()}
 
     @property

@@ -162,7 +162,7 @@ class Share:
 def shared(shape: Shape, count: int, speed: Speed, space: Workspace, args: argparse.Namespace) -> Share:
     """What the busiest of so many accelerators has to do, solves divided as a run divides them."""
     own_tokens = -(-args.samples // count) * args.seqlen  # a window is not divided
-    load, sent, ahead = [0.0] * count, 0.0, 0.0
+    load, sent, stored, ahead = [0.0] * count, 0.0, 0.0, 0.0
     for name, who in divided(shape, count).items():
         out, features = shape.linears[name]
         if who == ALL:
@@ -170,11 +170,12 @@ def shared(shape: Shape, count: int, speed: Speed, space: Workspace, args: argpa
             load = [seconds + own for seconds in load]
             steps = STEPS * args.effort
             sent += 4.0 * (steps / level(args.effort) * features**2 + steps * RANK * (out + features))
+            sent += 4.0 * out * (features + RANK)  # the rows of S and U, of which each has some, at the end
             ahead = max(ahead, 4.0 * features**2)  # an inverse for a ρ to come
         else:
             load[who] += solve(out, features, args.effort).seconds(speed)
+            stored += out * features * 9 / 8 + 2 * RANK * (out + features)
     grams = sum(8.0 * features**2 for features, _ in shape.inputs)
-    stored = sum(out * features * 9 / 8 + 2 * RANK * (out + features) for out, features in shape.linears.values())
     sent = shape.blocks * (sent + grams + stored / count) if count > 1 else 0.0
     link = next((rate for most, rate in LINKS.items() if count <= most), min(LINKS.values()))
     seconds = shape.blocks * (max(load) + passes(shape, own_tokens).seconds(speed)) + sent / link

@@ -3,8 +3,10 @@ import errno
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from sparlow.errors import InputError, RunError, as_input_error, is_out_of_memory, out_of_memory
+from sparlow.files import replacing
 
 HOST = (
     "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to allocate "
@@ -23,6 +25,17 @@ FULL = [
     RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
     RuntimeError("NCCL error in: x.cpp:1, unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'"),
     RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)."),
+    RuntimeError("Invalid buffer size: 12.00 GiB"),  # MPS
+    RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasLtCreate(handle)`"),
+    RuntimeError("Native API failed. Native API returns: 39 (UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY)"),  # XPU
+    RuntimeError("NCCL error in: x.cpp:1, unhandled cuda error\nLast error:\nFailed to CUDA calloc async 608 bytes"),
+    RuntimeError("NCCL error in: x.cpp:1, unhandled system error\nLast error:\nFailed to malloc 123 bytes"),
+    RuntimeError("can't start new thread"),
+    ImportError("libtorch_cpu.so: failed to map segment from shared object"),
+    OSError("libgomp.so: failed to map segment from shared object"),
+    SafetensorError("Error while deserializing header: I/O error: Cannot allocate memory (os error 12)"),
+    Exception("Cannot allocate memory (os error 12)"),  # tokenizers
 ]
 
 
@@ -48,6 +61,8 @@ def test_the_memory_that_is_named_is_the_one_that_is_full():
         OSError(errno.ENOSPC, "No space left on device"),
         RunError("Out of memory. Lower --batch."),  # has said by itself what to do
         ValueError("out of memory"),
+        OSError("libx.so: failed to map segment from shared object: Operation not permitted"),  # no programs there
+        SafetensorError("Error while deserializing header: header too large"),
     ],
     ids=str,
 )
@@ -60,6 +75,14 @@ def test_what_torch_and_numpy_raise_here_is_known():
         with pytest.raises((RuntimeError, MemoryError)) as found:
             take()
         assert is_out_of_memory(found.value)
+
+
+def test_a_disk_is_not_blamed_for_memory_that_ran_out(tmp_path):
+    for error in (OSError(errno.ENOMEM, "Cannot allocate memory"), SafetensorError("Cannot allocate memory")):
+        with pytest.raises(type(error)), replacing(tmp_path / "file"):
+            raise error
+    with pytest.raises(RunError, match=r"Cannot write .*: No space left"), replacing(tmp_path / "file"):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_a_file_is_not_blamed_for_memory_that_ran_out():

@@ -6,11 +6,13 @@ INTERRUPTED = 130  # 128 and the number of the signal, as shells count
 
 
 def main() -> None:
-    """Run the command line; Ctrl-C while it is being imported is no reason for a traceback."""
+    """Run the command line; neither Ctrl-C nor a lack of memory while it is imported is a reason for a traceback."""
     try:
         from sparlow.cli.commands import main as run
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
+    except MemoryError:  # this early nothing else can be imported to say so
+        sys.exit("error: There is too little main memory to begin. Close other programs, then repeat the command.")
     run()
 
 

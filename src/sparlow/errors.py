@@ -46,13 +46,25 @@ def reason(error: Exception) -> str:
     return (getattr(error, "strerror", None) or first_line(error)).rstrip(".")
 
 
-# What the messages of allocators and libraries have in common; all of them raise RuntimeError or something below it.
+# What the messages of allocators and libraries have in common.
 _NO_MEMORY = re.compile(
-    r"out of memory|(can't|cannot|unable to|failed to) allocate( memory)?|not enough memory|bad_?alloc|_ALLOC_FAILED"
-    r"|cudaErrorMemoryAllocation|INSUFFICIENT_RESOURCES|cublasCreate|cusolverDnCreate",  # the last fail for no other
+    r"out[ _]of[ _](device[ _]|host[ _])?memory|(can't|cannot|unable to|failed to) allocate( memory)?|not enough memory"
+    r"|bad_?alloc|_ALLOC_FAILED|ALLOCATION_FAILED|MAGMA_ERR_(HOST|DEVICE)_ALLOC|memory allocation failed"
+    r"|failed to (cuda )?(host )?[mc]?alloc|cudaErrorMemoryAllocation|INSUFFICIENT_RESOURCES|ERROR_OUT_OF_RESOURCES"
+    r"|invalid buffer size: \d"  # of Metal, above what it gives to one tensor
+    r"|failed to map segment from shared object(?!: (operation not permitted|permission))"  # as a library is loaded
+    r"|can't start new thread"  # there is no room for its stack
+    r"|cublas(Lt)?Create|cusolverDnCreate",  # these fail for no other reason
     re.IGNORECASE,
 )
-_ON_HOST = re.compile(r"CPUAllocator|Cannot allocate memory|bad_?alloc|MemoryError", re.IGNORECASE)
+_ON_HOST = re.compile(
+    r"CPUAllocator|Cannot allocate memory|bad_?alloc|MemoryError|shared object|new thread|of[ _]host[ _]memory"
+    r"|HOST_ALLOC",
+    re.IGNORECASE,
+)
+# Of libraries in Rust and C, which raise classes of their own, or Exception itself.
+_FOREIGN = ("SafetensorError", "ZstdError", "Exception")
+TO_RUN = "Reduce --samples or --seqlen, or choose another --device. The same command resumes an unfinished run."
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -63,17 +75,24 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:
         return True
-    if isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)):
+    telling = isinstance(error, RuntimeError | ImportError | OSError) or type(error).__name__ in _FOREIGN
+    if telling and says_out_of_memory(str(error)):
         return True
     return error.__cause__ is not None and is_out_of_memory(error.__cause__)
 
 
-def out_of_memory(error: BaseException, options: Sequence[str] = ()) -> str:
+def says_out_of_memory(text: str) -> bool:
+    """Whether what some library has written says that memory ran out."""
+    return _NO_MEMORY.search(text) is not None
+
+
+def out_of_memory(error: BaseException, options: Sequence[str] = (), advice: str = TO_RUN) -> str:
     """Say that memory ran out, and what to do.
 
     Args:
         error: What was raised.
         options: Some that are known to need less.
+        advice: What to do where none are known; by default to one who compresses.
     """
     while error.__cause__ is not None:
         error = error.__cause__
@@ -82,10 +101,9 @@ def out_of_memory(error: BaseException, options: Sequence[str] = ()) -> str:
     cause = next((part for part in parts if _NO_MEMORY.search(part)), parts[0]).rstrip(".")
     on_host = isinstance(error, MemoryError | OSError) or _ON_HOST.search(text)
     what = "There is too little main memory" if on_host else "The accelerator has too little memory"
-    advice = "Reduce --samples or --seqlen, or choose another --device."
     if options:
-        advice = f"Much less is needed with {' or '.join(options)}."
-    return f"{what} ({cause}). {advice} The same command resumes an unfinished run."
+        advice = f"Much less is needed with {' or '.join(options)}. The same command resumes an unfinished run."
+    return f"{what} ({cause}). {advice}"
 
 
 def first_line(error: Exception) -> str:

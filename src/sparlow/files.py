@@ -14,7 +14,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from sparlow.errors import InputError, RunError, reason
+from sparlow.errors import InputError, RunError, is_out_of_memory, reason
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"  # what save_pretrained writes when one file is enough
@@ -47,6 +47,8 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.replace(path)
         _sync(path.parent)
     except (OSError, SafetensorError) as problem:
+        if is_out_of_memory(problem):  # no fault of the disk
+            raise
         raise RunError(f"Cannot write {path}: {reason(problem)}.") from problem
     finally:
         partial.unlink(missing_ok=True)

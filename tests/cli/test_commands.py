@@ -24,7 +24,9 @@ import sparlow.version
 from command_line import run, run_and_fail
 from families import save_tiny, tiny_tokenizer
 from sparlow import machine
+from sparlow.__main__ import main as begin
 from sparlow.algorithms import algorithms
+from sparlow.cli import app as framing
 from sparlow.cli import commands, demo, display
 from sparlow.cli.commands import main
 from sparlow.errors import InputError
@@ -64,6 +66,30 @@ def finished(place):
     text = str(place / "text.txt")
     report = sparlow.compress(place / "model", recipe, calibration=text, out=place / "out", evaluate=(text,))
     return place / "out", report
+
+
+def test_memory_that_runs_out_before_anything_is_imported_is_one_sentence(monkeypatch):
+    class Full:
+        def __getattr__(self, name):
+            raise MemoryError
+
+    monkeypatch.setitem(sys.modules, "sparlow.cli.commands", Full())
+    with pytest.raises(SystemExit) as stop:
+        begin()
+    assert str(stop.value).startswith("error: There is too little main memory")  # which Python prints, and ends with 1
+
+
+def test_what_a_command_says_when_memory_runs_out_names_options_that_it_has(monkeypatch, capsys):
+    def full(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(framing.app.__class__, "__call__", full)
+    for name in ("inspect", *framing.LESS_MEMORY):
+        advice = framing.LESS_MEMORY.get(name, framing.MORE_MEMORY)
+        said = run_and_fail(capsys, name, code=1)
+        assert said == f"error: There is too little main memory (MemoryError). {advice}"
+        has = {word for option in framing._context([name]).command.params for word in option.opts}
+        assert {*re.findall(r"--[a-z-]+", advice)} <= has
 
 
 @pytest.fixture

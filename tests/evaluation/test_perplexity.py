@@ -9,12 +9,13 @@ from torch.nn import functional
 import sparlow
 from families import VOCABULARY, tiny, tiny_tokenizer
 from sparlow.errors import InputError
-from sparlow.evaluation.perplexity import evaluate, measure, perplexity
+from sparlow.evaluation.perplexity import Baseline, evaluate, measure, perplexity
 from sparlow.evaluation.texts import require_tokenizer
 from sparlow.model.forward import capture
 from sparlow.model.forward.attention import TOKENS_AT_ONCE
 from sparlow.recipe.recipe import Recipe
 from sparlow.report.perplexities import shown
+from waits import Counting
 
 TEXT = "".join(chr(32 + (5 * i * i + i // 7) % 95) for i in range(700))
 
@@ -260,3 +261,15 @@ def test_one_name_is_one_text_and_a_tokenizer_may_be_given_by_its_directory(text
             evaluate(tiny("llama"), wrong, evaluate=text, seqlen=24)
     with pytest.raises(InputError, match="cannot be given as 3"):
         evaluate(tiny("llama"), tmp_path, evaluate=[3], seqlen=24)
+
+
+def test_logits_in_more_pieces_make_a_device_wait_no_longer(monkeypatch):
+    model, windows = tiny("llama"), tokens(3, 33)
+    dense = Baseline(tiny("llama", seed=1)).on(windows)
+    waits = []
+    for pieces in (2, 16):
+        monkeypatch.setattr(capture, "LOGITS_AT_ONCE", VOCABULARY * 32 // pieces * len(windows))
+        with Counting() as counting:
+            measure(model, windows, dense=dense)
+        waits.append(counting.waits)
+    assert waits[0] == waits[1]

@@ -12,14 +12,17 @@ from sparlow.algorithms import algorithms, find, variants
 from sparlow.cli.commands import main
 from sparlow.cli.comparing import show_comparison
 from sparlow.errors import InputError, RunError
+from sparlow.evaluation.tasks import NO_TASKS, LoadedTasks
 from sparlow.files import RECORD
 from sparlow.recipe.recipe import Recipe
 from sparlow.recipe.run_options import RunOptions
 from sparlow.report.comparison import NAME
 from sparlow.report.records import Report
+from sparlow.run import compare as comparing
 from sparlow.run import passes, pipeline
 from sparlow.run.cases import folder_of, parse_sweep, recipes_for
 from sparlow.run.compare import compare, foresee
+from sparlow.run.job import Job
 
 TEXT = "".join(chr(32 + (7 * i * i + i // 3) % 95) for i in range(600))
 METHODS = ("magnitude", "wanda", "3basil")
@@ -236,6 +239,26 @@ def test_a_method_that_runs_out_of_memory_ends_alone(place, tmp_path, monkeypatc
     monkeypatch.setattr(pipeline, "solve", lambda *_, **__: 1 // 0)
     with pytest.raises(ZeroDivisionError):  # a bug is not a row of the table
         run(place, tmp_path / "other", METHODS[:2])
+
+
+@pytest.mark.parametrize("where", ["write_to", "_asked"])
+def test_memory_that_runs_out_beside_the_solves_ends_one_method_too(where, place, tmp_path, monkeypatch):
+    """As its directory is opened, or as its model answers the tasks."""
+
+    def full(self, name, *_, **__):
+        if "magnitude" in str(name):
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes.")
+        return real(self, name, *_, **__) if where == "write_to" else {}
+
+    owner = {"write_to": Job, "_asked": comparing._Runs}[where]
+    real = getattr(owner, where)
+    monkeypatch.setattr(owner, where, full)
+    tasks = LoadedTasks(("item",), ("task",)) if where == "_asked" else NO_TASKS
+    found = run(place, tmp_path / "out", METHODS[:2], tasks=tasks)
+    assert [row.name for row in found.rows] == ["wanda"]
+    assert "too little main memory (DefaultCPUAllocator" in found.failed["magnitude"]
+    monkeypatch.setattr(owner, where, real if where == "write_to" else lambda *_: {})
+    assert len(run(place, tmp_path / "out", METHODS[:2], tasks=tasks).rows) == 2
 
 
 def test_recipes_must_share_the_text(place, tmp_path):

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from sparlow.errors import InputError
-from sparlow.files import sha256
+from sparlow.files import as_json, sha256
 from sparlow.machine import machine
 from sparlow.model.artefact.shards import ShardRecord
 from sparlow.recipe.recipe import Recipe
@@ -178,6 +178,27 @@ def test_a_record_comes_back_as_it_was_written(tmp_path):
     for make in (begun, finished):
         run = make(tmp_path)
         assert read_record(tmp_path) == run.record == RunRecord.from_dict(run.record.to_dict())
+
+
+@pytest.mark.parametrize("make", [lambda _: RunRecord({"blocks": []}, "blocks"), begun, finished])
+def test_the_text_of_a_record_is_that_of_its_object(make, tmp_path):
+    run = make(tmp_path)
+    found = getattr(run, "record", run)
+    assert found.to_text() == as_json(found.to_dict())
+    assert not hasattr(run, "record") or (tmp_path / NAME).read_text(encoding="utf-8") == found.to_text()
+
+
+def test_what_is_on_record_of_a_block_is_made_text_once(tmp_path, monkeypatch):
+    """So that a run of many layers does not take longer for each block, the more of them are done."""
+    made = []
+
+    def counted(content):
+        made.extend(len(content["layers"]) for _ in range("layers" in content))
+        return as_json(content)
+
+    monkeypatch.setattr("sparlow.run.record.as_json", counted)
+    begun(tmp_path, blocks=8)
+    assert made == [2] * 8
 
 
 # Another run

@@ -1,5 +1,8 @@
 """Memory that runs out in the middle of a run ends it in one sentence, with options that need much less."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -93,3 +96,32 @@ def test_what_is_named_needs_less_by_the_plan(model):
         return max(stage.cpu for stage in memory.stages(work, BOUND))
 
     assert fullest(RECIPE.changed(samples=samples)) <= MUCH_LESS * fullest(RECIPE)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="only there a process can be given less memory")
+@pytest.mark.parametrize("command", ["compress", "evaluate", "inspect"])
+def test_a_process_that_is_given_less_and_less_memory_says_so(command, model, tmp_path):
+    """For real, and each time somewhere else."""
+    (tmp_path / "text.txt").write_text("the sparse part stays and the low rank part learns what was lost. " * 20)
+    recipe = Recipe(calibration=GIVEN_WINDOWS, samples=4, seqlen=16, rank=2, options={"max_steps": 5})
+    compress(model, recipe, calibration=torch.ones(4, 16, dtype=torch.int64), out=tmp_path / "out", evaluate=())
+    text = str(tmp_path / "text.txt")
+    small = ["--seqlen", "16"]
+    words = {
+        "compress": [model, "--out", tmp_path / "new", "--calibration", text, "--samples", "4", "--evaluate=", *small],
+        "evaluate": [tmp_path / "out", "--evaluate", text, *small],
+        "inspect": [tmp_path / "out"],
+    }[command]
+    own = "import resource, sys; from sparlow.__main__ import main; size = int(sys.argv.pop(1)); "
+    own += "resource.setrlimit(resource.RLIMIT_AS, (size, size)); main()"
+    codes = []
+    for size in (150, 900):
+        line = [sys.executable, "-c", own, str(size * 2**20), command, *map(str, words)]
+        done = subprocess.run(line, capture_output=True, text=True, timeout=300, check=False)
+        codes.append(done.returncode)
+        assert "Traceback" not in done.stderr
+        if done.returncode:
+            said = done.stderr.strip().splitlines()[-1]
+            assert said.startswith("error: There is too little main memory"), said
+    assert codes[0] == 1

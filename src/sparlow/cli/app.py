@@ -17,7 +17,8 @@ from sparlow.cli.examples import epilog
 from sparlow.cli.leaving import alone, leave, tell_others
 from sparlow.cli.options import expanded
 from sparlow.cli.signals import INTERRUPTED, noted
-from sparlow.errors import InputError, RunError, is_out_of_memory, out_of_memory
+from sparlow.errors import TO_RUN, InputError, RunError, is_out_of_memory, out_of_memory
+from sparlow.runtime.options import FEWER
 from sparlow.schema import unknown
 
 app = typer.Typer(
@@ -51,7 +52,8 @@ def run(arguments: Sequence[str] | None = None) -> None:
         if came and not debug:  # compiled code that is interrupted may raise something of its own
             leave(INTERRUPTED)
         if not debug and _is_foreseen(error):
-            _fail(*_said(error), shared=arguments[:1] == [ahead.SHARED])
+            command = arguments[0] if arguments else ""
+            _fail(*_said(error, command), shared=command == ahead.SHARED)
         if alone():
             raise
         traceback.print_exc()
@@ -71,6 +73,17 @@ OTHERWISE = {  # what an option is called in other commands, in former versions 
 }
 ELSEWHERE = {"verify": "inspect DIRECTORY --verify", "quantize": "compress", "prune": "compress"}  # commands of peers
 EVERYWHERE = {"--debug": "--debug", "--quiet": "--quiet", "-q": "--quiet", "--verbose": "--verbose", "-v": "--verbose"}
+
+
+LESS_MEMORY = {  # with what a command needs less
+    "compress": TO_RUN,
+    "compare": TO_RUN,
+    "evaluate": "Reduce --seqlen, with --tasks also --batch-size, or choose another --device.",
+    "finetune": "Reduce --batch or --block-size, or choose another --device. The same command resumes.",
+    "generate": "Open a compressed model with --mode packed, write a shorter --prompt, or reduce --max-tokens.",
+    "benchmark": FEWER,
+}
+MORE_MEMORY = "Close other programs, or repeat the command on a machine with more."
 
 
 def _everywhere(arguments: list[str]) -> tuple[list[str], set[str]]:
@@ -113,10 +126,10 @@ def _is_foreseen(error: Exception) -> bool:
     return isinstance(error, InputError | RunError | OSError) or is_out_of_memory(error)
 
 
-def _said(error: Exception) -> tuple[str, int]:
-    """What to tell of an error, and the exit code."""
+def _said(error: Exception, name: str) -> tuple[str, int]:
+    """What to tell of an error of a command, and the exit code."""
     if is_out_of_memory(error):
-        return out_of_memory(error), 1
+        return out_of_memory(error, advice=LESS_MEMORY.get(name, MORE_MEMORY)), 1
     return str(error), 2 if isinstance(error, InputError) else 1
 
 

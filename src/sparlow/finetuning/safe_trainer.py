@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Trainer, TrainerState
 
-from sparlow.errors import RunError
+from sparlow.errors import RunError, is_out_of_memory
 from sparlow.files import read_json, sync_folder
 from sparlow.finetuning.loss import is_own_loss, loss_in_pieces, needs_pieces
 from sparlow.text.answers import IGNORED
@@ -76,6 +76,8 @@ class SafeTrainer(Trainer):
                 shutil.rmtree(older)
             sync_folder(folder)
         except (OSError, SafetensorError) as problem:
+            if is_out_of_memory(problem):
+                raise
             raise RunError(
                 f"Cannot write a checkpoint into {folder}: {problem}. Free disk space, then repeat the command."
             ) from problem

@@ -4,14 +4,16 @@ A release may rename any of them. ``import sparlow`` works all the same, and so 
 whose weights cannot be read part by part is opened whole, with a warning, and everything else says what is missing.
 """
 
-import copy
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from importlib.metadata import version
 from typing import Any
 
 import torch
 
-from sparlow.errors import InputError
+from sparlow.errors import InputError, is_out_of_memory
 
 STREAMING = (
     "LoadStateDictConfig",
@@ -68,7 +70,11 @@ class ManyLayers(WeightConverter):
     wanted: torch.dtype | None = None  # that of the model's tensors; None: the operations have seen to it
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ManyLayers":
-        found = copy.copy(self)
+        found = object.__new__(type(self))  # copy.copy takes three times as long, and there is one for each tensor
+        for name in (name for cls in type(self).__mro__ for name in vars(cls).get("__slots__", ())):
+            if hasattr(self, name):
+                object.__setattr__(found, name, getattr(self, name))
+        vars(found).update(vars(self))
         found.collected_tensors, found.layer_targets = defaultdict(list), defaultdict(set)
         return found
 
@@ -118,6 +124,64 @@ def __getattr__(name: str) -> Any:  # noqa: ANN401 - classes and functions of tr
     if name not in found:
         raise AttributeError(found["NO_STREAMING"])
     return found[name]
+
+
+@contextmanager
+def raising_out_of_memory() -> Iterator[None]:
+    """Within this context, memory that runs out while weights are converted is raised.
+
+    transformers would list it as a fault of the file, go on, and say in the end that some weights could not be read.
+    """
+    from transformers import core_model_loading as loading
+
+    listing: Any = getattr(loading, "log_conversion_errors", None)
+    if listing is None:
+        yield
+        return
+
+    @contextmanager
+    def raising(*args: Any, **kwargs: Any) -> Iterator[None]:  # noqa: ANN401 - transformers'
+        found = None
+        with listing(*args, **kwargs):
+            try:
+                yield
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                found = error
+        if found is not None:
+            raise found
+
+    loading.log_conversion_errors = raising
+    try:
+        yield
+    finally:
+        loading.log_conversion_errors = listing
+
+
+_unpacked: ContextVar[bool] = ContextVar("unpacked", default=False)
+
+
+@contextmanager
+def texts_of_their_own() -> Iterator[None]:
+    """Within this context, transformers does not look whether a row holds several texts: a device is waited for then.
+
+    Only in this thread, and only where no attention is computed, or positions are those of one text.
+    """
+    from transformers import masking_utils
+
+    masks: Any = masking_utils
+    looking = getattr(masks, "find_packed_sequence_indices", None)
+    if looking is None:
+        yield
+        return
+    masks.find_packed_sequence_indices = lambda positions: None if _unpacked.get() else looking(positions)
+    token = _unpacked.set(True)
+    try:
+        yield
+    finally:
+        _unpacked.reset(token)
+        masks.find_packed_sequence_indices = looking
 
 
 def require_format() -> None:

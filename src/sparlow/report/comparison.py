@@ -203,4 +203,5 @@ class Comparison(Tabular):
 
     def write(self, folder: Path) -> None:
         """Write ``compare.json`` whole or not at all."""
+        folder.mkdir(parents=True, exist_ok=True)  # a run that fails at once leaves no directory
         write_json(folder / NAME, asdict(self))

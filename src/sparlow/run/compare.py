@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from sparlow.distributed import require_one
-from sparlow.errors import InputError, RunError, is_out_of_memory, out_of_memory
+from sparlow.distributed import ALONE, require_one
+from sparlow.errors import InputError, RunError
 from sparlow.evaluation.tasks import NO_TASKS, LoadedTasks, measure_tasks
 from sparlow.evaluation.texts import require_tokenizer
 from sparlow.files import replacing
@@ -30,7 +30,7 @@ from sparlow.report.comparison import MATCHED, Comparison, Row
 from sparlow.report.html_page import html, write_reports
 from sparlow.report.records import Report
 from sparlow.run.cases import OF_TEXT, folder_of
-from sparlow.run.compress import open_dense, windows_to_calibrate, windows_to_evaluate
+from sparlow.run.compress import memory_may_end, open_dense, windows_to_calibrate, windows_to_evaluate
 from sparlow.run.job import Job
 from sparlow.run.output_dir import check_folder, claimed
 from sparlow.text import in_domain
@@ -152,35 +152,52 @@ class _Runs:
 
     def go(self, name: str, *, overwrite: bool) -> None:
         """Run one method; its row, or why there is none, goes to ``found``."""
-        recipe, folder = self._recipes[name], self._out / folder_of(name)
-        opened, storage = self._opened or open_dense(self._model, None, recipe, self._options)
+        folder = self._out / folder_of(name)
+        with claimed(folder, overwrite=overwrite, finished=True):
+            report = self._report_of(name, folder, overwrite=overwrite)
+        if report:
+            self.found.rows.append(Row.of(name, report))
+            self.found.dense = {"perplexity": report.dense["perplexity"], "bytes": report.bytes["dense"]}
+            self.found.dense |= {"tasks": self._dense_tasks} if self._dense_tasks else {}
+        if self._opened and self._opened[0].changes:
+            self._opened = None  # what was compressed in place is freed before the next is opened
+        free_memory()  # of what failed, too
+
+    def _report_of(self, name: str, folder: Path, *, overwrite: bool) -> Report | None:
+        """Run one method, and let its model answer; if that fails for a reason of its own, ``found`` says why."""
+        recipe = self._recipes[name]
+        try:
+            with memory_may_end(self._model, recipe, self._options, ALONE, folder):
+                report = self._compressed(name, folder, overwrite=overwrite)
+                if self._tasks.items:
+                    report.dense["tasks"] = self._dense_tasks
+                    report.compressed["tasks"] = self._asked(name, str(folder), recipe.dtype)
+                    write_reports(report, folder)
+        except RunError as error:
+            self.found.failed[name] = str(error)
+            return None
+        return report
+
+    def _compressed(self, name: str, folder: Path, *, overwrite: bool) -> Report:
+        """Run the job of one method, and keep what it has found of the dense model, however it ends."""
+        recipe = self._recipes[name]
+        self._opened = opened, storage = self._opened or open_dense(self._model, None, recipe, self._options)
         own = labelled(self._notify, before=f"{name}: ")
 
         def tell(step: Progress) -> None:  # the dense model is that of all runs
             (self._notify if step.stage.startswith("dense ") else own)(step)
 
         job = Job(opened, storage, recipe, self._windows[recipe.seed], tell, offload=self._options.offload)
-        with claimed(folder, overwrite=overwrite, finished=True):
-            job.write_to(folder, overwrite=overwrite)
-            job.known_dense |= self._known
-            job.runner.predictions |= self._predictions
-            job.answers.dense = self._answers
-            report = _report_of(name, job, self._texts, self.found)
-            if report and self._tasks.items:
-                report.dense["tasks"] = self._dense_tasks
-                report.compressed["tasks"] = self._asked(name, str(folder), recipe.dtype)
-                write_reports(report, folder)
-        if report:
-            self.found.rows.append(Row.of(name, report))
-            self.found.dense = {"perplexity": report.dense["perplexity"], "bytes": report.bytes["dense"]}
-            self.found.dense |= {"tasks": self._dense_tasks} if self._dense_tasks else {}
-        self._known |= job.known_dense
-        self._predictions |= job.runner.predictions
-        self._answers = job.answers.dense
-        # what was compressed in place is freed before the next is opened
-        self._opened = None if opened.changes else (opened, storage)
-        del job, opened
-        free_memory()  # of what failed, too
+        job.write_to(folder, overwrite=overwrite)
+        job.known_dense |= self._known
+        job.runner.predictions |= self._predictions
+        job.answers.dense = self._answers
+        try:
+            return job.go(self._texts)
+        finally:
+            self._known |= job.known_dense
+            self._predictions |= job.runner.predictions
+            self._answers = job.answers.dense
 
     def _asked(self, name: str, model: str, dtype: str) -> dict[str, Any]:
         """Let a model answer the tasks."""
@@ -223,18 +240,6 @@ def _evaluation(recipe: Recipe, seqlen: int, texts: Mapping[str, Tensor]) -> dic
         "windows": {name: len(windows) for name, windows in texts.items()},
         "in_domain": in_domain(recipe.calibration, texts),
     }
-
-
-def _report_of(name: str, job: Job, texts: Mapping[str, Tensor], found: Comparison) -> Report | None:
-    """Run a job; if it fails for a reason of its own, ``found`` says why."""
-    try:
-        return job.go(texts)
-    except Exception as error:
-        no_memory = is_out_of_memory(error)
-        if not (no_memory or isinstance(error, RunError)):
-            raise
-        found.failed[name] = out_of_memory(error) if no_memory else str(error)
-        return None
 
 
 def _keep_report(out: Path, name: str) -> None:

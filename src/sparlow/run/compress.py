@@ -114,7 +114,7 @@ def compress(
     with kept, joined(_told(recipe, options, folder)) as processes, alone(processes), watched(notify) as tell:
         if not force:
             require_feasible(model, {folder: recipe}, options, processes.size)
-        with _memory_may_end(model, recipe, options, processes, folder):
+        with memory_may_end(model, recipe, options, processes, folder):
             scanning = partial(scanned_by_first, processes)
             opened, storage = open_dense(model, tokenizer, recipe, options, inplace=inplace, scanning=scanning)
             require_own_device(processes, opened.weights.device)
@@ -158,7 +158,7 @@ def _require_place(model: object, out: str | Path | None, *, inplace: bool) -> N
 
 
 @contextmanager
-def _memory_may_end(
+def memory_may_end(
     model: str | Path | PreTrainedModel, recipe: Recipe, options: RunOptions, processes: Processes, folder: Path | None
 ) -> Iterator[None]:
     """Turn whatever says that memory ran out, on the CPU, in CUDA or its libraries, into a RunError with what helps."""

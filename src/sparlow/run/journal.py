@@ -15,7 +15,7 @@ from torch import Tensor
 from sparlow.distributed import Processes
 from sparlow.errors import InputError
 from sparlow.evaluation.agreement import Measured
-from sparlow.files import replacing, resolve_inside, sync_folder, write_json
+from sparlow.files import replacing, resolve_inside, sync_folder
 from sparlow.machine import differences, machine, versions
 from sparlow.model.artefact.checksums import small_sums
 from sparlow.model.artefact.shards import ShardRecord, write_shard
@@ -247,7 +247,8 @@ class Journal:
             self._put()
 
     def _put(self) -> None:
-        write_json(self.folder / NAME, self.record.to_dict())
+        with replacing(self.folder / NAME) as partial:
+            partial.write_text(self.record.to_text(), encoding="utf-8")
 
 
 def _refuse_another(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from sparlow.errors import InputError
-from sparlow.files import RECORD, read_json, shard_filename
+from sparlow.files import RECORD, as_json, read_json, shard_filename
 from sparlow.machine import differences
 from sparlow.model.artefact.shards import ShardRecord
 from sparlow.recipe.allocation import Budget
@@ -28,6 +29,11 @@ class BlockRecord:
     file: str
     layers: list[LayerRecord]
     matching: list[dict[str, Any]] = field(default_factory=list)
+
+    @cached_property
+    def text(self) -> str:
+        """What ``sparlow.json`` holds of it, made once: it is written again with every later block."""
+        return as_json(asdict(self)).rstrip().replace("\n", "\n  ")
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "BlockRecord":
@@ -95,6 +101,16 @@ class RunRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the object in ``sparlow.json``; what is unknown or empty now may come later, and is left out."""
+        return self._beside([asdict(block) for block in self.blocks])
+
+    def to_text(self) -> str:
+        """Return the text of ``sparlow.json``: that of ``to_dict``, of which only what is new is made anew."""
+        before, key, after = as_json(self._beside([])).partition('\n "blocks": [')
+        blocks = ",\n  ".join(block.text for block in self.blocks)
+        return "".join((before, key, f"\n  {blocks}\n " if blocks else "", after))
+
+    def _beside(self, blocks: list[dict[str, Any]]) -> dict[str, Any]:
+        """What is known, with these blocks."""
         kept = self.training and {**asdict(self.training.shard), "number": self.training.number}
         always = {
             "format": FORMAT,
@@ -105,7 +121,7 @@ class RunRecord:
             "compressed": {text: found.value for text, found in self.compressed.items()},
             "allocation": {name: budget.to_dict() for name, budget in self.allocation.items()},
             "shards": {file: {"bytes": shard.bytes, "sha256": shard.sha256} for file, shard in self.shards.items()},
-            "blocks": [asdict(block) for block in self.blocks],
+            "blocks": blocks,
         }
         later = {
             "dense_stderr": _errors(self.dense),

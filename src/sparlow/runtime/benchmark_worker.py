@@ -16,10 +16,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from sparlow.errors import InputError, RunError
+from sparlow.errors import InputError, RunError, is_out_of_memory, out_of_memory
 from sparlow.machine import machine, peak_memory, reset_peak_memory
 from sparlow.runtime.ends import PackedEmbedding
-from sparlow.runtime.options import RunningOptions
+from sparlow.runtime.options import FEWER, RunningOptions
 from sparlow.runtime.packed import PackedLinear, PackedModule
 from sparlow.runtime.running import Clock, Running, open_to_run
 from sparlow.runtime.stepping import Stepping, leave_step, use_step
@@ -140,6 +140,12 @@ def _stored(module: nn.Module) -> list[Tensor]:
     return [t for t in module.packed.parts.values() if t.numel()] if isinstance(module, PackedModule) else []
 
 
+def _said(problem: Exception) -> str:
+    if is_out_of_memory(problem):
+        return out_of_memory(problem, advice=FEWER)
+    return str(problem).strip() or type(problem).__name__
+
+
 def serve(requests: TextIO, answer: Callable[[str], object]) -> None:
     """Answer until there are no more requests."""
     worker = Worker()
@@ -148,7 +154,7 @@ def serve(requests: TextIO, answer: Callable[[str], object]) -> None:
         try:
             said = getattr(worker, request.pop("do"))(**request)
         except (InputError, RunError, OSError, MemoryError, RuntimeError) as problem:
-            said = {"error": str(problem).strip() or type(problem).__name__, "input": isinstance(problem, InputError)}
+            said = {"error": _said(problem), "input": isinstance(problem, InputError)}
         answer(json.dumps(said))
 
 

@@ -12,6 +12,7 @@ ACTIVATIONS = ("float", "int8")
 ACTIVATIONS_VARIABLE = "SPARLOW_ACTIVATIONS"
 STEPS = ("transformers", "kernel")
 DTYPES = ("float32", "bfloat16", "float16")
+FEWER = "Measure fewer models at once, or reduce --batch or --prompt-tokens."  # then a benchmark takes less memory
 TEXT, MACHINE, MEASURED = Panel("Text"), Panel("Machine"), Panel("Measured")
 
 

@@ -8,7 +8,7 @@ import sys
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.utils.logging import disable_progress_bar, enable_progress_bar
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from results import random_layer
 from sparlow.model.artefact.checkpoint import CheckpointWriter, load
@@ -67,6 +67,7 @@ def written(model, folder):
 
 def test_work_grows_as_the_number_of_layers(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # how often one thread looks for another is left to chance
+    shown = is_progress_bar_enabled()
     disable_progress_bar()  # it is drawn as often as time passes
     counts = {function: [] for function in (written, load, describe, verify)}
     for blocks in (1, 6, 12, 18):  # the first one warms caches
@@ -74,7 +75,8 @@ def test_work_grows_as_the_number_of_layers(tmp_path, monkeypatch):
         counts[written].append(calls(lambda: written(model, folder))[0])  # noqa: B023 - called here
         for function in (load, describe, verify):
             counts[function].append(calls(lambda: function(folder))[0])  # noqa: B023 - the same
-    enable_progress_bar()
+    if shown:
+        enable_progress_bar()
     for function, (_, *found) in counts.items():
         assert found[2] - found[1] < 1.1 * (found[1] - found[0]), function  # 1.67 if work grew as the square
 

@@ -1,21 +1,25 @@
 import functools
 import hashlib
 import json
+import threading
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
+from transformers.core_model_loading import MergeModulelist
 from transformers.models.falcon_h1.modeling_falcon_h1 import FalconH1PreTrainedModel
 
 import sparlow
 from families import EXTRAS, FAMILIES, save_tiny, tiny, tiny_tokenizer
 from samples import few_of
 from sparlow import machine
+from sparlow.errors import is_out_of_memory
 from sparlow.evaluation.perplexity import evaluate, perplexity
 from sparlow.model.forward import activation_store
 from sparlow.model.forward.activation_store import ActivationStore, place
 from sparlow.model.forward.decoder import Decoder
+from sparlow.model.loading import streaming
 from sparlow.model.loading.source import OpenedModel, open_model, upcast_for_cpu
 from sparlow.model.loading.weights import all_loaded, scan
 from sparlow.progress import Clock
@@ -173,6 +177,43 @@ def test_a_model_that_cannot_be_streamed_is_held_whole_and_that_is_said(tmp_path
     (tmp_path / "dense" / "config.json").write_text(json.dumps(config | {"transformers_weights": "other.safetensors"}))
     report = sparlow.compress(tmp_path / "dense", QUICK, calibration=WINDOWS, evaluate=(), out=tmp_path / "out")
     assert [w for w in report.warnings if "The whole model was held in memory, because" in w]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_memory_that_runs_out_as_experts_are_put_together_is_not_taken_for_a_fault_of_the_file(
+    streamed, tmp_path, monkeypatch
+):
+    """Neither is the model opened whole instead, which would take more."""
+    save_tiny("mixtral", tmp_path)
+
+    def full(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MergeModulelist, "convert", full)
+        with pytest.raises(RuntimeError) as stop:
+            open_model(str(tmp_path), streamed=streamed)
+        assert is_out_of_memory(stop.value)
+    assert open_model(str(tmp_path), streamed=streamed).fingerprint
+
+
+def test_a_thread_that_reads_ahead_may_fail_or_not_begin(tmp_path, monkeypatch, recwarn):
+    save_tiny("llama", tmp_path)
+    opened = open_model(str(tmp_path), streamed=True)
+
+    def full(*_, **__):
+        raise failure
+
+    for name, error in (("_read_all", MemoryError()), ("Thread", RuntimeError("can't start new thread"))):
+        with monkeypatch.context() as patch:
+            failure = error
+            patch.setattr(streaming, name, full)
+            with opened.weights.block(0) as block:
+                assert not any(p.is_meta for p in block.parameters())
+            for thread in threading.enumerate():
+                if thread is not threading.current_thread():
+                    thread.join(5)
+    assert not recwarn.list  # as pytest would have of an exception in a thread
 
 
 def test_damaged_tensors_are_named():

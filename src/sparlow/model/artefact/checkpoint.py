@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from sparlow.errors import InputError, RunError, as_input_error, reason
+from sparlow.errors import InputError, RunError, as_input_error, is_out_of_memory, reason
 from sparlow.files import CONFIG, INDEX, RECORD, follow_umask, read_json, replacing, sync_folder
 from sparlow.model import _transformers as private
 from sparlow.model.artefact.checksums import require_recorded, require_sane
@@ -169,6 +169,8 @@ class CheckpointWriter:
             self._write_config(model, SparlowConfig.of(records), loader=loader)
             tell_lost(self._lost)
         except (InputError, OSError) as problem:
+            if is_out_of_memory(problem):
+                raise
             raise RunError(f"Cannot finish {self._folder}: {reason(problem)}.") from problem
 
     def _write_index(self, headers: Mapping[str, Header]) -> None:
@@ -289,7 +291,7 @@ def load(
     else:
         require_place(str(folder), ask=False)
     way = how()
-    with as_input_error(f"Cannot open {folder}"), use(lambda: way):
+    with as_input_error(f"Cannot open {folder}"), use(lambda: way), private.raising_out_of_memory():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, output_loading_info=True, **{"trust_remote_code": False, "use_safetensors": True, **options}
         )

@@ -75,8 +75,10 @@ class SparseLowRankLinear(nn.Module):
         self.in_features, self.out_features, self.rank = features, out, rank
         S = S.detach() if S.is_meta else (S.detach() + 0.0).contiguous()  # -0.0 + 0.0 = +0.0
         self.S = nn.Parameter(S)
-        self.U = nn.Parameter(U.detach().clone(memory_format=torch.contiguous_format))
-        self.V = nn.Parameter(V.detach().clone(memory_format=torch.contiguous_format))
+        self.U, self.V = (
+            nn.Parameter(part.detach() if part.is_meta else part.detach().clone(memory_format=torch.contiguous_format))
+            for part in (U, V)
+        )
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:

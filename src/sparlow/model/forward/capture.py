@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparlow.distributed import ALONE, Processes
+from sparlow.model import _transformers as private
 from sparlow.model.forward.activation_store import ActivationStore
 from sparlow.model.forward.block_pass import from_block
 from sparlow.model.forward.calls import BlockCalls, CallRecorder, Given
@@ -110,6 +111,7 @@ def run_head(model: PreTrainedModel, output: Form, ids: Tensor, hidden: Tensor) 
     state = output.around(hidden.to(device))
     with ExitStack() as stack:
         stack.enter_context(_logits_alone(model))
+        stack.enter_context(private.texts_of_their_own())
         for block in Decoder.of(model).blocks:
             stack.enter_context(forward_replaced(block, lambda *_, **__: state))
         logits: Tensor = model(ids.to(device), use_cache=False).logits

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from sparlow.errors import InputError
+from sparlow.errors import InputError, is_out_of_memory
 from sparlow.model.forward.block_pass import from_block, hidden_state
 from sparlow.model.forward.calls import Given
 from sparlow.model.forward.decoder import Decoder
@@ -38,7 +38,9 @@ def require_causal(model: PreTrainedModel, name: str, *, first_block: bool = Fal
     ids = _two_texts(model).to(next(model.get_input_embeddings().parameters()).device)
     try:
         states = _around_first_block(model, ids) if first_block else [_logits(model, ids)]
-    except Exception:  # noqa: BLE001 - a foreign forward may fail in any way; the run then says where and why
+    except Exception as error:  # a foreign forward may fail in any way; the run then says where and why
+        if is_out_of_memory(error):
+            raise
         return
     for state in states:
         tolerance = ROUNDING_OF_HALF if state.dtype in (torch.float16, torch.bfloat16) else ROUNDING

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sparlow.errors import InputError
+from sparlow.errors import InputError, is_out_of_memory
 from sparlow.model.forward.arguments import tensors_in
 from sparlow.model.forward.decoder import Decoder
 from sparlow.model.forward.stand_ins import depends_on_blocks, first_look
@@ -72,7 +72,9 @@ def require_chain(model: PreTrainedModel) -> Brought | None:
                 look = first_look(model, decoder, ids, options, of_blocks.add)
             except InputError:
                 raise
-            except Exception:  # noqa: BLE001, S112 - foreign code that looks at values may fail in any way without them
+            except Exception as error:  # foreign code that looks at values may fail in any way without them
+                if is_out_of_memory(error):
+                    raise
                 continue
         for i, given in enumerate(look.given):
             for way, tensor in given.items():

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from sparlow.errors import is_out_of_memory
 from sparlow.model.forward.fused import FusedWeight, Layout, TransposedLinear
 from sparlow.model.forward.fused_layout import layouts, matrices, take_apart
 
@@ -326,7 +327,9 @@ def _computes(module: nn.Module, *, transposed: bool) -> bool:
     with torch.no_grad():
         try:
             y = type(module).forward(probe, x)
-        except Exception:  # noqa: BLE001 - a foreign forward may fail in any way, and then is none of ours
+        except Exception as error:  # a foreign forward may fail in any way, and then is none of ours
+            if is_out_of_memory(error):
+                raise
             return False
     return isinstance(y, Tensor) and y.shape == expected.shape and torch.allclose(y, expected, atol=1e-6)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from sparlow.errors import is_out_of_memory
 from sparlow.model.forward.arguments import tensors_in
 from sparlow.model.forward.fused import (
     DENSE,
@@ -114,9 +115,11 @@ def _layer(matrix: Tensor, like: nn.Parameter, layout: Layout) -> nn.Module:
     weight = nn.Parameter(matrix, like.requires_grad)
     if layout.transposed:
         return TransposedLinear(weight)
-    rows, columns = matrix.shape
-    layer = nn.Linear(columns, rows, bias=False, device="meta")
+    layer = object.__new__(nn.Linear)  # its own way draws numbers, even of a model without any
+    nn.Module.__init__(layer)
+    layer.out_features, layer.in_features = matrix.shape
     layer.weight = weight
+    layer.register_parameter("bias", None)
     return layer
 
 
@@ -194,7 +197,9 @@ def _noted(
     with derived:
         try:
             twin(*given)
-        except Exception:  # noqa: BLE001 - foreign code may fail in any way, and by then has shown what it does
+        except Exception as error:  # foreign code may fail in any way, and by then has shown what it does
+            if is_out_of_memory(error):
+                raise
             return notes
     return notes
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from sparlow.errors import is_out_of_memory
 from sparlow.model.forward.calls import Given
 from sparlow.model.forward.compressible import ExpertWeight, called, compressible, weight_of
 from sparlow.model.forward.decoder import Decoder
@@ -159,14 +160,18 @@ def _runs_whole(
         nonlocal whole
         try:
             return forwards[i](x, *given[0], **given[1])
-        except Exception:  # noqa: BLE001 - foreign code that looks at values may fail in any way without them
+        except Exception as error:  # foreign code that looks at values may fail in any way without them
+            if is_out_of_memory(error):
+                raise
             whole = False
             return wrapped(x)
 
     ids = torch.zeros(2, TOKENS, dtype=torch.int64, device="meta")
     try:
         run_with_stand_ins(model, decoder, ids, answer, options)
-    except Exception:  # noqa: BLE001 - the same
+    except Exception as error:  # the same
+        if is_out_of_memory(error):
+            raise
         return False
     return whole
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from sparlow.errors import InputError, as_input_error
+from sparlow.errors import InputError, as_input_error, is_out_of_memory
 from sparlow.model.forward.call_order import Dependences, counterpart, dependences_noted
 from sparlow.model.forward.causality import require_decoder_only
 from sparlow.model.forward.compressible import CompressibleWeight, compressible, fused_of
@@ -148,7 +148,9 @@ def _hooks(blocks: nn.ModuleList, seen: list[dict[str, Tensor]]) -> Iterator[Any
 def _runs(model: PreTrainedModel, ids: Tensor, options: Mapping[str, Tensor]) -> bool:
     try:
         model(ids, use_cache=False, **options)
-    except Exception:  # noqa: BLE001 - foreign code that looks at values may fail in any way without them
+    except Exception as error:  # foreign code that looks at values may fail in any way without them
+        if is_out_of_memory(error):
+            raise
         return False
     return True
 

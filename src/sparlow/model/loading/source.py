@@ -21,9 +21,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from sparlow.errors import InputError, as_input_error
+from sparlow.errors import InputError, as_input_error, is_out_of_memory
 from sparlow.files import CONFIG, cache_folder, follow_umask, parse_json, sha256, sync_folder
 from sparlow.machine import check_device, computing_dtype
+from sparlow.model import _transformers as private
 from sparlow.model.forward.causality import require_decoder_only
 from sparlow.model.forward.decoder import Decoder
 from sparlow.model.loading.left_out import companions, left_out
@@ -223,7 +224,7 @@ def _texts(value: Any) -> Iterator[str]:  # noqa: ANN401 - what a JSON file hold
 def _loaded(name: str, where: str, **options: Any) -> PreTrainedModel:  # noqa: ANN401 - options of from_pretrained
     untyped: Any = AutoModelForCausalLM
     try:
-        with as_input_error(cannot_open(name)), own_use():
+        with as_input_error(cannot_open(name)), own_use(), private.raising_out_of_memory():
             model, info = untyped.from_pretrained(where, output_loading_info=True, **options)
     except InputError as problem:
         damaged = _damaged_file(where)
@@ -244,7 +245,9 @@ def _damaged_file(where: str) -> Path | None:
         try:
             with safe_open(path, framework="pt"):
                 pass
-        except (SafetensorError, OSError):
+        except (SafetensorError, OSError) as problem:
+            if is_out_of_memory(problem):
+                raise
             return path
     return None
 

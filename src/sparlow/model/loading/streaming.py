@@ -6,7 +6,7 @@ transformers' own loader reads a part, so renamed, merged and split tensors come
 import copy
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -112,7 +112,7 @@ class OnDisk:
             return
         with self._loaded(i) as block:
             if i + 1 < len(self._blocks):  # by the time it is asked for, the system has it in memory
-                Thread(target=_read_ahead, args=(self._files[i + 1],), daemon=True).start()
+                _begin_to_read(self._files[i + 1])
             yield to_compute(block, self)
 
     @contextmanager
@@ -149,6 +149,7 @@ class OnDisk:
         names = self._files[part]
         with ExitStack() as stack:
             stack.enter_context(_without_bars())
+            stack.enter_context(private.raising_out_of_memory())
             handles = {file: stack.enter_context(safe_open(file, framework="pt")) for file in set(names.values())}
             state = {name: handles[file].get_slice(name) for name, file in names.items()}
             info, _ = private.convert_and_load_state_dict_in_model(self._model, state, self._config)
@@ -252,8 +253,22 @@ def stored_tensors(where: str, revision: str | None) -> dict[str, Path]:
     return {name: by_name[Path(file).name] for name, file in about["weight_map"].items()}
 
 
+def _begin_to_read(files: Mapping[str, Path]) -> None:
+    """Let a thread read ahead; where none can be started, nothing is lost but time."""
+    with suppress(RuntimeError):  # as Python says that there is no memory for one
+        Thread(target=_read_ahead, args=(files,), daemon=True).start()
+
+
 def _read_ahead(files: Mapping[str, Path]) -> None:
-    """Let the system read the bytes of some tensors into its cache; nothing is kept here."""
+    """Let the system read the bytes of some tensors into its cache; nothing is kept here.
+
+    Whatever hinders that is told of where the block itself is read.
+    """
+    with suppress(OSError, MemoryError, ValueError, LookupError):
+        _read_all(files)
+
+
+def _read_all(files: Mapping[str, Path]) -> None:
     for path in set(files.values()):
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
