@@ -21,4 +21,5 @@ def _parts(x: Tensor) -> tuple[Tensor, ...]:
     """Divide a tensor along its first dimension into parts of about ``AT_A_TIME`` entries."""
     if not x.numel() or not x.dim():
         return (x,)
-    return x.split(max(AT_A_TIME * len(x) // x.numel(), 1))
+    parts: tuple[Tensor, ...] = x.split(max(AT_A_TIME * len(x) // x.numel(), 1))
+    return parts

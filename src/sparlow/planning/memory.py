@@ -27,6 +27,7 @@ SUM = 8  # bytes of each number of a Gram matrix while it is added up
 LOADED_LATE = 30 * 10**6  # bytes of libraries that are loaded when they are first used
 LARGEST_HELD = 2**25  # bytes: freed tensors of up to so many teach glibc to hold twice as much on its heap, unless
 RETURNED_FROM = "MALLOC_MMAP_THRESHOLD_"  # in the environment says from which size on they go back at once
+KEPT_IN_TRAINING = 0.35  # of what a training holds glibc keeps beside it, freed (benchmarks/foreseen.py --glibc)
 WALKED = 3  # copies of the hidden states while a block passes them on: of the first block, the inputs, the outputs
 WAITING = 2  # copies otherwise
 LOGITS = 3  # of a piece at a time: those of two models, and of an eighth of them what compares them
@@ -346,16 +347,21 @@ class _Counted:
         """Gradients that are added up over several processes at a time: a bucket, and its parts side by side."""
         return min(BUCKET, FLOAT * trained) if self.work.processes > 1 else 0
 
+    def _with_freed(self, training: int) -> float:
+        """Bytes of a training in main memory with what it has freed: its tensors lie between others, unless large."""
+        largest = max((FLOAT * layer.weights for block in self.work.blocks for layer in block.compressed), default=0)
+        returned = largest > LARGEST_HELD or _largest_held() < LARGEST_HELD or not self.on_cpu
+        return training * (1.0 if returned else 1 + KEPT_IN_TRAINING)
+
     def _matching(self, batch: int) -> Stage:
         work = self.work
         weights, _ = self._parts(rest=False)
         tokens = min(batch * work.recipe.seqlen, work.batch)
-        more = max(
+        held = max(
             self._trained(block) + self._saved(block, tokens) + self._sent(block.trained) for block in work.blocks
         )
-        return self._stage(
-            "matching", weights + more + self._widest(work.blocks), hidden=self._waiting(), where=work.place
-        )
+        more = self._with_freed(held + self._widest(work.blocks))
+        return self._stage("matching", weights + more, hidden=self._waiting(), where=work.place)
 
     def _distilling(self) -> Stage:
         """All blocks, of which only one at a time has what its gradients need, beside what enters each."""
@@ -366,5 +372,5 @@ class _Counted:
         logits = SAVED_LOGITS * FLOAT * min(LOGITS_AT_ONCE // PIECES, work.batch * work.vocabulary)
         saved = max(self._saved(block, work.batch) for block in work.blocks) + self._widest(work.blocks)
         saved += self._sent(sum(block.trained for block in work.blocks))
-        more = max(trained + entering + max(saved, logits), 0)  # there is a time before, and after
+        more = self._with_freed(max(trained + entering + max(saved, logits), 0))  # there is a time before, and after
         return self._stage("distilling", whole + more, hidden=WAITING * work.hidden, where=work.place)
