@@ -13,8 +13,10 @@ freed memory back (GIVE_BACK); --glibc leaves it to glibc.
 """
 
 import argparse
+import itertools
 import json
 import os
+import string
 import subprocess
 import sys
 import tempfile
@@ -29,6 +31,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 MB = 1e6
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}  # bytes, from which on a freed tensor is given back at once
+SPREAD = 7919  # a prime: words of a text have numbers all over the vocabulary
 LLAMA = {
     "hidden_size": 1024,
     "intermediate_size": 2816,
@@ -125,12 +128,13 @@ def save(case: Case, folder: Path) -> None:
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=getattr(torch, case.dtype)).save_pretrained(folder)
     if "evaluate" in case.options:
-        from tokenizers import Tokenizer, models, pre_tokenizers
+        from tokenizers import Regex, Tokenizer, models, pre_tokenizers
         from transformers import PreTrainedTokenizerFast
 
-        tokens = {chr(code): code for code in range(256)} | {"<unk>": 256}
+        pairs = ["<unk>", *("".join(pair) for pair in itertools.product(string.printable, repeat=2))]
+        tokens = {pair: number * SPREAD % config.vocab_size for number, pair in enumerate(pairs)}
         plain = Tokenizer(models.WordLevel(tokens, unk_token="<unk>"))  # noqa: S106 - no secret
-        plain.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+        plain.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]{1,2}"), "isolated")
         PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="<unk>").save_pretrained(folder)  # noqa: S106 - the same
 
 
@@ -156,7 +160,8 @@ def measured(folder: str, out: str) -> dict[str, float]:
 
     case = CASES[Path(folder).name]
     recipe = sparlow.Recipe(algorithm=case.recipe.get("algorithm", "wanda"), **_fields(case))
-    ids = torch.randint(256, (recipe.samples, recipe.seqlen), generator=torch.Generator().manual_seed(0))
+    words = case.config["vocab_size"]
+    ids = torch.randint(words, (recipe.samples, recipe.seqlen), generator=torch.Generator().manual_seed(0))
     before, start = psutil.Process().memory_info().rss, time.perf_counter()
     report = sparlow.compress(folder, recipe, calibration=ids, out=out, force=True, **options_of(case))
     return {"peak": report.peak_memory["rss"] - before, "seconds": time.perf_counter() - start}

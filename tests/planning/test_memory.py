@@ -15,9 +15,10 @@ pytestmark = [
 
 PLANNED = """
 import json, sys, sparlow
-recipe = sparlow.Recipe(**json.loads(sys.argv[2]))
-plan = sparlow.plan(sys.argv[1], recipe, evaluate=(), device="cpu", offload="cpu", timed=False)
-print(json.dumps({stage.name: stage.cpu for stage in plan.stages}))
+for fields in json.loads(sys.argv[2]):
+    recipe = sparlow.Recipe(**fields)
+    plan = sparlow.plan(sys.argv[1], recipe, evaluate=(), device="cpu", offload="cpu", timed=False)
+    print(max(stage.cpu for stage in plan.stages))
 """
 MEASURED = """
 import json, sys, psutil, torch, sparlow.run.compress
@@ -29,7 +30,15 @@ report = sparlow.compress(
 )
 print(report.peak_memory["rss"] - before)
 """
-TEXT = {"samples": 16, "seqlen": 256}
+TEXT = {"samples": 8, "seqlen": 256}  # all of it passes at a time
+TRAINED = {"samples": 4, "seqlen": 256, "match": True, "match_epochs": 1}  # two steps, of which each takes as much
+RECIPES = {
+    "pruning": {"algorithm": "wanda", **TEXT},
+    "solving": {"algorithm": "3basil", "rank": 16, "options": {"effort": 0.1, "max_steps": 5}, **TEXT},
+    "matching": {"algorithm": "wanda", "match_preset": "blocks", **TRAINED},
+    "distilling": {"algorithm": "wanda", **TRAINED},
+    "on a grid": {"algorithm": "sparsegpt", "values": "int4", "pattern": "dense", **TRAINED},
+}
 
 
 # With its own rule glibc keeps freed matrices of up to 32 MiB for later, here a half on top of what the code holds; the
@@ -38,9 +47,10 @@ GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
 
 
 def said(script, *words):
+    """The numbers that a process prints, one in a line."""
     command = [sys.executable, "-c", script, *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | GIVE_BACK)
-    return json.loads(done.stdout.splitlines()[-1])
+    return [int(line) for line in done.stdout.split()]
 
 
 @pytest.fixture(scope="module")
@@ -49,30 +59,24 @@ def folder(tmp_path_factory):
     place = tmp_path_factory.mktemp("wide")
     config = LlamaConfig(
         vocab_size=512,
-        hidden_size=1024,
-        intermediate_size=2816,
+        hidden_size=768,
+        intermediate_size=2048,
         num_hidden_layers=2,
-        num_attention_heads=8,
-        num_key_value_heads=8,
+        num_attention_heads=6,
+        num_key_value_heads=6,
         max_position_embeddings=256,
     )
     LlamaForCausalLM(config).save_pretrained(place)
     return place
 
 
-@pytest.mark.parametrize(
-    "recipe",
-    [
-        {"algorithm": "wanda"},
-        {"algorithm": "3basil", "rank": 16, "options": {"effort": 0.1, "max_steps": 5}},
-        {"algorithm": "wanda", "match": True, "match_preset": "blocks", "match_epochs": 1},
-        {"algorithm": "wanda", "match": True, "match_epochs": 1},
-        {"algorithm": "sparsegpt", "values": "int4", "pattern": "dense", "match": True, "match_epochs": 1},
-    ],
-    ids=["pruning", "solving", "matching", "distilling", "distilling on a grid"],
-)
-def test_the_peak_that_is_foreseen_is_the_peak_that_is_seen(recipe, folder, tmp_path):
-    words = (folder, json.dumps({**recipe, **TEXT}))
-    foreseen = said(PLANNED, *words)
-    seen = said(MEASURED, *words, tmp_path / "out")
-    assert seen == pytest.approx(max(foreseen.values()), rel=0.35)
+@pytest.fixture(scope="module")
+def foreseen(folder):
+    """What a plan says of each recipe."""
+    return dict(zip(RECIPES, said(PLANNED, folder, json.dumps([*RECIPES.values()])), strict=True))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_peak_that_is_foreseen_is_the_peak_that_is_seen(name, folder, foreseen, tmp_path):
+    (seen,) = said(MEASURED, folder, json.dumps(RECIPES[name]), tmp_path / "out")
+    assert seen == pytest.approx(foreseen[name], rel=0.25)

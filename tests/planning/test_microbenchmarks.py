@@ -3,6 +3,7 @@ import torch
 
 from sparlow.algorithms import find, variants
 from sparlow.linalg.gram import RIDGES_KEPT
+from sparlow.linalg.grid import make_grid
 from sparlow.linalg.patterns import parse_pattern
 from sparlow.planning import microbenchmarks
 from sparlow.planning.microbenchmarks import (
@@ -50,6 +51,16 @@ def test_small_layers_tell_what_larger_ones_take(name):
     found = workspace(recipe, (shape, budget), torch.float32)
     assert found.remembered(shape[1]) == pytest.approx(gram.remembered, abs=2 * 4 * shape[1] ** 2)
     assert found.bytes(shape) == pytest.approx(seen.peak, rel=0.15)
+
+
+@pytest.mark.parametrize("shape", [(192, 384), (768, 1536), (1536, 512)])
+def test_what_a_grid_looks_at_at_a_time_does_not_grow_with_the_layer(shape):
+    recipe, budget = short("sparsegpt"), Budget(parse_pattern("dense"), 0, make_grid("int4"))
+    W, H = _problem(shape, torch.device("cpu"))
+    with _LiveBytes(W, H) as seen:
+        _solve(recipe, W, H, budget, remember=0)
+    found = workspace(recipe, (shape, budget), torch.float32)
+    assert found.bytes(shape) - found.remembered(shape[1]) == pytest.approx(seen.peak, rel=0.25)
 
 
 def test_a_long_solve_is_not_followed_to_its_end(monkeypatch):

@@ -170,6 +170,16 @@ def test_hidden_states_are_counted_where_they_wait(folder):
     assert counted(matched)["solving"] - counted(here)["solving"] == copy
 
 
+def test_what_the_c_library_keeps_is_counted_unless_the_environment_sends_it_back(folder, monkeypatch):
+    monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
+    work = worked(folder, RECIPES["rank"])
+    kept = counted(work)
+    for told, held in (("4096", 4096), ("1", 1), ("99999999999", work.largest * work.computing), ("a lot", None)):
+        monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", told)
+        less = 0 if held is None else 2 * (work.largest * work.computing - held)
+        assert counted(work) == {name: size - less for name, size in kept.items()}, told
+
+
 def test_what_the_dense_model_predicts_is_counted_where_it_waits(folder, tmp_path):
     (tmp_path / "long.txt").write_text("x" * 2**16)
     recipe, texts = RECIPES["rank"].changed(samples=8, seqlen=64), (str(tmp_path / "long.txt"), "novel")

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from sparlow.errors import InputError
+from sparlow.linalg.portions import portion
 
 BITS = {"int8": 8, "int4": 4, "int3": 3, "int2": 2}  # by the name of the values
 LEVELS = ("integer", "half", "book")
@@ -149,7 +150,7 @@ def _passed(z: Tensor, middles: Tensor) -> Tensor:
     if len(middles) > _COUNTED:
         return torch.bucketize(z.contiguous(), middles)
     found = torch.empty(z.shape, dtype=torch.uint8, device=z.device)
-    size = max(_AT_A_TIME // max(z.shape[1], 1), 1)
+    size = max(portion(_AT_A_TIME) // max(z.shape[1], 1), 1)
     for some, rows in zip(found.split(size), z.split(size), strict=True):
         count, over = torch.zeros_like(rows), torch.empty_like(rows)
         for middle in middles.unbind():

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sparlow.linalg.grid import Grid
+from sparlow.linalg.portions import portion
 
 COUNTED = 16  # magnitudes of a book up to which counting thresholds may be faster than a search
 FEW = 4096  # numbers up to which a search is the faster one in any case
@@ -92,7 +93,7 @@ class Rounding:
 
 def row_blocks(X: Tensor) -> list[slice]:
     """Return slices of the rows of X that fit a CPU's cache; of another device, all rows at once."""
-    rows = len(X) if X.device.type != "cpu" else max(IN_CACHE * len(X) // max(X.numel(), 1), 1)
+    rows = len(X) if X.device.type != "cpu" else max(portion(IN_CACHE) * len(X) // max(X.numel(), 1), 1)
     return [slice(start, start + rows) for start in range(0, len(X), max(rows, 1))]
 
 
@@ -107,7 +108,7 @@ def learn_magnitudes(z: Tensor, weight: Tensor, start: Tensor) -> Tensor:
         start: Magnitudes (n,), rising, from which to begin.
     """
     x, w = z.abs().flatten(), weight.flatten()
-    stride = -(-len(x) // SAMPLE)
+    stride = -(-len(x) // portion(SAMPLE))
     x, order = x[::stride].double().cpu().sort()
     w = w[::stride].double().cpu()[order]
     sums = torch.stack([w, w * x]).cumsum(1)  # (2, numbers)

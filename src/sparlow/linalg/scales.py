@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from sparlow.linalg.grid_target import GridTarget
+from sparlow.linalg.portions import portion
 from sparlow.linalg.rounding import Rounding, learn_magnitudes, row_blocks, whole_magnitudes
 from sparlow.linalg.shared_rows import of_first, sampled
 
@@ -93,7 +94,7 @@ def learned(Z: Tensor, weight: Tensor, target: GridTarget) -> Rounding:
     rounding = target.rounding()
     if target.grid.levels != "book":
         return rounding
-    rows = sampled(Z, BOOK_ROWS)
+    rows = sampled(Z, portion(BOOK_ROWS))
     scale = searched(rows, weight, target, rounding)
     if not scale.any():
         return rounding

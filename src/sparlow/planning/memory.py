@@ -5,6 +5,7 @@ there, hidden states are where they wait, and main memory holds what is read fro
 resident).
 """
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +25,12 @@ from sparlow.recipe.recipe import OWN_TEXT
 
 SUM = 8  # bytes of each number of a Gram matrix while it is added up
 LOADED_LATE = 30 * 10**6  # bytes of libraries that are loaded when they are first used
-LARGEST_HELD = 2**25  # bytes: freed tensors of up to so many teach glibc to hold twice as much on its heap
+LARGEST_HELD = 2**25  # bytes: freed tensors of up to so many teach glibc to hold twice as much on its heap, unless
+RETURNED_FROM = "MALLOC_MMAP_THRESHOLD_"  # in the environment says from which size on they go back at once
+KEPT_IN_TRAINING = 0.35  # of what a training holds glibc keeps beside it, freed (benchmarks/foreseen.py --glibc)
 WALKED = 3  # copies of the hidden states while a block passes them on: of the first block, the inputs, the outputs
 WAITING = 2  # copies otherwise
-LOGITS = 5  # of a piece at a time: as they come and in float32, of two models, and the logarithms of one
-LOOKED_AT = 3  # bytes an entry that a look for NaN takes beside a tensor's own copy
+LOGITS = 3  # of a piece at a time: those of two models, and of an eighth of them what compares them
 ADAM = 4 * FLOAT  # a number that is trained: itself, its gradient, two moments
 BEST = FLOAT  # the parameters of the best epoch
 POSITION = 4  # bytes for each kept entry of S that say where it is
@@ -95,6 +97,12 @@ def stages(work: Workload, space: Workspace) -> list[Stage]:
     return list(_Counted(work, space).all())
 
 
+def _largest_held() -> int:
+    """Return the bytes of the largest freed tensor that the C library may keep."""
+    told = os.environ.get(RETURNED_FROM, "")
+    return min(int(told), LARGEST_HELD) if told.isdecimal() else LARGEST_HELD
+
+
 def _targets(work: Workload) -> int:
     """Return how many further copies of the hidden states there are: those of the dense model at the same block."""
     return int(work.recipe.match)
@@ -112,7 +120,7 @@ class _Counted:
         self.on_cpu = work.device.type == "cpu"
         # what is always there: blocks grow by U and V
         whole = 0 if work.streamed or work.there else work.parameters * work.computing
-        self.allocator = LOADED_LATE + 2 * min(work.largest * work.computing, LARGEST_HELD)
+        self.allocator = LOADED_LATE + 2 * min(work.largest * work.computing, _largest_held())
         whole += self.block if work.copied else 0
         # files that lie in main memory, as in a tmpfs
         self.files_in_memory = lies_in_memory(work.folder)
@@ -180,8 +188,7 @@ class _Counted:
         if not work.streamed:
             return self._stage("opening", 0, files=work.parameters * work.stored if self.converted else 0)
         part = max(work.outside, *(b.parameters for b in work.blocks)) * work.stored
-        look = work.largest * (work.stored + LOOKED_AT)
-        return self._stage("opening", look + part, files=0 if self.on_cpu else part)
+        return self._stage("opening", part, files=0 if self.on_cpu else part)
 
     def _writing_text(self) -> Stage:
         """The whole model, and its keys and values of all windows that are written together."""
@@ -340,16 +347,21 @@ class _Counted:
         """Gradients that are added up over several processes at a time: a bucket, and its parts side by side."""
         return min(BUCKET, FLOAT * trained) if self.work.processes > 1 else 0
 
+    def _with_freed(self, training: int) -> float:
+        """Bytes of a training in main memory with what it has freed: its tensors lie between others, unless large."""
+        largest = max((FLOAT * layer.weights for block in self.work.blocks for layer in block.compressed), default=0)
+        returned = largest > LARGEST_HELD or _largest_held() < LARGEST_HELD or not self.on_cpu
+        return training * (1.0 if returned else 1 + KEPT_IN_TRAINING)
+
     def _matching(self, batch: int) -> Stage:
         work = self.work
         weights, _ = self._parts(rest=False)
         tokens = min(batch * work.recipe.seqlen, work.batch)
-        more = max(
+        held = max(
             self._trained(block) + self._saved(block, tokens) + self._sent(block.trained) for block in work.blocks
         )
-        return self._stage(
-            "matching", weights + more + self._widest(work.blocks), hidden=self._waiting(), where=work.place
-        )
+        more = self._with_freed(held + self._widest(work.blocks))
+        return self._stage("matching", weights + more, hidden=self._waiting(), where=work.place)
 
     def _distilling(self) -> Stage:
         """All blocks, of which only one at a time has what its gradients need, beside what enters each."""
@@ -360,5 +372,5 @@ class _Counted:
         logits = SAVED_LOGITS * FLOAT * min(LOGITS_AT_ONCE // PIECES, work.batch * work.vocabulary)
         saved = max(self._saved(block, work.batch) for block in work.blocks) + self._widest(work.blocks)
         saved += self._sent(sum(block.trained for block in work.blocks))
-        more = max(trained + entering + max(saved, logits), 0)  # there is a time before, and after
+        more = self._with_freed(max(trained + entering + max(saved, logits), 0))  # there is a time before, and after
         return self._stage("distilling", whole + more, hidden=WAITING * work.hidden, where=work.place)

@@ -7,8 +7,10 @@ are matrices (in, in) and (out, in). So a few small layers tell the factors, and
 
 import hashlib
 import itertools
+import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,11 +22,15 @@ from torch.utils._pytree import tree_leaves
 from sparlow.algorithms import solve
 from sparlow.linalg.error_curves import error_curve
 from sparlow.linalg.gram import RIDGES_KEPT, Gram
+from sparlow.linalg.portions import standing_for_a_larger
+from sparlow.linalg.rounding import SAMPLE
 from sparlow.recipe.allocation import Budget, Shape, offered
 from sparlow.recipe.recipe import Recipe
 
 FLOAT = 4  # bytes: solvers compute in float32
 SMALLEST, LARGEST = 64, 1024  # sides of the layers tried
+ON_A_GRID = 128  # the same where values are on a grid, of which columns share scales and are rounded together
+STANDS_FOR = 2**6  # times as many entries has a layer whose memory matters
 SECONDS = 8.0  # that the layers may take
 WATCHED = 3.0  # seconds for which the bytes of a layer are followed: loops repeat themselves
 MORE = 4  # times as long a small layer of twice the side takes, for which calls count as much as products
@@ -41,11 +47,13 @@ class Workspace:
         square: Times in².
         matrix: Times out·in.
         levels: Inverses that a Gram would like to remember for the layers that share it.
+        looked_at: At least so many times the entries, of which ``SAMPLE`` at most are looked at together.
     """
 
     square: float
     matrix: float
     levels: int
+    looked_at: float = 0.0
 
     def remembered(self, features: int) -> int:
         """Bytes of the inverses that a Gram of this many features caches."""
@@ -56,7 +64,8 @@ class Workspace:
     def bytes(self, shape: Shape) -> int:
         """Return the value for one layer (out, in)."""
         rows, columns = shape
-        return round(self.square * columns**2 + self.matrix * rows * columns) + self.remembered(columns)
+        grows = self.square * columns**2 + self.matrix * rows * columns
+        return round(max(grows, self.looked_at * min(rows * columns, SAMPLE))) + self.remembered(columns)
 
 
 # More than any algorithm here takes (test_microbenchmarks.py); where this fits, nothing needs to be measured.
@@ -152,26 +161,35 @@ def workspace(recipe: Recipe, like: tuple[Shape, Budget], stored: torch.dtype) -
         like: Shape and budget of a layer; the small ones have its pattern and as large a rank for their size.
         stored: Type of the weights.
     """
-    rows, peaks, whole = [], [], True
-    for shape in _shapes(_fitting(SMALLEST, like[1])):
-        budget = _scaled(like, shape)
-        W, H = _problem(shape, torch.device("cpu"))
-        W = W.to(stored)
-        seen = _LiveBytes(W, H, seconds=WATCHED)
-        try:
-            with seen:
-                _solve(recipe, W, H, budget, remember=0)
-        except _Enough:
-            whole = False
-        peak = max(seen.peak, H.nbytes)  # the damped Gram matrix, if nothing else was seen
-        if recipe.allocate == "error":
-            peak = max(peak, _error_curve_peak(W, H, budget))
-        rows.append([shape[1] ** 2, shape[0] * shape[1]])
-        peaks.append(float(peak))
-    # where that would take long, as many as fit
-    levels = _solve(recipe, W, H, budget).remembered // H.nbytes if whole else BOUND.levels
-    square, matrix = _non_negative(rows, peaks)
-    return Workspace(square, matrix, levels)
+    shapes = _shapes(_fitting(ON_A_GRID if like[1].grid else SMALLEST, like[1]))
+    with standing_for_a_larger(STANDS_FOR):
+        peaks = [_followed(recipe, like, shape, stored) for shape in shapes]
+    square, matrix = _non_negative([[shape[1] ** 2, shape[0] * shape[1]] for shape in shapes], peaks)
+    looked_at = _followed(recipe, like, shapes[0], stored) / math.prod(shapes[0]) if like[1].grid else 0.0
+    return Workspace(square, matrix, _levels(recipe, like), looked_at)
+
+
+def _followed(recipe: Recipe, like: tuple[Shape, Budget], shape: Shape, stored: torch.dtype) -> float:
+    """Return the most bytes that a solve of a layer of this shape holds, in ``WATCHED`` seconds at least."""
+    budget = _scaled(like, shape)
+    W, H = _problem(shape, torch.device("cpu"))
+    W = W.to(stored)
+    seen = _LiveBytes(W, H, seconds=WATCHED)
+    with suppress(_Enough), seen:
+        _solve(recipe, W, H, budget, remember=0)
+    peak = max(seen.peak, H.nbytes)  # the damped Gram matrix, if nothing else was seen
+    if recipe.allocate == "error":
+        peak = max(peak, _error_curve_peak(W, H, budget))
+    return float(peak)
+
+
+def _levels(recipe: Recipe, like: tuple[Shape, Budget]) -> int:
+    """Return how many inverses a solve leaves to the next; where that would take long to see, as many as fit."""
+    shape = _square(_fitting(SMALLEST, like[1]))[0]
+    W, H = _problem(shape, torch.device("cpu"))
+    with suppress(_Enough), _LiveBytes(W, H, seconds=WATCHED):
+        return int(_solve(recipe, W, H, _scaled(like, shape)).remembered // H.nbytes)
+    return BOUND.levels
 
 
 def _error_curve_peak(W: Tensor, H: Tensor, budget: Budget) -> int:

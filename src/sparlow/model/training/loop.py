@@ -223,6 +223,7 @@ class _Training:
         for step in steps[state.steps :]:
             losses.append(self._step(step, state.updates / (self._plan.epochs * len(steps))))
             state.steps, state.updates = state.steps + 1, state.updates + 1
+            give_back()  # or what a step has freed stays beside what the next one asks for
             self._keep()
         loss = self._data.judge(self._loss_of)
         state.epochs, state.steps = state.epochs + 1, 0
