@@ -372,5 +372,6 @@ class _Counted:
         logits = SAVED_LOGITS * FLOAT * min(LOGITS_AT_ONCE // PIECES, work.batch * work.vocabulary)
         saved = max(self._saved(block, work.batch) for block in work.blocks) + self._widest(work.blocks)
         saved += self._sent(sum(block.trained for block in work.blocks))
-        more = self._with_freed(max(trained + entering + max(saved, logits), 0))  # there is a time before, and after
-        return self._stage("distilling", whole + more, hidden=WAITING * work.hidden, where=work.place)
+        more = max(trained + entering + max(saved, logits), 0)  # there is a time before, and after
+        held = self._with_freed(whole + more)  # on a grid S is freed between what stays
+        return self._stage("distilling", held, hidden=WAITING * work.hidden, where=work.place)

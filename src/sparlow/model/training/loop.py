@@ -102,6 +102,7 @@ def train(
             training.share()
         finally:
             seconds = training.end()
+            give_back()  # what steps have freed, before each layer takes its own room again
     return TrainingResult(state.before, state.best, state.epochs, seconds, state.losses)
 
 
@@ -223,7 +224,6 @@ class _Training:
         for step in steps[state.steps :]:
             losses.append(self._step(step, state.updates / (self._plan.epochs * len(steps))))
             state.steps, state.updates = state.steps + 1, state.updates + 1
-            give_back()  # or what a step has freed stays beside what the next one asks for
             self._keep()
         loss = self._data.judge(self._loss_of)
         state.epochs, state.steps = state.epochs + 1, 0
