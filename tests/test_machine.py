@@ -1,5 +1,6 @@
 """The record of a machine: read from what each system shows, never a reason to fail, compared when a run goes on."""
 
+import gc
 import json
 import platform
 import subprocess
@@ -10,7 +11,15 @@ import pytest
 import torch
 
 from sparlow import machine as found_on
-from sparlow.machine import described, differences, from_cpuinfo, from_sysctl, give_back, machine
+from sparlow.machine import (
+    described,
+    differences,
+    from_cpuinfo,
+    from_sysctl,
+    garbage_waits,
+    give_back,
+    machine,
+)
 
 INTEL_AMX = """\
 processor\t: 0
@@ -225,3 +234,14 @@ def test_freed_memory_goes_back_to_the_system():
     give_back()
     assert before - psutil.Process().memory_info().rss > 50e6
     assert last.sum() == len(last)
+
+
+@pytest.mark.parametrize("looks", [True, False])
+def test_garbage_waits_and_is_looked_for_again_as_before(looks, monkeypatch):
+    told = []
+    monkeypatch.setattr(gc, "isenabled", lambda: looks)
+    monkeypatch.setattr(gc, "disable", lambda: told.append("off"))
+    monkeypatch.setattr(gc, "enable", lambda: told.append("on"))
+    with garbage_waits():
+        assert told == ["off"]
+    assert told == ["off", "on"][: 1 + looks]

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from sparlow.errors import InputError, RunError, as_input_error, is_out_of_memory, reason
 from sparlow.files import CONFIG, INDEX, RECORD, follow_umask, read_json, replacing, sync_folder
+from sparlow.machine import garbage_waits
 from sparlow.model import _transformers as private
 from sparlow.model.artefact.checksums import require_recorded, require_sane
 from sparlow.model.artefact.dtypes import StoredDtypes
@@ -291,7 +292,7 @@ def load(
     else:
         require_place(str(folder), ask=False)
     way = how()
-    with as_input_error(f"Cannot open {folder}"), use(lambda: way), private.raising_out_of_memory():
+    with as_input_error(f"Cannot open {folder}"), use(lambda: way), private.raising_out_of_memory(), garbage_waits():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, output_loading_info=True, **{"trust_remote_code": False, "use_safetensors": True, **options}
         )

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sparlow.errors import InputError
 from sparlow.files import resolve_inside
+from sparlow.machine import garbage_waits
 from sparlow.model import _transformers as private
 from sparlow.model.artefact.layers import (
     SparseLowRankLinear,
@@ -116,6 +117,7 @@ class SparlowQuantizer(private.HfQuantizer):
         """``Trainer`` asks for no adapter: S, U and V are ordinary parameters, unless they stay packed."""
         return not self._stored_taken
 
+    @garbage_waits()
     def _process_model_before_weight_loading(
         self,
         model: "PreTrainedModel",
