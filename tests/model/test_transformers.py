@@ -205,6 +205,17 @@ def test_a_name_that_training_misses(name, monkeypatch):
         TRAINING[name]()
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_what_is_replaced_for_a_while_may_be_gone(whole, monkeypatch):
+    if whole:
+        monkeypatch.setattr(private, "import_module", lambda name: importlib.import_module(f"{name}_of_old"))
+    else:
+        monkeypatch.delattr("transformers.core_model_loading.log_conversion_errors", raising=False)
+        monkeypatch.delattr("transformers.masking_utils.find_packed_sequence_indices", raising=False)
+    with private.raising_out_of_memory(), private.texts_of_their_own():
+        assert "transformers.core_model_loading" in sys.modules
+
+
 @pytest.mark.parametrize("name", ["rename_source_key", "get_model_conversion_mapping", "LoadStateDictConfig"])
 def test_a_name_that_takes_something_else(name, tmp_path, monkeypatch):
     save_tiny("llama", tmp_path)

@@ -6,8 +6,9 @@ whose weights cannot be read part by part is opened whole, with a warning, and e
 
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from importlib import import_module
 from importlib.metadata import version
 from typing import Any
 
@@ -126,14 +127,20 @@ def __getattr__(name: str) -> Any:  # noqa: ANN401 - classes and functions of tr
     return found[name]
 
 
+def _module(name: str) -> Any:  # noqa: ANN401 - a module of which functions are replaced, or None
+    """Return a module of transformers of which something is replaced for a while; a release may have it no more."""
+    with suppress(ImportError):
+        return import_module(f"transformers.{name}")
+    return None
+
+
 @contextmanager
 def raising_out_of_memory() -> Iterator[None]:
     """Within this context, memory that runs out while weights are converted is raised.
 
     transformers would list it as a fault of the file, go on, and say in the end that some weights could not be read.
     """
-    from transformers import core_model_loading as loading
-
+    loading = _module("core_model_loading")
     listing: Any = getattr(loading, "log_conversion_errors", None)
     if listing is None:
         yield
@@ -168,9 +175,7 @@ def texts_of_their_own() -> Iterator[None]:
 
     Only in this thread, and only where no attention is computed, or positions are those of one text.
     """
-    from transformers import masking_utils
-
-    masks: Any = masking_utils
+    masks = _module("masking_utils")
     looking = getattr(masks, "find_packed_sequence_indices", None)
     if looking is None:
         yield
