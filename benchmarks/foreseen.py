@@ -7,9 +7,9 @@ plans are made in one process, each run in one of its own.
 Foreseen and measured is what a run takes beyond Python and its libraries, in main memory, hidden states included
 (``--offload cpu``), but for the case that says otherwise. What each case is there for, CASES says.
 
-With its own rule glibc keeps freed tensors of up to 32 MiB for later, here up to a half on top of what the code holds,
-which is what a plan counts; models of billions of parameters have larger ones, which go back at once. So runs give
-freed memory back (GIVE_BACK); --glibc leaves it to glibc.
+With its own rule glibc keeps freed tensors of up to 32 MiB for later, of which a plan counts a part; models of billions
+of parameters have larger ones, which go back at once. So both plans and runs are told that freed memory goes back
+(GIVE_BACK); --glibc leaves it to glibc in both.
 """
 
 import argparse

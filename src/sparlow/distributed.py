@@ -29,7 +29,6 @@ from sparlow.joining import cause, differences, opened, own_number, started
 
 MINUTES = dt.timedelta(minutes=20)  # to wait for a process that did as much work as this one, beyond SLOWER times that
 SLOWER = 4  # times as long as this process may another one take for the same work
-GONE = "ended or cannot be reached"
 PATIENCE = dt.timedelta(days=2)  # where one solves or writes, and others have nothing to do
 
 
@@ -186,8 +185,9 @@ class Processes:
 def _lost(error: RuntimeError) -> str:
     """Say which process is missing, as far as that is known, and whether it is still there."""
     named = re.search(r"Rank (\d+) failed to pass", str(error))
+    who = f"process {named[1]}" if named else "another one"
     late = "timed out" in str(error).lower()
-    return f"{f'process {named[1]}' if named else 'another one'}, which {'does not come' if late else GONE}"
+    return f"{who}, which {'does not come' if late else 'ended or cannot be reached'}"
 
 
 ALONE = Processes()

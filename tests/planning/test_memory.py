@@ -41,8 +41,8 @@ RECIPES = {
 }
 
 
-# With its own rule glibc keeps freed matrices of up to 32 MiB for later, here a half on top of what the code holds; the
-# plan counts what is held. Larger models, whose matrices are above that, do not depend on it.
+# With its own rule glibc keeps freed matrices of up to 32 MiB for later, more or less of them. Plan and run are told
+# that they go back at once, as those of larger models do: then what the code holds is what is compared.
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
 
 

@@ -25,9 +25,9 @@ from sparlow.recipe.recipe import OWN_TEXT
 
 SUM = 8  # bytes of each number of a Gram matrix while it is added up
 LOADED_LATE = 30 * 10**6  # bytes of libraries that are loaded when they are first used
-LARGEST_HELD = 2**25  # bytes: freed tensors of up to so many teach glibc to hold twice as much on its heap, unless
-RETURNED_FROM = "MALLOC_MMAP_THRESHOLD_"  # in the environment says from which size on they go back at once
-KEPT_IN_TRAINING = 0.35  # of what a training holds glibc keeps beside it, freed (benchmarks/foreseen.py --glibc)
+LARGEST_HELD = 2**25  # bytes: freed tensors of up to so many teach glibc to hold twice as much on its heap
+RETURNED_FROM = "MALLOC_MMAP_THRESHOLD_"  # tells glibc, in the environment, from how many bytes on it holds none
+KEPT_IN_TRAINING = 0.35  # times what a training holds, glibc keeps of what it freed (benchmarks/foreseen.py --glibc)
 WALKED = 3  # copies of the hidden states while a block passes them on: of the first block, the inputs, the outputs
 WAITING = 2  # copies otherwise
 LOGITS = 3  # of a piece at a time: those of two models, and of an eighth of them what compares them

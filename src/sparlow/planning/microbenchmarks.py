@@ -47,7 +47,8 @@ class Workspace:
         square: Times in².
         matrix: Times out·in.
         levels: Inverses that a Gram would like to remember for the layers that share it.
-        looked_at: At least so many times the entries, of which ``SAMPLE`` at most are looked at together.
+        looked_at: Bytes for each entry that a book of levels is learned from, which are ``SAMPLE`` at most; a small
+            layer takes no less than these.
     """
 
     square: float
